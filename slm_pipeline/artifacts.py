@@ -1,0 +1,164 @@
+"""Stage results on disk, addressed by what they depend on.
+
+    <output_dir>/store/<stage>/<key>/           files + stage.json
+    <output_dir>/store/<stage>/<key>.partial/   unfinished work, continued by the next attempt
+    <output_dir>/store/<stage>/<key>.lock       held while somebody works on it
+
+The key is a hash of the stage's identity: every option and input that its result depends on. A result is complete
+when its folder has been renamed into place, so a killed job never leaves half a result that looks whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from slm_pipeline import provenance
+from slm_pipeline.errors import UserError
+
+STORE_FORMAT = 1
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that a reader sees the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically. NaN and infinity are refused with ``ValueError``."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits of the sha256 of ``value`` as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One stage's result, finished or not. ``identity`` is everything the result depends on, as JSON."""
+
+    root: Path
+    stage: str
+    identity: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        return digest([STORE_FORMAT, self.stage, self.identity])
+
+    @property
+    def path(self) -> Path:
+        return self.root / self.stage / self.key
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(f"{self.key}.partial")
+
+    @property
+    def done(self) -> bool:
+        return (self.path / "stage.json").is_file()
+
+    def record(self) -> dict[str, Any]:
+        """The content of ``stage.json`` of a finished result."""
+        return json.loads((self.path / "stage.json").read_text(encoding="utf-8"))
+
+    def produce(self, make: Callable[[Path], dict[str, Any]], *, force: bool = False) -> tuple[dict[str, Any], bool]:
+        """Make the result unless it is there, or wait for the job that is making it.
+
+        Args:
+            make: fills the folder it is given and returns what ``stage.json`` should hold under ``"result"``. The
+                folder may hold what an earlier, interrupted attempt left there.
+            force: make it anew although it is there; the old result stays until the new one is complete.
+
+        Returns:
+            The content of ``stage.json``, and whether a finished result was reused.
+
+        Raises:
+            UserError: no space left on the device.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_name(f"{self.key}.lock")):
+            if self.done and not force:
+                return self.record(), True
+            if force:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            try:
+                self.partial.mkdir(exist_ok=True)
+                write_json(self.partial / "identity.json", self.identity)
+                record = self._work(make)
+                self._put_in_place()
+            except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    raise UserError(
+                        f"no space left on the device that holds {self.root} while running {self.stage}; what is finished"
+                        " is kept: free some space (slm-store clean) and run the same command again"
+                    ) from error
+                raise
+            return record, False
+
+    def _work(self, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        started, clock = datetime.now(timezone.utc), time.monotonic()
+        provenance.reset_peak_memory()
+        result = make(self.partial)
+        record = {
+            "format": STORE_FORMAT,
+            "stage": self.stage,
+            "key": self.key,
+            "identity": self.identity,
+            "result": result,
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - clock, 3),
+            "peak_memory_gb": provenance.peak_memory_gb(),
+            "provenance": provenance.collect(),
+        }
+        write_json(self.partial / "stage.json", record)
+        return record
+
+    def _put_in_place(self) -> None:
+        old = self.path.with_name(f"{self.key}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.path.exists():
+            os.replace(self.path, old)
+        os.replace(self.partial, self.path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_store(root: Path) -> None:
+    """Create the store or make sure that this version can read it.
+
+    Raises:
+        UserError: the folder holds a store of another format, or cannot be written.
+    """
+    marker = root / "store.json"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not marker.exists():
+            write_json(marker, {"format": STORE_FORMAT})
+    except OSError as error:
+        raise UserError(f"cannot write to output_dir: {root}: {error.strerror}; choose another output_dir=") from error
+    if not os.access(root, os.W_OK):
+        raise UserError(f"cannot write to output_dir: {root} is read-only; choose another output_dir=")
+    found = json.loads(marker.read_text(encoding="utf-8")).get("format")
+    if found != STORE_FORMAT:
+        raise UserError(f"{root} is a store of format {found}, this version reads {STORE_FORMAT}; choose another output_dir=")

@@ -1,0 +1,78 @@
+"""Run single blocks on cached residual states, exactly as the model's own forward pass would."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from slm_pipeline.models.view import ModelView
+
+
+class BlockRunner:
+    """The dense model's states on one batch, and a way to continue from any of them.
+
+    One forward pass records what enters each block: the residual stream and everything else the model hands to it
+    (masks, rotary embeddings, positions). So a block can later be run on another state without knowing its
+    architecture, and no mask is ever rebuilt by hand.
+
+    Args:
+        view: the dense model.
+        input_ids: [batch, length] int64 token ids, all of equal length: no padding.
+
+    Attributes:
+        states: num_layers + 1 tensors [batch, length, d] in the model's dtype: ``states[i]`` enters block i,
+            ``states[-1]`` is the last block's output before the final norm.
+        final: [batch, length, d] states after the final norm.
+        num_block_evaluations: blocks run since, the recording pass not counted.
+    """
+
+    @torch.no_grad()
+    def __init__(self, view: ModelView, input_ids: Tensor):
+        self.view = view
+        self.states: list[Tensor] = []
+        self.num_block_evaluations = 0
+        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        hooks = [block.register_forward_pre_hook(self._record, with_kwargs=True) for block in view.layers]
+        hooks.append(view.final_norm.register_forward_pre_hook(lambda _, args: self.states.append(args[0])))
+        try:
+            output = view.decoder(input_ids=input_ids.to(view.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.final: Tensor = output.last_hidden_state
+
+    def _record(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.states.append(args[0])
+        self._arguments.append((args[1:], kwargs))
+
+    @torch.no_grad()
+    def run(self, layer: int, hidden: Tensor, replaced: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Output of block ``layer`` for the residual stream ``hidden`` ([batch, length, d]).
+
+        Args:
+            replaced: tensors that stand in for some of the block's parameters in this call.
+        """
+        self.num_block_evaluations += 1
+        block = self.view.layers[layer]
+        args, kwargs = self._arguments[layer]
+        if replaced:
+            tensors = {name: value.to(block.get_parameter(name).device) for name, value in replaced.items()}
+            output = functional_call(block, tensors, (hidden, *args), kwargs)
+        else:
+            output = block(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Final-normed states of the last block's output."""
+        normed: Tensor = self.view.final_norm(hidden.to(self.final.device))
+        return normed
+
+
+def batches(input_ids: Tensor, max_tokens: int) -> list[Tensor]:
+    """Split [N, length] samples into batches of at most ``max_tokens`` tokens, at least one sample each."""
+    return list(input_ids.split(max(1, max_tokens // input_ids.shape[1])))

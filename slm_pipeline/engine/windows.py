@@ -1,0 +1,138 @@
+"""Similarity between the dense model and the model after merging windows of consecutive layers.
+
+The published loop copies the model for each candidate and runs all of it. Three facts make that unnecessary, without
+changing a decision:
+
+- windows are merged from the top down, so what enters a window is always the dense model's own state: cached once;
+- a merged block is one block of the dense model with some parameters replaced: no copy is needed to run it;
+- the similarity depends on the committed windows and the open one alone: evaluated once, however many thresholds ask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slm_pipeline.engine.blocks import BlockRunner, batches
+from slm_pipeline.errors import UserError
+from slm_pipeline.models.view import ModelView
+from slm_pipeline.surgery.merge_rules import MergedBlock, merge
+
+Window = tuple[int, int]  # closed range (low, high) of original layers
+MAX_BATCH_TOKENS = 8192  # bounds the memory of a batch; its cached states stay on the model's device
+
+
+class WindowSimilarity:
+    """Mean similarity of the merged model's final states to the dense model's, over calibration samples.
+
+    Args:
+        view: the dense model; never changed.
+        input_ids: [N, length] calibration samples.
+        rule: merge rule, see `slm_pipeline.surgery.merge_rules`.
+        similarity: a key of `SIMILARITIES`.
+
+    Attributes:
+        known: (committed windows, window) -> similarity, for everything evaluated so far.
+    """
+
+    def __init__(self, view: ModelView, input_ids: Tensor, rule: str, similarity: str):
+        self.view = view
+        self.rule = rule
+        self.known: dict[tuple[tuple[Window, ...], Window], float] = {}
+        self._similarity = SIMILARITIES[similarity]
+        self._runners = [BlockRunner(view, batch) for batch in batches(input_ids, MAX_BATCH_TOKENS)]
+        self._num_samples = len(input_ids)
+        self._merged: dict[Window, MergedBlock] = {}
+
+    @property
+    def num_block_evaluations(self) -> int:
+        return sum(runner.num_block_evaluations for runner in self._runners)
+
+    def __call__(self, committed: tuple[Window, ...], window: Window) -> float:
+        """Similarity, at most 1, after merging ``window`` below the ``committed`` ones (top first, disjoint).
+
+        Raises:
+            UserError: the similarity is not finite.
+        """
+        key = (committed, window)
+        if key not in self.known:
+            stack = self._stack(committed, window)
+            total = sum(self._evaluate(runner, window[0], stack) for runner in self._runners)
+            value = self._similarity.of_mean(total / self._num_samples)
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the similarity after merging layers {window[0]}..{window[1]} is {value}: the model overflows"
+                    " in its dtype; try model.dtype=bfloat16 or model.dtype=float32"
+                )
+            self.known[key] = value
+        return self.known[key]
+
+    def _stack(self, committed: tuple[Window, ...], window: Window) -> list[MergedBlock]:
+        """The blocks from the open window up to the output."""
+        needed = {window, *committed}
+        self._merged = {key: block for key, block in self._merged.items() if key in needed}
+        for low, high in needed - self._merged.keys():
+            self._merged[low, high] = merge(self.view, low, high, self.rule)
+        ends = dict(needed)
+        stack, layer = [], window[0]
+        while layer < self.view.num_layers:
+            high = ends.get(layer, layer)
+            stack.append(self._merged[layer, high] if layer in ends else MergedBlock(layer))
+            layer = high + 1
+        return stack
+
+    def _evaluate(self, runner: BlockRunner, low: int, stack: list[MergedBlock]) -> float:
+        hidden = runner.states[low]
+        for block in stack:
+            hidden = runner.run(block.body, hidden, block.replaced)
+        return float(self._similarity.measure(self.view, runner.final, runner.finish(hidden)).sum())
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How alike two models' final-normed states are.
+
+    Attributes:
+        measure: (view, dense, pruned), both [batch, length, d] -> [batch] float32.
+        of_mean: turns the mean of the measure over all samples into the similarity.
+    """
+
+    measure: Callable[[ModelView, Tensor, Tensor], Tensor]
+    of_mean: Callable[[float], float] = float
+
+
+def flattened_cosine(view: ModelView, dense: Tensor, pruned: Tensor) -> Tensor:
+    """Cosine of all of a sample's states as one vector, as published."""
+    return torch.cosine_similarity(dense.float().flatten(1), pruned.float().flatten(1), dim=-1)
+
+
+def last_token_cosine(view: ModelView, dense: Tensor, pruned: Tensor) -> Tensor:
+    """Cosine of the last token's state."""
+    return torch.cosine_similarity(dense[:, -1].float(), pruned[:, -1].float(), dim=-1)
+
+
+def per_token_cosine(view: ModelView, dense: Tensor, pruned: Tensor) -> Tensor:
+    """Mean over tokens of the cosine of each token's state."""
+    return torch.cosine_similarity(dense.float(), pruned.float(), dim=-1).mean(dim=1)
+
+
+def kl_divergence(view: ModelView, dense: Tensor, pruned: Tensor) -> Tensor:
+    """KL(dense || pruned) of the next-token distributions in nats, averaged over tokens."""
+    values = []
+    for dense_row, pruned_row in zip(dense, pruned, strict=True):  # one sample's logits at a time bounds the memory
+        reference = view.logits(dense_row).float().log_softmax(dim=-1)
+        candidate = view.logits(pruned_row).float().log_softmax(dim=-1)
+        values.append((reference.exp() * (reference - candidate)).sum(dim=-1).mean())
+    return torch.stack(values)
+
+
+SIMILARITIES: dict[str, Similarity] = {
+    "final_hidden": Similarity(flattened_cosine),
+    "last_token": Similarity(last_token_cosine),
+    "per_token": Similarity(per_token_cosine),
+    "logits_kl": Similarity(kl_divergence, of_mean=lambda divergence: math.exp(-divergence)),
+}

@@ -1,0 +1,129 @@
+"""What a pruning method is: a dataclass of options whose ``plan`` reads the model and returns a plan.
+
+A new method is one file beside this one and one YAML in conf/method/ that names its class; nothing else. Methods are
+imported for ``slm dry_run=true``, so they import torch, and the engine, inside ``plan``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from slm_pipeline.errors import UserError
+from slm_pipeline.surgery.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_pipeline.models.source import ModelSource
+    from slm_pipeline.models.view import ModelView
+
+
+@dataclass
+class CalibrationSize:
+    """How much text the method's authors look at; conf/calibration takes it unless the user says otherwise."""
+
+    num_samples: int
+    seq_len: int  # tokens
+
+
+@dataclass
+class PruningProblem:
+    """All that a method may look at.
+
+    Attributes:
+        view: the dense model, which the method must leave as it is.
+        input_ids: [num_samples, seq_len] int64 calibration tokens.
+        num_remove: layers to remove; None when the threshold alone decides.
+        threshold: similarity floor in [0, 1]; None means that the method looks for one, or needs none.
+        refine: grid points to try above the best threshold found by halving.
+        exhaustive: walk the whole threshold grid instead.
+        calibration: fingerprint and num_tokens of ``input_ids``, for the plan.
+    """
+
+    source: ModelSource
+    view: ModelView
+    input_ids: Tensor
+    num_remove: int | None
+    threshold: float | None
+    refine: int
+    exhaustive: bool
+    calibration: dict[str, Any]
+
+
+@dataclass
+class Method:
+    """Base of all methods.
+
+    Attributes:
+        name: as in conf/method/<name>.yaml.
+        takes_threshold: whether ``threshold`` means anything to it.
+        takes_ratio: whether it aims at a pruning ratio.
+        reads_calibration: whether its plan depends on the calibration text.
+        num_protected: layers that it never touches; a plan keeps at least one more.
+    """
+
+    name: ClassVar[str]
+    takes_threshold: ClassVar[bool] = False
+    takes_ratio: ClassVar[bool] = True
+    reads_calibration: ClassVar[bool] = True
+
+    published_calibration: CalibrationSize
+
+    @property
+    def num_protected(self) -> int:
+        return 0
+
+    def options(self) -> dict[str, Any]:
+        """What the plan depends on, as JSON; it goes into the artefact's key and into plan.json."""
+        values = asdict(self)
+        del values["published_calibration"]
+        return values
+
+    def check(self, source: ModelSource) -> None:
+        """Raise `UserError` if the method cannot work on this model; called before anything expensive."""
+
+    def plan(self, problem: PruningProblem) -> Plan:
+        raise NotImplementedError
+
+    def _new_plan(self, problem: PruningProblem, **decision: Any) -> Plan:
+        model = {
+            "name": problem.source.name,
+            "fingerprint": problem.source.fingerprint,
+            "num_layers": problem.view.num_layers,
+        }
+        plan = Plan(
+            model=model, method=self.name, options=self.options(), calibration=problem.calibration, **decision
+        )
+        plan.check(f"the plan of method={self.name}")
+        return plan
+
+
+def num_layers_to_remove(*, ratio: float | None, keep: int | None, num_layers: int, num_protected: int) -> int | None:
+    """Layers to remove for ``of: layers``: ``round(ratio * num_layers)`` (ties to even), at least 1.
+
+    Raises:
+        UserError: nothing would be removed, or fewer than 1 + num_protected layers would be left.
+    """
+    if ratio is None and keep is None:
+        return None
+    if keep is not None:
+        if not 1 <= keep < num_layers:
+            raise UserError(f"pruning_ratio.num_layers={keep} must be at least 1 and below the model's {num_layers} layers")
+        remove = num_layers - keep
+        asked = f"pruning_ratio.num_layers={keep}"
+    else:
+        assert ratio is not None
+        remove = max(1, round(ratio * num_layers))
+        asked = f"pruning_ratio.ratio={ratio} of {num_layers} layers"
+    check_layers_left(num_layers - remove, num_protected, asked)
+    return remove
+
+
+def check_layers_left(left: int, num_protected: int, asked: str) -> None:
+    """Raise `UserError` when a target leaves fewer layers than the protected ones and one more."""
+    if left < 1 + num_protected:
+        raise UserError(
+            f"{asked} leaves {left} layers; at least {1 + num_protected} must be left"
+            f" ({num_protected} protected and one more)"
+        )

@@ -1,0 +1,57 @@
+"""Replay a plan that any method wrote."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from slm_pipeline.errors import UserError
+from slm_pipeline.methods.base import CalibrationSize, Method, PruningProblem
+from slm_pipeline.surgery.plan import Plan
+
+if TYPE_CHECKING:
+    from slm_pipeline.models.source import ModelSource
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class FromPlan(Method):
+    """The decision of ``path``, a plan.json, on this model. Takes no pruning ratio.
+
+    The model must have the depth that the plan was made for; another model of that depth is allowed, with a warning.
+    """
+
+    path: str
+    published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
+
+    name: ClassVar[str] = "from_plan"
+    takes_ratio: ClassVar[bool] = False
+    reads_calibration: ClassVar[bool] = False
+
+    @cached_property
+    def original(self) -> Plan:
+        return Plan.read(Path(self.path).expanduser())
+
+    def options(self) -> dict[str, Any]:
+        return {"plan": self.original.content(), "method": self.original.method}
+
+    def check(self, source: ModelSource) -> None:
+        depth = self.original.model["num_layers"]
+        if source.num_layers not in (None, depth):
+            raise UserError(f"{self.path} is a plan for {depth} layers; {source.name} has {source.num_layers}")
+        if self.original.model["fingerprint"] != source.fingerprint:
+            log.warning("%s was made for %s, not for %s", self.path, self.original.model["name"], source.name)
+
+    def plan(self, problem: PruningProblem) -> Plan:
+        return self._new_plan(
+            problem,
+            threshold=self.original.threshold,
+            layer_groups=self.original.layer_groups,
+            dropped=self.original.dropped,
+            ops=self.original.ops,
+            scores={"replayed": {"method": self.original.method, "scores": self.original.scores}},
+        )

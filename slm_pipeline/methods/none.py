@@ -1,0 +1,23 @@
+"""No pruning: the dense model, as a baseline row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from slm_pipeline.methods.base import CalibrationSize, Method, PruningProblem
+from slm_pipeline.surgery.plan import Plan, groups_of_windows
+
+
+@dataclass
+class NoPruning(Method):
+    """Leaves every layer as it is. Takes no pruning ratio."""
+
+    published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
+
+    name: ClassVar[str] = "none"
+    takes_ratio: ClassVar[bool] = False
+    reads_calibration: ClassVar[bool] = False
+
+    def plan(self, problem: PruningProblem) -> Plan:
+        return self._new_plan(problem, layer_groups=groups_of_windows([], problem.view.num_layers), ops=[])

@@ -1,0 +1,81 @@
+"""Where each supported architecture keeps its parts. Everything else in the package asks `ModelView`.
+
+A new architecture is one entry here, if its blocks map a residual stream to a residual stream and share nothing
+with other blocks. Importing this module stays cheap: no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from slm_pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Module paths of a causal language model in transformers.
+
+    ``norms`` are the normalisation layers of a block; every other parameter of a block (projections, their biases,
+    q/k norms) counts as part of its projections.
+    """
+
+    decoder: str = "model"  # from the causal LM to the module that runs the blocks
+    embedding: str = "embed_tokens"  # from the decoder, as all below
+    layers: str = "layers"
+    final_norm: str = "norm"
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+
+
+_LLAMA = Architecture()
+_SANDWICH_NORMS = Architecture(
+    norms=(
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    )
+)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "phi3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _SANDWICH_NORMS,
+    "gemma3_text": _SANDWICH_NORMS,
+    "olmo2": Architecture(norms=("post_attention_layernorm", "post_feedforward_layernorm")),
+    "opt": Architecture(
+        decoder="model.decoder", final_norm="final_layer_norm", norms=("self_attn_layer_norm", "final_layer_norm")
+    ),
+    "gpt_neox": Architecture(decoder="gpt_neox", embedding="embed_in", final_norm="final_layer_norm"),
+}
+
+# Configuration keys of models whose blocks depend on each other or choose their weights per token.
+_UNSAFE = {
+    "num_kv_shared_layers": "later layers reuse the keys and values of earlier ones",
+    "num_experts": "it is a mixture of experts",
+    "num_local_experts": "it is a mixture of experts",
+    "n_routed_experts": "it is a mixture of experts",
+    "num_nextn_predict_layers": "it has extra layers that predict further tokens",
+}
+
+
+def find(config: Mapping[str, Any]) -> Architecture:
+    """The entry for a model configuration (``config.json`` as a mapping).
+
+    Raises:
+        UserError: the architecture is not in the table, or its layers cannot be removed or merged safely.
+    """
+    model_type = config.get("model_type")
+    for key, reason in _UNSAFE.items():
+        if config.get(key):
+            raise UserError(f"model_type={model_type!r} cannot be cut by layers: {reason} ({key}={config[key]})")
+    if model_type not in ARCHITECTURES:
+        raise UserError(f"model_type={model_type!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
+    if model_type == "opt" and not config.get("do_layer_norm_before", True):
+        raise UserError("model_type='opt' with do_layer_norm_before=false (OPT-350m) has no final norm: not supported")
+    return ARCHITECTURES[str(model_type)]

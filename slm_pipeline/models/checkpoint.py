@@ -1,0 +1,88 @@
+"""Write checkpoints that plain transformers loads, and prove it each time."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slm_pipeline.artifacts import write_text
+from slm_pipeline.config import ModelConfig
+from slm_pipeline.errors import UserError
+from slm_pipeline.models.loading import load_checkpoint
+from slm_pipeline.models.view import ModelView
+
+_PROBE_LENGTH = 16  # tokens
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # relative, of the logits; equal in most cases
+
+
+def save(model: Any, tokenizer: Any, folder: Path, *, card: str, config: ModelConfig) -> Any:
+    """Save weights, configuration, tokenizer and card to ``folder``; reload and compare; return the reloaded model.
+
+    Written under a temporary name and renamed when it has been verified. ``model`` must not be used afterwards: its
+    memory is given back before the reload, so that two copies never share a GPU.
+
+    Raises:
+        UserError: the reloaded model's logits differ.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.config.dtype = config.dtype
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    write_text(partial / "README.md", card)
+    expected = _probe(model)
+    num_parameters = ModelView(model).num_parameters()
+    if not hasattr(model, "hf_device_map"):  # a model spread over GPUs cannot be moved; there both copies must fit
+        model.to("meta")
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    reloaded = load_checkpoint(partial, config)
+    _compare(expected, _probe(reloaded), config.dtype, folder)
+    if ModelView(reloaded).num_parameters() != num_parameters:
+        raise UserError(f"{folder}: the reloaded model has another number of parameters than the saved one")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return reloaded
+
+
+@torch.no_grad()
+def _probe(model: Any) -> Tensor:
+    """Logits of a fixed sequence of token ids: [1, 16, vocabulary] float32 on the CPU."""
+    token_ids = torch.arange(1, _PROBE_LENGTH + 1) * 97 % model.config.vocab_size
+    output = model(input_ids=token_ids[None].to(ModelView(model).device), use_cache=False)
+    return output.logits.float().cpu()  # type: ignore[no-any-return]
+
+
+def _compare(expected: Tensor, found: Tensor, dtype: str, folder: Path) -> None:
+    difference = (expected - found).norm() / expected.norm()
+    if not difference <= _TOLERANCE[dtype]:
+        raise UserError(
+            f"{folder}: the reloaded model's logits differ from the saved model's by {float(difference):.2e} (relative;"
+            f" at most {_TOLERANCE[dtype]:.0e} allowed): the checkpoint was not kept"
+        )
+
+
+def card(*, title: str, base: str, licence_note: str, body: str, command: str) -> str:
+    """A model card in Markdown."""
+    return f"""---
+library_name: transformers
+tags: [pruning, depth-pruning]
+---
+# {title}
+
+Made from `{base}` by slm_pipeline. {licence_note}
+
+{body}
+
+Made by:
+
+    {command}
+"""

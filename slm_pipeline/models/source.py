@@ -1,0 +1,142 @@
+"""What a model is before it is loaded: its fingerprint, its configuration, its place. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from slm_pipeline import assets
+from slm_pipeline.artifacts import digest
+from slm_pipeline.config import ModelConfig
+from slm_pipeline.errors import UserError
+from slm_pipeline.models import architectures
+
+SOURCES = ("bundled", "hub", "local", "random")
+DTYPES = ("float32", "bfloat16", "float16")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that can be loaded.
+
+    Attributes:
+        fingerprint: changes whenever the weights or the tokenizer may have changed.
+        num_layers: number of decoder blocks; None when that is not known without fetching the model.
+    """
+
+    config: ModelConfig
+    fingerprint: str
+    num_layers: int | None
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+
+def describe(config: ModelConfig) -> ModelSource:
+    """Check a model's options and find its fingerprint and depth, without loading weights.
+
+    Raises:
+        UserError: an unknown source, dtype or architecture, a missing folder or file, an unreachable hub.
+    """
+    if config.dtype not in DTYPES:
+        raise UserError(f"model.dtype={config.dtype!r} is not one of {', '.join(DTYPES)}")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|balanced", config.device):
+        raise UserError(f"model.device={config.device!r} is not one of auto, cpu, cuda, cuda:N, balanced")
+    if config.source == "bundled":
+        return _bundled(config)
+    if config.source == "hub":
+        return _hub(config)
+    if config.source == "local":
+        return _local(config)
+    if config.source == "random":
+        return _random(config)
+    raise UserError(f"model.source={config.source!r} is not one of {', '.join(SOURCES)}")
+
+
+def _bundled(config: ModelConfig) -> ModelSource:
+    if config.name not in assets.BUNDLED_MODELS:
+        raise UserError(f"model.name={config.name!r} is not bundled; bundled: {', '.join(assets.BUNDLED_MODELS)}")
+    return ModelSource(
+        config, assets.model_fingerprint(config.name) + f":{config.dtype}", assets.BUNDLED_MODELS[config.name].num_layers
+    )
+
+
+def _hub(config: ModelConfig) -> ModelSource:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if not config.repo:
+        raise UserError("model.source=hub needs model.repo=ORGANISATION/NAME")
+    try:
+        file = hf_hub_download(config.repo, "config.json", revision=config.revision)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.repo={config.repo!r} cannot be had from the hub and is not in its local cache ({reason});"
+            " with a copy on disk use model=local model.path=FOLDER"
+        ) from error
+    commit = Path(file).parent.name  # the hub's cache keeps files under snapshots/<commit>/
+    description = json.loads(Path(file).read_text(encoding="utf-8"))
+    architectures.find(description)
+    return ModelSource(config, f"hub:{config.repo}@{commit}:{config.dtype}", _depth(description))
+
+
+def _local(config: ModelConfig) -> ModelSource:
+    if not config.path:
+        raise UserError("model.source=local needs model.path=FOLDER")
+    folder = Path(config.path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"model.path={config.path!r} is not a folder")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path={config.path!r} has no config.json: it is not a transformers model folder")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"model.path={config.path!r} has no *.safetensors file; pickled weights are never loaded")
+    try:
+        description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
+    architectures.find(description)
+    content = hashlib.sha256((folder / "config.json").read_bytes())
+    for name in _TOKENIZER_FILES:
+        if (folder / name).is_file():
+            content.update(name.encode() + (folder / name).read_bytes())
+    for file in weights:
+        state = file.stat()
+        content.update(f"{file.name}:{state.st_size}:{state.st_mtime_ns}".encode() + _safetensors_header(file))
+    return ModelSource(config, f"local:{content.hexdigest()[:16]}:{config.dtype}", _depth(description))
+
+
+def _random(config: ModelConfig) -> ModelSource:
+    architectures.find({"model_type": config.architecture})
+    for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads"):
+        if getattr(config, name) < 1:
+            raise UserError(f"model.{name}={getattr(config, name)} must be at least 1")
+    if config.num_heads % config.num_kv_heads or config.hidden_size % config.num_heads:
+        raise UserError(
+            f"model.num_heads={config.num_heads} must divide model.hidden_size={config.hidden_size}"
+            f" and be a multiple of model.num_kv_heads={config.num_kv_heads}"
+        )
+    if config.vocab_size < 260:
+        raise UserError(f"model.vocab_size={config.vocab_size} must be at least 260: 256 bytes and special tokens")
+    options = {key: value for key, value in asdict(config).items() if key not in ("name", "device")}
+    return ModelSource(config, f"random:{digest(options)}", config.num_layers)
+
+
+def _depth(description: dict[str, Any]) -> int:
+    return int(description["num_hidden_layers"])
+
+
+def _safetensors_header(file: Path) -> bytes:
+    with open(file, "rb") as handle:
+        start = handle.read(8)
+        if len(start) < 8 or (length := struct.unpack("<Q", start)[0]) > file.stat().st_size - 8:
+            raise UserError(f"{file} is damaged or incomplete: its header is longer than the file")
+        return handle.read(length)

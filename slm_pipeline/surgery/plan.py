@@ -1,0 +1,114 @@
+"""The plan: a method's whole decision, readable and replayable. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slm_pipeline.artifacts import digest, write_json
+from slm_pipeline.errors import UserError
+
+FORMAT = 1
+
+
+@dataclass
+class Plan:
+    """What to do to a dense model.
+
+    Attributes:
+        model: name, fingerprint and num_layers of the dense model.
+        method: name of the method that made it.
+        options: the method's options.
+        calibration: fingerprint of the token ids and their number.
+        threshold: the similarity floor that was used, None for methods without one.
+        layer_groups: the pruned model's layers in order, each given by the original layers merged into it.
+        dropped: original layers that are in no group.
+        ops: edits, applied in order; ``layers`` are always original indices, input side first.
+        scores: the method's own measurements; its docstring explains them.
+    """
+
+    model: dict[str, Any]
+    method: str
+    options: dict[str, Any]
+    calibration: dict[str, Any]
+    layer_groups: list[list[int]]
+    ops: list[dict[str, Any]]
+    threshold: float | None = None
+    dropped: list[int] = field(default_factory=list)
+    scores: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def num_layers(self) -> int:
+        """Depth of the pruned model."""
+        return len(self.layer_groups)
+
+    def content(self) -> str:
+        """A digest of the edits alone: equal plans give equal checkpoints, whatever method or option led to them."""
+        return digest(self.ops)
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Read and check a plan.json.
+
+        Raises:
+            UserError: the file is missing, is not a plan of this format, or contradicts itself.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read the plan {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise UserError(f"{path} is not a plan: {error}") from error
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise UserError(f"{path} is not a plan of format {FORMAT}")
+        try:
+            plan = cls(**values)
+        except TypeError as error:
+            raise UserError(f"{path} is not a plan: {error}") from error
+        plan.check(str(path))
+        return plan
+
+    def check(self, where: str) -> None:
+        """Raise `UserError` unless groups and dropped layers are a partition of the dense layers, in order."""
+        depth = self.model.get("num_layers")
+        kept = [layer for group in self.layer_groups for layer in group]
+        if not all(self.layer_groups) or kept != sorted(kept) or sorted(kept + self.dropped) != list(range(depth or 0)):
+            raise UserError(f"{where}: layer_groups and dropped must name each of the {depth} layers once, in order")
+
+
+def groups_of_windows(windows: Sequence[tuple[int, int]], num_layers: int) -> list[list[int]]:
+    """Layer groups when each closed window (low, high) becomes one layer and the others stay."""
+    starts = {low: high for low, high in windows}
+    groups, layer = [], 0
+    while layer < num_layers:
+        high = starts.get(layer, layer)
+        groups.append(list(range(layer, high + 1)))
+        layer = high + 1
+    return groups
+
+
+def format_groups(groups: Sequence[Sequence[int]]) -> str:
+    """One line: runs of untouched layers as ``0-21``, merged ones in braces: ``0-21 {22-24} 25-29``."""
+
+    def span(first: int, last: int) -> str:
+        return str(first) if first == last else f"{first}-{last}"
+
+    words: list[str] = []
+    run: list[int] = []
+    for group in [*groups, []]:
+        if len(group) == 1 and (not run or group[0] == run[-1] + 1):
+            run.append(group[0])
+            continue
+        if run:
+            words.append(span(run[0], run[-1]))
+        run = list(group) if len(group) == 1 else []
+        if len(group) > 1:
+            words.append("{" + span(group[0], group[-1]) + "}")
+    return " ".join(words)

@@ -1,0 +1,57 @@
+"""Shared fixtures: small random models of every supported architecture."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+
+from slm_pipeline.config import ModelConfig
+from slm_pipeline.models.architectures import ARCHITECTURES
+from slm_pipeline.models.loading import load_dense
+from slm_pipeline.models.source import ModelSource, describe
+
+torch.set_num_threads(1)
+
+
+def random_source(architecture: str = "llama", num_layers: int = 6, **sizes: int) -> ModelSource:
+    """A model of random weights: hidden size 32, 4 query heads on 2 key-value heads, unless said otherwise."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 300, **sizes}
+    config = ModelConfig(
+        name="random", source="random", architecture=architecture, num_layers=num_layers, dtype="float32", device="cpu", **sizes
+    )
+    return describe(config)
+
+
+@pytest.fixture
+def tiny_llama():
+    """(model, tokenizer): a 6-layer random Llama and a byte tokenizer."""
+    return load_dense(random_source())
+
+
+@pytest.fixture(params=sorted(ARCHITECTURES))
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def any_model(architecture: str):
+    """A 6-layer random model of each supported architecture, its norms and biases perturbed away from 1 and 0."""
+    model, _ = load_dense(random_source(architecture))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture
+def input_ids() -> torch.Tensor:
+    """[3, 12] token ids."""
+    return torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(1))
