@@ -1,0 +1,105 @@
+"""Command line: ``slm [group=option] [key=value] ...``. See ``slm --help``.
+
+Nothing heavy is imported here, so that help, tab completion and ``dry_run=true`` answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.main import get_args_parser  # type: ignore[attr-defined]
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from slm_pipeline import config, help_page
+from slm_pipeline.errors import UserError
+
+config.register()
+
+
+@hydra.main(version_base="1.3", config_path=str(config.CONF_DIR), config_name="config")
+def _hydra_main(composed: DictConfig) -> None:
+    from slm_pipeline.runner import run_job
+
+    run_job(composed)
+
+
+def main() -> None:
+    """Console entry point. Exit status 0, 2 for a user's error (one ``error:`` line), 1 for anything else."""
+    _set_search_path()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach us instead of being printed by Hydra
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_page.text())
+        return
+    try:
+        arguments = get_args_parser().parse_args()
+        if not _only_asks_hydra(arguments) and _check_before_hydra(arguments):
+            return
+        _hydra_main()
+    except UserError as error:
+        _fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(config.one_line(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from here", status=130)
+
+
+def _set_search_path() -> None:
+    """Tell conf/config.yaml where sweeps/ are: the user's own folder, then the ones shipped with the package."""
+    shipped = str(config.SWEEPS_ROOT)
+    os.environ["SLM_SHIPPED_SWEEPS"] = shipped
+    os.environ["SLM_USER_SWEEPS"] = str(Path.cwd()) if Path("sweeps").is_dir() else shipped
+
+
+def _only_asks_hydra(arguments: Namespace) -> bool:
+    """Whether the flags ask for something that runs no job: --cfg, --info, completion, version."""
+    names = ("cfg", "info", "shell_completion", "hydra_help", "experimental_rerun")
+    return any(getattr(arguments, name, None) for name in names)
+
+
+def _check_before_hydra(arguments: Namespace) -> bool:
+    """Compose and check before Hydra makes a run folder; whether that was all (``dry_run=true``).
+
+    For a multirun the swept overrides are left out here; each job is checked again when it starts.
+    """
+    overrides = OverridesParser.create().parse_overrides(arguments.overrides)
+    multirun = arguments.multirun or any(
+        item.key_or_group == "hydra.mode" and str(item.value()).upper() == "MULTIRUN" for item in overrides
+    )
+    fixed = [item.input_line or "" for item in overrides if not (multirun and item.is_sweep_override())]
+    for item in overrides:
+        if item.is_sweep_override() and not multirun:
+            raise UserError(f"{item.input_line} asks for several jobs; add -m: slm -m {item.input_line}")
+    with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF_DIR)):
+        composed = compose(arguments.config_name or "config", overrides=fixed, return_hydra_config=True)
+    for group, choice in composed.hydra.runtime.choices.items():
+        if choice is not None and not isinstance(choice, str):
+            raise UserError(f"{group}={list(choice)} names several options; choose one, or with -m: {group}={','.join(choice)}")
+    if multirun:
+        from slm_pipeline.job import check_output_root
+
+        check_output_root(composed.output_dir)
+        return False
+    typed = config.to_config(composed)
+    from slm_pipeline.job import prepare
+    from slm_pipeline.runner import describe_plan, plan
+
+    job = prepare(typed, " ".join(["slm", *arguments.overrides]))
+    if typed.dry_run:
+        print(describe_plan(job))
+        return True
+    plan(job)
+    return False
+
+
+def _fail(message: str, status: int = 2) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,255 @@
+"""The text a method looks at: where it comes from and which tokens of it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from slm_pipeline import assets
+from slm_pipeline.config import CalibrationConfig
+from slm_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SAMPLING = ("random", "contiguous")
+BUNDLED_TEXT = "lambada"
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A data set on the hub, read as parquet or JSON files; a local folder of the same layout may stand for it."""
+
+    repo: str
+    files: str  # pattern of the files of the split, relative to the repository
+    column: str = "text"
+
+
+HUB_SETS = {
+    "bookcorpus": HubSet("bookcorpus/bookcorpus", "plain_text/train-*.parquet"),
+    "c4": HubSet("allenai/c4", "en/c4-train.00000-of-01024.json.gz"),
+    "wikitext2": HubSet("Salesforce/wikitext", "wikitext-2-raw-v1/train-*.parquet"),
+    "slimpajama": HubSet("DKYoon/SlimPajama-6B", "data/train-*.parquet"),
+}
+SOURCES = ("bundled", "text_file", *HUB_SETS)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Calibration tokens.
+
+    Attributes:
+        input_ids: [num_samples, seq_len] int64.
+        ids: for each sample what it is cut from: {"row", "start"} of a data set's row and the token in it, or
+            {"start"} of one long text.
+        mode: documents | long_text | contiguous.
+        fingerprint: sha256 of the token ids.
+    """
+
+    input_ids: Tensor
+    ids: list[dict[str, int]]
+    mode: str
+    fingerprint: str
+
+
+def check(config: CalibrationConfig, data_dir: Path | None) -> dict[str, Any]:
+    """Check the options and say what the text is, as JSON for the artefact's key, without reading all of it.
+
+    Raises:
+        UserError: an unknown source or sampling, a count below 1, a missing file.
+    """
+    if config.source not in SOURCES:
+        raise UserError(f"calibration.source={config.source!r} is not one of {', '.join(SOURCES)}")
+    if config.sampling not in SAMPLING:
+        raise UserError(f"calibration.sampling={config.sampling!r} is not one of {', '.join(SAMPLING)}")
+    for option in ("num_samples", "seq_len"):
+        if getattr(config, option) < 1:
+            raise UserError(f"calibration.{option}={getattr(config, option)} must be at least 1")
+    return {
+        "text": _text_identity(config, data_dir),
+        "num_samples": config.num_samples,
+        "seq_len": config.seq_len,
+        "sampling": config.sampling,
+        "seed": config.seed if config.sampling == "random" else None,
+    }
+
+
+def _text_identity(config: CalibrationConfig, data_dir: Path | None) -> str:
+    if config.source == "bundled":
+        return f"bundled:{BUNDLED_TEXT}:{assets.texts_fingerprint(BUNDLED_TEXT)}"
+    if config.source == "text_file":
+        if not config.path:
+            raise UserError("calibration=text_file needs calibration.path=FILE")
+        path = find_file(config.path, data_dir, "calibration.path")
+        if not path.is_file():
+            raise UserError(f"calibration.path={config.path!r} is not a file")
+        return f"file:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    hub_set = HUB_SETS[config.source]
+    if config.path is None:
+        return f"hub:{hub_set.repo}:{hub_set.files}"
+    folder = find_file(config.path, data_dir, "calibration.path")
+    files = sorted(folder.glob(hub_set.files))
+    if not files:
+        raise UserError(f"calibration.path={config.path!r} has no file {hub_set.files}, the layout of {hub_set.repo}")
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"folder:{hashlib.sha256(repr(states).encode()).hexdigest()[:16]}"
+
+
+def find_file(path: str, data_dir: Path | None, option: str) -> Path:
+    """``path`` itself if absolute, else below ``data_dir`` or the working directory.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    found = (data_dir or Path.cwd()) / Path(path).expanduser()
+    if not found.exists():
+        raise UserError(f"{option}={path!r} does not exist" + (f" in data_dir={data_dir}" if data_dir else ""))
+    return found
+
+
+def sample(config: CalibrationConfig, tokenizer: Any, data_dir: Path | None) -> Samples:
+    """Cut ``num_samples`` pieces of ``seq_len`` tokens.
+
+    ``contiguous``: the text as it is, tokenised without special tokens, its first num_samples x seq_len tokens cut
+    in order. ``random``: of a data set, rows drawn at random, each tokenised with special tokens and used once if it
+    has at least seq_len tokens, then a random slice of it (so BOS is there only in a slice that starts at 0); of one
+    long text, uniform start offsets. The bundled passages are short: if too few of them are long enough, they are
+    joined to one long text, with a log line.
+
+    Raises:
+        UserError: the text is shorter than the samples need.
+    """
+    if config.source == "text_file":
+        assert config.path is not None
+        path = find_file(config.path, data_dir, "calibration.path")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"calibration.path={config.path!r} is not UTF-8 text: {error}") from error
+        rows: Sequence[str] = []
+    else:
+        rows = _rows(config, data_dir)
+        text = ""
+    needed = config.num_samples * config.seq_len
+    if config.sampling == "contiguous":
+        token_ids = _tokens(tokenizer, text) if text else _prefix_tokens(tokenizer, rows, needed)
+        return _contiguous(token_ids, config)
+    if not rows:
+        return _long_text(_tokens(tokenizer, text), config)
+    try:
+        return _documents(rows, tokenizer, config)
+    except _TooFewDocuments as error:
+        if config.source != "bundled":
+            raise UserError(str(error)) from error
+        log.info("%s: the passages are joined to one long text", error)
+        return _long_text(_tokens(tokenizer, "\n".join(rows)), config)
+
+
+class _TooFewDocuments(Exception):
+    pass
+
+
+def _rows(config: CalibrationConfig, data_dir: Path | None) -> Sequence[str]:
+    if config.source == "bundled":
+        return assets.bundled_texts(BUNDLED_TEXT)
+    from datasets import load_dataset
+
+    hub_set = HUB_SETS[config.source]
+    place = str(find_file(config.path, data_dir, "calibration.path")) if config.path else hub_set.repo
+    try:
+        rows = load_dataset(place, data_files={"train": hub_set.files}, split="train")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"calibration={config.source}: cannot load {place}: {reason}") from error
+    return rows[hub_set.column]  # type: ignore[no-any-return]  # a lazy column: rows are read as they are asked for
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+
+
+def _prefix_tokens(tokenizer: Any, rows: Iterable[str], needed: int) -> list[int]:
+    """Tokens of the rows joined by blank lines, of only as many rows as give ``needed`` tokens and some to spare."""
+    taken: list[str] = []
+    num_characters, wanted = 0, 8 * needed
+    token_ids: list[int] = []
+    for row in rows:
+        taken.append(row)
+        num_characters += len(row) + 2
+        if num_characters >= wanted:
+            token_ids = _tokens(tokenizer, "\n\n".join(taken))
+            if len(token_ids) > needed:
+                return token_ids
+            wanted *= 2
+    return _tokens(tokenizer, "\n\n".join(taken))
+
+
+def _contiguous(token_ids: list[int], config: CalibrationConfig) -> Samples:
+    needed = config.num_samples * config.seq_len
+    if len(token_ids) < needed:
+        raise UserError(
+            f"the calibration text has {len(token_ids)} tokens; calibration.num_samples={config.num_samples} x"
+            f" calibration.seq_len={config.seq_len} needs {needed}"
+        )
+    starts = range(0, needed, config.seq_len)
+    return _samples([token_ids[start : start + config.seq_len] for start in starts], [{"start": s} for s in starts], "contiguous")
+
+
+def _long_text(token_ids: list[int], config: CalibrationConfig) -> Samples:
+    num_starts = len(token_ids) - config.seq_len + 1
+    if num_starts < 1:
+        raise UserError(
+            f"the calibration text has {len(token_ids)} tokens; calibration.seq_len={config.seq_len} needs at least that many"
+        )
+    if len(token_ids) < config.num_samples * config.seq_len:
+        raise UserError(
+            f"the calibration text has {len(token_ids)} tokens; calibration.num_samples={config.num_samples} x"
+            f" calibration.seq_len={config.seq_len} needs {config.num_samples * config.seq_len}"
+        )
+    generator = random.Random(config.seed)
+    starts = [generator.randrange(num_starts) for _ in range(config.num_samples)]
+    return _samples([token_ids[s : s + config.seq_len] for s in starts], [{"start": s} for s in starts], "long_text")
+
+
+def _documents(rows: Sequence[str], tokenizer: Any, config: CalibrationConfig) -> Samples:
+    generator = random.Random(config.seed)
+    pieces: list[list[int]] = []
+    ids: list[dict[str, int]] = []
+    tried: set[int] = set()
+    with tqdm(total=config.num_samples, desc="calibration samples", disable=None) as progress:
+        while len(pieces) < config.num_samples:
+            if len(tried) == len(rows):
+                raise _TooFewDocuments(
+                    f"only {len(pieces)} of {len(rows)} rows have calibration.seq_len={config.seq_len} tokens,"
+                    f" calibration.num_samples={config.num_samples} are needed"
+                )
+            row = generator.randrange(len(rows))
+            if row in tried:
+                continue
+            tried.add(row)
+            token_ids = tokenizer(rows[row], verbose=False)["input_ids"]
+            if len(token_ids) < config.seq_len:
+                continue
+            start = generator.randrange(len(token_ids) - config.seq_len + 1)
+            pieces.append(token_ids[start : start + config.seq_len])
+            ids.append({"row": row, "start": start})
+            progress.update()
+    return _samples(pieces, ids, "documents")
+
+
+def _samples(pieces: list[list[int]], ids: list[dict[str, int]], mode: str) -> Samples:
+    import torch
+
+    input_ids = torch.tensor(pieces, dtype=torch.int64)
+    return Samples(input_ids, ids, mode, hashlib.sha256(input_ids.numpy().tobytes()).hexdigest())
+
+

@@ -1,0 +1,59 @@
+"""The text of ``slm --help``, made from the configuration files so that it cannot drift from them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from slm_pipeline import config
+
+_GROUPS = ("model", "pruning_ratio", "threshold", "method", "calibration", "recovery", "evaluation", "tracker", "experiment")
+
+_INTRODUCTION = """\
+slm: compress a language model by depth. One command calibrates, merges layers, recovers and evaluates.
+
+  slm                                                     the defaults
+  slm pruning_ratio=r35 recovery=none                     another option of a group
+  slm method.merge_rule=base_difference seed=7            another value of a key
+  slm dry_run=true                                        what would run, what would be reused
+  slm -m threshold=fixed pruning_ratio=none threshold.value=0.7,0.8,0.9    one job for each
+  slm -m sweeps=thresholds                                a study
+
+Running the same command again reuses every stage that is done and continues what was interrupted."""
+
+_FURTHER = """\
+More: slm --cfg job prints the whole configuration, slm --cfg job -p method one group of it;
+eval "$(slm -sc install=bash)" switches tab completion on; slm --hydra-help shows Hydra's own flags."""
+
+
+def text() -> str:
+    """Introduction, every group with its options, the keys of the top level."""
+    parts = [_INTRODUCTION]
+    for group in _GROUPS:
+        parts.append(f"{group}=\n" + "\n".join(_option_lines(config.CONF_DIR / group)))
+    parts.append("sweeps=   (with -m)\n" + "\n".join(_option_lines(config.SWEEPS_ROOT / "sweeps")))
+    parts.append("keys of the top level\n" + "\n".join(_key_lines()))
+    parts.append(_FURTHER)
+    return "\n\n".join(parts)
+
+
+def _option_lines(folder: Path) -> list[str]:
+    return [f"  {file.stem:<16}{_first_comment(file)}" for file in sorted(folder.glob("*.yaml"))]
+
+
+def _first_comment(file: Path) -> str:
+    comments = (line[1:].strip() for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+    return next((comment for comment in comments if not comment.startswith("@package")), "")
+
+
+def _key_lines() -> list[str]:
+    """Top-level keys with the values and comments of conf/config.yaml."""
+    groups = set(_GROUPS)
+    wanted = {option.name for option in fields(config.Config)} - groups
+    lines = []
+    for line in (config.CONF_DIR / "config.yaml").read_text(encoding="utf-8").splitlines():
+        key, separator, rest = line.partition(":")
+        if separator and key in wanted:
+            value, _, comment = rest.partition("#")
+            lines.append(f"  {key}={value.strip():<42}{comment.strip()}".rstrip())
+    return lines

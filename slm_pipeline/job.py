@@ -1,0 +1,205 @@
+"""One job: a composed configuration, checked and turned into objects before the first expensive second."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from slm_pipeline import config as options
+from slm_pipeline.config import Config, build
+from slm_pipeline.data import calibration
+from slm_pipeline.errors import UserError
+from slm_pipeline.evaluation import perplexity, zero_shot
+from slm_pipeline.methods.base import Method, num_layers_to_remove
+from slm_pipeline.models.source import ModelSource, describe
+from slm_pipeline.recovery.base import Recovery
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the stages read.
+
+    Attributes:
+        threshold: the similarity floor to use; None when the method looks for one or needs none.
+        recovery: None for recovery=none.
+        identities: what calibration text, recovery data and evaluation data are, as JSON for the artefacts' keys.
+        command: the command line that gave this configuration.
+    """
+
+    config: Config
+    source: ModelSource
+    method: Method
+    recovery: Recovery | None
+    threshold: float | None
+    command: str
+    identities: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def data_dir(self) -> Path | None:
+        return data_dir(self.config)
+
+    @property
+    def store(self) -> Path:
+        return Path(self.config.output_dir).absolute() / "store"
+
+    def num_layers_to_remove(self, num_layers: int, count_parameters: ParameterCounts | None = None) -> int | None:
+        """Layers that the method must remove from ``num_layers``; None when the threshold alone decides.
+
+        ``of: parameters`` takes the fewest layers whose parameters are at least the ratio of all parameters.
+        """
+        ratio = self.config.pruning_ratio
+        if ratio.of == "parameters" and ratio.ratio is not None:
+            if count_parameters is None:
+                return None
+            return count_parameters.layers_for(ratio.ratio, num_layers, self.method.num_protected)
+        return num_layers_to_remove(
+            ratio=ratio.ratio,
+            keep=ratio.num_layers,
+            num_layers=num_layers,
+            num_protected=self.method.num_protected,
+        )
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of the whole model and of each block."""
+
+    total: int
+    blocks: list[int]
+
+    def layers_for(self, ratio: float, num_layers: int, num_protected: int) -> int:
+        """Fewest layers whose removal takes away at least ``ratio`` of all parameters, embeddings included."""
+        if len(set(self.blocks)) > 1:
+            raise UserError("pruning_ratio.of=parameters needs layers of equal size; this model's differ; use of=layers")
+        remove = next((n for n in range(1, num_layers) if n * self.blocks[0] >= ratio * self.total), num_layers)
+        asked = f"pruning_ratio.ratio={ratio} of {self.total / 1e6:.1f} M parameters"
+        keep = num_layers - remove
+        if keep < 1 + num_protected:
+            largest = (num_layers - 1 - num_protected) * self.blocks[0] / self.total
+            raise UserError(f"{asked} leaves {keep} layers; this method can remove at most {largest:.1%} of the parameters")
+        return remove
+
+
+def data_dir(config: Config) -> Path | None:
+    return Path(config.data_dir).expanduser().absolute() if config.data_dir else None
+
+
+def prepare(config: Config, command: str) -> Job:
+    """Check every option of every group and build the job.
+
+    Raises:
+        UserError: for anything the user can get wrong that can be known without loading the model.
+    """
+    _check_top_level(config)
+    method: Method = build(config.method, group="method")
+    recovery: Recovery | None = build(config.recovery, group="recovery") if config.recovery else None
+    source = describe(config.model)
+    threshold = _threshold(config, method)
+    method.check(source)
+    identities: dict[str, object] = {"calibration": calibration.check(config.calibration, data_dir(config))}
+    if recovery is not None and "recover" in config.stages:
+        identities["recovery"] = recovery.data_identity(data_dir(config))
+    identities["evaluation"] = _check_evaluation(config)
+    job = Job(config, source, method, recovery, threshold, command, identities)
+    if source.num_layers is not None:
+        job.num_layers_to_remove(source.num_layers)
+    return job
+
+
+def check_output_root(output_dir: str) -> None:
+    """Raise `UserError` unless ``output_dir`` can be made and written; makes nothing."""
+    root = Path(output_dir).expanduser().absolute()
+    existing = root
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"output_dir={output_dir!r}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK) or _read_only(existing):
+        raise UserError(f"output_dir={output_dir!r} cannot be written: {existing} is read-only; choose another output_dir=")
+
+
+def _read_only(folder: Path) -> bool:
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+
+
+def _check_top_level(config: Config) -> None:
+    for option, allowed in (("stages", options.STAGES), ("force", options.STAGES)):
+        for value in getattr(config, option):
+            if value not in allowed:
+                raise UserError(f"{option}={getattr(config, option)} has {value!r}; allowed: {', '.join(allowed)}")
+    if config.keep not in ("model", "plan"):
+        raise UserError(f"keep={config.keep!r} is not one of model, plan")
+    if not config.name or "/" in config.name:
+        raise UserError(f"name={config.name!r} must be a folder name without a slash")
+    if config.data_dir and not Path(config.data_dir).expanduser().is_dir():
+        raise UserError(f"data_dir={config.data_dir!r} is not a folder")
+    check_output_root(config.output_dir)
+
+
+def _threshold(config: Config, method: Method) -> float | None:
+    """Check that method, threshold and ratio go together; the floor to use, None for ``auto``."""
+    threshold, ratio = config.threshold, config.pruning_ratio
+    if threshold.kind not in ("auto", "fixed", "published"):
+        raise UserError(f"threshold.kind={threshold.kind!r} is not one of auto, fixed, published")
+    if threshold.refine < 0:
+        raise UserError(f"threshold.refine={threshold.refine} must be at least 0")
+    if ratio.of not in ("layers", "parameters"):
+        raise UserError(f"pruning_ratio.of={ratio.of!r} is not one of layers, parameters")
+    if ratio.ratio is not None and not 0 < ratio.ratio < 1:
+        raise UserError(f"pruning_ratio.ratio={ratio.ratio} must lie between 0 and 1, both excluded")
+    if ratio.ratio is not None and ratio.num_layers is not None:
+        raise UserError("pruning_ratio.ratio and pruning_ratio.num_layers exclude each other; set one of them to null")
+    has_target = ratio.ratio is not None or ratio.num_layers is not None
+    if has_target and not method.takes_ratio:
+        raise UserError(f"method={method.name} takes no pruning ratio; use pruning_ratio=none")
+    if threshold.kind == "auto":
+        if threshold.value is not None:
+            raise UserError(f"threshold.value={threshold.value} needs threshold=fixed and pruning_ratio=none")
+        if not has_target and method.takes_ratio:
+            raise UserError(f"method={method.name} needs a target: choose a pruning_ratio" + (", or threshold=fixed" if method.takes_threshold else ""))
+        return None
+    if not method.takes_threshold:
+        raise UserError(f"method={method.name} has no threshold; use threshold=auto, not threshold={threshold.kind}")
+    if threshold.kind == "published":
+        return _published_threshold(config)
+    if threshold.value is None:
+        raise UserError("threshold=fixed needs a value: threshold=fixed threshold.value=0.8 pruning_ratio=none")
+    if not 0 <= threshold.value <= 1:
+        raise UserError(f"threshold.value={threshold.value} must lie in [0, 1]")
+    if has_target:
+        raise UserError(
+            "a fixed threshold alone decides how much is removed, so it takes no ratio:"
+            f" slm threshold=fixed threshold.value={threshold.value} pruning_ratio=none"
+        )
+    return threshold.value
+
+
+def _published_threshold(config: Config) -> float:
+    published = config.model.published_thresholds
+    ratio = config.pruning_ratio
+    if ratio.num_layers is not None:
+        option = "layers"
+    else:
+        option = "none" if ratio.ratio is None else f"r{round(100 * ratio.ratio)}"
+    if option not in published:
+        known = ", ".join(f"pruning_ratio={name}: {value}" for name, value in published.items()) or "none is known"
+        raise UserError(f"model={config.model.name} has no published threshold for pruning_ratio={option}; published: {known}")
+    return published[option]
+
+
+def _check_evaluation(config: Config) -> dict[str, object]:
+    evaluation = config.evaluation
+    for target in evaluation.of:
+        if target not in options.TARGETS:
+            raise UserError(f"evaluation.of has {target!r}; allowed: {', '.join(options.TARGETS)}")
+    if evaluation.batch_size < 1 or evaluation.perplexity.batch_size < 1:
+        raise UserError("evaluation.batch_size and evaluation.perplexity.batch_size must be at least 1")
+    if evaluation.limit is not None and evaluation.limit < 1:
+        raise UserError(f"evaluation.limit={evaluation.limit} must be at least 1, or null for all examples")
+    if "evaluate" not in config.stages or not evaluation.of:
+        return {}
+    return {
+        "tasks": {task: zero_shot.check(task, evaluation.data) for task in evaluation.tasks},
+        "corpora": {corpus: perplexity.check(corpus, data_dir(config)) for corpus in evaluation.perplexity.corpora},
+    }

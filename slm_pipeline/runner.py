@@ -1,0 +1,262 @@
+"""Run a job: the stages that are not already done, then the table, the pictures and the log."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from slm_pipeline import provenance, report, summary
+from slm_pipeline.artifacts import Artifact, check_store, write_json, write_text
+from slm_pipeline.config import TARGETS, to_config
+from slm_pipeline.errors import UserError
+from slm_pipeline.job import Job, prepare
+from slm_pipeline.stages.calibrate import Calibrate
+from slm_pipeline.stages.evaluate import Evaluate
+from slm_pipeline.stages.merge import Merge
+from slm_pipeline.stages.recover import Recover
+from slm_pipeline.tracking import Tracker, open_tracker
+
+log = logging.getLogger(__name__)
+
+
+class Stage(Protocol):
+    """What the classes in slm_pipeline/stages have in common.
+
+    Attributes:
+        name: unique within a job (evaluate_dense, evaluate_pruned, ...).
+        stage: which of `config.STAGES` it belongs to; its folder in the store.
+        needs: names of the stages whose results it reads.
+    """
+
+    name: str
+    stage: str
+    needs: tuple[str, ...]
+
+    def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any] | None:
+        """What the result depends on; None while that is not known before an earlier stage has run."""
+
+    def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
+        """Fill ``out``; returns what stage.json keeps as the result."""
+
+    def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
+        """Log the finished result's numbers."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of this job: to be run if selected, else only read if another needs it and it is there."""
+
+    stage: Stage
+    selected: bool
+    forced: bool
+
+
+def steps(job: Job) -> list[Step]:
+    """The job's stages in order. A forced stage forces those that read its result."""
+    targets = [target for target in TARGETS if target in job.config.evaluation.of]
+    stages: list[Stage] = [Calibrate(), Merge()]
+    if job.recovery is not None:
+        stages.append(Recover())
+    elif "recovered" in targets:
+        targets.remove("recovered")
+    stages += [Evaluate(target) for target in targets]
+    forced: set[str] = set()
+    result = []
+    for stage in stages:
+        if stage.stage in job.config.force or forced.intersection(stage.needs):
+            forced.add(stage.name)
+        result.append(Step(stage, stage.stage in job.config.stages, stage.name in forced))
+    return result
+
+
+def plan(job: Job) -> list[tuple[Step, Artifact | None]]:
+    """Each step with its artefact, as far as that is known before anything runs.
+
+    Raises:
+        UserError: a selected stage reads the result of one that is neither selected nor done.
+    """
+    known: dict[str, Artifact] = {}
+    planned: list[tuple[Step, Artifact | None]] = []
+    will_run: set[str] = set()
+    for step in steps(job):
+        stage = step.stage
+        identity = stage.identity(job, known) if all(name in known for name in stage.needs) else None
+        artifact = Artifact(job.store, stage.stage, identity) if identity is not None else None
+        if artifact is not None:
+            known[stage.name] = artifact
+        if step.selected:
+            for name in stage.needs:
+                if name not in will_run and not (name in known and known[name].done):
+                    raise UserError(f"stages={job.config.stages}: {stage.name} needs the result of {name}, which is not there; add {name} to stages")
+            will_run.add(stage.name)
+        planned.append((step, artifact))
+    return planned
+
+
+def describe_plan(job: Job) -> str:
+    """One line for each selected stage: run or reuse, and its folder."""
+    lines = []
+    for step, artifact in plan(job):
+        if not step.selected:
+            continue
+        if artifact is None:
+            lines.append(f"{step.stage.name:<20} run    {job.store / step.stage.stage}/ (named once the plan is known)")
+        else:
+            action = "reuse" if artifact.done and not step.forced else "run"
+            resumed = " (continues an interrupted one)" if action == "run" and artifact.partial.exists() else ""
+            lines.append(f"{step.stage.name:<20} {action:<6} {artifact.path}{resumed}")
+    return "\n".join(lines)
+
+
+def run_job(composed: DictConfig) -> None:
+    """Run one composed configuration inside Hydra. Leaves summary.json, or failure.json and an error."""
+    hydra = HydraConfig.get()
+    run_dir = Path(hydra.runtime.output_dir)
+    command = shlex.join(["slm", *hydra.overrides.task])
+    multirun = hydra.mode == RunMode.MULTIRUN
+    warnings = _WarningCollector()
+    logging.getLogger("slm_pipeline").addHandler(warnings)
+    try:
+        config = to_config(composed)
+        job = prepare(config, command)
+        if config.dry_run:
+            print(describe_plan(job))
+            return
+        check_store(job.store)
+        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+        choices = {group: choice for group, choice in hydra.runtime.choices.items() if isinstance(choice, str) and "/" not in group}
+        with open_tracker(
+            config.tracker,
+            run_dir=run_dir,
+            name=run_dir.name if not multirun else " ".join(hydra.overrides.task) or run_dir.name,
+            run_config=asdict(config),
+            group=Path(hydra.sweep.dir).name if multirun else None,
+            tags=[f"{group}={choice}" for group, choice in choices.items()],
+            job_type=config.stages[-1] if config.stages else "none",
+        ) as tracker:
+            execute(job, run_dir, tracker, warnings.messages)
+    except BaseException as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        _write_failure(run_dir, {"error": first_line, "type": type(error).__name__, "command": command})
+        if isinstance(error, UserError):
+            log.error("error: %s", error) if multirun else log.debug("error: %s", error)
+        raise
+    finally:
+        logging.getLogger("slm_pipeline").removeHandler(warnings)
+        if multirun:
+            report.write_study(Path(hydra.sweep.dir))
+        _free_memory()
+
+
+def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> dict[str, Any]:
+    """Run the job's steps, then write and print what they found."""
+    plan(job)
+    results: dict[str, Artifact] = {}
+    reused: dict[str, bool] = {}
+    for step in steps(job):
+        stage = step.stage
+        identity = stage.identity(job, results) if all(name in results for name in stage.needs) else None
+        if identity is None:
+            continue
+        artifact = Artifact(job.store, stage.stage, identity)
+        if step.selected:
+            reused[stage.name] = _produce(step, artifact, job, results, tracker)
+            _link(run_dir / stage.name, artifact.path)
+            stage.publish(artifact, tracker, reused=reused[stage.name])
+        if artifact.done:
+            results[stage.name] = artifact
+    found = summary.build(job, {name: results[name] for name in reused}, reused, warnings)
+    summary.write(found, results, run_dir, tracker)
+    return found
+
+
+def _produce(step: Step, artifact: Artifact, job: Job, results: Mapping[str, Artifact], tracker: Tracker) -> bool:
+    stage = step.stage
+    if not (artifact.done and not step.forced):
+        log.info("%s: %s", stage.name, "continues" if artifact.partial.exists() and not step.forced else "starts")
+    started = time.monotonic()
+    with _out_of_memory_explained(stage.name):
+        record, was_reused = artifact.produce(
+            functools.partial(stage.run, job, results, tracker=tracker), force=step.forced
+        )
+    if was_reused:
+        _warn_of_other_code(stage.name, record)
+        log.info("%s: reused, %s", stage.name, artifact.path)
+    else:
+        log.info("%s: done in %.1f s, %s", stage.name, time.monotonic() - started, artifact.path)
+    _free_memory()
+    return was_reused
+
+
+@contextmanager
+def _out_of_memory_explained(stage: str) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise UserError(f"{stage} ran out of memory; a smaller model, batch size or calibration.num_samples would fit") from error
+    except RuntimeError as error:
+        torch = sys.modules["torch"]
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        free, total = torch.cuda.mem_get_info()
+        raise UserError(
+            f"{stage} ran out of GPU memory ({total / 1e9:.0f} GB in all): halve evaluation.batch_size,"
+            " recovery.micro_batch_size or calibration.num_samples, use model.dtype=bfloat16, or spread the model over"
+            " several GPUs with model.device=balanced"
+        ) from error
+
+
+def _warn_of_other_code(stage: str, record: Mapping[str, Any]) -> None:
+    made, now = record["provenance"], provenance.collect()
+    if made["versions"].get("slm_pipeline") != now["versions"]["slm_pipeline"]:
+        log.warning("%s: reused a result of slm_pipeline %s", stage, made["versions"].get("slm_pipeline"))
+    elif made["git_commit"] != now["git_commit"]:
+        log.warning("%s: reused a result of commit %s", stage, (made["git_commit"] or "unknown")[:12])
+
+
+def _link(link: Path, target: Path) -> None:
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+
+
+def _write_failure(run_dir: Path, failure: dict[str, Any]) -> None:
+    try:
+        write_json(run_dir / "failure.json", failure)
+    except OSError as error:  # the disk may be full: the first error is the one to show
+        log.warning("cannot write %s: %s", run_dir / "failure.json", error)
+
+
+class _WarningCollector(logging.Handler):
+    """Keeps this package's warnings for the summary."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if record.levelno == logging.WARNING and message not in self.messages:
+            self.messages.append(message)
+
+
+def _free_memory() -> None:
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+

@@ -1,0 +1,63 @@
+"""Calibrate: cut the calibration samples and look at the dense model on them, once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slm_pipeline.artifacts import Artifact, write_json
+from slm_pipeline.job import Job
+from slm_pipeline.tracking import Tracker
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VERSION = 1
+
+
+class Calibrate:
+    """Leaves samples.safetensors (``input_ids`` [N, length] int64), samples.json and similarity.json."""
+
+    name = stage = "calibrate"
+    needs: tuple[str, ...] = ()
+
+    def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any]:
+        return {"version": VERSION, "model": job.source.fingerprint, "calibration": job.identities["calibration"]}
+
+    def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
+        from safetensors.torch import save_file
+
+        from slm_pipeline.analysis.similarity import block_cosines
+        from slm_pipeline.data.calibration import sample
+        from slm_pipeline.models.loading import load_dense
+        from slm_pipeline.models.view import ModelView
+
+        model, tokenizer = load_dense(job.source)
+        samples = sample(job.config.calibration, tokenizer, job.data_dir)
+        save_file({"input_ids": samples.input_ids}, out / "samples.safetensors")
+        write_json(out / "samples.json", {"mode": samples.mode, "fingerprint": samples.fingerprint, "samples": samples.ids})
+        cosines = block_cosines(ModelView(model), samples.input_ids)
+        write_json(out / "similarity.json", {"cosine": cosines.tolist()})
+        return {
+            "source": job.config.calibration.source,
+            "mode": samples.mode,
+            "num_samples": len(samples.input_ids),
+            "seq_len": samples.input_ids.shape[1],
+            "num_tokens": samples.input_ids.numel(),
+            "fingerprint": samples.fingerprint,
+        }
+
+    def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
+        result = artifact.record()["result"]
+        tracker.log({key: result[key] for key in ("num_samples", "seq_len", "num_tokens")}, stage=self.name)
+
+
+def load_samples(artifact: Artifact) -> tuple[Tensor, dict[str, Any]]:
+    """Token ids [N, length] int64 of a finished calibration, and fingerprint and num_tokens for the plan."""
+    from safetensors.torch import load_file
+
+    input_ids = load_file(artifact.path / "samples.safetensors")["input_ids"]
+    info = json.loads((artifact.path / "samples.json").read_text(encoding="utf-8"))
+    return input_ids, {"fingerprint": info["fingerprint"], "num_tokens": input_ids.numel()}

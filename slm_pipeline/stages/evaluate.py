@@ -1,0 +1,109 @@
+"""Evaluate: score one checkpoint. One file per finished number, so that a killed evaluation goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from slm_pipeline.artifacts import Artifact, write_json
+from slm_pipeline.job import Job
+from slm_pipeline.stages.merge import load_pruned
+from slm_pipeline.tracking import Tracker
+
+VERSION = 1
+
+log = logging.getLogger(__name__)
+
+
+class Evaluate:
+    """Scores ``target``: dense, pruned or recovered. Leaves one JSON file per task and corpus."""
+
+    stage = "evaluate"
+
+    def __init__(self, target: str):
+        self.target = target
+        self.name = f"evaluate_{target}"
+        self.needs = {"dense": (), "pruned": ("merge",), "recovered": ("recover",)}[target]
+
+    def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any] | None:
+        """None until the checkpoint is known: a checkpoint is scored once, whichever job made it."""
+        checkpoint = self._checkpoint(job, results)
+        if checkpoint is None:
+            return None
+        settings = dataclasses.asdict(job.config.evaluation)
+        del settings["of"]
+        if not settings["efficiency"]["enabled"]:
+            settings["efficiency"] = None
+        return {"version": VERSION, "checkpoint": checkpoint, "settings": settings, "data": job.identities["evaluation"]}
+
+    def _checkpoint(self, job: Job, results: Mapping[str, Artifact]) -> str | None:
+        if self.target == "dense":
+            return job.source.fingerprint
+        if self.target == "pruned":
+            merge = results["merge"]
+            return merge.record()["result"]["checkpoint"] if merge.done else None  # type: ignore[no-any-return]
+        return f"recovered:{results['recover'].key}" if "recover" in results else None
+
+    def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
+        from slm_pipeline.evaluation import efficiency, perplexity, zero_shot
+
+        settings = job.config.evaluation
+        model, tokenizer = self._load(job, results)
+        scores: dict[str, Any] = {"zero_shot": {}, "perplexity": {}}
+        for task in settings.tasks:
+            scores["zero_shot"][task] = _finished(
+                out / f"{task}.json",
+                lambda task=task: zero_shot.score_task(  # type: ignore[misc]
+                    model,
+                    tokenizer,
+                    task,
+                    data=settings.data,
+                    limit=settings.limit,
+                    batch_size=settings.batch_size,
+                    seed=job.config.seed,
+                ),
+            )
+            log.info("%s %s: %.2f", self.target, task, scores["zero_shot"][task]["score"])
+        for corpus in settings.perplexity.corpora:
+            scores["perplexity"][corpus] = _finished(
+                out / f"perplexity_{Path(corpus).stem}.json",
+                lambda corpus=corpus: perplexity.score_corpus(  # type: ignore[misc]
+                    model, tokenizer, corpus, settings=settings.perplexity, data_dir=job.data_dir
+                ),
+            )
+            log.info("%s perplexity on %s: %.3f", self.target, corpus, scores["perplexity"][corpus]["perplexity"])
+        if settings.efficiency.enabled:
+            scores["efficiency"] = _finished(
+                out / "efficiency.json", lambda: efficiency.measure(model, tokenizer, settings=settings.efficiency)
+            )
+        return {kind: values for kind, values in scores.items() if values}
+
+    def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
+        scores = artifact.record()["result"]
+        metrics = {task: result["score"] for task, result in scores.get("zero_shot", {}).items()}
+        for corpus, result in scores.get("perplexity", {}).items():
+            metrics[f"perplexity/{corpus}"] = result["perplexity"]
+        tracker.log(metrics, stage=self.name)
+
+    def _load(self, job: Job, results: Mapping[str, Artifact]) -> tuple[Any, Any]:
+        from slm_pipeline.models.loading import load_checkpoint, load_dense
+
+        if self.target == "dense":
+            return load_dense(job.source)
+        if self.target == "pruned":
+            return load_pruned(job, results["merge"])
+        from transformers import AutoTokenizer
+
+        folder = results["recover"].path / "model"
+        return load_checkpoint(folder, job.config.model), AutoTokenizer.from_pretrained(folder)
+
+
+def _finished(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result in ``path``, computed and written first when it is not there."""
+    if not path.exists():
+        write_json(path, compute())
+    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]

@@ -1,0 +1,135 @@
+"""Merge: let the method make its plan, apply it, and keep a checkpoint that plain transformers loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slm_pipeline.artifacts import Artifact, digest
+from slm_pipeline.job import Job, ParameterCounts
+from slm_pipeline.stages.calibrate import load_samples
+from slm_pipeline.surgery.plan import Plan, format_groups
+from slm_pipeline.tracking import Tracker
+
+VERSION = 1
+
+
+class Merge:
+    """Leaves plan.json and, with ``keep=model``, the pruned model in model/."""
+
+    name = stage = "merge"
+    needs: tuple[str, ...] = ("calibrate",)
+
+    def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any]:
+        ratio, threshold = job.config.pruning_ratio, job.config.threshold
+        search = {"refine": threshold.refine, "exhaustive": threshold.exhaustive}
+        return {
+            "version": VERSION,
+            "model": job.source.fingerprint,
+            "calibration": results["calibrate"].key if job.method.reads_calibration else None,
+            "method": job.method.name,
+            "options": job.method.options(),
+            "threshold": job.threshold,
+            "search": search if job.method.takes_threshold and job.threshold is None else None,
+            # With a floor of its own the method does not look at the ratio.
+            "pruning_ratio": None if job.threshold is not None else vars(ratio),
+        }
+
+    def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
+        from slm_pipeline.models.loading import load_dense
+        from slm_pipeline.models.view import ModelView
+
+        model, tokenizer = load_dense(job.source)
+        view = ModelView(model)
+        counts = ParameterCounts(view.num_parameters(), [view.block_parameters(i) for i in range(view.num_layers)])
+        plan = self._plan(job, results["calibrate"], view, counts)
+        plan.write(out / "plan.json")
+        num_parameters = _parameters_after(plan, counts)
+        if job.config.keep == "model":
+            save_pruned(plan, model, tokenizer, out / "model", job)
+        return {
+            "checkpoint": checkpoint_id(job, plan),
+            "threshold": plan.threshold,
+            "num_layers": {"dense": view.num_layers, "pruned": plan.num_layers},
+            "parameters": {"dense": counts.total, "pruned": num_parameters},
+            "layers": format_groups(plan.layer_groups),
+        }
+
+    def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
+        for step, row in enumerate(load_plan(artifact).scores.get("steps", [])):
+            tracker.log({"similarity": row["similarity"], "accepted": float(row["accepted"])}, stage=self.name, step=step)
+        result = artifact.record()["result"]
+        metrics = {"num_layers": result["num_layers"]["pruned"], "parameters": result["parameters"]["pruned"]}
+        if result["threshold"] is not None:
+            metrics["threshold"] = result["threshold"]
+        tracker.log(metrics, stage=self.name)
+
+    def _plan(self, job: Job, calibration: Artifact, view: Any, counts: ParameterCounts) -> Plan:
+        from slm_pipeline.methods.base import PruningProblem
+
+        input_ids, identity = load_samples(calibration)
+        num_remove = job.num_layers_to_remove(view.num_layers, counts) if job.threshold is None else None
+        problem = PruningProblem(
+            source=job.source,
+            view=view,
+            input_ids=input_ids,
+            num_remove=num_remove,
+            threshold=job.threshold,
+            refine=job.config.threshold.refine,
+            exhaustive=job.config.threshold.exhaustive,
+            calibration=identity,
+        )
+        return job.method.plan(problem)
+
+
+def checkpoint_id(job: Job, plan: Plan) -> str:
+    """What the pruned weights are: the dense model's own fingerprint when the plan changes nothing."""
+    return digest([job.source.fingerprint, plan.content()]) if plan.ops else job.source.fingerprint
+
+
+def load_plan(artifact: Artifact) -> Plan:
+    return Plan.read(artifact.path / "plan.json")
+
+
+def load_pruned(job: Job, artifact: Artifact) -> tuple[Any, Any]:
+    """The pruned model of a finished merge and its tokenizer; rebuilt from the plan when no weights were kept."""
+    from slm_pipeline.models.loading import load_checkpoint, load_dense
+    from slm_pipeline.surgery.apply import apply
+
+    if (artifact.path / "model").is_dir():
+        from transformers import AutoTokenizer
+
+        folder = artifact.path / "model"
+        return load_checkpoint(folder, job.config.model), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load_dense(job.source)
+    return apply(load_plan(artifact), model), tokenizer
+
+
+def save_pruned(plan: Plan, model: Any, tokenizer: Any, folder: Path, job: Job) -> None:
+    """Apply ``plan`` to ``model`` and keep the result in ``folder``, verified; ``model`` is used up."""
+    from slm_pipeline.models import checkpoint
+    from slm_pipeline.surgery.apply import apply
+
+    dense = plan.model["name"]
+    body = (
+        f"Method: `{plan.method}`, {plan.model['num_layers']} -> {plan.num_layers} layers"
+        + (f", similarity threshold {plan.threshold}" if plan.threshold is not None else "")
+        + f".\n\nLayers, by the original layers merged into each: `{format_groups(plan.layer_groups)}`"
+        + (f"; dropped: {plan.dropped}" if plan.dropped else "")
+        + ".\n\nThe whole decision, replayable with `slm method=from_plan`, is in `plan.json`."
+    )
+    card = checkpoint.card(
+        title=f"{dense}, {plan.num_layers} layers ({plan.method})",
+        base=job.config.model.repo or dense,
+        licence_note="The base model's licence applies.",
+        body=body,
+        command=job.command,
+    )
+    checkpoint.save(apply(plan, model), tokenizer, folder, card=card, config=job.config.model)
+    plan.write(folder / "plan.json")
+
+
+def _parameters_after(plan: Plan, counts: ParameterCounts) -> int:
+    """Parameters of the pruned model: each group has the size of its first layer."""
+    return counts.total - sum(counts.blocks) + sum(counts.blocks[group[0]] for group in plan.layer_groups)

@@ -1,0 +1,74 @@
+"""Recover: train the pruned model and keep the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slm_pipeline.artifacts import Artifact, write_json
+from slm_pipeline.job import Job
+from slm_pipeline.stages.merge import load_plan, load_pruned
+from slm_pipeline.tracking import Tracker
+
+VERSION = 1
+
+
+class Recover:
+    """Leaves the recovered model in model/, curve.json, and whatever the recovery keeps (an adapter)."""
+
+    name = stage = "recover"
+    needs: tuple[str, ...] = ("merge",)
+
+    def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any] | None:
+        """None until the plan is known: equal plans share their recovery, whatever search led to them."""
+        if not results["merge"].done:
+            return None
+        assert job.recovery is not None
+        return {
+            "version": VERSION,
+            "checkpoint": results["merge"].record()["result"]["checkpoint"],
+            "recovery": job.recovery.name,
+            "options": dataclasses.asdict(job.recovery),  # type: ignore[call-overload]
+            "data": job.identities["recovery"],
+            "seed": job.config.seed,
+        }
+
+    def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
+        from slm_pipeline.models import checkpoint
+        from slm_pipeline.models.loading import load_dense
+
+        assert job.recovery is not None
+        plan = load_plan(results["merge"])
+        model, tokenizer = load_pruned(job, results["merge"])
+        result = job.recovery.run(
+            teacher=lambda: load_dense(job.source)[0],
+            model=model,
+            tokenizer=tokenizer,
+            plan=plan,
+            out=out,
+            base_path=str(results["merge"].path / "model"),
+            seed=job.config.seed,
+            data_dir=job.data_dir,
+            log=lambda metrics, step: tracker.log(metrics, stage=self.name, step=step),
+        )
+        write_json(out / "curve.json", result.curve)
+        card = checkpoint.card(
+            title=f"{plan.model['name']}, {plan.num_layers} layers ({plan.method}, {job.recovery.name})",
+            base=job.config.model.repo or plan.model["name"],
+            licence_note="The base model's licence applies.",
+            body=f"Pruned with `{plan.method}` (see `plan.json`), then trained with `{job.recovery.name}`.",
+            command=job.command,
+        )
+        checkpoint.save(result.model, tokenizer, out / "model", card=card, config=job.config.model)
+        plan.write(out / "model" / "plan.json")
+        return result.metrics
+
+    def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
+        if reused:  # a curve that is being trained was logged as it went
+            for row in json.loads((artifact.path / "curve.json").read_text(encoding="utf-8")):
+                tracker.log({key: value for key, value in row.items() if key != "step"}, stage=self.name, step=row["step"])
+        metrics = artifact.record()["result"]
+        tracker.log({key: value for key, value in metrics.items() if isinstance(value, (int, float))}, stage=self.name)

@@ -1,0 +1,153 @@
+"""summary.json, summary.md and the pictures of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slm_pipeline import provenance, report
+from slm_pipeline.artifacts import Artifact, write_json
+from slm_pipeline.config import TARGETS
+from slm_pipeline.job import Job
+from slm_pipeline.stages.merge import load_plan
+from slm_pipeline.surgery.plan import Plan
+from slm_pipeline.tracking import Tracker
+
+FORMAT = 1
+
+
+def build(
+    job: Job, results: Mapping[str, Artifact], reused: Mapping[str, bool], warnings: list[str]
+) -> dict[str, Any]:
+    """The content of summary.json, from the stages that ran or were reused; what was not run is absent."""
+    records = {name: artifact.record() for name, artifact in results.items()}
+    config = job.config
+    summary: dict[str, Any] = {
+        "format": FORMAT,
+        "name": config.name,
+        "command": job.command,
+        "model": job.source.name,
+        "method": job.method.name,
+        "seed": config.seed,
+    }
+    if "calibrate" in records:
+        summary["calibration"] = records["calibrate"]["result"]
+    if job.recovery is not None and "recover" in records:
+        options = dataclasses.asdict(job.recovery)  # type: ignore[call-overload]
+        summary["recovery"] = {"name": job.recovery.name, "options": options, **records["recover"]["result"]}
+    if "merge" in records:
+        summary |= _pruning(job, load_plan(results["merge"]), records["merge"]["result"])
+    metrics, details = _metrics(records)
+    if metrics:
+        summary |= {"metrics": metrics, "details": details}
+    if efficiency := {
+        target: details[f"evaluate_{target}"]["efficiency"]
+        for target in TARGETS
+        if "efficiency" in details.get(f"evaluate_{target}", {})
+    }:
+        summary["efficiency"] = efficiency
+    summary["stages"] = {
+        name: {
+            "seconds": record["seconds"],
+            "reused": reused[name],
+            "peak_memory_gb": record["peak_memory_gb"],
+            "path": str(results[name].path),
+        }
+        for name, record in records.items()
+    }
+    if checkpoint := _checkpoint(results):
+        summary["checkpoint"] = str(checkpoint)
+    summary["warnings"] = list(warnings)
+    summary["provenance"] = provenance.collect()
+    return summary
+
+
+def write(summary: dict[str, Any], results: Mapping[str, Artifact], run_dir: Path, tracker: Tracker) -> None:
+    """Draw the pictures, write summary.json and summary.md, log both, and print the table."""
+    pictures = _draw(summary, results, run_dir)
+    summary["pictures"] = [picture.name for picture in pictures]
+    if "merge" in results:
+        load_plan(results["merge"]).write(run_dir / "plan.json")
+    write_json(run_dir / "summary.json", summary)
+    text = report.write_summary_md(run_dir, summary)
+    for picture in pictures:
+        if picture.suffix == ".png":
+            tracker.image(picture.stem, picture)
+    columns, rows = report.score_table(summary)
+    if rows:
+        tracker.table("scores", columns, rows)
+    tracker.summary(report.flat_metrics(summary))
+    print(text)
+
+
+def _pruning(job: Job, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
+    ratio = job.config.pruning_ratio
+    layers, parameters = result["num_layers"], result["parameters"]
+    pruning: dict[str, Any] = {
+        "threshold": plan.threshold,
+        "pruning_ratio": {
+            "asked": ratio.ratio if ratio.num_layers is None else {"num_layers": ratio.num_layers},
+            "of": ratio.of,
+            "got_layers": round(1 - layers["pruned"] / layers["dense"], 4),
+            "got_parameters": round(1 - parameters["pruned"] / parameters["dense"], 4),
+        },
+        "num_layers": layers,
+        "parameters": parameters,
+        "layer_groups": plan.layer_groups,
+        "dropped": plan.dropped,
+    }
+    if "exact" in plan.scores:
+        pruning["threshold_is_highest"] = plan.scores["exact"]
+    return pruning
+
+
+def _metrics(records: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores in the form of the contract, and the same with stderr and settings."""
+    metrics: dict[str, Any] = {}
+    details: dict[str, Any] = {}
+    for target in TARGETS:
+        record = records.get(f"evaluate_{target}")
+        if record is None:
+            continue
+        details[f"evaluate_{target}"] = record["result"]
+        scores: dict[str, Any] = {}
+        if zero_shot := record["result"].get("zero_shot"):
+            values = {task: result["score"] for task, result in zero_shot.items()}
+            scores["zero_shot"] = {**values, "average": sum(values.values()) / len(values)}
+        if perplexity := record["result"].get("perplexity"):
+            scores["perplexity"] = perplexity
+        if scores:
+            metrics[target] = scores
+    return metrics, details
+
+
+def _checkpoint(results: Mapping[str, Artifact]) -> Path | None:
+    """Folder of the last model that was made and kept."""
+    for name in ("recover", "merge"):
+        if name in results and (results[name].path / "model").is_dir():
+            return results[name].path / "model"
+    return None
+
+
+def _draw(summary: Mapping[str, Any], results: Mapping[str, Artifact], run_dir: Path) -> list[Path]:
+    from slm_pipeline.analysis import pictures
+
+    drawn: list[Path] = []
+    plan = load_plan(results["merge"]) if "merge" in results else None
+    title = f"{summary['model']}, {summary['method']}"
+    if "calibrate" in results:
+        values = json.loads((results["calibrate"].path / "similarity.json").read_text(encoding="utf-8"))
+        groups = plan.layer_groups if plan else None
+        drawn += pictures.similarity_map(
+            values["cosine"], run_dir / "layer_similarity", title=f"{summary['model']}: layer similarity", layer_groups=groups
+        )
+    if plan is not None and plan.scores.get("steps"):
+        drawn += pictures.search_steps(plan.scores["steps"], plan.threshold, run_dir / "search_steps", title=title)
+    if "recover" in results:
+        curve = json.loads((results["recover"].path / "curve.json").read_text(encoding="utf-8"))
+        if curve:
+            drawn += pictures.loss_curve(curve, run_dir / "recovery_loss", title=title)
+    return drawn
