@@ -5,9 +5,12 @@ Nothing heavy is imported here, so that help, tab completion and ``dry_run=true`
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,25 +37,38 @@ def _hydra_main(composed: DictConfig) -> None:
 
 def main() -> None:
     """Console entry point. Exit status 0, 2 for a user's error (one ``error:`` line), 1 for anything else."""
-    _set_search_path()
+    set_search_path()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach us instead of being printed by Hydra
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_page.text())
         return
-    try:
+    with errors_in_one_line():
         arguments = get_args_parser().parse_args()
         if not _only_asks_hydra(arguments) and _check_before_hydra(arguments):
             return
         _hydra_main()
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Print a user's error as one line and exit with status 2; let a defect of ours show its traceback."""
+    try:
+        yield
     except UserError as error:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _fail(config.one_line(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+            raise
+        _fail(f"{error.filename or 'output_dir'}: {error.strerror}; nothing unfinished is taken for a result")
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from here", status=130)
 
 
-def _set_search_path() -> None:
+def set_search_path() -> None:
     """Tell conf/config.yaml where sweeps/ are: the user's own folder, then the ones shipped with the package."""
     shipped = str(config.SWEEPS_ROOT)
     os.environ["SLM_SHIPPED_SWEEPS"] = shipped
@@ -78,15 +94,17 @@ def _check_before_hydra(arguments: Namespace) -> bool:
     for item in overrides:
         if item.is_sweep_override() and not multirun:
             raise UserError(f"{item.input_line} asks for several jobs; add -m: slm -m {item.input_line}")
+        group = item.key_or_group
+        if not item.is_sweep_override() and isinstance(item.value(), list) and (config.CONF_DIR / group).is_dir():
+            # Hydra would lay the options over one another without a word.
+            names = ",".join(map(str, item.value()))
+            raise UserError(f"{item.input_line} names several options of {group}; choose one, or one job each: slm -m {group}={names}")
     with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF_DIR)):
         composed = compose(arguments.config_name or "config", overrides=fixed, return_hydra_config=True)
-    for group, choice in composed.hydra.runtime.choices.items():
-        if choice is not None and not isinstance(choice, str):
-            raise UserError(f"{group}={list(choice)} names several options; choose one, or with -m: {group}={','.join(choice)}")
-    if multirun:
-        from slm_pipeline.job import check_output_root
+    from slm_pipeline.job import make_output_root
 
-        check_output_root(composed.output_dir)
+    if multirun:
+        make_output_root(composed.output_dir)
         return False
     typed = config.to_config(composed)
     from slm_pipeline.job import prepare
@@ -97,6 +115,7 @@ def _check_before_hydra(arguments: Namespace) -> bool:
         print(describe_plan(job))
         return True
     plan(job)
+    make_output_root(typed.output_dir)
     return False
 
 

@@ -41,14 +41,14 @@ class ModelConfig:
     device: str = "auto"  # auto (cuda if there is one) | cpu | cuda | cuda:N | balanced (spread over all GPUs)
     trust_remote_code: bool = False
     published_thresholds: dict[str, float] = field(default_factory=dict)  # ratio option -> threshold
-    architecture: str | None = None  # random: a model_type of transformers, e.g. qwen3
-    num_layers: int = 4  # random: this and all below
-    hidden_size: int = 64
-    intermediate_size: int = 128
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    vocab_size: int = 512
-    seed: int = 1234
+    architecture: str | None = None  # random: a model_type of transformers, e.g. qwen3; the rest is for random too
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    vocab_size: int | None = None
+    seed: int | None = None
 
 
 @dataclass
@@ -210,7 +210,10 @@ def build(node: Any, *, group: str) -> Any:
 
 def one_line(error: Exception) -> str:
     """An OmegaConf or Hydra message without its trailing location block."""
-    message = str(error).strip()
+    message = str(error)
+    if isinstance(error.__cause__, OmegaConfBaseException):  # Hydra names the override, OmegaConf what is wrong with it
+        message += f": {error.__cause__}"
+    message = re.sub(r"To append to your config use \S+", "See slm --cfg job for all keys.", message.strip())
     lines = [line.strip() for line in message.splitlines()]
     key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
     first = " ".join(line for line in lines if not re.match(r"(full_key|object_type|reference_type):?", line))

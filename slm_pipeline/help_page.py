@@ -55,5 +55,5 @@ def _key_lines() -> list[str]:
         key, separator, rest = line.partition(":")
         if separator and key in wanted:
             value, _, comment = rest.partition("#")
-            lines.append(f"  {key}={value.strip():<42}{comment.strip()}".rstrip())
+            lines.append(f"  {f'{key}={value.strip()}':<52}{comment.strip()}".rstrip())
     return lines

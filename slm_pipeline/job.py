@@ -10,10 +10,12 @@ from slm_pipeline import config as options
 from slm_pipeline.config import Config, build
 from slm_pipeline.data import calibration
 from slm_pipeline.errors import UserError
-from slm_pipeline.evaluation import perplexity, zero_shot
+from slm_pipeline.data.tasks import task_fingerprint
+from slm_pipeline.evaluation.perplexity import corpus_fingerprint
 from slm_pipeline.methods.base import Method, num_layers_to_remove
 from slm_pipeline.models.source import ModelSource, describe
 from slm_pipeline.recovery.base import Recovery
+from slm_pipeline.tracking import check_tracker
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def prepare(config: Config, command: str) -> Job:
     """
     _check_top_level(config)
     method: Method = build(config.method, group="method")
-    recovery: Recovery | None = build(config.recovery, group="recovery") if config.recovery else None
+    recovery: Recovery | None = build(config.recovery, group="recovery") if config.recovery else None  # {} is recovery=none
     source = describe(config.model)
     threshold = _threshold(config, method)
     method.check(source)
@@ -101,6 +103,7 @@ def prepare(config: Config, command: str) -> Job:
     if recovery is not None and "recover" in config.stages:
         identities["recovery"] = recovery.data_identity(data_dir(config))
     identities["evaluation"] = _check_evaluation(config)
+    check_tracker(config.tracker)
     job = Job(config, source, method, recovery, threshold, command, identities)
     if source.num_layers is not None:
         job.num_layers_to_remove(source.num_layers)
@@ -117,6 +120,15 @@ def check_output_root(output_dir: str) -> None:
         raise UserError(f"output_dir={output_dir!r}: {existing} is not a folder")
     if not os.access(existing, os.W_OK) or _read_only(existing):
         raise UserError(f"output_dir={output_dir!r} cannot be written: {existing} is read-only; choose another output_dir=")
+
+
+def make_output_root(output_dir: str) -> None:
+    """Make the folder that everything is written below; raise `UserError` if that fails."""
+    check_output_root(output_dir)
+    try:
+        (Path(output_dir).expanduser().absolute() / "store").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir={output_dir!r} cannot be made: {error.strerror}; choose another output_dir=") from error
 
 
 def _read_only(folder: Path) -> bool:
@@ -199,7 +211,8 @@ def _check_evaluation(config: Config) -> dict[str, object]:
         raise UserError(f"evaluation.limit={evaluation.limit} must be at least 1, or null for all examples")
     if "evaluate" not in config.stages or not evaluation.of:
         return {}
+    folder = data_dir(config)
     return {
-        "tasks": {task: zero_shot.check(task, evaluation.data) for task in evaluation.tasks},
-        "corpora": {corpus: perplexity.check(corpus, data_dir(config)) for corpus in evaluation.perplexity.corpora},
+        "tasks": {task: task_fingerprint(evaluation.data, task, folder) for task in evaluation.tasks},
+        "corpora": {corpus: corpus_fingerprint(corpus, folder) for corpus in evaluation.perplexity.corpora},
     }

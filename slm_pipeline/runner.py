@@ -142,7 +142,7 @@ def run_job(composed: DictConfig) -> None:
         with open_tracker(
             config.tracker,
             run_dir=run_dir,
-            name=run_dir.name if not multirun else " ".join(hydra.overrides.task) or run_dir.name,
+            name=f"{config.name}/{run_dir.parent.name}/{run_dir.name}" if multirun else f"{config.name}/{run_dir.name}",
             run_config=asdict(config),
             group=Path(hydra.sweep.dir).name if multirun else None,
             tags=[f"{group}={choice}" for group, choice in choices.items()],
@@ -157,7 +157,7 @@ def run_job(composed: DictConfig) -> None:
         raise
     finally:
         logging.getLogger("slm_pipeline").removeHandler(warnings)
-        if multirun:
+        if multirun and not composed.dry_run:
             report.write_study(Path(hydra.sweep.dir))
         _free_memory()
 

@@ -51,7 +51,7 @@ class PruningProblem:
     calibration: dict[str, Any]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Method:
     """Base of all methods.
 

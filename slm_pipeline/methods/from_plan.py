@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FromPlan(Method):
     """The decision of ``path``, a plan.json, on this model. Takes no pruning ratio.
 

@@ -9,7 +9,7 @@ from slm_pipeline.methods.base import CalibrationSize, Method, PruningProblem
 from slm_pipeline.surgery.plan import Plan, groups_of_windows
 
 
-@dataclass
+@dataclass(kw_only=True)
 class NoPruning(Method):
     """Leaves every layer as it is. Takes no pruning ratio."""
 

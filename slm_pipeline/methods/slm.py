@@ -18,7 +18,7 @@ Window = tuple[int, int]  # closed range (low, high) of original layers
 Similarity = Callable[[tuple[Window, ...], Window], float]  # (committed windows, open window) -> similarity
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SlidingLayerMerging(Method):
     """Sliding Layer Merging (SLM, later Sliding-Window Merging), arXiv 2502.19159, figure 2 and released code.
 

@@ -82,7 +82,7 @@ def resolve_device(device: str) -> str:
 
 
 def _random_model(config: ModelConfig) -> Any:
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
@@ -95,9 +95,9 @@ def _random_model(config: ModelConfig) -> Any:
         sizes |= {"ffn_dim": config.intermediate_size, "word_embed_proj_dim": config.hidden_size}
     else:
         sizes |= {"intermediate_size": config.intermediate_size}
+    assert config.architecture and config.hidden_size and config.num_heads and config.seed is not None
     if config.architecture not in ("opt", "gpt_neox"):
         sizes |= {"num_key_value_heads": config.num_kv_heads, "head_dim": config.hidden_size // config.num_heads}
-    assert config.architecture is not None
     torch.manual_seed(config.seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.architecture, **sizes))
     return model.to(getattr(torch, config.dtype)).to(resolve_device(config.device)).eval()

@@ -116,9 +116,10 @@ def _local(config: ModelConfig) -> ModelSource:
 
 def _random(config: ModelConfig) -> ModelSource:
     architectures.find({"model_type": config.architecture})
-    for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads"):
-        if getattr(config, name) < 1:
+    for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "vocab_size"):
+        if (getattr(config, name) or 0) < 1:
             raise UserError(f"model.{name}={getattr(config, name)} must be at least 1")
+    assert config.num_heads and config.num_kv_heads and config.hidden_size and config.vocab_size
     if config.num_heads % config.num_kv_heads or config.hidden_size % config.num_heads:
         raise UserError(
             f"model.num_heads={config.num_heads} must divide model.hidden_size={config.hidden_size}"

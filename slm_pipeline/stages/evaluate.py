@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from slm_pipeline.artifacts import Artifact, write_json
+from slm_pipeline.errors import UserError
 from slm_pipeline.job import Job
 from slm_pipeline.stages.merge import load_pruned
 from slm_pipeline.tracking import Tracker
 
 VERSION = 1
-
-log = logging.getLogger(__name__)
 
 
 class Evaluate:
@@ -49,7 +47,8 @@ class Evaluate:
         return f"recovered:{results['recover'].key}" if "recover" in results else None
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
-        from slm_pipeline.evaluation import efficiency, perplexity, zero_shot
+        from slm_pipeline.evaluation.efficiency import efficiency
+        from slm_pipeline.evaluation.zero_shot import score_task
 
         settings = job.config.evaluation
         model, tokenizer = self._load(job, results)
@@ -57,30 +56,45 @@ class Evaluate:
         for task in settings.tasks:
             scores["zero_shot"][task] = _finished(
                 out / f"{task}.json",
-                lambda task=task: zero_shot.score_task(  # type: ignore[misc]
+                lambda task=task: score_task(  # type: ignore[misc]
                     model,
                     tokenizer,
                     task,
                     data=settings.data,
                     limit=settings.limit,
                     batch_size=settings.batch_size,
-                    seed=job.config.seed,
+                    data_dir=job.data_dir,
                 ),
             )
-            log.info("%s %s: %.2f", self.target, task, scores["zero_shot"][task]["score"])
         for corpus in settings.perplexity.corpora:
             scores["perplexity"][corpus] = _finished(
                 out / f"perplexity_{Path(corpus).stem}.json",
-                lambda corpus=corpus: perplexity.score_corpus(  # type: ignore[misc]
-                    model, tokenizer, corpus, settings=settings.perplexity, data_dir=job.data_dir
-                ),
+                lambda corpus=corpus: self._perplexity(job, model, tokenizer, corpus),  # type: ignore[misc]
             )
-            log.info("%s perplexity on %s: %.3f", self.target, corpus, scores["perplexity"][corpus]["perplexity"])
         if settings.efficiency.enabled:
-            scores["efficiency"] = _finished(
-                out / "efficiency.json", lambda: efficiency.measure(model, tokenizer, settings=settings.efficiency)
-            )
+            options = dataclasses.asdict(settings.efficiency)
+            del options["enabled"]
+            scores["efficiency"] = _finished(out / "efficiency.json", lambda: efficiency(model, tokenizer, **options))
         return {kind: values for kind, values in scores.items() if values}
+
+    def _perplexity(self, job: Job, model: Any, tokenizer: Any, corpus: str) -> dict[str, Any]:
+        from slm_pipeline.evaluation.perplexity import corpus_tokens, perplexity
+
+        settings = job.config.evaluation.perplexity
+        input_ids, about = corpus_tokens(tokenizer, corpus, window=settings.window, data_dir=job.data_dir)
+        if settings.bos and tokenizer.bos_token_id is None:
+            raise UserError(f"evaluation.perplexity.bos=true: the tokenizer of {job.source.name} has no BOS token")
+        result = perplexity(
+            model,
+            input_ids,
+            window=settings.window,
+            stride=settings.stride,
+            bos_token_id=tokenizer.bos_token_id if settings.bos else None,
+            batch_size=settings.batch_size,
+            max_tokens=settings.max_tokens,
+            label=Path(corpus).stem,
+        )
+        return {**about, **result}
 
     def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
         scores = artifact.record()["result"]

@@ -51,7 +51,7 @@ class Merge:
         return {
             "checkpoint": checkpoint_id(job, plan),
             "threshold": plan.threshold,
-            "num_layers": {"dense": view.num_layers, "pruned": plan.num_layers},
+            "num_layers": {"dense": plan.model["num_layers"], "pruned": plan.num_layers},
             "parameters": {"dense": counts.total, "pruned": num_parameters},
             "layers": format_groups(plan.layer_groups),
         }

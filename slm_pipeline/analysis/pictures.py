@@ -1,0 +1,263 @@
+"""Pictures of a run, from plain numbers: each as PNG to look at and as SVG for a paper.
+
+The same input gives the same bytes: no dates, fixed identifiers in the SVG, and none of the user's matplotlib settings.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; one meaning each, in every picture.
+COLORS = {
+    "accepted": "#0072B2",  # blue
+    "rejected": "#D55E00",  # vermilion
+    "merged": "#0072B2",  # accepted, in the end
+    "kept": "#D9D9D9",
+    "dropped": "#B0B0B0",
+    "training": "#56B4E9",  # sky blue
+    "validation": "#E69F00",  # orange
+    "reference": "#000000",
+}
+STYLE: dict[Any, Any] = {
+    "font.size": 8.0,
+    "axes.titlesize": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "svg.hashsalt": "slm_pipeline",
+}
+WIDTH = 6.9  # inches, both columns of a paper
+DPI = 200
+
+
+def similarity_map(
+    matrix: Sequence[Sequence[float]],
+    path_stem: Path,
+    *,
+    title: str,
+    layer_groups: Sequence[Sequence[int]] | None = None,
+) -> list[Path]:
+    """Heat map of how alike the residual states are.
+
+    Args:
+        matrix: [L+1, L+1] cosine similarities in [-1, 1]; index 0 is the embeddings, i the output of layer i - 1.
+        path_stem: where to write, without ``.png`` and ``.svg``.
+        title: the picture's title.
+        layer_groups: a plan's groups; the outputs of layers merged into one are outlined.
+
+    Returns:
+        The files written.
+    """
+    from matplotlib.patches import Rectangle
+
+    with _figure(4.9, 4.1) as figure:
+        axes = figure.add_subplot()
+        lowest = min(min(row) for row in matrix)
+        image = axes.imshow(matrix, origin="lower", cmap="cividis", vmin=lowest, vmax=1.0, interpolation="nearest")
+        merged = _merged_runs(layer_groups or [])
+        for run in merged:
+            corner, size = run[0] + 0.5, len(run)
+            for color, linewidth in (("black", 2.4), ("white", 1.2)):  # seen on light and on dark
+                axes.add_patch(Rectangle((corner, corner), size, size, fill=False, ec=color, lw=linewidth))
+        spacing = _tick_spacing(len(matrix), most=10)
+        layers = range(spacing if spacing > 1 else 0, len(matrix) - 1, spacing)
+        ticks, labels = [0, *(layer + 1 for layer in layers)], ["emb.", *map(str, layers)]
+        axes.set_xticks(ticks, labels)
+        axes.set_yticks(ticks, labels)
+        note = " (outlined: merged into one)" if merged else ""
+        axes.set(title=title, xlabel=f"output of layer{note}", ylabel="output of layer")
+        figure.colorbar(image, ax=axes, label="cosine similarity")
+        return _save(figure, path_stem)
+
+
+def search_steps(
+    steps: Sequence[Mapping[str, Any]], threshold: float | None, path_stem: Path, *, title: str
+) -> list[Path]:
+    """What a sliding search tried, in order: each window's similarity, and below it the layers of the window.
+
+    Args:
+        steps: a plan's ``scores.steps``: ``low`` and ``high`` (original layers, both inclusive), ``similarity`` and
+            ``accepted``.
+        threshold: drawn as a line; None for none.
+        path_stem: where to write, without ``.png`` and ``.svg``.
+        title: the picture's title.
+
+    Returns:
+        The files written.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    committed = committed_windows(steps)
+    with _figure(WIDTH, 3.9) as figure:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+        for accepted, name, marker in ((True, "accepted", "o"), (False, "rejected", "x")):
+            chosen = [i for i, step in enumerate(steps) if step["accepted"] == accepted]
+            similarities = [steps[i]["similarity"] for i in chosen]
+            numbers = [i + 1 for i in chosen]
+            above.scatter(numbers, similarities, s=18, marker=marker, color=COLORS[name], label=name, zorder=3)
+            bottoms = [steps[i]["low"] - 0.5 for i in chosen]
+            heights = [steps[i]["high"] - steps[i]["low"] + 1 for i in chosen]
+            alphas = [1.0 if i in committed else 0.35 for i in chosen]
+            for number, bottom, height, alpha in zip(numbers, bottoms, heights, alphas, strict=True):
+                below.bar(number, height, 0.7, bottom, color=COLORS[name], alpha=alpha, lw=0)
+        for i in committed:
+            low, high, similarity = (steps[i][key] for key in ("low", "high", "similarity"))
+            above.annotate(f"{low}-{high}", (i + 1, similarity), (0, 6), textcoords="offset points", ha="center")
+        if threshold is not None:
+            label = f"threshold {threshold:g}"
+            above.axhline(threshold, color=COLORS["reference"], lw=0.8, ls="--", label=label, zorder=1)
+        above.margins(y=0.15)
+        above.set_title(title, loc="left")
+        above.set(ylabel="similarity to the dense model", xlim=(0.3, len(steps) + 0.7))
+        above.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0.0, ncols=3)
+        below.set(xlabel="search step (solid bar: merged in the end)", ylabel="layers in the window")
+        below.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        below.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        return _save(figure, path_stem)
+
+
+def committed_windows(steps: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Indices of the steps whose window was merged: of the windows accepted with one upper end, the longest."""
+    longest: dict[int, int] = {}
+    for i, step in enumerate(steps):
+        if step["accepted"] and (step["high"] not in longest or step["low"] < steps[longest[step["high"]]]["low"]):
+            longest[step["high"]] = i
+    return sorted(longest.values())
+
+
+def loss_curve(curve: Sequence[Mapping[str, float]], path_stem: Path, *, title: str) -> list[Path]:
+    """Training and validation loss of a recovery, with the best validation loss marked.
+
+    Args:
+        curve: in order of time, ``{"step", "loss", ...}`` and ``{"step", "eval_loss", ...}``; nats per answer token.
+        path_stem: where to write, without ``.png`` and ``.svg``.
+        title: the picture's title.
+
+    Returns:
+        The files written.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    with _figure(4.4, 2.8) as figure:
+        axes = figure.add_subplot()
+        for key, name, marker in (("loss", "training", ""), ("eval_loss", "validation", "o")):
+            points = [(entry["step"], entry[key]) for entry in curve if key in entry]
+            if points:
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, color=COLORS[name], lw=1.3, marker=marker, ms=4, label=name)
+        if validation := [(entry["eval_loss"], entry["step"]) for entry in curve if "eval_loss" in entry]:
+            best, step = min(validation)
+            axes.axhline(best, color=COLORS["reference"], lw=0.8, ls=":", label=f"best {best:.3f} at step {step:g}")
+        axes.set(title=title, xlabel="optimiser step", ylabel="loss (nats per answer token)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axes.legend()
+        return _save(figure, path_stem)
+
+
+def layer_strip(
+    layer_groups: Sequence[Sequence[int]], dropped: Sequence[int], num_layers: int, path_stem: Path
+) -> list[Path]:
+    """The dense model's layers as a strip of cells, and below it the layers of the pruned model that they became.
+
+    Args:
+        layer_groups: for each pruned layer the original layers merged into it.
+        dropped: original layers in no group.
+        num_layers: of the dense model.
+        path_stem: where to write, without ``.png`` and ``.svg``.
+
+    Returns:
+        The files written.
+    """
+    from matplotlib.patches import Patch, Rectangle
+
+    with _figure(WIDTH, 1.35) as figure:
+        axes = figure.add_subplot()
+        # In points, so that two digits fit a cell: upright where there is room, else on their side.
+        size, rotation = (7.0, 0) if num_layers <= 36 else (min(7.0, 420 / num_layers), 90)
+
+        def cell(left: float, bottom: float, number: int, kind: str) -> None:
+            axes.add_patch(Rectangle((left, bottom), 1, 1, **_looks(kind)))
+            ink = "white" if kind == "merged" else "black"
+            place: dict[str, Any] = {"ha": "center", "va": "center", "rotation": rotation}
+            axes.text(left + 0.5, bottom + 0.5, str(number), size=size, color=ink, **place)
+
+        for layer in dropped:
+            cell(layer, 1.0, layer, "dropped")
+        for index, group in enumerate(layer_groups):
+            kind = "merged" if len(group) > 1 else "kept"
+            middle = (group[0] + group[-1] + 1) / 2
+            for layer in group:
+                cell(layer, 1.0, layer, kind)
+                axes.plot([layer + 0.5, middle], [0.95, 0.55], color=COLORS[kind], lw=1.0)
+            cell(middle - 0.5, -0.5, index, kind)
+        kinds = ["kept", *(["merged"] if _merged_runs(layer_groups) else []), *(["dropped"] if dropped else [])]
+        entries = [Patch(**_looks(kind), label="merged into one" if kind == "merged" else kind) for kind in kinds]
+        figure.legend(handles=entries, loc="outside lower center", ncols=3)
+        axes.set(xlim=(-0.2, num_layers + 0.2), ylim=(-0.6, 2.1))
+        axes.set_yticks([1.5, 0.0], [f"dense: {num_layers} layers", f"pruned: {len(layer_groups)} layers"])
+        axes.tick_params(length=0)
+        axes.set_xticks([])
+        axes.spines[:].set_visible(False)
+        return _save(figure, path_stem)
+
+
+def _looks(kind: str) -> dict[str, Any]:
+    """How a layer's cell is drawn."""
+    if kind == "dropped":
+        return {"fc": "white", "ec": COLORS["dropped"], "hatch": "/////", "lw": 0.5}
+    return {"fc": COLORS[kind], "ec": "white", "lw": 0.8}
+
+
+def _merged_runs(layer_groups: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The runs of neighbouring layers in groups of more than one."""
+    runs: list[list[int]] = []
+    for group in layer_groups:
+        start = len(runs)
+        for layer in group if len(group) > 1 else []:
+            if len(runs) > start and runs[-1][-1] + 1 == layer:
+                runs[-1].append(layer)
+            else:
+                runs.append([layer])
+    return runs
+
+
+def _tick_spacing(count: int, most: int) -> int:
+    """The smallest round number that leaves at most ``most`` ticks."""
+    return next(spacing for spacing in (1, 2, 5, 10, 20, 50, 100, 200, 500) if count <= most * spacing)
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    """A figure of so many inches in our style, drawn without a display."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def _save(figure: Figure, path_stem: Path) -> list[Path]:
+    path_stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        path = path_stem.with_name(f"{path_stem.name}.{kind}")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            figure.savefig(temporary, format=kind, dpi=DPI, metadata=metadata)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        paths.append(path)
+    return paths

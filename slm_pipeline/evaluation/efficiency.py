@@ -1,0 +1,158 @@
+"""Latency, throughput and memory of generation, as the SLM authors measure them.
+
+Published setting: a prompt repeated ``batch_size`` times (1), sampling with top-k 50 and top-p 0.95 at temperature 1,
+KV cache on, exactly 128 new tokens, 30 runs of which the first 10 are discarded; mean and population standard
+deviation of the rest. They take the time with CUDA events, here it is the wall clock between synchronisations of
+every GPU, which also holds for a model that is spread over several.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from slm_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+def efficiency(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    output_len: int,
+    num_runs: int,
+    num_warmup: int,
+    prompt: str,
+) -> dict[str, Any]:
+    """Time ``model.generate`` and measure its memory.
+
+    Args:
+        model: any causal language model; is left in evaluation mode.
+        tokenizer: the model's.
+        batch_size: copies of the prompt generated from at once.
+        output_len: new tokens of each, neither more nor less.
+        num_runs: calls of ``generate``, the discarded ones included.
+        num_warmup: of these, the first ones, which are not counted.
+        prompt: any text.
+
+    Returns:
+        latency_seconds and latency_seconds_std (one call of ``generate``), tokens_per_second and
+        tokens_per_second_std (new tokens of all copies), weights_gb (10^9 bytes of parameters), peak_memory_gb (of
+        all GPUs during the counted runs; None on a CPU, where a process's peak also holds what ran before),
+        num_parameters, prompt_len, device, dtype and the settings.
+
+    Raises:
+        UserError: unusable settings, more tokens than the model has positions for, or not enough memory.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    check(batch_size, output_len, num_runs, num_warmup)
+    inputs = tokenizer([prompt] * batch_size, return_tensors="pt").to(model.device)
+    prompt_len = inputs["input_ids"].shape[1]
+    max_positions = getattr(model.config, "max_position_embeddings", None)
+    if prompt_len < 1 or (max_positions is not None and prompt_len + output_len > max_positions):
+        raise UserError(
+            f"evaluation.efficiency: prompt of {prompt_len} tokens and output_len={output_len}; the prompt must not be"
+            f" empty and the model has {max_positions} positions"
+        )
+    eos_token_id = model.generation_config.eos_token_id if model.generation_config else None
+    settings = GenerationConfig(
+        do_sample=True,
+        top_k=50,
+        top_p=0.95,
+        temperature=1.0,
+        min_new_tokens=output_len,
+        max_new_tokens=output_len,
+        use_cache=True,
+        eos_token_id=eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+    )
+    model.eval()
+    generate: Any = model.generate
+    latencies = []
+    with torch.inference_mode():
+        for run in tqdm(range(num_runs), desc="generation speed", disable=None):
+            if run == num_warmup:
+                _reset_peak_memory()
+            _synchronize()
+            started = time.perf_counter()
+            try:
+                output = generate(
+                    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
+                )
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"generation does not fit into memory with evaluation.efficiency.batch_size={batch_size}; try"
+                    f" evaluation.efficiency.batch_size={max(1, batch_size // 2)}"
+                ) from error
+            _synchronize()
+            latencies.append(time.perf_counter() - started)
+    latencies = latencies[num_warmup:]
+    if output.shape != (batch_size, prompt_len + output_len):
+        raise RuntimeError(f"generate gave {tuple(output.shape)}, expected {(batch_size, prompt_len + output_len)}")
+    speeds = [batch_size * output_len / latency for latency in latencies]
+    log.info("generation: %.3f s, %.1f tokens/s", statistics.fmean(latencies), statistics.fmean(speeds))
+    return {
+        "latency_seconds": statistics.fmean(latencies),
+        "latency_seconds_std": statistics.pstdev(latencies),
+        "tokens_per_second": statistics.fmean(speeds),
+        "tokens_per_second_std": statistics.pstdev(speeds),
+        "weights_gb": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9,
+        "peak_memory_gb": _peak_memory_gb() if model.device.type == "cuda" else None,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "prompt_len": prompt_len,
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "batch_size": batch_size,
+        "output_len": output_len,
+        "num_runs": num_runs,
+        "num_warmup": num_warmup,
+        "prompt": prompt,
+    }
+
+
+def check(batch_size: int, output_len: int, num_runs: int, num_warmup: int) -> None:
+    """Check the settings of ``efficiency`` without a model.
+
+    Raises:
+        UserError: one of them is out of its range.
+    """
+    if batch_size < 1:
+        raise UserError(f"evaluation.efficiency.batch_size={batch_size} must be at least 1")
+    if output_len < 1:
+        raise UserError(f"evaluation.efficiency.output_len={output_len} must be at least 1")
+    if not 0 <= num_warmup < num_runs:
+        raise UserError(
+            f"evaluation.efficiency.num_warmup={num_warmup} must be at least 0 and less than"
+            f" evaluation.efficiency.num_runs={num_runs}"
+        )
+
+
+def _synchronize() -> None:
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(index)
+
+
+def _reset_peak_memory() -> None:
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(index)
+
+
+def _peak_memory_gb() -> float:
+    import torch
+
+    return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())) / 1e9

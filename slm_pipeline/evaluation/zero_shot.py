@@ -1,0 +1,221 @@
+"""Zero-shot accuracy on the seven tasks of the depth-pruning papers, by lm-evaluation-harness.
+
+Prompts, answer options and metrics are lm-eval's own. Only where the examples come from changes: a small task file
+includes lm-eval's and points it at a local file. Scores of lm-eval 0.4 differ a little from those of the commit of
+2023 that the papers used, and move with the batch size, so both are kept beside every score.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slm_pipeline.data.tasks import COLUMNS, task_source
+from slm_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+# Task and the metric that is reported for it: normalised by answer length where the papers do so.
+TASKS: dict[str, str] = {
+    "boolq": "acc",
+    "piqa": "acc",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+    "arc_easy": "acc",
+    "arc_challenge": "acc_norm",
+    "openbookqa": "acc_norm",
+}
+
+# lm-eval's file for each task, and the split that it scores.
+TASK_FILES = {
+    "boolq": ("super_glue/boolq/default.yaml", "validation"),
+    "piqa": ("piqa/piqa.yaml", "validation"),
+    "hellaswag": ("hellaswag/hellaswag.yaml", "validation"),
+    "winogrande": ("winogrande/default.yaml", "validation"),
+    "arc_easy": ("arc/arc_easy.yaml", "test"),
+    "arc_challenge": ("arc/arc_challenge.yaml", "test"),
+    "openbookqa": ("openbookqa/openbookqa.yaml", "test"),
+}
+
+
+def score_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    *,
+    data: str,
+    limit: int | None,
+    batch_size: int,
+    data_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Score a model on one task, zero-shot. Nothing in it is random.
+
+    Args:
+        model: any causal language model, on one device or spread over several; is left in evaluation mode.
+        tokenizer: the model's; is not changed.
+        task: one of ``TASKS``.
+        data: ``bundled``, ``hub`` or a folder, see ``slm_pipeline.data.tasks.task_source``.
+        limit: score the first ``limit`` examples, as lm-eval's own ``limit`` does; None: all of them.
+        batch_size: answer options scored at once.
+        data_dir: where a relative ``data`` folder is looked up; None: the working directory.
+
+    Returns:
+        task, metric, score and stderr (percent; stderr is None for one example), num_examples, limit, batch_size,
+        data, every metric that lm-eval gave under ``all`` (fractions), lm_eval_version and task_version.
+
+    Raises:
+        UserError: unknown task, missing or unusable data, or the batch does not fit into memory.
+    """
+    check(limit, batch_size)
+    source = task_source(data, task, data_dir)
+
+    import torch
+
+    with _contained(), tempfile.TemporaryDirectory(prefix="slm_task_", ignore_cleanup_errors=True) as folder:
+        import lm_eval
+        from lm_eval.evaluator import evaluate
+
+        lm_eval_log = logging.getLogger("lm_eval")
+        lm_eval_log.setLevel(logging.ERROR)  # it warns that a loaded model is not a path, and of its own task files
+        loaded = _load_task(task, source, Path(folder))
+        num_examples = len(loaded["tasks"][task].eval_docs)
+        log.info("%s: %d of %d examples", task, min(limit or num_examples, num_examples), num_examples)
+        wrapped = _wrap(model, tokenizer, batch_size)
+        lm_eval_log.setLevel(logging.WARNING)
+        try:
+            results = evaluate(wrapped, loaded, limit=limit, log_samples=False)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{task} does not fit into memory with evaluation.batch_size={batch_size}; try"
+                f" evaluation.batch_size={max(1, batch_size // 2)}"
+            ) from error
+        assert results is not None  # None only on the other ranks of a distributed run
+        version = lm_eval.__version__
+    metric = TASKS[task]
+    found = {
+        name.removesuffix(",none"): value for name, value in results["results"][task].items() if name.endswith(",none")
+    }
+    numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}  # else "N/A"
+    score, stderr = 100 * numbers[metric], numbers.get(f"{metric}_stderr")
+    log.info("%s: %s %.2f", task, metric, score)
+    return {
+        "task": task,
+        "metric": metric,
+        "score": score,
+        "stderr": None if stderr is None else 100 * stderr,
+        "num_examples": results["n-samples"][task]["effective"],
+        "limit": limit,
+        "batch_size": batch_size,
+        "data": data,
+        "all": numbers,
+        "lm_eval_version": version,
+        "task_version": results["versions"][task],
+    }
+
+
+def check(limit: int | None, batch_size: int) -> None:
+    """Check the settings of ``score_task`` without a model.
+
+    Raises:
+        UserError: one of them is out of its range.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"evaluation.limit={limit} must be at least 1, or null for all examples")
+    if batch_size < 1:
+        raise UserError(f"evaluation.batch_size={batch_size} must be at least 1")
+
+
+def average(scores: dict[str, float]) -> float:
+    """Plain mean of the tasks' scores, as the papers report it."""
+    return sum(scores.values()) / len(scores)
+
+
+def _load_task(task: str, source: Path | None, folder: Path) -> Any:
+    """lm-eval's task, reading the file ``source`` unless that is None. ``folder`` takes temporary files."""
+    import lm_eval.tasks
+    import yaml
+    from jinja2 import TemplateError
+
+    file, split = TASK_FILES[task]
+    settings: dict[str, Any] = {"include": str(Path(lm_eval.tasks.__file__).parent / file), "num_fewshot": 0}
+    if source is not None:
+        file_format = "parquet" if source.suffix == ".parquet" else "json"
+        options = {"data_files": {split: str(source)}, "cache_dir": str(folder)}
+        _check_columns(source, COLUMNS[task], file_format, options)
+        settings |= {
+            "dataset_path": file_format,
+            "dataset_name": None,
+            "dataset_kwargs": options,
+            "training_split": None,
+            "validation_split": "validation" if split == "validation" else None,
+        }
+    task_file = folder / f"{task}.yaml"
+    task_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    try:
+        return lm_eval.tasks.TaskManager(include_defaults=False).load([str(task_file)])
+    except (OSError, ValueError, LookupError, TemplateError) as error:
+        place = "evaluation.data=hub" if source is None else str(source)
+        raise UserError(f"{place}: cannot load the examples of {task}: {_first_line(error)}") from error
+
+
+def _check_columns(file: Path, columns: tuple[str, ...], file_format: str, options: dict[str, Any]) -> None:
+    """Read a task file as lm-eval will (which then takes it from the cache) and look at its columns."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    if file.stat().st_size == 0:
+        raise UserError(f"{file} is empty")
+    try:
+        (rows,) = load_dataset(file_format, **options).values()
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        raise UserError(f"{file} cannot be read as {file_format}: {_first_line(error.__cause__ or error)}") from error
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing or not len(rows):
+        raise UserError(
+            f"{file} has {len(rows)} rows and lacks {', '.join(missing) or 'none'} of the columns {', '.join(columns)}"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    # a copy of the tokenizer: lm-eval gives it a padding token
+    wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    silent = not sys.stderr.isatty()
+    wrapped.loglikelihood = functools.partial(wrapped.loglikelihood, disable_tqdm=silent)
+    return wrapped
+
+
+@contextmanager
+def _contained() -> Iterator[None]:
+    """Undo what lm-eval does to logging (its issue 2102); no bars of datasets where stderr is not a terminal."""
+    import datasets
+
+    loggers = [logging.getLogger(), logging.getLogger("lm_eval")]
+    before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    silent = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    if silent:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, handlers, level, propagate in before:
+            logger.handlers[:] = handlers
+            logger.setLevel(level)
+            logger.propagate = propagate
+        if silent:
+            datasets.enable_progress_bars()

@@ -1,0 +1,165 @@
+"""What every recovery is: a dataclass of options that trains a pruned model and gives it back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from slm_pipeline.data import examples
+from slm_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from slm_pipeline.surgery.plan import Plan
+
+
+@dataclass
+class RecoveryResult:
+    """A recovered model and how it got there.
+
+    Attributes:
+        model: of the same class, dtype and device as the pruned one.
+        metrics: what ``stage.json`` and the tables show, JSON values.
+        curve: ``{"step", "loss", "learning_rate"}`` and ``{"step", "eval_loss"}`` in the order logged; losses in nats
+            per answer token.
+    """
+
+    model: PreTrainedModel
+    metrics: dict[str, Any]
+    curve: list[dict[str, float]]
+
+
+class Recovery(Protocol):
+    """What the recover stage asks of an option of ``conf/recovery``."""
+
+    name: ClassVar[str]
+
+    def data_identity(self, data_dir: Path | None) -> dict[str, str]:
+        """What the training data are, as JSON for the stage's key; cheap, without torch.
+
+        Raises:
+            UserError: the data are missing or malformed.
+        """
+        ...
+
+    def run(
+        self,
+        *,
+        teacher: Callable[[], PreTrainedModel],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        plan: Plan,
+        out: Path,
+        base_path: str,
+        seed: int,
+        data_dir: Path | None,
+        log: Callable[[dict[str, float], int], None],
+    ) -> RecoveryResult:
+        """Train ``model``, which is changed in place.
+
+        Args:
+            teacher: loads the dense model.
+            model: the pruned model, on its device.
+            plan: how the pruned model came out of the dense one.
+            out: where checkpoints and results go. It survives a kill: called again with the same ``out``, the training
+                goes on from its last complete checkpoint and ends as if it had not been interrupted.
+            base_path: where the pruned model will be found; adapters record it.
+            seed: of everything random.
+            data_dir: where relative data paths are looked up; None: the working directory.
+            log: called with metrics and the optimizer step for every training and validation loss.
+
+        Raises:
+            UserError: too little data, or a loss that is not finite.
+        """
+        ...
+
+
+@dataclass
+class TrainingOptions:
+    """Data and schedule of a recovery that trains on instruction examples.
+
+    The defaults are the settings of the SLM authors (LLM-Pruner's Alpaca recipe), for one GPU: AdamW, linear decay
+    after the warm-up, gradients clipped to norm 1, loss on the output only, the checkpoint with the lowest validation
+    loss kept. Their data set is ``source=hub``.
+    """
+
+    source: str = "bundled"  # bundled | hub | file
+    path: str | None = None  # file: Alpaca-format .json or .jsonl
+    repo: str = "yahma/alpaca-cleaned"  # hub: a data set with Alpaca columns, or a local folder in the hub's layout
+    revision: str = "main"  # hub: commit, tag or branch
+    num_examples: int | None = None  # examples to train on; None: all that validation leaves
+    validation_size: int = 2000  # examples held out
+    split_seed: int = 42
+    learning_rate: float = 1e-4
+    num_epochs: float = 2.0  # training ends at the first of this and the next three
+    max_steps: int | None = None  # optimizer steps
+    budget_tokens: int | None = None  # input tokens without padding, turned into steps by their mean number per step
+    max_minutes: float | None = None  # of training, over all attempts
+    batch_size: int = 64  # examples per optimizer step
+    micro_batch_size: int = 4  # examples at a time
+    warmup_steps: int = 100
+    cutoff_len: int = 256  # tokens
+    eval_steps: int = 100
+    save_steps: int = 200  # each new best is saved besides
+    logging_steps: int = 10
+    gradient_checkpointing: bool = False
+    dtype: str = "bfloat16"  # bfloat16 (autocast) | float32
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("source", examples.SOURCES), ("dtype", ("bfloat16", "float32"))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"recovery.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name in ("num_examples", "validation_size", "max_steps", "budget_tokens", "batch_size", "micro_batch_size",
+                     "cutoff_len", "eval_steps", "save_steps", "logging_steps"):  # fmt: skip
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"recovery.{name}={value} must be at least 1")
+        for name in ("learning_rate", "num_epochs", "max_minutes"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise UserError(f"recovery.{name}={value} must be a positive number")
+        if self.warmup_steps < 0:
+            raise UserError(f"recovery.warmup_steps={self.warmup_steps} must be at least 0")
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            raise UserError(
+                f"recovery.warmup_steps={self.warmup_steps} is not below recovery.max_steps={self.max_steps}"
+            )
+        if self.batch_size % self.micro_batch_size:
+            raise UserError(
+                f"recovery.micro_batch_size={self.micro_batch_size} must divide recovery.batch_size={self.batch_size}"
+            )
+
+    def data_identity(self, data_dir: Path | None) -> dict[str, str]:
+        """What the training data are; see `Recovery`."""
+        fingerprint = examples.examples_fingerprint(
+            self.source, path=self.path, repo=self.repo, revision=self.revision, data_dir=data_dir
+        )
+        return {"source": self.source, "fingerprint": fingerprint}
+
+    def tokenized_split(
+        self, tokenizer: PreTrainedTokenizerBase, data_dir: Path | None
+    ) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
+        """Training and validation rows of `examples.tokenize_example`."""
+        everything = examples.load_examples(
+            self.source, path=self.path, repo=self.repo, revision=self.revision, data_dir=data_dir
+        )
+        train, validation = examples.split_examples(
+            everything, validation_size=self.validation_size, num_examples=self.num_examples, seed=self.split_seed
+        )
+        return (
+            examples.tokenize_examples(tokenizer, train, self.cutoff_len),
+            examples.tokenize_examples(tokenizer, validation, self.cutoff_len),
+        )
+
+    def num_steps(self, train: Sequence[dict[str, list[int]]]) -> int:
+        """Optimizer steps, unless ``max_minutes`` ends them earlier; the learning rate reaches 0 after the last."""
+        steps_per_epoch = math.ceil(len(train) / self.batch_size)
+        limits = [math.ceil(self.num_epochs * steps_per_epoch)]
+        if self.max_steps is not None:
+            limits.append(self.max_steps)
+        if self.budget_tokens is not None:
+            tokens_per_epoch = sum(len(row["input_ids"]) for row in train)
+            limits.append(max(1, round(self.budget_tokens * steps_per_epoch / tokens_per_epoch)))
+        return min(limits)

@@ -1,0 +1,146 @@
+"""What is drawn, read from the figures themselves, and that the same numbers give the same files."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+
+from slm_pipeline.analysis import pictures
+
+MATRIX = [
+    [1.0, 0.2, 0.1, 0.1, 0.1],
+    [0.2, 1.0, 0.5, 0.4, 0.4],
+    [0.1, 0.5, 1.0, 0.8, 0.7],
+    [0.1, 0.4, 0.8, 1.0, 0.9],
+    [0.1, 0.4, 0.7, 0.9, 1.0],
+]
+STEPS = [
+    {"low": 7, "high": 8, "similarity": 0.95, "accepted": True},
+    {"low": 6, "high": 8, "similarity": 0.90, "accepted": True},
+    {"low": 5, "high": 8, "similarity": 0.70, "accepted": False},
+    {"low": 4, "high": 5, "similarity": 0.60, "accepted": False},
+    {"low": 3, "high": 4, "similarity": 0.85, "accepted": True},
+]
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """Draw with the given function and return the figure instead of writing it."""
+
+    def draw(function: Any, *arguments: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(pictures, "_save", lambda figure, path_stem: figure)
+            return function(*arguments, Path("unused"), **options)
+
+    return draw
+
+
+def boxes(axes: Any) -> list[tuple[float, float, float]]:
+    """(left, bottom, width) of the rectangles."""
+    return [(patch.get_x(), patch.get_y(), patch.get_width()) for patch in axes.patches]
+
+
+def test_similarity_map_shows_the_matrix_and_outlines_the_outputs_of_merged_layers(figure):
+    axes, bar = figure(pictures.similarity_map, MATRIX, title="tiny", layer_groups=[[0], [1], [2, 3]]).axes
+    (image,) = axes.images
+    np.testing.assert_array_equal(image.get_array(), MATRIX)
+    assert image.get_clim() == (0.1, 1.0)
+    assert set(boxes(axes)) == {(2.5, 2.5, 2)}  # the outputs of layers 2 and 3 are states 3 and 4
+    ticks = dict(zip(axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()], strict=True))
+    assert ticks == {0: "emb.", 1: "0", 2: "1", 3: "2", 4: "3"}
+    assert (axes.get_title(), bar.get_ylabel()) == ("tiny", "cosine similarity")
+
+
+def test_similarity_map_of_a_deep_model_labels_every_tenth_layer(figure):
+    axes = figure(pictures.similarity_map, np.eye(81).tolist(), title="deep").axes[0]
+    assert list(axes.get_xticks()) == [0, 11, 21, 31, 41, 51, 61, 71]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["emb.", *map(str, range(10, 80, 10))]
+    assert boxes(axes) == []
+
+
+def test_committed_windows_are_the_longest_accepted_of_each_upper_end():
+    assert pictures.committed_windows(STEPS) == [1, 4]
+    assert pictures.committed_windows(STEPS[2:4]) == []
+
+
+def test_search_steps_tells_accepted_rejected_and_committed_apart(figure):
+    above, below = figure(pictures.search_steps, STEPS, 0.81, title="search").axes
+    accepted, rejected = (collection.get_offsets().tolist() for collection in above.collections)
+    assert accepted == [[1, 0.95], [2, 0.90], [5, 0.85]]
+    assert rejected == [[3, 0.70], [4, 0.60]]
+    colors = [to_hex(collection.get_facecolor()[0]).upper() for collection in above.collections]
+    assert colors == [pictures.COLORS["accepted"], pictures.COLORS["rejected"]]
+    assert len({collection.get_paths()[0].vertices.tobytes() for collection in above.collections}) == 2  # markers
+    assert [text.get_text() for text in above.texts] == ["6-8", "3-4"]
+    assert above.lines[0].get_ydata() == [0.81, 0.81]
+
+    bars = {round(bar.get_x() + bar.get_width() / 2): bar for bar in below.patches}
+    assert {n: (bar.get_y(), bar.get_height()) for n, bar in bars.items()} == {
+        1: (6.5, 2),
+        2: (5.5, 3),
+        3: (4.5, 4),
+        4: (3.5, 2),
+        5: (2.5, 2),
+    }
+    assert [n for n, bar in sorted(bars.items()) if bar.get_alpha() == 1.0] == [2, 5]
+
+
+def test_search_without_a_threshold_has_no_line(figure):
+    assert len(figure(pictures.search_steps, STEPS, None, title="search").axes[0].lines) == 0
+
+
+def test_loss_curve_marks_the_best_validation_loss(figure):
+    curve = [
+        {"step": 1, "loss": 4.0, "learning_rate": 1e-4},
+        {"step": 2, "loss": 3.5, "learning_rate": 1e-4},
+        {"step": 2, "eval_loss": 3.1},
+        {"step": 3, "loss": 3.0, "learning_rate": 1e-4},
+        {"step": 4, "eval_loss": 3.2},
+    ]
+    (axes,) = figure(pictures.loss_curve, curve, title="loss").axes
+    training, validation, best = axes.lines
+    assert training.get_xydata().tolist() == [[1, 4.0], [2, 3.5], [3, 3.0]]
+    assert validation.get_xydata().tolist() == [[2, 3.1], [4, 3.2]]
+    assert (best.get_ydata(), best.get_label()) == ([3.1, 3.1], "best 3.100 at step 2")
+
+
+def test_layer_strip_puts_each_pruned_layer_below_the_middle_of_its_group(figure):
+    (axes,) = figure(pictures.layer_strip, [[0], [1, 2, 3], [5]], [4], 6).axes
+    above = {x: patch for (x, y, _), patch in zip(boxes(axes), axes.patches, strict=True) if y == 1.0}
+    below = [x for x, y, _ in boxes(axes) if y == -0.5]
+    assert sorted(above) == [0, 1, 2, 3, 4, 5]
+    assert below == [0.0, 2.0, 5.0]
+    assert [x for x, patch in sorted(above.items()) if patch.get_hatch()] == [4]
+    merged = [x for x, p in sorted(above.items()) if to_hex(p.get_facecolor()).upper() == pictures.COLORS["merged"]]
+    assert merged == [1, 2, 3]
+    numbers = [(text.get_position(), text.get_text()) for text in axes.texts]
+    assert {((2.5, 0.0), "1"), ((4.5, 1.5), "4")} <= set(numbers)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["dense: 6 layers", "pruned: 3 layers"]
+
+
+def test_same_numbers_give_the_same_files_whatever_the_users_settings(tmp_path):
+    first = pictures.search_steps(STEPS, 0.81, tmp_path / "new" / "search.0.81", title="search")
+    assert [path.name for path in first] == ["search.0.81.png", "search.0.81.svg"]
+    with matplotlib.rc_context({"font.size": 20.0, "axes.facecolor": "red", "svg.hashsalt": "other"}):
+        second = pictures.search_steps(STEPS, 0.81, tmp_path / "again", title="search")
+        assert matplotlib.rcParams["font.size"] == 20.0
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    width, height = struct.unpack(">II", first[0].read_bytes()[16:24])
+    assert (width, height) == (6.9 * 200, 3.9 * 200)
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full_disk(self: Any, path: Path, **options: Any) -> None:
+        path.write_bytes(b"half a pict")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        pictures.layer_strip([[0], [1]], [], 2, tmp_path / "strip")
+    assert list(tmp_path.iterdir()) == []

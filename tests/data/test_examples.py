@@ -1,0 +1,221 @@
+"""Instruction examples: masks by hand, disjoint splits, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from slm_pipeline import assets
+from slm_pipeline.data import examples
+from slm_pipeline.errors import UserError
+
+EXAMPLE = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
+
+
+def byte_tokenizer(merges=(), *, bos_first=False):
+    """One token per byte, then <s> (256) and </s> (257); ``merges`` join two characters into one more token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: index for index, character in enumerate([*alphabet, "<s>", "</s>"])}
+    for first, second in merges:
+        vocab[first + second] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab, list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos_first:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def load(source, **given):
+    return examples.load_examples(source, **{"path": None, "repo": "", "revision": "main", "data_dir": None, **given})
+
+
+def fingerprint(source, **given):
+    options = {"path": None, "repo": "", "revision": "main", "data_dir": None, **given}
+    return examples.examples_fingerprint(source, **options)
+
+
+def test_the_alpaca_prompts():
+    assert examples.prompt(EXAMPLE) == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 + 1\n\n### Response:\n"
+    )
+    assert examples.prompt({**EXAMPLE, "input": ""}) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Response:\n"
+    )
+
+
+def test_only_the_output_and_eos_bear_loss():
+    tokenizer = byte_tokenizer()
+    num_prompt = len(examples.prompt(EXAMPLE))
+    row = examples.tokenize_example(tokenizer, EXAMPLE, cutoff_len=512)
+    assert row["labels"] == [-100] * num_prompt + [tokenizer.convert_tokens_to_ids("2"), 257]
+    assert tokenizer.decode(row["input_ids"]) == examples.prompt(EXAMPLE) + "2</s>"
+    assert row["attention_mask"] == [1] * (num_prompt + 2)
+
+
+def test_bos_only_where_the_tokenizer_puts_it():
+    plain = examples.tokenize_example(byte_tokenizer(), EXAMPLE, 512)
+    with_bos = examples.tokenize_example(byte_tokenizer(bos_first=True), EXAMPLE, 512)
+    assert with_bos["input_ids"] == [256, *plain["input_ids"]]
+    assert with_bos["labels"] == [-100, *plain["labels"]]
+
+
+def test_no_token_straddles_the_boundary():
+    tokenizer = byte_tokenizer(merges=[("\u010a", "2")])  # the byte-level sign for a newline
+    assert len(tokenizer("\n2")["input_ids"]) == 1
+    row = examples.tokenize_example(tokenizer, EXAMPLE, 512)
+    assert row == examples.tokenize_example(byte_tokenizer(), EXAMPLE, 512)
+
+
+def test_the_cut_off_takes_eos_first_then_the_output():
+    tokenizer, num_prompt = byte_tokenizer(), len(examples.prompt(EXAMPLE))
+    example = {**EXAMPLE, "output": "abc"}
+    abc = tokenizer("abc")["input_ids"]
+    for cutoff_len, kept in ((num_prompt + 4, [*abc, 257]), (num_prompt + 3, abc), (num_prompt + 1, abc[:1])):
+        row = examples.tokenize_example(tokenizer, example, cutoff_len)
+        assert row["labels"][num_prompt:] == kept
+        assert len(row["input_ids"]) == len(row["labels"]) == len(row["attention_mask"]) == cutoff_len
+
+
+def test_an_example_without_labels_is_dropped(caplog):
+    tokenizer, num_prompt = byte_tokenizer(), len(examples.prompt(EXAMPLE))
+    long = {**EXAMPLE, "instruction": "Add up."}
+    with caplog.at_level(logging.WARNING):
+        rows = examples.tokenize_examples(tokenizer, [EXAMPLE, long], cutoff_len=num_prompt + 2)
+    assert rows == [examples.tokenize_example(tokenizer, EXAMPLE, num_prompt + 2)]
+    assert "1 of 2 examples dropped" in caplog.text
+    with pytest.raises(UserError, match="cutoff_len=20 leaves no output in any of the 2"):
+        examples.tokenize_examples(tokenizer, [EXAMPLE, long], cutoff_len=20)
+
+
+def test_left_padding():
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 1]},
+        {"input_ids": [8], "labels": [8], "attention_mask": [1]},
+    ]
+    batch = examples.LeftPadding(pad_token_id=3)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [3, 3, 8]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def numbered(count):
+    return [{"instruction": "Say.", "input": "", "output": str(number)} for number in range(count)]
+
+
+def test_split_is_disjoint_shuffled_and_repeatable(caplog):
+    everything = numbered(20)
+    train, validation = examples.split_examples(everything * 2, validation_size=5, num_examples=None, seed=42)
+    outputs = [int(example["output"]) for example in train + validation]
+    assert (len(train), len(validation)) == (15, 5)
+    assert sorted(outputs) == list(range(20)) != outputs
+    assert "20 of 40 examples dropped: they repeat" in caplog.text
+    fewer, same = examples.split_examples(everything, validation_size=5, num_examples=3, seed=42)
+    assert (fewer, same) == (train[:3], validation)
+    assert examples.split_examples(everything, validation_size=5, num_examples=3, seed=43)[1] != validation
+
+
+def test_split_of_too_few():
+    with pytest.raises(UserError, match="validation_size=20 leaves nothing to train on: there are 20"):
+        examples.split_examples(numbered(20), validation_size=20, num_examples=None, seed=1)
+    with pytest.raises(UserError, match="num_examples=16 is more than the 15"):
+        examples.split_examples(numbered(20), validation_size=5, num_examples=16, seed=1)
+
+
+def test_passages_are_cut_at_a_sentence_near_the_middle_or_between_words():
+    assert examples.split_passage("One two three. Four five. Six.") == ("One two three.", "Four five. Six.")
+    assert examples.split_passage("Oh. one two three four") == ("Oh. one two", "three four")
+    assert examples.split_passage("word") is None
+
+
+def test_bundled_examples_are_the_passages(monkeypatch):
+    texts = {name: [f"First of {name}. Second of {name}.", "word"] for name in examples.BUNDLED_TEXTS}
+    monkeypatch.setattr(assets, "bundled_texts", texts.get)
+    found = load("bundled")
+    assert [example["input"] for example in found] == [f"First of {name}." for name in examples.BUNDLED_TEXTS]
+    assert found[1] == {
+        "instruction": "Continue the passage.",
+        "input": "First of squad.",
+        "output": "Second of squad.",
+    }
+
+
+def test_bundled_fingerprint_follows_every_text(monkeypatch):
+    monkeypatch.setattr(assets, "texts_fingerprint", lambda name: name)
+    before = fingerprint("bundled")
+    monkeypatch.setattr(assets, "texts_fingerprint", lambda name: name.replace("sciq", "changed"))
+    assert fingerprint("bundled") != before
+
+
+@pytest.mark.parametrize("name", ["alpaca.json", "alpaca.jsonl"])
+def test_files(tmp_path, monkeypatch, caplog, name):
+    rows = [EXAMPLE, {"instruction": "Greet.", "output": "Hi\u2028there"}, {"instruction": "Hush.", "output": " "}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = "\n".join(lines) + "\n" if name.endswith("l") else f"[{','.join(lines)}]"
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    expected = [EXAMPLE, {"instruction": "Greet.", "input": "", "output": "Hi\u2028there"}]
+    assert load("file", path=name, data_dir=tmp_path) == expected
+    assert "1 of 3 examples dropped: their output is empty" in caplog.text
+    monkeypatch.chdir(tmp_path)
+    assert load("file", path=name) == expected
+    before = fingerprint("file", path=name)
+    assert fingerprint("file", path=str(tmp_path / name)) == before
+    (tmp_path / name).write_text(text.replace("Greet", "Wave"), encoding="utf-8")
+    assert fingerprint("file", path=name) != before
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"instruction": "a"}', "holds a JSON dict, not a list"),
+        ("[1]", "row 1: expected an object"),
+        ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "row 2: output must be a string, got None"),
+        ('[{"instruction": "a", "input": 3, "output": "b"}]', "row 1: input must be a string, got 3"),
+        ("[", "is not valid JSON"),
+        ('[{"instruction": "a", "output": ""}]', "none of the 1 examples has an output"),
+    ],
+)
+def test_malformed_files(tmp_path, text, message):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load("file", path="bad.json", data_dir=tmp_path)
+
+
+def test_a_bad_line_is_named(tmp_path):
+    (tmp_path / "bad.jsonl").write_text(json.dumps(EXAMPLE) + "\nnonsense\n")
+    with pytest.raises(UserError, match="bad.jsonl is not valid JSONL: line 2"):
+        fingerprint("file", path="bad.jsonl", data_dir=tmp_path)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(UserError, match="there is no file .*/gone.json"):
+        fingerprint("file", path="gone.json", data_dir=tmp_path)
+    with pytest.raises(UserError, match="neither .json nor .jsonl"):
+        fingerprint("file", path="alpaca.csv", data_dir=tmp_path)
+    with pytest.raises(UserError, match="needs recovery.path"):
+        fingerprint("file")
+
+
+def test_a_folder_in_the_hubs_layout(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "alpaca"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [EXAMPLE, {**EXAMPLE, "input": ""}]))
+    assert load("hub", repo="alpaca", data_dir=tmp_path) == [EXAMPLE, {**EXAMPLE, "input": ""}]
+    before = fingerprint("hub", repo="alpaca", data_dir=tmp_path)
+    assert before == fingerprint("hub", repo=str(folder))
+    (folder / "train.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
+    assert fingerprint("hub", repo="alpaca", data_dir=tmp_path) != before
+
+
+def test_an_unreachable_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="recovery.repo='nobody/nothing' is no local folder and cannot be had"):
+        fingerprint("hub", repo="nobody/nothing")
