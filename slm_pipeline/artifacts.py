@@ -108,13 +108,13 @@ class Artifact:
                 write_json(self.partial / "identity.json", self.identity)
                 record = self._work(make)
                 self._put_in_place()
-            except OSError as error:
-                if error.errno == errno.ENOSPC:
-                    raise UserError(
-                        f"no space left on the device that holds {self.root} while running {self.stage}; what is finished"
-                        " is kept: free some space (slm-store clean) and run the same command again"
-                    ) from error
-                raise
+            except Exception as error:
+                if not _no_space(error):
+                    raise
+                raise UserError(
+                    f"no space left on the device that holds {self.root} while running {self.stage}; what is finished"
+                    " is kept: free some space (slm-store clean) and run the same command again"
+                ) from error
             return record, False
 
     def _work(self, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -142,6 +142,12 @@ class Artifact:
             os.replace(self.path, old)
         os.replace(self.partial, self.path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _no_space(error: Exception) -> bool:
+    """Whether the disk is full; safetensors says so in words alone."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or os.strerror(errno.ENOSPC) in str(error)
 
 
 def check_store(root: Path) -> None:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.main import get_args_parser  # type: ignore[attr-defined]
@@ -24,6 +27,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from slm_pipeline import config, help_page
 from slm_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from slm_pipeline.job import Job
 
 config.register()
 
@@ -84,7 +90,7 @@ def _only_asks_hydra(arguments: Namespace) -> bool:
 def _check_before_hydra(arguments: Namespace) -> bool:
     """Compose and check before Hydra makes a run folder; whether that was all (``dry_run=true``).
 
-    For a multirun the swept overrides are left out here; each job is checked again when it starts.
+    For a multirun the swept overrides are left out here; each job is checked when it starts.
     """
     overrides = OverridesParser.create().parse_overrides(arguments.overrides)
     multirun = arguments.multirun or any(
@@ -99,24 +105,48 @@ def _check_before_hydra(arguments: Namespace) -> bool:
             # Hydra would lay the options over one another without a word.
             names = ",".join(map(str, item.value()))
             raise UserError(f"{item.input_line} names several options of {group}; choose one, or one job each: slm -m {group}={names}")
-    with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF_DIR)):
-        composed = compose(arguments.config_name or "config", overrides=fixed, return_hydra_config=True)
+    composed = _compose(arguments, fixed)
     from slm_pipeline.job import make_output_root
-
-    if multirun:
-        make_output_root(composed.output_dir)
-        return False
-    typed = config.to_config(composed)
-    from slm_pipeline.job import prepare
     from slm_pipeline.runner import describe_plan, plan
 
-    job = prepare(typed, " ".join(["slm", *arguments.overrides]))
-    if typed.dry_run:
-        print(describe_plan(job))
+    if multirun and composed.dry_run:
+        for number, job_overrides in enumerate(_jobs(composed, arguments.overrides)):
+            print(f"#{number} {' '.join(job_overrides)}")
+            print(describe_plan(_job(_compose(arguments, job_overrides), job_overrides)))
         return True
-    plan(job)
-    make_output_root(typed.output_dir)
+    if not multirun:
+        job = _job(composed, arguments.overrides)
+        if job.config.dry_run:
+            print(describe_plan(job))
+            return True
+        plan(job)
+    make_output_root(composed.output_dir)
     return False
+
+
+def _compose(arguments: Namespace, overrides: list[str]) -> DictConfig:
+    """What Hydra itself will compose, ``--config-dir`` included."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF_DIR)):
+        if arguments.config_dir:
+            loader: Any = GlobalHydra.instance().config_loader()
+            path = f"file://{Path(arguments.config_dir).absolute()}"
+            loader.get_search_path().prepend("command-line", path, anchor="schema")
+            loader.repository.initialize_sources(loader.get_search_path())
+        return compose(arguments.config_name or "config", overrides=overrides, return_hydra_config=True)
+
+
+def _jobs(composed: DictConfig, overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job of a multirun, as Hydra's own sweeper makes them."""
+    swept = [f"{key}={value}" for key, value in (composed.hydra.sweeper.params or {}).items()]
+    parsed = OverridesParser.create().parse_overrides([*swept, *overrides])
+    (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return jobs
+
+
+def _job(composed: DictConfig, overrides: list[str]) -> Job:
+    from slm_pipeline.job import prepare
+
+    return prepare(config.to_config(composed), shlex.join(["slm", *overrides]))
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:

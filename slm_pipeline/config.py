@@ -165,8 +165,7 @@ def to_config(composed: DictConfig) -> Config:
     """
     values = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(values, dict)
-    for group in ("hydra", "sweeps", "experiment"):
-        values.pop(group, None)
+    values.pop("hydra", None)
     plain = OmegaConf.create(values)
     try:
         OmegaConf.resolve(plain)

@@ -11,7 +11,7 @@ from slm_pipeline.config import Config, build
 from slm_pipeline.data import calibration
 from slm_pipeline.errors import UserError
 from slm_pipeline.data.tasks import task_fingerprint
-from slm_pipeline.evaluation.perplexity import corpus_fingerprint
+from slm_pipeline.evaluation import efficiency, perplexity, zero_shot
 from slm_pipeline.methods.base import Method, num_layers_to_remove
 from slm_pipeline.models.source import ModelSource, describe
 from slm_pipeline.recovery.base import Recovery
@@ -100,7 +100,7 @@ def prepare(config: Config, command: str) -> Job:
     threshold = _threshold(config, method)
     method.check(source)
     identities: dict[str, object] = {"calibration": calibration.check(config.calibration, data_dir(config))}
-    if recovery is not None and "recover" in config.stages:
+    if recovery is not None and {"recover", "evaluate"}.intersection(config.stages):
         identities["recovery"] = recovery.data_identity(data_dir(config))
     identities["evaluation"] = _check_evaluation(config)
     check_tracker(config.tracker)
@@ -142,7 +142,7 @@ def _check_top_level(config: Config) -> None:
                 raise UserError(f"{option}={getattr(config, option)} has {value!r}; allowed: {', '.join(allowed)}")
     if config.keep not in ("model", "plan"):
         raise UserError(f"keep={config.keep!r} is not one of model, plan")
-    if not config.name or "/" in config.name:
+    if config.name in ("", ".", "..") or "/" in config.name:
         raise UserError(f"name={config.name!r} must be a folder name without a slash")
     if config.data_dir and not Path(config.data_dir).expanduser().is_dir():
         raise UserError(f"data_dir={config.data_dir!r} is not a folder")
@@ -205,14 +205,14 @@ def _check_evaluation(config: Config) -> dict[str, object]:
     for target in evaluation.of:
         if target not in options.TARGETS:
             raise UserError(f"evaluation.of has {target!r}; allowed: {', '.join(options.TARGETS)}")
-    if evaluation.batch_size < 1 or evaluation.perplexity.batch_size < 1:
-        raise UserError("evaluation.batch_size and evaluation.perplexity.batch_size must be at least 1")
-    if evaluation.limit is not None and evaluation.limit < 1:
-        raise UserError(f"evaluation.limit={evaluation.limit} must be at least 1, or null for all examples")
+    zero_shot.check(evaluation.limit, evaluation.batch_size)
+    text, speed = evaluation.perplexity, evaluation.efficiency
+    perplexity.check(text.window, text.stride, text.batch_size)
+    efficiency.check(speed.batch_size, speed.output_len, speed.num_runs, speed.num_warmup)
     if "evaluate" not in config.stages or not evaluation.of:
         return {}
     folder = data_dir(config)
     return {
         "tasks": {task: task_fingerprint(evaluation.data, task, folder) for task in evaluation.tasks},
-        "corpora": {corpus: corpus_fingerprint(corpus, folder) for corpus in evaluation.perplexity.corpora},
+        "corpora": {corpus: perplexity.corpus_fingerprint(corpus, folder) for corpus in evaluation.perplexity.corpora},
     }

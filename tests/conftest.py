@@ -1,8 +1,14 @@
-"""Shared fixtures: small random models of every supported architecture."""
+"""Shared by all tests: small random models of every supported architecture, and ``slm`` as a function."""
 
 from __future__ import annotations
 
+import io
+import logging
 import os
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -11,6 +17,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import torch
 
+from slm_pipeline.cli import main
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.models.architectures import ARCHITECTURES
 from slm_pipeline.models.loading import load_dense
@@ -56,3 +63,31 @@ def any_model(architecture: str):
 def input_ids() -> torch.Tensor:
     """[3, 12] token ids."""
     return torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: its exit status and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run_slm(*arguments: str) -> Outcome:
+    """``slm arguments`` in this process: a new one would spend seconds on imports."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    out, err = io.StringIO(), io.StringIO()
+    status = 0
+    try:
+        with mock.patch.object(sys, "argv", ["slm", *arguments]), redirect_stdout(out), redirect_stderr(err):
+            main()
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    finally:
+        for handler in set(root.handlers) - set(handlers):  # those of Hydra write to the run's log file
+            handler.close()
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    return Outcome(status, out.getvalue(), err.getvalue())

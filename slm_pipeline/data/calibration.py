@@ -92,6 +92,8 @@ def _text_identity(config: CalibrationConfig, data_dir: Path | None) -> str:
         path = find_file(config.path, data_dir, "calibration.path")
         if not path.is_file():
             raise UserError(f"calibration.path={config.path!r} is not a file")
+        if (size := path.stat().st_size) < config.num_samples * config.seq_len:  # a token is a byte or more
+            raise UserError(f"calibration.path={config.path!r} has {size} bytes; {_needs(config)} tokens")
         return f"file:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
     hub_set = HUB_SETS[config.source]
     if config.path is None:
@@ -193,30 +195,26 @@ def _prefix_tokens(tokenizer: Any, rows: Iterable[str], needed: int) -> list[int
     return _tokens(tokenizer, "\n\n".join(taken))
 
 
-def _contiguous(token_ids: list[int], config: CalibrationConfig) -> Samples:
+def _check_length(token_ids: list[int], config: CalibrationConfig) -> None:
+    if len(token_ids) < config.num_samples * config.seq_len:
+        raise UserError(f"the calibration text has {len(token_ids)} tokens; {_needs(config)}")
+
+
+def _needs(config: CalibrationConfig) -> str:
     needed = config.num_samples * config.seq_len
-    if len(token_ids) < needed:
-        raise UserError(
-            f"the calibration text has {len(token_ids)} tokens; calibration.num_samples={config.num_samples} x"
-            f" calibration.seq_len={config.seq_len} needs {needed}"
-        )
-    starts = range(0, needed, config.seq_len)
+    return f"calibration.num_samples={config.num_samples} x calibration.seq_len={config.seq_len} needs {needed}"
+
+
+def _contiguous(token_ids: list[int], config: CalibrationConfig) -> Samples:
+    _check_length(token_ids, config)
+    starts = range(0, config.num_samples * config.seq_len, config.seq_len)
     return _samples([token_ids[start : start + config.seq_len] for start in starts], [{"start": s} for s in starts], "contiguous")
 
 
 def _long_text(token_ids: list[int], config: CalibrationConfig) -> Samples:
-    num_starts = len(token_ids) - config.seq_len + 1
-    if num_starts < 1:
-        raise UserError(
-            f"the calibration text has {len(token_ids)} tokens; calibration.seq_len={config.seq_len} needs at least that many"
-        )
-    if len(token_ids) < config.num_samples * config.seq_len:
-        raise UserError(
-            f"the calibration text has {len(token_ids)} tokens; calibration.num_samples={config.num_samples} x"
-            f" calibration.seq_len={config.seq_len} needs {config.num_samples * config.seq_len}"
-        )
+    _check_length(token_ids, config)
     generator = random.Random(config.seed)
-    starts = [generator.randrange(num_starts) for _ in range(config.num_samples)]
+    starts = [generator.randrange(len(token_ids) - config.seq_len + 1) for _ in range(config.num_samples)]
     return _samples([token_ids[s : s + config.seq_len] for s in starts], [{"start": s} for s in starts], "long_text")
 
 

@@ -136,8 +136,18 @@ def _depth(description: dict[str, Any]) -> int:
 
 
 def _safetensors_header(file: Path) -> bytes:
+    """The part that names the tensors and says where each lies; a file too short for them is refused."""
+    num_bytes = file.stat().st_size
     with open(file, "rb") as handle:
         start = handle.read(8)
-        if len(start) < 8 or (length := struct.unpack("<Q", start)[0]) > file.stat().st_size - 8:
+        if len(start) < 8 or (length := struct.unpack("<Q", start)[0]) > num_bytes - 8:
             raise UserError(f"{file} is damaged or incomplete: its header is longer than the file")
-        return handle.read(length)
+        header = handle.read(length)
+    try:
+        tensors = {name: about for name, about in json.loads(header).items() if name != "__metadata__"}
+        end = max((about["data_offsets"][1] for about in tensors.values()), default=0)
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        raise UserError(f"{file} is not a safetensors file: {error}") from error
+    if 8 + length + end != num_bytes:
+        raise UserError(f"{file} is damaged or incomplete: {num_bytes} bytes, its header says {8 + length + end}")
+    return header

@@ -158,4 +158,5 @@ def merge_adapter(adapted: PeftModel) -> PreTrainedModel:
             base.to(dtype)
     merged: PreTrainedModel = adapted.unload()
     merged.requires_grad_(True)
-    return merged.eval()
+    merged.eval()
+    return merged

@@ -163,8 +163,8 @@ def read_progress(checkpoint: Path) -> Progress:
 def _is_complete(checkpoint: Path) -> bool:
     if not (checkpoint / MARKER).is_file():
         return False
-    marker: dict[str, Any] = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-    return _file_sizes(checkpoint) == marker["files"]
+    listed: dict[str, int] = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
+    return listed == _file_sizes(checkpoint)
 
 
 def _file_sizes(checkpoint: Path) -> dict[str, int]:

@@ -66,9 +66,9 @@ class Evaluate:
                     data_dir=job.data_dir,
                 ),
             )
-        for corpus in settings.perplexity.corpora:
+        for number, corpus in enumerate(settings.perplexity.corpora):  # two files may have the same name
             scores["perplexity"][corpus] = _finished(
-                out / f"perplexity_{Path(corpus).stem}.json",
+                out / f"perplexity_{number}_{Path(corpus).stem}.json",
                 lambda corpus=corpus: self._perplexity(job, model, tokenizer, corpus),  # type: ignore[misc]
             )
         if settings.efficiency.enabled:

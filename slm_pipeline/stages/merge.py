@@ -32,6 +32,7 @@ class Merge:
             "options": job.method.options(),
             "threshold": job.threshold,
             "search": search if job.method.takes_threshold and job.threshold is None else None,
+            "keep": job.config.keep,  # whether the result holds weights; later stages look at the checkpoint, not at this
             # With a floor of its own the method does not look at the ratio.
             "pruning_ratio": None if job.threshold is not None else vars(ratio),
         }

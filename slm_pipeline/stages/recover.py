@@ -23,8 +23,11 @@ class Recover:
     needs: tuple[str, ...] = ("merge",)
 
     def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any] | None:
-        """None until the plan is known: equal plans share their recovery, whatever search led to them."""
-        if not results["merge"].done:
+        """None until the plan is known: equal plans share their recovery, whatever search led to them.
+
+        Also None where neither recover nor evaluate is among the job's stages: its data were not looked at.
+        """
+        if not results["merge"].done or "recovery" not in job.identities:
             return None
         assert job.recovery is not None
         return {

@@ -172,7 +172,7 @@ def test_files(tmp_path, monkeypatch, caplog, name):
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         ('{"instruction": "a"}', "holds a JSON dict, not a list"),
         ("[1]", "row 1: expected an object"),

@@ -25,11 +25,23 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.recovery import training
 from slm_pipeline.recovery.lora import Lora, merge_adapter
 
-OPTIONS = dict(
-    source="file", path="alpaca.json", validation_size=6, rank=4, learning_rate=1e-2, max_steps=10, num_epochs=9.0,
-    batch_size=4, micro_batch_size=2, warmup_steps=2, cutoff_len=220, eval_steps=3, save_steps=4, logging_steps=3,
-    dtype="float32",
-)  # fmt: skip
+OPTIONS = {
+    "source": "file",
+    "path": "alpaca.json",
+    "validation_size": 6,
+    "rank": 4,
+    "learning_rate": 1e-2,
+    "max_steps": 10,
+    "num_epochs": 9.0,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "warmup_steps": 2,
+    "cutoff_len": 220,
+    "eval_steps": 3,
+    "save_steps": 4,
+    "logging_steps": 3,
+    "dtype": "float32",
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +57,17 @@ def folder(tmp_path_factory):
     fast.save_pretrained(folder / "model")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=256, eos_token_id=257, pad_token_id=258, initializer_range=0.1,
-    )  # fmt: skip
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+        initializer_range=0.1,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     letters = random.Random(0).sample("abcdefghijklmnopqrstuvwxyz", 26)
     rows = [
@@ -147,9 +167,8 @@ def test_only_adapters_get_gradients(folder):
     ids = torch.arange(10)[None]
     adapted(ids, labels=ids).loss.backward()
     touched = {name.split(".")[-2] for name, weight in adapted.named_parameters() if weight.grad is not None}
-    assert touched == {"default"} and all(
-        ".lora_" in name for name, weight in adapted.named_parameters() if weight.requires_grad
-    )
+    assert touched == {"default"}
+    assert all(".lora_" in name for name, weight in adapted.named_parameters() if weight.requires_grad)
     assert not [name for name, weight in adapted.named_parameters() if "lm_head" in name and weight.requires_grad]
 
 
@@ -220,7 +239,7 @@ def test_killed_and_run_again_ends_as_undisturbed(folder, undisturbed, caplog):
     assert not (out / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("save_steps, stop, resumed_from", [(5, 6, 5), (4, 9, 8)])
+@pytest.mark.parametrize(("save_steps", "stop", "resumed_from"), [(5, 6, 5), (4, 9, 8)])
 def test_resumes_at_an_epochs_end_and_in_its_middle(folder, undisturbed, caplog, save_steps, stop, resumed_from):
     def interrupt(metrics, step):
         if step == stop and "loss" in metrics:
@@ -302,7 +321,7 @@ def test_another_seed_trains_otherwise(folder, undisturbed):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(use_dora=True), dict(use_rslora=True), dict(dtype="bfloat16"), dict(gradient_checkpointing=True)]
+    "changes", [{"use_dora": True}, {"use_rslora": True}, {"dtype": "bfloat16"}, {"gradient_checkpointing": True}]
 )
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_variants(folder, tmp_path, undisturbed, changes):
@@ -313,8 +332,8 @@ def test_variants(folder, tmp_path, undisturbed, changes):
         changes.get("use_rslora", False),
     )
     assert result.metrics["eval_loss"] < result.metrics["initial_eval_loss"]
-    assert not result.model.is_gradient_checkpointing
-    if changes == dict(gradient_checkpointing=True):
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in result.model.modules())
+    if changes == {"gradient_checkpointing": True}:
         plain = run(folder, tmp_path / "plain", max_steps=4)
         assert result.metrics["eval_loss"] == pytest.approx(plain.metrics["eval_loss"], abs=1e-5)
 
@@ -327,7 +346,7 @@ def test_time_limit_ends_with_a_validated_checkpoint(folder, tmp_path):
 
 def test_number_of_steps():
     rows = [{"input_ids": [0] * 10}] * 30  # 300 tokens an epoch, in 4 steps of 8
-    options = dict(batch_size=8, micro_batch_size=8, num_epochs=2.0, warmup_steps=0)
+    options = {"batch_size": 8, "micro_batch_size": 8, "num_epochs": 2.0, "warmup_steps": 0}
     assert Lora(**options).num_steps(rows) == 8
     assert Lora(**{**options, "num_epochs": 0.6}).num_steps(rows) == 3
     assert Lora(**options, max_steps=5).num_steps(rows) == 5
@@ -342,19 +361,19 @@ def test_a_warm_up_longer_than_the_training_is_warned_about(folder, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    ("changes", "message"),
     [
-        (dict(rank=0), "recovery.rank=0 must be at least 1"),
-        (dict(dropout=1.0), r"recovery.dropout=1.0 must be in \[0, 1\)"),
-        (dict(source="web"), "recovery.source='web' is not one of bundled, hub, file"),
-        (dict(dtype="float16"), "recovery.dtype='float16' is not one of bfloat16, float32"),
-        (dict(learning_rate=0.0), "recovery.learning_rate=0.0 must be a positive number"),
-        (dict(max_minutes=float("inf")), "recovery.max_minutes=inf must be"),
-        (dict(batch_size=6, micro_batch_size=4), "recovery.micro_batch_size=4 must divide recovery.batch_size=6"),
-        (dict(max_steps=2), "recovery.warmup_steps=2 is not below recovery.max_steps=2"),
-        (dict(warmup_steps=-1), "recovery.warmup_steps=-1 must be at least 0"),
-        (dict(validation_size=0), "recovery.validation_size=0 must be at least 1"),
-        (dict(target_modules=[]), r"recovery.target_modules=\[\] trains nothing"),
+        ({"rank": 0}, "recovery.rank=0 must be at least 1"),
+        ({"dropout": 1.0}, r"recovery.dropout=1.0 must be in \[0, 1\)"),
+        ({"source": "web"}, "recovery.source='web' is not one of bundled, hub, file"),
+        ({"dtype": "float16"}, "recovery.dtype='float16' is not one of bfloat16, float32"),
+        ({"learning_rate": 0.0}, "recovery.learning_rate=0.0 must be a positive number"),
+        ({"max_minutes": float("inf")}, "recovery.max_minutes=inf must be"),
+        ({"batch_size": 6, "micro_batch_size": 4}, "recovery.micro_batch_size=4 must divide recovery.batch_size=6"),
+        ({"max_steps": 2}, "recovery.warmup_steps=2 is not below recovery.max_steps=2"),
+        ({"warmup_steps": -1}, "recovery.warmup_steps=-1 must be at least 0"),
+        ({"validation_size": 0}, "recovery.validation_size=0 must be at least 1"),
+        ({"target_modules": []}, r"recovery.target_modules=\[\] trains nothing"),
     ],
 )
 def test_bad_options(changes, message):
@@ -381,9 +400,20 @@ def test_yaml_holds_every_option_and_its_default():
 
 
 def test_published_settings():
-    published = dict(
-        rank=8, alpha=16, dropout=0.05, learning_rate=1e-4, num_epochs=2.0, batch_size=64, micro_batch_size=4,
-        warmup_steps=100, cutoff_len=256, eval_steps=100, save_steps=200, validation_size=2000, split_seed=42,
-        dtype="bfloat16",
-    )  # fmt: skip
+    published = {
+        "rank": 8,
+        "alpha": 16,
+        "dropout": 0.05,
+        "learning_rate": 1e-4,
+        "num_epochs": 2.0,
+        "batch_size": 64,
+        "micro_batch_size": 4,
+        "warmup_steps": 100,
+        "cutoff_len": 256,
+        "eval_steps": 100,
+        "save_steps": 200,
+        "validation_size": 2000,
+        "split_seed": 42,
+        "dtype": "bfloat16",
+    }
     assert {name: getattr(Lora(), name) for name in published} == published

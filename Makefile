@@ -1,0 +1,43 @@
+# make help lists the targets. Everything is installed into .venv; the model and data go to the cache (SLM_CACHE).
+.DEFAULT_GOAL := help
+.PHONY: help install assets run test lint check-types bench clean
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+
+help: ## Show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/installed ## Make the environment in .venv (PYTHON=python3.12 chooses another Python, 3.10 to 3.13)
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+	  || { echo "error: $(PYTHON) is not Python 3.10 to 3.13; name one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+assets: install ## Fetch the bundled model and data (about 180 MB, once)
+	$(BIN)/python -m slm_pipeline.assets
+
+run: assets ## The main job on the bundled model: calibrate, merge, LoRA, evaluate (minutes on two cores)
+	$(BIN)/slm experiment=two_cores
+
+test: install lint check-types ## Lint, type-check and run all tests
+	$(BIN)/python -m pytest
+
+lint: install ## Style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+check-types: install ## Types
+	$(BIN)/mypy
+
+bench: assets ## The cached search beside the published loop, on the bundled model
+	$(BIN)/slm-bench search
+
+clean: ## Remove the environment and build leftovers; results in outputs/ stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
