@@ -104,7 +104,9 @@ def _check_before_hydra(arguments: Namespace) -> bool:
         if not item.is_sweep_override() and isinstance(item.value(), list) and (config.CONF_DIR / group).is_dir():
             # Hydra would lay the options over one another without a word.
             names = ",".join(map(str, item.value()))
-            raise UserError(f"{item.input_line} names several options of {group}; choose one, or one job each: slm -m {group}={names}")
+            raise UserError(
+                f"{item.input_line} names several options of {group}; choose one, or one job each: slm -m {group}={names}"
+            )
     composed = _compose(arguments, fixed)
     from slm_pipeline.job import make_output_root
     from slm_pipeline.runner import describe_plan, plan
@@ -126,6 +128,8 @@ def _check_before_hydra(arguments: Namespace) -> bool:
 
 def _compose(arguments: Namespace, overrides: list[str]) -> DictConfig:
     """What Hydra itself will compose, ``--config-dir`` included."""
+    if arguments.config_dir and not Path(arguments.config_dir).is_dir():
+        raise UserError(f"--config-dir={arguments.config_dir} is not a folder")
     with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF_DIR)):
         if arguments.config_dir:
             loader: Any = GlobalHydra.instance().config_loader()

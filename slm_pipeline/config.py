@@ -212,6 +212,7 @@ def one_line(error: Exception) -> str:
     message = str(error)
     if isinstance(error.__cause__, OmegaConfBaseException):  # Hydra names the override, OmegaConf what is wrong with it
         message += f": {error.__cause__}"
+    message = message.partition("Config search path:")[0]
     message = re.sub(r"To append to your config use \S+", "See slm --cfg job for all keys.", message.strip())
     lines = [line.strip() for line in message.splitlines()]
     key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def prepare(config: Config, command: str) -> Job:
     method: Method = build(config.method, group="method")
     recovery: Recovery | None = build(config.recovery, group="recovery") if config.recovery else None  # {} is recovery=none
     source = describe(config.model)
-    threshold = _threshold(config, method)
+    threshold = _threshold(config, method, command)
     method.check(source)
     identities: dict[str, object] = {"calibration": calibration.check(config.calibration, data_dir(config))}
     if recovery is not None and {"recover", "evaluate"}.intersection(config.stages):
@@ -149,7 +150,7 @@ def _check_top_level(config: Config) -> None:
     check_output_root(config.output_dir)
 
 
-def _threshold(config: Config, method: Method) -> float | None:
+def _threshold(config: Config, method: Method, command: str) -> float | None:
     """Check that method, threshold and ratio go together; the floor to use, None for ``auto``."""
     threshold, ratio = config.threshold, config.pruning_ratio
     if threshold.kind not in ("auto", "fixed", "published"):
@@ -180,9 +181,10 @@ def _threshold(config: Config, method: Method) -> float | None:
     if not 0 <= threshold.value <= 1:
         raise UserError(f"threshold.value={threshold.value} must lie in [0, 1]")
     if has_target:
+        kept = [word for word in shlex.split(command) if not word.startswith("pruning_ratio")]
         raise UserError(
             "a fixed threshold alone decides how much is removed, so it takes no ratio:"
-            f" slm threshold=fixed threshold.value={threshold.value} pruning_ratio=none"
+            f" {shlex.join([*kept, 'pruning_ratio=none'])}"
         )
     return threshold.value
 

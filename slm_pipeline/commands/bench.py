@@ -246,3 +246,7 @@ def main() -> None:
         sys.exit(2)
     with cli.errors_in_one_line():
         search(arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -140,3 +140,7 @@ def main() -> None:
         print(f"removed {len(entries)} results, {total}")
     else:
         print(f"would remove {len(entries)} results that no run links to, {total}; add --yes to do it")
+
+
+if __name__ == "__main__":
+    main()

@@ -99,8 +99,10 @@ def _random_model(config: ModelConfig) -> Any:
     if config.architecture not in ("opt", "gpt_neox"):
         sizes |= {"num_key_value_heads": config.num_kv_heads, "head_dim": config.hidden_size // config.num_heads}
     torch.manual_seed(config.seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.architecture, **sizes))
-    return model.to(getattr(torch, config.dtype)).to(resolve_device(config.device)).eval()
+    description = AutoConfig.for_model(config.architecture, **sizes)
+    with torch.device(resolve_device(config.device)):  # billions of random numbers take minutes on a processor
+        model = AutoModelForCausalLM.from_config(description, dtype=getattr(torch, config.dtype))
+    return model.eval()
 
 
 PAD, BOS, EOS = 256, 257, 258

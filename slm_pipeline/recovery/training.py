@@ -89,7 +89,7 @@ def fit(
     the weights of an uninterrupted one. Afterwards ``model`` holds the last weights, not the best.
 
     Args:
-        model: a transformers model or a peft wrapper around one; it stays on its device.
+        model: a transformers model or a peft wrapper around one; it ends on the device where it began.
         train, validation: rows of `tokenize_example`.
         folder: of the checkpoints.
         log: called with the metrics and the optimizer step of every logged loss.
@@ -109,8 +109,9 @@ def fit(
         progress = read_progress(checkpoint)
         logger.info("recovery goes on from %s", checkpoint)
     if not progress.finished:
+        device = model.device
         use_cache = model.config.use_cache  # the Trainer turns it off, for good
-        arguments = _arguments(options, folder, num_steps, seed, use_cpu=model.device.type == "cpu")
+        arguments = _arguments(options, folder, num_steps, seed, use_cpu=device.type == "cpu")
         arguments.eval_on_start = checkpoint is None
         trainer = _Trainer(
             progress,
@@ -131,6 +132,9 @@ def fit(
             model.config.use_cache = use_cache
         if options.gradient_checkpointing:
             model.gradient_checkpointing_disable()
+        if model.device != device:
+            logger.warning("trained on %s, the first GPU in sight; CUDA_VISIBLE_DEVICES chooses another", model.device)
+            model.to(device)  # type: ignore[arg-type]
         checkpoint = last_complete_checkpoint(folder)
     assert checkpoint is not None
     return _summarize(checkpoint, progress)

@@ -1,0 +1,256 @@
+"""``slm`` as a user types it: what it refuses and how, what a dry run leaves, where it can be started from."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from conftest import run_slm
+
+from slm_pipeline import config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # comes with pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RANDOM = ["model=random", "model.num_layers=6", "model.hidden_size=32", "model.intermediate_size=48"]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> list[str]:
+    """Overrides of a small job that needs no download and writes to ``tmp_path/out``."""
+    (tmp_path / "text.txt").write_text("The river runs past the mill and the tree.\n" * 20)
+    return [
+        *RANDOM, "calibration=text_file", f"calibration.path={tmp_path}/text.txt", "calibration.num_samples=2",
+        "calibration.seq_len=16", "recovery=none", "evaluation=none", "tracker=jsonl", f"output_dir={tmp_path}/out",
+    ]  # fmt: skip
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **extra}
+
+
+REFUSED = {
+    "unknown option": (["method=foo"], ["method/foo", "from_plan", "slm"]),
+    "unknown key": (["oops=1"], ["oops", "not in 'Config'"]),
+    "unknown key of a group": (["calibration.oops=1"], ["oops", "CalibrationConfig"]),
+    "unknown key of a method": (["method.oops=1"], ["method.oops"]),
+    "wrong type": (["seed=x"], ["seed=x", "Integer"]),
+    "wrong type in a method": (["method.protect_first=x"], ["method.protect_first", "'x'", "Integer"]),
+    "ratio above 1": (["pruning_ratio.ratio=1.2"], ["pruning_ratio.ratio=1.2", "between 0 and 1"]),
+    "ratio that leaves no layer": (
+        ["pruning_ratio.ratio=0.9"], ["0.9 of 6 layers leaves 1", "at least 3 must be left"]),
+    "more layers kept than there are": (
+        ["pruning_ratio=layers", "pruning_ratio.num_layers=6"], ["pruning_ratio.num_layers=6", "6 layers"]),
+    "threshold above 1": (
+        ["threshold=fixed", "threshold.value=1.5", "pruning_ratio=none"], ["threshold.value=1.5", "[0, 1]"]),
+    "fixed without a value": (["threshold=fixed", "pruning_ratio=none"], ["needs a value", "threshold.value=0.8"]),
+    "a value without fixed": (["threshold.value=0.8"], ["threshold.value=0.8", "threshold=fixed"]),
+    "no target": (["pruning_ratio=none"], ["method=slm needs a target", "pruning_ratio"]),
+    "published with none known": (["threshold=published"], ["model=random", "r20", "none is known"]),
+    "ratio for no pruning": (
+        ["method=none", "pruning_ratio=r20"], ["method=none takes no pruning ratio", "pruning_ratio=none"]),
+    "threshold for no pruning": (
+        ["method=none", "threshold=fixed", "threshold.value=0.8"], ["method=none has no threshold", "threshold=auto"]),
+    "missing file": (["calibration.path=nowhere.txt"], ["calibration.path='nowhere.txt'", "does not exist"]),
+    "text too short": (["calibration.num_samples=1000"], ["bytes", "calibration.num_samples=1000", "needs 16000"]),
+    "unknown architecture": (["model.architecture=rwkv"], ["'rwkv'", "supported", "llama"]),
+    "impossible sizes": (["model.num_kv_heads=3"], ["model.num_kv_heads=3", "model.num_heads=4"]),
+    "negative learning rate": (
+        ["recovery=lora", "recovery.learning_rate=-1"], ["recovery.learning_rate=-1", "positive"]),
+    "added at the top": (["+oops=1"], ["oops"]),
+    "added to a typed group": (["+model.oops=1"], ["model.oops"]),
+    "added to a plug-in group": (["+method.oops=1"], ["method.oops", "merge_rule"]),
+    "added to an overlay": (["+sweeps.oops=1"], ["sweeps"]),
+    "several methods at once": (["method=[slm,none]"], ["method=[slm,none]", "slm -m method=slm,none"]),
+    "a sweep without -m": (["seed=1,2"], ["seed=1,2", "slm -m seed=1,2"]),
+    "unknown stage": (["stages=[prune]"], ["'prune'", "calibrate, merge, recover, evaluate"]),
+    "unknown stage to force": (["force=[prune]"], ["'prune'", "calibrate, merge, recover, evaluate"]),
+    "a stage without what it reads": (
+        ["stages=[evaluate]", "evaluation=efficiency"], ["evaluate_pruned needs the result of merge", "add merge"]),
+    "missing data_dir": (["data_dir=nowhere"], ["data_dir='nowhere'", "not a folder"]),
+    "unknown evaluation target": (["evaluation.of=[x]"], ["'x'", "dense, pruned, recovered"]),
+    "task folder without files": (
+        ["evaluation=zero_shot", "evaluation.data=."], ["evaluation.data=.", "boolq.jsonl"]),
+    "unknown task": (["evaluation=zero_shot", "evaluation.tasks=[mmlu]"], ["'mmlu'", "boolq"]),
+    "perplexity window": (
+        ["evaluation=perplexity", "evaluation.perplexity.window=1"], ["evaluation.perplexity.window=1", "at least 2"]),
+    "efficiency runs": (["evaluation.efficiency.num_runs=3"], ["num_warmup=10", "num_runs=3"]),
+    "missing plan": (["method=from_plan", "method.path=nowhere.json"], ["nowhere.json"]),
+    "no plan given": (["method=from_plan"], ["method.path"]),
+    "name with a slash": (["name=a/b"], ["name='a/b'"]),
+    "keep": (["keep=all"], ["keep='all'", "model, plan"]),
+    "output_dir below a file": (["output_dir=text.txt/out"], ["text.txt", "not a folder"]),
+    "output_dir where nothing can be made": (["output_dir=/proc/out"], ["output_dir='/proc/out'", "output_dir="]),
+    "--config-dir": (["--config-dir=nowhere"], ["--config-dir=nowhere", "not a folder"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line_and_nothing_is_left(case, base, tmp_path, monkeypatch):
+    overrides, words = REFUSED[case]
+    monkeypatch.chdir(tmp_path)
+    outcome = run_slm(*base, *overrides)
+    assert outcome.status == 2
+    assert outcome.out == ""
+    assert len(outcome.err.splitlines()) == 1
+    assert outcome.err.startswith("error: ")
+    for word in words:
+        assert word in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_fixed_threshold_with_a_ratio_gives_a_command_that_works(base, tmp_path):
+    outcome = run_slm(*base, "pruning_ratio=r35", "threshold=fixed", "threshold.value=0.8")
+    assert outcome.status == 2
+    corrected = shlex.split(outcome.err.partition("so it takes no ratio: slm ")[2])
+    assert corrected == [*base, "threshold=fixed", "threshold.value=0.8", "pruning_ratio=none"]
+    assert run_slm(*corrected, "dry_run=true").status == 0
+
+
+@contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """Make ``folder`` a file system of one megabyte; where mounting is not allowed, let saving weights fail alike."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode == 0:
+        try:
+            yield
+        finally:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        return
+    print("mounting is not allowed here: ENOSPC is injected where weights are saved")
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch("transformers.PreTrainedModel.save_pretrained", side_effect=error):
+        yield
+
+
+def test_no_space_left_keeps_what_is_finished_and_the_same_job_goes_on(base, tmp_path, monkeypatch):
+    """The model's weights are 2 MB: calibration fits, the pruned model does not."""
+    monkeypatch.setattr("slm_pipeline.summary._draw", lambda *_: [])
+    small, store = tmp_path / "small", tmp_path / "out" / "store"
+    with full_disk(small):
+        outcome = run_slm(*base, "model.hidden_size=128", f"output_dir={small}/out")
+        shutil.copytree(small / "out" / "store", store)
+    assert outcome.status == 2
+    (message,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert "no space left" in message
+    assert "while running merge" in message
+    assert "Traceback" not in outcome.err
+    assert len([path for path in (store / "calibrate").iterdir() if path.is_dir() and not path.suffix]) == 1
+    assert [path.suffix for path in (store / "merge").iterdir() if path.is_dir()] == [".partial"]
+
+    outcome = run_slm(*base, "model.hidden_size=128")
+    assert outcome.status == 0, outcome.err
+    (summary,) = (tmp_path / "out" / "runs").glob("*/*/summary.json")
+    summary = json.loads(summary.read_text())
+    assert summary["num_layers"] == {"dense": 6, "pruned": 5}
+    assert {name: stage["reused"] for name, stage in summary["stages"].items()} == {"calibrate": True, "merge": False}
+
+
+def test_read_only_output_dir(base, tmp_path):
+    folder = tmp_path / "fixed"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:  # not root: permissions say the same
+        folder.chmod(0o500)
+    try:
+        outcome = run_slm(*base, f"output_dir={folder}/out")
+    finally:
+        if mounted.returncode == 0:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    assert outcome.status == 2
+    assert len(outcome.err.splitlines()) == 1
+    assert "is read-only; choose another output_dir=" in outcome.err
+
+
+@pytest.mark.parametrize("multirun", [[], ["-m"]])
+def test_dry_run_says_what_would_run_and_leaves_nothing(multirun, base, tmp_path):
+    swept = ["seed=1,2"] if multirun else ["seed=1"]
+    outcome = run_slm(*multirun, *base, "dry_run=true", "recovery=lora", "evaluation.of=[dense,pruned,recovered]", *swept)
+    assert outcome.status == 0, outcome.err
+    lines = [line.split() for line in outcome.out.splitlines() if not line.startswith("#")]
+    stages = ["calibrate", "merge", "recover", "evaluate_dense", "evaluate_pruned", "evaluate_recovered"]
+    assert [line[:2] for line in lines] == [[stage, "run"] for stage in stages] * (2 if multirun else 1)
+    assert len({line[2] for line in lines if line[0] == "calibrate"}) == len(lines) // 6  # another seed, other samples
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_failing_job_of_a_sweep_is_a_failed_row_and_the_others_finish(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("slm_pipeline.summary._draw", lambda *_: [])
+    outcome = run_slm("-m", *base, "pruning_ratio.ratio=0.2,0.9,0.4")
+    assert outcome.status == 2
+    errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "0.9 of 6 layers leaves 1" in errors[0]
+    (sweep,) = (tmp_path / "out" / "sweeps" / "slm").iterdir()
+    table = (sweep / "summary.md").read_text()
+    assert "3 jobs, 2 done, 1 FAILED" in table
+    rows = [line for line in table.splitlines() if "pruning_ratio.ratio=0." in line and line.startswith("|")]
+    assert [("FAILED" in row, "done" in row) for row in rows] == [(False, True), (True, False), (False, True)]
+    assert "at least 3 must be left" in rows[1]
+    layers = [json.loads((sweep / job / "summary.json").read_text())["num_layers"]["pruned"] for job in ("0", "2")]
+    assert layers == [5, 4]
+    assert not (sweep / "1" / "summary.json").exists()
+
+
+def test_dry_run_imports_nothing_heavy(base):
+    program = (
+        "import sys\nfrom slm_pipeline.cli import main\nmain()\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'lm_eval', 'wandb', 'matplotlib', 'datasets'} & set(sys.modules)))"
+    )
+    overrides = [*base, "dry_run=true", "recovery=lora", "evaluation=quick", "tracker=wandb_offline", "model=smollm2_135m"]
+    command = [sys.executable, "-c", program, *(word for word in overrides if not word.startswith("model."))]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment(WANDB_MODE="offline"), check=True)
+    *stages, heavy = found.stdout.splitlines()
+    assert len(stages) == 6
+    assert heavy == "[]"
+
+
+def test_python_m_from_another_directory(base, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    command = [sys.executable, "-m", "slm_pipeline", *base, "calibration.path=../text.txt", "dry_run=true"]
+    found = subprocess.run(
+        command, capture_output=True, text=True, env=environment(), cwd=tmp_path / "elsewhere", check=True
+    )
+    assert [line.split()[:2] for line in found.stdout.splitlines()] == [["calibrate", "run"], ["merge", "run"]]
+
+
+def test_installed_wheel_carries_conf_and_sweeps(base, tmp_path):
+    """What hatchling is told to put into a wheel is enough to run, and every file of conf/ and sweeps/ is in it."""
+    target = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    site = tmp_path / "site"
+    for package in target["packages"]:
+        shutil.copytree(REPOSITORY / package, site / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for source, place in target["force-include"].items():
+        shutil.copytree(REPOSITORY / source, site / place)
+    program = "import slm_pipeline.config as c; print(c.CONF_DIR); import slm_pipeline.cli as m; m.main()"
+    command = [sys.executable, "-c", program, "-m", *base, "sweeps=thresholds", "dry_run=true"]
+    found = subprocess.run(
+        command, capture_output=True, text=True, env=environment(PYTHONPATH=str(site)), cwd=tmp_path, check=True
+    )
+    assert found.stdout.splitlines()[0] == str(site / "slm_pipeline" / "conf")
+    assert sum(line.startswith("#") for line in found.stdout.splitlines()) == 8
+    assert len(list((site / "slm_pipeline" / "conf").rglob("*.yaml"))) == len(list(config.CONF_DIR.rglob("*.yaml")))
+
+
+def test_user_folder_sweeps_is_found_first(base, tmp_path, monkeypatch):
+    (tmp_path / "sweeps").mkdir()
+    content = "# @package _global_\nname: mine\nhydra:\n  sweeper:\n    params:\n      seed: 5,6\n"
+    (tmp_path / "sweeps" / "thresholds.yaml").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    outcome = run_slm("-m", *base, "sweeps=thresholds", "dry_run=true")
+    jobs = [line for line in outcome.out.splitlines() if line.startswith("#")]
+    assert [job.split()[1] for job in jobs] == ["seed=5", "seed=6"]
