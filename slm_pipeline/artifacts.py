@@ -165,6 +165,11 @@ def check_store(root: Path) -> None:
         raise UserError(f"cannot write to output_dir: {root}: {error.strerror}; choose another output_dir=") from error
     if not os.access(root, os.W_OK):
         raise UserError(f"cannot write to output_dir: {root} is read-only; choose another output_dir=")
-    found = json.loads(marker.read_text(encoding="utf-8")).get("format")
+    try:
+        found = json.loads(marker.read_text(encoding="utf-8"))["format"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{marker} is not what a store begins with ({error}); choose another output_dir=") from error
     if found != STORE_FORMAT:
-        raise UserError(f"{root} is a store of format {found}, this version reads {STORE_FORMAT}; choose another output_dir=")
+        raise UserError(
+            f"{root} is a store of format {found}, this version reads {STORE_FORMAT}; choose another output_dir="
+        )

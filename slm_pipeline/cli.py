@@ -21,7 +21,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.main import get_args_parser  # type: ignore[attr-defined]
+from hydra.main import get_args_parser
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -101,11 +101,13 @@ def _check_before_hydra(arguments: Namespace) -> bool:
         if item.is_sweep_override() and not multirun:
             raise UserError(f"{item.input_line} asks for several jobs; add -m: slm -m {item.input_line}")
         group = item.key_or_group
-        if not item.is_sweep_override() and isinstance(item.value(), list) and (config.CONF_DIR / group).is_dir():
+        value = None if item.is_sweep_override() else item.value()
+        if isinstance(value, list) and (config.CONF_DIR / group).is_dir():
             # Hydra would lay the options over one another without a word.
-            names = ",".join(map(str, item.value()))
+            names = ",".join(map(str, value))
             raise UserError(
-                f"{item.input_line} names several options of {group}; choose one, or one job each: slm -m {group}={names}"
+                f"{item.input_line} names several options of {group}; choose one, or one job each:"
+                f" slm -m {group}={names}"
             )
     composed = _compose(arguments, fixed)
     from slm_pipeline.job import make_output_root

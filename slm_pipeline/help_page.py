@@ -7,7 +7,17 @@ from pathlib import Path
 
 from slm_pipeline import config
 
-_GROUPS = ("model", "pruning_ratio", "threshold", "method", "calibration", "recovery", "evaluation", "tracker", "experiment")
+_GROUPS = (
+    "model",
+    "pruning_ratio",
+    "threshold",
+    "method",
+    "calibration",
+    "recovery",
+    "evaluation",
+    "tracker",
+    "experiment",
+)
 
 _INTRODUCTION = """\
 slm: compress a language model by depth. One command calibrates, merges layers, recovers and evaluates.
@@ -38,7 +48,7 @@ def text() -> str:
 
 
 def _option_lines(folder: Path) -> list[str]:
-    return [f"  {file.stem:<16}{_first_comment(file)}" for file in sorted(folder.glob("*.yaml"))]
+    return [f"  {file.stem:<20} {_first_comment(file)}" for file in sorted(folder.glob("*.yaml"))]
 
 
 def _first_comment(file: Path) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 from slm_pipeline import config as options
 from slm_pipeline.config import Config, build
 from slm_pipeline.data import calibration
-from slm_pipeline.errors import UserError
 from slm_pipeline.data.tasks import task_fingerprint
+from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation import efficiency, perplexity, zero_shot
 from slm_pipeline.methods.base import Method, num_layers_to_remove
 from slm_pipeline.models.source import ModelSource, describe
@@ -74,13 +74,17 @@ class ParameterCounts:
     def layers_for(self, ratio: float, num_layers: int, num_protected: int) -> int:
         """Fewest layers whose removal takes away at least ``ratio`` of all parameters, embeddings included."""
         if len(set(self.blocks)) > 1:
-            raise UserError("pruning_ratio.of=parameters needs layers of equal size; this model's differ; use of=layers")
+            raise UserError(
+                "pruning_ratio.of=parameters needs layers of equal size; this model's differ; use of=layers"
+            )
         remove = next((n for n in range(1, num_layers) if n * self.blocks[0] >= ratio * self.total), num_layers)
         asked = f"pruning_ratio.ratio={ratio} of {self.total / 1e6:.1f} M parameters"
         keep = num_layers - remove
         if keep < 1 + num_protected:
             largest = (num_layers - 1 - num_protected) * self.blocks[0] / self.total
-            raise UserError(f"{asked} leaves {keep} layers; this method can remove at most {largest:.1%} of the parameters")
+            raise UserError(
+                f"{asked} leaves {keep} layers; this method can remove at most {largest:.1%} of the parameters"
+            )
         return remove
 
 
@@ -96,7 +100,9 @@ def prepare(config: Config, command: str) -> Job:
     """
     _check_top_level(config)
     method: Method = build(config.method, group="method")
-    recovery: Recovery | None = build(config.recovery, group="recovery") if config.recovery else None  # {} is recovery=none
+    recovery: Recovery | None = (
+        build(config.recovery, group="recovery") if config.recovery else None
+    )  # {} is recovery=none
     source = describe(config.model)
     threshold = _threshold(config, method, command)
     method.check(source)
@@ -120,7 +126,9 @@ def check_output_root(output_dir: str) -> None:
     if not existing.is_dir():
         raise UserError(f"output_dir={output_dir!r}: {existing} is not a folder")
     if not os.access(existing, os.W_OK) or _read_only(existing):
-        raise UserError(f"output_dir={output_dir!r} cannot be written: {existing} is read-only; choose another output_dir=")
+        raise UserError(
+            f"output_dir={output_dir!r} cannot be written: {existing} is read-only; choose another output_dir="
+        )
 
 
 def make_output_root(output_dir: str) -> None:
@@ -129,7 +137,9 @@ def make_output_root(output_dir: str) -> None:
     try:
         (Path(output_dir).expanduser().absolute() / "store").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"output_dir={output_dir!r} cannot be made: {error.strerror}; choose another output_dir=") from error
+        raise UserError(
+            f"output_dir={output_dir!r} cannot be made: {error.strerror}; choose another output_dir="
+        ) from error
 
 
 def _read_only(folder: Path) -> bool:
@@ -170,7 +180,10 @@ def _threshold(config: Config, method: Method, command: str) -> float | None:
         if threshold.value is not None:
             raise UserError(f"threshold.value={threshold.value} needs threshold=fixed and pruning_ratio=none")
         if not has_target and method.takes_ratio:
-            raise UserError(f"method={method.name} needs a target: choose a pruning_ratio" + (", or threshold=fixed" if method.takes_threshold else ""))
+            raise UserError(
+                f"method={method.name} needs a target: choose a pruning_ratio"
+                + (", or threshold=fixed" if method.takes_threshold else "")
+            )
         return None
     if not method.takes_threshold:
         raise UserError(f"method={method.name} has no threshold; use threshold=auto, not threshold={threshold.kind}")
@@ -198,7 +211,9 @@ def _published_threshold(config: Config) -> float:
         option = "none" if ratio.ratio is None else f"r{round(100 * ratio.ratio)}"
     if option not in published:
         known = ", ".join(f"pruning_ratio={name}: {value}" for name, value in published.items()) or "none is known"
-        raise UserError(f"model={config.model.name} has no published threshold for pruning_ratio={option}; published: {known}")
+        raise UserError(
+            f"model={config.model.name} has no published threshold for pruning_ratio={option}; published: {known}"
+        )
     return published[option]
 
 

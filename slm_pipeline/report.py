@@ -277,12 +277,12 @@ def _layers(summary: Summary) -> list[str]:
 
 
 def _recovery(summary: Summary) -> list[str]:
-    found = summary.get("recovery", {})
-    return [
-        f"{name.replace('_', ' ')}: {value if isinstance(value, int) else format(value, '.4g')}"
-        for name, value in found.items()
-        if isinstance(value, (int, float))
-    ]
+    found = summary.get("recovery")
+    if found is None:
+        return []
+    numbers = {name: value for name, value in found.items() if isinstance(value, (int, float))}
+    shown = (f"{name.replace('_', ' ')} {v if isinstance(v, int) else format(v, '.4g')}" for name, v in numbers.items())
+    return [f"{found['name']}: " + ", ".join(shown)]
 
 
 def _stage_table(summary: Summary, shown: Callable[[Path], str]) -> Table:

@@ -101,7 +101,10 @@ def plan(job: Job) -> list[tuple[Step, Artifact | None]]:
         if step.selected:
             for name in stage.needs:
                 if name not in will_run and not (name in known and known[name].done):
-                    raise UserError(f"stages={job.config.stages}: {stage.name} needs the result of {name}, which is not there; add {name} to stages")
+                    raise UserError(
+                        f"stages={job.config.stages}: {stage.name} needs the result of {name}, which is not there;"
+                        f" add {name} to stages"
+                    )
             will_run.add(stage.name)
         planned.append((step, artifact))
     return planned
@@ -138,7 +141,11 @@ def run_job(composed: DictConfig) -> None:
             return
         check_store(job.store)
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-        choices = {group: choice for group, choice in hydra.runtime.choices.items() if isinstance(choice, str) and "/" not in group}
+        choices = {
+            group: choice
+            for group, choice in hydra.runtime.choices.items()
+            if isinstance(choice, str) and "/" not in group
+        }
         with open_tracker(
             config.tracker,
             run_dir=run_dir,
@@ -206,13 +213,15 @@ def _produce(step: Step, artifact: Artifact, job: Job, results: Mapping[str, Art
 def _out_of_memory_explained(stage: str) -> Iterator[None]:
     try:
         yield
-    except MemoryError as error:
-        raise UserError(f"{stage} ran out of memory; a smaller model, batch size or calibration.num_samples would fit") from error
-    except RuntimeError as error:
-        torch = sys.modules["torch"]
-        if not isinstance(error, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the latter is torch's, on a CPU
+            raise UserError(
+                f"{stage} ran out of memory; a smaller model, batch size or calibration.num_samples would fit"
+            ) from error
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
             raise
-        free, total = torch.cuda.mem_get_info()
+        _, total = torch.cuda.mem_get_info()
         raise UserError(
             f"{stage} ran out of GPU memory ({total / 1e9:.0f} GB in all): halve evaluation.batch_size,"
             " recovery.micro_batch_size or calibration.num_samples, use model.dtype=bfloat16, or spread the model over"
@@ -258,5 +267,3 @@ def _free_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-

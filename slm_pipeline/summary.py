@@ -19,9 +19,7 @@ from slm_pipeline.tracking import Tracker
 FORMAT = 1
 
 
-def build(
-    job: Job, results: Mapping[str, Artifact], reused: Mapping[str, bool], warnings: list[str]
-) -> dict[str, Any]:
+def build(job: Job, results: Mapping[str, Artifact], reused: Mapping[str, bool], warnings: list[str]) -> dict[str, Any]:
     """The content of summary.json, from the stages that ran or were reused; what was not run is absent."""
     records = {name: artifact.record() for name, artifact in results.items()}
     config = job.config
@@ -142,12 +140,17 @@ def _draw(summary: Mapping[str, Any], results: Mapping[str, Artifact], run_dir: 
         values = json.loads((results["calibrate"].path / "similarity.json").read_text(encoding="utf-8"))
         groups = plan.layer_groups if plan else None
         drawn += pictures.similarity_map(
-            values["cosine"], run_dir / "layer_similarity", title=f"{summary['model']}: layer similarity", layer_groups=groups
+            values["cosine"],
+            run_dir / "layer_similarity",
+            title=f"{summary['model']}: layer similarity",
+            layer_groups=groups,
         )
     if plan is not None and plan.scores.get("steps"):
         drawn += pictures.search_steps(plan.scores["steps"], plan.threshold, run_dir / "search_steps", title=title)
     if plan is not None and plan.ops:
-        drawn += pictures.layer_strip(plan.layer_groups, plan.dropped, plan.model["num_layers"], run_dir / "layer_groups")
+        drawn += pictures.layer_strip(
+            plan.layer_groups, plan.dropped, plan.model["num_layers"], run_dir / "layer_groups"
+        )
     if "recover" in results:
         curve = json.loads((results["recover"].path / "curve.json").read_text(encoding="utf-8"))
         if curve:

@@ -31,7 +31,13 @@ def random_source(architecture: str = "llama", num_layers: int = 6, **sizes: int
     defaults = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 300, "num_heads": 4, "num_kv_heads": 2}
     sizes = {**defaults, "seed": 1234, **sizes}
     config = ModelConfig(
-        name="random", source="random", architecture=architecture, num_layers=num_layers, dtype="float32", device="cpu", **sizes
+        name="random",
+        source="random",
+        architecture=architecture,
+        num_layers=num_layers,
+        dtype="float32",
+        device="cpu",
+        **sizes,
     )
     return describe(config)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from conftest import run_slm
 
 from slm_pipeline import config
@@ -179,7 +180,9 @@ def test_read_only_output_dir(base, tmp_path):
 @pytest.mark.parametrize("multirun", [[], ["-m"]])
 def test_dry_run_says_what_would_run_and_leaves_nothing(multirun, base, tmp_path):
     swept = ["seed=1,2"] if multirun else ["seed=1"]
-    outcome = run_slm(*multirun, *base, "dry_run=true", "recovery=lora", "evaluation.of=[dense,pruned,recovered]", *swept)
+    outcome = run_slm(
+        *multirun, *base, "dry_run=true", "recovery=lora", "evaluation.of=[dense,pruned,recovered]", *swept
+    )
     assert outcome.status == 0, outcome.err
     lines = [line.split() for line in outcome.out.splitlines() if not line.startswith("#")]
     stages = ["calibrate", "merge", "recover", "evaluate_dense", "evaluate_pruned", "evaluate_recovered"]
@@ -206,17 +209,71 @@ def test_failing_job_of_a_sweep_is_a_failed_row_and_the_others_finish(base, tmp_
     assert not (sweep / "1" / "summary.json").exists()
 
 
+def test_dry_run_says_what_would_be_continued(base):
+    calibrate = run_slm(*base, "dry_run=true").out.split()[2]
+    Path(f"{calibrate}.partial").mkdir(parents=True)
+    lines = run_slm(*base, "dry_run=true").out.splitlines()
+    assert lines[0] == f"calibrate            run    {calibrate} (continues an interrupted one)"
+
+
+def test_target_out_of_reach_names_the_nearest_one_which_works(base, tmp_path, monkeypatch):
+    """Four unprotected layers in windows of two can lose two, not three."""
+    monkeypatch.setattr("slm_pipeline.summary._draw", lambda *_: [])
+    outcome = run_slm(*base, "method.max_window=2", "pruning_ratio=r50")
+    assert outcome.status == 2
+    (message,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert "no threshold removes 3 of 6 layers: the nearest removes 2 (" in message
+    (run_dir,) = (tmp_path / "out" / "runs" / "slm").iterdir()
+    failure = json.loads((run_dir / "failure.json").read_text())
+    assert (f"error: {failure['error']}", failure["type"]) == (message, "UserError")
+    assert not (run_dir / "summary.json").exists()
+    advice = message.partition("(")[2].partition(")")[0].split()
+    assert run_slm(*base, "method.max_window=2", *advice).status == 0
+    (summary,) = (tmp_path / "out" / "runs").glob("*/*/summary.json")
+    assert json.loads(summary.read_text())["layer_groups"] == [[0], [1, 2], [3, 4], [5]]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from here"),
+        (MemoryError(), 2, "calibrate ran out of memory; a smaller model"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "calibrate ran out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "calibrate ran out of GPU memory (141 GB in all): halve"),
+    ],
+)
+def test_what_stops_a_job_is_said_in_one_line(error, status, words, base, monkeypatch):
+    monkeypatch.setattr("slm_pipeline.stages.calibrate.Calibrate.run", mock.Mock(side_effect=error))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (0, 141_000_000_000))
+    outcome = run_slm(*base)
+    assert outcome.status == status
+    (message,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert words in message
+    assert "Traceback" not in outcome.err
+
+
+def test_a_defect_of_ours_shows_its_traceback(base, monkeypatch):
+    monkeypatch.setattr("slm_pipeline.stages.calibrate.Calibrate.run", mock.Mock(side_effect=RuntimeError("a defect")))
+    with pytest.raises(RuntimeError, match="a defect"):
+        run_slm(*base)
+
+
 def test_dry_run_imports_nothing_heavy(base):
-    program = (
-        "import sys\nfrom slm_pipeline.cli import main\nmain()\n"
-        "print(sorted({'torch', 'transformers', 'peft', 'lm_eval', 'wandb', 'matplotlib', 'datasets'} & set(sys.modules)))"
-    )
-    overrides = [*base, "dry_run=true", "recovery=lora", "evaluation=quick", "tracker=wandb_offline", "model=smollm2_135m"]
+    heavy = {"torch", "transformers", "peft", "lm_eval", "wandb", "matplotlib", "datasets"}
+    program = f"import sys; from slm_pipeline.cli import main; main(); print(sorted({heavy} & set(sys.modules)))"
+    overrides = [
+        *base,
+        "dry_run=true",
+        "recovery=lora",
+        "evaluation=quick",
+        "tracker=wandb_offline",
+        "model=smollm2_135m",
+    ]
     command = [sys.executable, "-c", program, *(word for word in overrides if not word.startswith("model."))]
     found = subprocess.run(command, capture_output=True, text=True, env=environment(WANDB_MODE="offline"), check=True)
-    *stages, heavy = found.stdout.splitlines()
+    *stages, imported = found.stdout.splitlines()
     assert len(stages) == 6
-    assert heavy == "[]"
+    assert imported == "[]"
 
 
 def test_python_m_from_another_directory(base, tmp_path):

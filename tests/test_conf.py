@@ -46,11 +46,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 32}))
     (tmp_path / "model" / "model.safetensors").write_bytes(len(b"{}").to_bytes(8, "little") + b"{}")
     model = {"name": "smollm2_135m", "fingerprint": "x", "num_layers": 30}
-    plan = Plan(model, "slm", {}, {}, groups_of_windows([(3, 4)], 30), [{"op": "merge", "layers": [3, 4], "rule": "mean"}])
+    plan = Plan(
+        model, "slm", {}, {}, groups_of_windows([(3, 4)], 30), [{"op": "merge", "layers": [3, 4], "rule": "mean"}]
+    )
     plan.write(tmp_path / "plan.json")
     monkeypatch.setattr(
         "slm_pipeline.models.source._hub",
-        lambda options: dataclasses.replace(random_source(num_layers=32), config=options, fingerprint=f"hub:{options.repo}"),
+        lambda options: dataclasses.replace(
+            random_source(num_layers=32), config=options, fingerprint=f"hub:{options.repo}"
+        ),
     )
     monkeypatch.setattr("slm_pipeline.tracking._has_api_key", lambda: True)
     return tmp_path
@@ -130,7 +134,9 @@ def test_every_file_says_what_it_is_and_how_to_use_it(file, here):
     comments = [comment for comment in comments if not comment.startswith("@package")]
     assert comments[0].endswith((".", "?")) or ". " in comments[0] or "; " in comments[0]
     command = next(comment for comment in comments if comment.startswith("slm"))
-    words = itertools.takewhile(lambda word: "=" in word or word == "-m", command.split()[1:])  # then a remark may follow
+    words = itertools.takewhile(
+        lambda word: "=" in word or word == "-m", command.split()[1:]
+    )  # then a remark may follow
     examples = {"FOLDER": "model", "FILE": "text.txt", "outputs/runs/slm/<time>/plan.json": "plan.json"}
     overrides = []
     for word in words:
@@ -170,7 +176,7 @@ def test_help_lists_every_option_with_its_first_comment():
         assert f"\n  {key}=" in text
 
 
-NEW_METHOD = '''
+NEW_METHOD = """
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -195,7 +201,7 @@ class DropTop(Method):
         dropped = list(range(end - problem.num_remove, end))
         groups = [[layer] for layer in range(depth) if layer not in dropped]
         return self._new_plan(problem, layer_groups=groups, dropped=dropped, ops=[{"op": "drop", "layers": dropped}])
-'''
+"""
 
 
 def test_a_new_method_is_one_python_file_and_one_yaml(here, monkeypatch):
@@ -205,13 +211,16 @@ def test_a_new_method_is_one_python_file_and_one_yaml(here, monkeypatch):
     (here / "methods" / "drop_top.py").write_text(NEW_METHOD)
     (here / "conf" / "method").mkdir(parents=True)
     (here / "conf" / "method" / "drop_top.yaml").write_text(
-        "_target_: slm_pipeline.methods.drop_top.DropTop\nkeep_last: 1\npublished_calibration: {num_samples: 4, seq_len: 32}\n"
+        "_target_: slm_pipeline.methods.drop_top.DropTop\n"
+        "keep_last: 1\n"
+        "published_calibration: {num_samples: 4, seq_len: 32}\n"
     )
     monkeypatch.setattr(slm_pipeline.methods, "__path__", [*slm_pipeline.methods.__path__, str(here / "methods")])
     monkeypatch.setattr("slm_pipeline.summary._draw", lambda *_: [])
     overrides = [
-        "--config-dir=conf", "model=random", "model.num_layers=6", "pruning_ratio=r35", "calibration=text_file", "calibration.path=text.txt",
-        "recovery=none", "evaluation=none", "tracker=jsonl", "method=drop_top",
+        "--config-dir=conf", "model=random", "model.num_layers=6", "pruning_ratio=r35",
+        "calibration=text_file", "calibration.path=text.txt", "recovery=none", "evaluation=none", "tracker=jsonl",
+        "method=drop_top",
     ]  # fmt: skip
     try:
         outcome = run_slm(*overrides)

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from filelock import FileLock
@@ -46,12 +47,8 @@ def output_dir(tmp_path: Path) -> Path:
 
 
 def run(capsys, *arguments: str) -> str:
-    sys_argv = sys.argv
-    sys.argv = ["slm-store", *arguments]
-    try:
+    with mock.patch.object(sys, "argv", ["slm-store", *arguments]):
         store.main()
-    finally:
-        sys.argv = sys_argv
     return capsys.readouterr().out
 
 
@@ -113,3 +110,17 @@ def test_no_store(tmp_path, capsys):
         run(capsys, "list", "--output-dir", str(tmp_path))
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: {tmp_path} holds no store; name another with --output-dir\n"
+
+
+def test_result_half_deleted_does_not_look_whole(output_dir, capsys, monkeypatch):
+    def interrupted(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(capsys, "clean", "--output-dir", str(output_dir), "--yes", "--stage", "evaluate")
+    assert left(output_dir) == {"aaaa", "bbbb", "cccc", "dddd.partial", "eeee.old"}
+    run(capsys, "clean", "--output-dir", str(output_dir), "--yes", "--stage", "evaluate")
+    assert left(output_dir) == {"aaaa", "bbbb", "cccc", "dddd.partial"}

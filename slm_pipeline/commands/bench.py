@@ -1,8 +1,8 @@
 """``slm-bench search``: the cached window search beside the published loop, on one model in one run.
 
-    slm-bench search                                              SmolLM2, T = 0.9
-    slm-bench search model=llama2_7b threshold.value=0.81 method.merge_rule=base_difference
-    slm-bench search threshold=auto pruning_ratio=r20             against ten halvings, each a published loop
+slm-bench search                                              SmolLM2, T = 0.9
+slm-bench search model=llama2_7b threshold.value=0.81 method.merge_rule=base_difference
+slm-bench search threshold=auto pruning_ratio=r20             against ten halvings, each a published loop
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class PublishedLoop:
         self.block_evaluations = 0  # the reference pass is not counted, on either side
 
     def __call__(self, threshold: float, num_remove: int | None = None) -> list[Window]:
-        current, windows = self.model, []
+        current = self.model
+        windows: list[Window] = []
         high = self.num_layers - 1 - self.method.protect_last
         low = high - 1
         limit = self.method.max_window or self.num_layers
@@ -119,7 +120,9 @@ class PublishedLoop:
         view = ModelView(model)
         self.block_evaluations += view.num_layers
         with torch.no_grad():
-            return [view.decoder(input_ids=row[None], use_cache=False).last_hidden_state.cpu() for row in self.input_ids]
+            return [
+                view.decoder(input_ids=row[None], use_cache=False).last_hidden_state.cpu() for row in self.input_ids
+            ]
 
     def _similarity(self, model: Any) -> float:
         import torch
@@ -132,6 +135,7 @@ class PublishedLoop:
 def search(overrides: list[str]) -> None:
     """Run both searches, check that they decide alike, print what each cost."""
     from slm_pipeline.data.calibration import sample
+    from slm_pipeline.engine.statistics import collect
     from slm_pipeline.models.loading import load_dense
     from slm_pipeline.models.view import ModelView
 
@@ -146,15 +150,13 @@ def search(overrides: list[str]) -> None:
         source=job.source,
         view=view,
         input_ids=input_ids,
+        statistics=collect(view, input_ids[:1]),  # SLM does not look at it
         num_remove=num_remove,
         threshold=job.threshold,
         refine=job.config.threshold.refine,
         exhaustive=job.config.threshold.exhaustive,
         calibration={},
     )
-    from slm_pipeline.engine.blocks import BlockRunner
-
-    BlockRunner(view, input_ids[:1])  # both sides start warm
     ours = _measure("cached search", lambda: _cached(job.method, problem))
     method = job.method
 
@@ -213,7 +215,9 @@ def _print(job: Job, view: ModelView, ours: Measurement, theirs: Measurement) ->
     print(f"{'':<16}{'block evaluations':>18}{'seconds':>10}{'peak memory':>13}   layers")
     for side in (theirs, ours):
         layers = format_groups(groups_of_windows(side.windows, view.num_layers))
-        print(f"{side.name:<16}{side.block_evaluations:>18}{side.seconds:>10.2f}{side.peak_memory_gb:>10.2f} GB   {layers}")
+        print(
+            f"{side.name:<16}{side.block_evaluations:>18}{side.seconds:>10.2f}{side.peak_memory_gb:>10.2f} GB   {layers}"
+        )
     print(
         f"{'ratio':<16}{theirs.block_evaluations / ours.block_evaluations:>17.2f}x{theirs.seconds / ours.seconds:>9.2f}x"
         f"{theirs.peak_memory_gb / ours.peak_memory_gb:>9.2f}x"

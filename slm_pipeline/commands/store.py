@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -80,7 +81,10 @@ def clean(entries: list[Entry]) -> list[Entry]:
         lock = entry.path.with_name(f"{entry.path.name.partition('.')[0]}.lock")
         try:
             with FileLock(lock, timeout=0):
-                shutil.rmtree(entry.path)
+                doomed = entry.path.with_name(f"{entry.path.name}.old")  # a result half deleted must not look whole
+                shutil.rmtree(doomed, ignore_errors=True)
+                os.replace(entry.path, doomed)
+                shutil.rmtree(doomed)
                 removed.append(entry)
         except Timeout:
             print(f"in use, left alone: {entry.path}")
@@ -129,10 +133,11 @@ def main() -> None:
     entries = [entry for entry in read_store(arguments.output_dir) if arguments.stage in (None, entry.stage)]
     if arguments.command == "clean":
         entries = [entry for entry in entries if entry.removable and entry.age_days >= arguments.older_than]
-        if arguments.yes:
-            entries = clean(entries)
+    lines = {entry.path: _line(entry) for entry in entries}
+    if arguments.command == "clean" and arguments.yes:
+        entries = clean(entries)
     for entry in entries:
-        print(_line(entry))
+        print(lines[entry.path])
     total = _size(sum(entry.num_bytes for entry in entries))
     if arguments.command == "list":
         print(f"{len(entries)} results, {total}")

@@ -134,7 +134,7 @@ def sample(config: CalibrationConfig, tokenizer: Any, data_dir: Path | None) -> 
         assert config.path is not None
         path = find_file(config.path, data_dir, "calibration.path")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes().decode()  # newlines as they are
         except UnicodeDecodeError as error:
             raise UserError(f"calibration.path={config.path!r} is not UTF-8 text: {error}") from error
         rows: Sequence[str] = []
@@ -172,11 +172,11 @@ def _rows(config: CalibrationConfig, data_dir: Path | None) -> Sequence[str]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"calibration={config.source}: cannot load {place}: {reason}") from error
-    return rows[hub_set.column]  # type: ignore[no-any-return]  # a lazy column: rows are read as they are asked for
+    return rows[hub_set.column]  # a lazy column: rows are read as they are asked for
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _prefix_tokens(tokenizer: Any, rows: Iterable[str], needed: int) -> list[int]:
@@ -208,7 +208,9 @@ def _needs(config: CalibrationConfig) -> str:
 def _contiguous(token_ids: list[int], config: CalibrationConfig) -> Samples:
     _check_length(token_ids, config)
     starts = range(0, config.num_samples * config.seq_len, config.seq_len)
-    return _samples([token_ids[start : start + config.seq_len] for start in starts], [{"start": s} for s in starts], "contiguous")
+    return _samples(
+        [token_ids[start : start + config.seq_len] for start in starts], [{"start": s} for s in starts], "contiguous"
+    )
 
 
 def _long_text(token_ids: list[int], config: CalibrationConfig) -> Samples:
@@ -249,5 +251,3 @@ def _samples(pieces: list[list[int]], ids: list[dict[str, int]], mode: str) -> S
 
     input_ids = torch.tensor(pieces, dtype=torch.int64)
     return Samples(input_ids, ids, mode, hashlib.sha256(input_ids.numpy().tobytes()).hexdigest())
-
-

@@ -47,11 +47,12 @@ class BlockRunner:
 
     def _record(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.states.append(args[0])
-        self._arguments.append((args[1:], kwargs))
+        batch_size = len(args[0])
+        self._arguments.append((_for_any_batch(args[1:], batch_size), _for_any_batch(kwargs, batch_size)))
 
     @torch.no_grad()
     def run(self, layer: int, hidden: Tensor, replaced: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Output of block ``layer`` for the residual stream ``hidden`` ([batch, length, d]).
+        """Output of block ``layer`` for the residual stream ``hidden`` ([any batch, length, d]).
 
         Args:
             replaced: tensors that stand in for some of the block's parameters in this call.
@@ -71,6 +72,17 @@ class BlockRunner:
         """Final-normed states of the last block's output."""
         normed: Tensor = self.view.final_norm(hidden.to(self.final.device))
         return normed
+
+
+def _for_any_batch(argument: Any, batch_size: int) -> Any:
+    """A recorded argument that broadcasts over any number of samples: they have no padding, so rows are alike."""
+    if isinstance(argument, Tensor):
+        return argument[:1] if argument.ndim > 1 and len(argument) == batch_size > 1 else argument
+    if isinstance(argument, tuple):
+        return tuple(_for_any_batch(item, batch_size) for item in argument)
+    if isinstance(argument, dict):
+        return {name: _for_any_batch(item, batch_size) for name, item in argument.items()}
+    return argument
 
 
 def batches(input_ids: Tensor, max_tokens: int) -> list[Tensor]:

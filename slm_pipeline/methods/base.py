@@ -6,6 +6,7 @@ imported for ``slm dry_run=true``, so they import torch, and the engine, inside 
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +16,7 @@ from slm_pipeline.surgery.plan import Plan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slm_pipeline.engine.statistics import Statistics
     from slm_pipeline.models.source import ModelSource
     from slm_pipeline.models.view import ModelView
 
@@ -34,6 +36,7 @@ class PruningProblem:
     Attributes:
         view: the dense model, which the method must leave as it is.
         input_ids: [num_samples, seq_len] int64 calibration tokens.
+        statistics: what the dense model showed on them, in one pass.
         num_remove: layers to remove; None when the threshold alone decides.
         threshold: similarity floor in [0, 1]; None means that the method looks for one, or needs none.
         refine: grid points to try above the best threshold found by halving.
@@ -44,6 +47,7 @@ class PruningProblem:
     source: ModelSource
     view: ModelView
     input_ids: Tensor
+    statistics: Statistics
     num_remove: int | None
     threshold: float | None
     refine: int
@@ -92,11 +96,54 @@ class Method:
             "fingerprint": problem.source.fingerprint,
             "num_layers": problem.view.num_layers,
         }
-        plan = Plan(
-            model=model, method=self.name, options=self.options(), calibration=problem.calibration, **decision
-        )
+        plan = Plan(model=model, method=self.name, options=self.options(), calibration=problem.calibration, **decision)
         plan.check(f"the plan of method={self.name}")
         return plan
+
+
+@dataclass(kw_only=True)
+class LayerRemoval(Method):
+    """Base of the methods that remove whole layers and change nothing else.
+
+    Options:
+        protect_first, protect_last: layers at the input and output side that are never removed.
+    """
+
+    protect_first: int = 0
+    protect_last: int = 0
+
+    def __post_init__(self) -> None:
+        for option in ("protect_first", "protect_last"):
+            if getattr(self, option) < 0:
+                raise UserError(f"method.{option}={getattr(self, option)} must be at least 0")
+
+    @property
+    def num_protected(self) -> int:
+        return self.protect_first + self.protect_last
+
+    def candidates(self, num_layers: int) -> list[int]:
+        """Layers that may be removed."""
+        return list(range(self.protect_first, num_layers - self.protect_last))
+
+    def removal_plan(self, problem: PruningProblem, removed: list[int], scores: dict[str, Any]) -> Plan:
+        """The plan that removes ``removed``, in that order."""
+        kept = [[layer] for layer in range(problem.view.num_layers) if layer not in removed]
+        ops = [{"op": "drop", "layers": sorted(removed)}]
+        return self._new_plan(
+            problem, layer_groups=kept, dropped=sorted(removed), ops=ops, scores={"order": removed, **scores}
+        )
+
+    def lowest_first(self, problem: PruningProblem, values: list[float]) -> list[int]:
+        """The ``num_remove`` unprotected layers with the lowest values, lowest first, ties by index.
+
+        Raises:
+            UserError: a value is not finite.
+        """
+        assert problem.num_remove is not None
+        for layer, value in enumerate(values):
+            if not math.isfinite(value):
+                raise UserError(f"method={self.name}: the score of layer {layer} is {value}; try model.dtype=float32")
+        return sorted(self.candidates(len(values)), key=lambda layer: values[layer])[: problem.num_remove]
 
 
 def num_layers_to_remove(*, ratio: float | None, keep: int | None, num_layers: int, num_protected: int) -> int | None:
@@ -109,7 +156,9 @@ def num_layers_to_remove(*, ratio: float | None, keep: int | None, num_layers: i
         return None
     if keep is not None:
         if not 1 <= keep < num_layers:
-            raise UserError(f"pruning_ratio.num_layers={keep} must be at least 1 and below the model's {num_layers} layers")
+            raise UserError(
+                f"pruning_ratio.num_layers={keep} must be at least 1 and below the model's {num_layers} layers"
+            )
         remove = num_layers - keep
         asked = f"pruning_ratio.num_layers={keep}"
     else:

@@ -78,9 +78,7 @@ class SlidingLayerMerging(Method):
         from slm_pipeline.engine.windows import WindowSimilarity
 
         similarity = WindowSimilarity(problem.view, problem.input_ids, self.merge_rule, self.similarity)
-        slide = _Slide(
-            similarity, problem.view.num_layers, self.protect_first, self.protect_last, self.max_window
-        )
+        slide = _Slide(similarity, problem.view.num_layers, self.protect_first, self.protect_last, self.max_window)
         if problem.threshold is not None:
             with tqdm(total=slide.length, desc="sliding window", unit="window", disable=None) as progress:
                 chosen = slide(problem.threshold, progress=progress)

@@ -26,6 +26,8 @@ class Architecture:
     layers: str = "layers"
     final_norm: str = "norm"
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    attention_output: str = "self_attn.o_proj"  # from the block, as the next
+    mlp_output: str = "mlp.down_proj"
 
 
 _LLAMA = Architecture()
@@ -49,9 +51,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": _SANDWICH_NORMS,
     "olmo2": Architecture(norms=("post_attention_layernorm", "post_feedforward_layernorm")),
     "opt": Architecture(
-        decoder="model.decoder", final_norm="final_layer_norm", norms=("self_attn_layer_norm", "final_layer_norm")
+        decoder="model.decoder",
+        final_norm="final_layer_norm",
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+        attention_output="self_attn.out_proj",
+        mlp_output="fc2",
     ),
-    "gpt_neox": Architecture(decoder="gpt_neox", embedding="embed_in", final_norm="final_layer_norm"),
+    "gpt_neox": Architecture(
+        decoder="gpt_neox",
+        embedding="embed_in",
+        final_norm="final_layer_norm",
+        attention_output="attention.dense",
+        mlp_output="mlp.dense_4h_to_h",
+    ),
 }
 
 # Configuration keys of models whose blocks depend on each other or choose their weights per token.

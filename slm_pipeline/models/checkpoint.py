@@ -58,7 +58,7 @@ def _probe(model: Any) -> Tensor:
     """Logits of a fixed sequence of token ids: [1, 16, vocabulary] float32 on the CPU."""
     token_ids = torch.arange(1, _PROBE_LENGTH + 1) * 97 % model.config.vocab_size
     output = model(input_ids=token_ids[None].to(ModelView(model).device), use_cache=False)
-    return output.logits.float().cpu()  # type: ignore[no-any-return]
+    return output.logits.float().cpu()
 
 
 def _compare(expected: Tensor, found: Tensor, dtype: str, folder: Path) -> None:

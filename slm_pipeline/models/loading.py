@@ -50,7 +50,7 @@ def _load(place: str, config: ModelConfig, revision: str | None) -> Any:
     device = resolve_device(config.device)
     options: dict[str, Any] = {"device_map": "balanced"} if device == "balanced" else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             place,
             revision=revision,
             dtype=getattr(torch, config.dtype),
@@ -117,6 +117,4 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("<pad>", "<bos>", "<eos>")])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")

@@ -18,7 +18,14 @@ from slm_pipeline.models import architectures
 
 SOURCES = ("bundled", "hub", "local", "random")
 DTYPES = ("float32", "bfloat16", "float16")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,9 @@ def _bundled(config: ModelConfig) -> ModelSource:
     if config.name not in assets.BUNDLED_MODELS:
         raise UserError(f"model.name={config.name!r} is not bundled; bundled: {', '.join(assets.BUNDLED_MODELS)}")
     return ModelSource(
-        config, assets.model_fingerprint(config.name) + f":{config.dtype}", assets.BUNDLED_MODELS[config.name].num_layers
+        config,
+        assets.model_fingerprint(config.name) + f":{config.dtype}",
+        assets.BUNDLED_MODELS[config.name].num_layers,
     )
 
 
@@ -104,6 +113,7 @@ def _local(config: ModelConfig) -> ModelSource:
     except json.JSONDecodeError as error:
         raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
     architectures.find(description)
+    _check_shards(folder, weights)
     content = hashlib.sha256((folder / "config.json").read_bytes())
     for name in _TOKENIZER_FILES:
         if (folder / name).is_file():
@@ -119,7 +129,10 @@ def _random(config: ModelConfig) -> ModelSource:
     for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "vocab_size"):
         if (getattr(config, name) or 0) < 1:
             raise UserError(f"model.{name}={getattr(config, name)} must be at least 1")
-    assert config.num_heads and config.num_kv_heads and config.hidden_size and config.vocab_size
+    assert config.num_heads is not None
+    assert config.num_kv_heads is not None
+    assert config.hidden_size is not None
+    assert config.vocab_size is not None
     if config.num_heads % config.num_kv_heads or config.hidden_size % config.num_heads:
         raise UserError(
             f"model.num_heads={config.num_heads} must divide model.hidden_size={config.hidden_size}"
@@ -132,7 +145,19 @@ def _random(config: ModelConfig) -> ModelSource:
 
 
 def _depth(description: dict[str, Any]) -> int:
+    if "num_hidden_layers" not in description:
+        raise UserError(f"model_type={description['model_type']!r}: its config.json has no num_hidden_layers")
     return int(description["num_hidden_layers"])
+
+
+def _check_shards(folder: Path, weights: list[Path]) -> None:
+    """Raise `UserError` when the folder's index names a file that is not there."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if missing := sorted(needed - {file.name for file in weights}):
+        raise UserError(f"{folder} lacks {missing[0]}, which {index.name} names")
 
 
 def _safetensors_header(file: Path) -> bytes:

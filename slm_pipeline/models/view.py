@@ -66,6 +66,14 @@ class ModelView:
         parameters = self.layers[layer].named_parameters()
         return [name for name, parameter in parameters if parameter.ndim == 2]
 
+    def attention_output(self, layer: int) -> nn.Module:
+        """The projection at the end of a block's attention; its input is the concatenated heads."""
+        return self.layers[layer].get_submodule(self.architecture.attention_output)
+
+    def mlp_output(self, layer: int) -> nn.Module:
+        """The projection at the end of a block's feed-forward network; its input is the hidden neurons."""
+        return self.layers[layer].get_submodule(self.architecture.mlp_output)
+
     def logits(self, normed: Tensor) -> Tensor:
         """Next-token logits of final-normed states: [..., d] -> [..., vocabulary], as the model's own forward does."""
         head = self.model.get_output_embeddings()
@@ -90,7 +98,7 @@ class ModelView:
         for position, block in enumerate(blocks):
             for module in block.modules():
                 if hasattr(module, "layer_idx"):
-                    module.layer_idx = position  # the slot in the KV cache
+                    setattr(module, "layer_idx", position)  # the slot in the KV cache
         for key, value in list(vars(self.config).items()):
             if isinstance(value, (list, tuple)) and len(value) == old_depth:
                 setattr(self.config, key, type(value)(value[source] for source in sources))

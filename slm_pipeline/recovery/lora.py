@@ -94,7 +94,7 @@ class Lora(TrainingOptions):
         train, validation = self.tokenized_split(tokenizer, data_dir)
         set_seed(seed)
         adapted = get_peft_model(model, self._peft_config())
-        adapted.peft_config["default"].base_model_name_or_path = base_path
+        adapted.peft_config["default"].base_model_name_or_path = ""  # else every checkpoint looks for it on the hub
         trainable, total = adapted.get_nb_trainable_parameters()
         logger.info("LoRA trains %d of %d parameters on %d examples", trainable, total, len(train))
         result = training.fit(
@@ -108,6 +108,7 @@ class Lora(TrainingOptions):
             log=log,
         )
         adapted.load_adapter(str(result.best_checkpoint), "default", torch_device=str(model.device))
+        adapted.peft_config["default"].base_model_name_or_path = base_path
         adapted.save_pretrained(str(out / "adapter"), save_embedding_layers=False)
         adapted.unload()
         write_json(out / "curve.json", result.curve)

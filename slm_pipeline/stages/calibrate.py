@@ -14,11 +14,14 @@ from slm_pipeline.tracking import Tracker
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slm_pipeline.engine.statistics import Statistics
+
 VERSION = 1
 
 
 class Calibrate:
-    """Leaves samples.safetensors (``input_ids`` [N, length] int64), samples.json and similarity.json."""
+    """Leaves samples.safetensors (``input_ids`` [N, length] int64), samples.json, statistics.safetensors
+    (`slm_pipeline.engine.statistics.Statistics`) and similarity.json for the picture."""
 
     name = stage = "calibrate"
     needs: tuple[str, ...] = ()
@@ -29,17 +32,20 @@ class Calibrate:
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         from safetensors.torch import save_file
 
-        from slm_pipeline.analysis.similarity import block_cosines
         from slm_pipeline.data.calibration import sample
+        from slm_pipeline.engine.statistics import collect
         from slm_pipeline.models.loading import load_dense
         from slm_pipeline.models.view import ModelView
 
         model, tokenizer = load_dense(job.source)
         samples = sample(job.config.calibration, tokenizer, job.data_dir)
         save_file({"input_ids": samples.input_ids}, out / "samples.safetensors")
-        write_json(out / "samples.json", {"mode": samples.mode, "fingerprint": samples.fingerprint, "samples": samples.ids})
-        cosines = block_cosines(ModelView(model), samples.input_ids)
-        write_json(out / "similarity.json", {"cosine": cosines.tolist()})
+        write_json(
+            out / "samples.json", {"mode": samples.mode, "fingerprint": samples.fingerprint, "samples": samples.ids}
+        )
+        statistics = collect(ModelView(model), samples.input_ids)
+        statistics.save(out / "statistics.safetensors")
+        write_json(out / "similarity.json", {"cosine": statistics.cosine.tolist()})
         return {
             "source": job.config.calibration.source,
             "mode": samples.mode,
@@ -52,6 +58,13 @@ class Calibrate:
     def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
         result = artifact.record()["result"]
         tracker.log({key: result[key] for key in ("num_samples", "seq_len", "num_tokens")}, stage=self.name)
+
+
+def load_statistics(artifact: Artifact) -> Statistics:
+    """What the dense model showed on the samples of a finished calibration."""
+    from slm_pipeline.engine.statistics import Statistics
+
+    return Statistics.load(artifact.path / "statistics.safetensors")
 
 
 def load_samples(artifact: Artifact) -> tuple[Tensor, dict[str, Any]]:

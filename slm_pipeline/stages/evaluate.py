@@ -36,14 +36,19 @@ class Evaluate:
         del settings["of"]
         if not settings["efficiency"]["enabled"]:
             settings["efficiency"] = None
-        return {"version": VERSION, "checkpoint": checkpoint, "settings": settings, "data": job.identities["evaluation"]}
+        return {
+            "version": VERSION,
+            "checkpoint": checkpoint,
+            "settings": settings,
+            "data": job.identities["evaluation"],
+        }
 
     def _checkpoint(self, job: Job, results: Mapping[str, Artifact]) -> str | None:
         if self.target == "dense":
             return job.source.fingerprint
         if self.target == "pruned":
             merge = results["merge"]
-            return merge.record()["result"]["checkpoint"] if merge.done else None  # type: ignore[no-any-return]
+            return merge.record()["result"]["checkpoint"] if merge.done else None
         return f"recovered:{results['recover'].key}" if "recover" in results else None
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
@@ -120,4 +125,4 @@ def _finished(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, An
     """The result in ``path``, computed and written first when it is not there."""
     if not path.exists():
         write_json(path, compute())
-    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return json.loads(path.read_text(encoding="utf-8"))

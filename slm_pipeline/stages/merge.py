@@ -8,7 +8,7 @@ from typing import Any
 
 from slm_pipeline.artifacts import Artifact, digest
 from slm_pipeline.job import Job, ParameterCounts
-from slm_pipeline.stages.calibrate import load_samples
+from slm_pipeline.stages.calibrate import load_samples, load_statistics
 from slm_pipeline.surgery.plan import Plan, format_groups
 from slm_pipeline.tracking import Tracker
 
@@ -32,7 +32,7 @@ class Merge:
             "options": job.method.options(),
             "threshold": job.threshold,
             "search": search if job.method.takes_threshold and job.threshold is None else None,
-            "keep": job.config.keep,  # whether the result holds weights; later stages look at the checkpoint, not at this
+            "keep": job.config.keep,  # whether weights are there; later stages depend on the checkpoint, not on this
             # With a floor of its own the method does not look at the ratio.
             "pruning_ratio": None if job.threshold is not None else vars(ratio),
         }
@@ -59,7 +59,9 @@ class Merge:
 
     def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
         for step, row in enumerate(load_plan(artifact).scores.get("steps", [])):
-            tracker.log({"similarity": row["similarity"], "accepted": float(row["accepted"])}, stage=self.name, step=step)
+            tracker.log(
+                {"similarity": row["similarity"], "accepted": float(row["accepted"])}, stage=self.name, step=step
+            )
         result = artifact.record()["result"]
         metrics = {"num_layers": result["num_layers"]["pruned"], "parameters": result["parameters"]["pruned"]}
         if result["threshold"] is not None:
@@ -75,6 +77,7 @@ class Merge:
             source=job.source,
             view=view,
             input_ids=input_ids,
+            statistics=load_statistics(calibration),
             num_remove=num_remove,
             threshold=job.threshold,
             refine=job.config.threshold.refine,

@@ -72,6 +72,8 @@ class Recover:
     def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
         if reused:  # a curve that is being trained was logged as it went
             for row in json.loads((artifact.path / "curve.json").read_text(encoding="utf-8")):
-                tracker.log({key: value for key, value in row.items() if key != "step"}, stage=self.name, step=row["step"])
+                tracker.log(
+                    {key: value for key, value in row.items() if key != "step"}, stage=self.name, step=row["step"]
+                )
         metrics = artifact.record()["result"]
         tracker.log({key: value for key, value in metrics.items() if isinstance(value, (int, float))}, stage=self.name)

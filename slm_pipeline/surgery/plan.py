@@ -85,7 +85,7 @@ class Plan:
 
 def groups_of_windows(windows: Sequence[tuple[int, int]], num_layers: int) -> list[list[int]]:
     """Layer groups when each closed window (low, high) becomes one layer and the others stay."""
-    starts = {low: high for low, high in windows}
+    starts = dict(windows)
     groups, layer = [], 0
     while layer < num_layers:
         high = starts.get(layer, layer)

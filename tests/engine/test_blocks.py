@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_source
 
-from slm_pipeline.analysis.similarity import block_cosines
+from slm_pipeline.engine import statistics
 from slm_pipeline.engine.blocks import BlockRunner, batches
-from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 
 
@@ -71,37 +69,16 @@ def test_hooks_are_removed(tiny_llama, input_ids):
     assert len(runner.states) == 7
 
 
-@torch.no_grad()
-def test_similarity_matrix_against_a_double_loop(input_ids):
-    model, _ = load_dense(random_source("gemma3_text", num_layers=4))
-    states = []
-    hooks = [layer.register_forward_pre_hook(lambda _, args: states.append(args[0])) for layer in model.model.layers]
-    hooks.append(model.model.norm.register_forward_pre_hook(lambda _, args: states.append(args[0])))
-    for row in input_ids:
-        model(input_ids=row[None], use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    found = block_cosines(ModelView(model), input_ids)
-    assert found.shape == (5, 5)
-    for i in range(5):
-        for j in range(5):
-            cosines = []
-            for sample in range(3):
-                first, second = states[5 * sample + i][0].double(), states[5 * sample + j][0].double()
-                for token in range(input_ids.shape[1]):
-                    dot = float(first[token] @ second[token])
-                    cosines.append(dot / float(first[token].norm() * second[token].norm()))
-            assert float(found[i, j]) == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
-
-
 def test_similarity_does_not_depend_on_how_samples_are_batched(tiny_llama, input_ids, monkeypatch):
     model, _ = tiny_llama
-    together = block_cosines(ModelView(model), input_ids)
-    monkeypatch.setattr("slm_pipeline.analysis.similarity._MAX_BATCH_TOKENS", 1)
-    torch.testing.assert_close(block_cosines(ModelView(model), input_ids), together)
+    together = statistics.collect(ModelView(model), input_ids).cosine
+    monkeypatch.setattr("slm_pipeline.engine.statistics._MAX_BATCH_TOKENS", 1)
+    torch.testing.assert_close(statistics.collect(ModelView(model), input_ids).cosine, together)
 
 
-@pytest.mark.parametrize(("max_tokens", "sizes"), [(4, [1] * 5), (8, [2, 2, 1]), (11, [2, 2, 1]), (100, [5]), (1, [1] * 5)])
+@pytest.mark.parametrize(
+    ("max_tokens", "sizes"), [(4, [1] * 5), (8, [2, 2, 1]), (11, [2, 2, 1]), (100, [5]), (1, [1] * 5)]
+)
 def test_batches_keep_to_the_limit(max_tokens, sizes):
     samples = torch.arange(20).reshape(5, 4)
     found = batches(samples, max_tokens)

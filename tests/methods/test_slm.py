@@ -79,12 +79,17 @@ def naive_search(model, input_ids, threshold, rule, protect_first=1, protect_las
 
 
 def problem_for(model, source, input_ids, threshold=None, num_remove=None, refine=5, exhaustive=False):
-    return PruningProblem(source, ModelView(model), input_ids, num_remove, threshold, refine, exhaustive, {"num_tokens": 36})
+    view = ModelView(model)
+    statistics = None  # SLM does not look at it
+    return PruningProblem(
+        source, view, input_ids, statistics, num_remove, threshold, refine, exhaustive, {"num_tokens": 36}
+    )
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
-    "options", [{}, {"protect_first": 0}, {"protect_first": 3, "protect_last": 2}, {"max_window": 2}, {"protect_last": 0}]
+    "options",
+    [{}, {"protect_first": 0}, {"protect_first": 3, "protect_last": 2}, {"max_window": 2}, {"protect_last": 0}],
 )
 def test_search_equals_the_naive_loop(rule, options, input_ids):
     source = random_source(num_layers=8)
@@ -141,7 +146,9 @@ def test_auto_lands_on_the_target_with_the_highest_threshold_tried():
         assert not exact
         reached = {search.threshold: search.num_removed for search in searches}
         # 1 - 0.02 n is on the grid: T = 1 - 0.02 n still admits n removed layers, T + 0.01 does not.
-        assert max(t for t, removed in reached.items() if removed == target) == pytest.approx(1 - 0.02 * target, abs=0.0101)
+        assert max(t for t, removed in reached.items() if removed == target) == pytest.approx(
+            1 - 0.02 * target, abs=0.0101
+        )
 
 
 def test_exhaustive_finds_the_highest_threshold():
@@ -181,11 +188,20 @@ def test_other_similarities(kind, any_model, input_ids):
     view = ModelView(any_model)
     found = WindowSimilarity(view, input_ids, "official", kind)((), (2, 4))
     dense = any_model(input_ids=input_ids, output_hidden_states=True)
-    plan = Plan({"name": "x", "num_layers": 6}, "x", {}, {}, groups_of_windows([(2, 4)], 6), [{"op": "merge", "layers": [2, 3, 4], "rule": "official"}])
+    plan = Plan(
+        {"name": "x", "num_layers": 6},
+        "x",
+        {},
+        {},
+        groups_of_windows([(2, 4)], 6),
+        [{"op": "merge", "layers": [2, 3, 4], "rule": "official"}],
+    )
     pruned = apply(plan, copy.deepcopy(any_model))(input_ids=input_ids, output_hidden_states=True)
     a, b = dense.hidden_states[-1], pruned.hidden_states[-1]
     if kind == "last_token":
-        expected = torch.stack([torch.dot(x, y) / (x.norm() * y.norm()) for x, y in zip(a[:, -1], b[:, -1], strict=True)]).mean()
+        expected = torch.stack(
+            [torch.dot(x, y) / (x.norm() * y.norm()) for x, y in zip(a[:, -1], b[:, -1], strict=True)]
+        ).mean()
     elif kind == "per_token":
         expected = ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean()
     else:

@@ -40,7 +40,9 @@ def values(view, low, high, rule):
         ("keep_highest", 4, 4, 4),
     ],
 )
-@pytest.mark.parametrize(("architecture", "other"), [("qwen3", "self_attn.q_norm.weight"), ("qwen2", "self_attn.k_proj.bias")])
+@pytest.mark.parametrize(
+    ("architecture", "other"), [("qwen3", "self_attn.q_norm.weight"), ("qwen2", "self_attn.k_proj.bias")]
+)
 def test_rules(architecture, other, rule, projections, norms, others):
     found = values(filled_model(architecture), 1, 3, rule)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -53,8 +55,14 @@ def test_rules(architecture, other, rule, projections, norms, others):
 
 def test_official_and_base_difference_agree_on_pairs_only():
     view = filled_model()
-    assert values(view, 2, 3, "official")["mlp.up_proj.weight"] == values(view, 2, 3, "base_difference")["mlp.up_proj.weight"]
-    assert values(view, 1, 3, "official")["mlp.up_proj.weight"] != values(view, 1, 3, "base_difference")["mlp.up_proj.weight"]
+    assert (
+        values(view, 2, 3, "official")["mlp.up_proj.weight"]
+        == values(view, 2, 3, "base_difference")["mlp.up_proj.weight"]
+    )
+    assert (
+        values(view, 1, 3, "official")["mlp.up_proj.weight"]
+        != values(view, 1, 3, "base_difference")["mlp.up_proj.weight"]
+    )
 
 
 def test_official_is_bit_for_bit():

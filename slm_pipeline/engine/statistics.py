@@ -1,0 +1,137 @@
+"""One pass over the calibration text that serves every method which only looks at activations.
+
+Everything is reduced while it streams: no states are kept, no tokens x tokens matrix is made. Similarities between
+residual streams are taken per token from the [layers + 1, layers + 1] Gram matrix of that token's states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from slm_pipeline.engine.blocks import BlockRunner, batches
+from slm_pipeline.models.view import ModelView
+
+_MAX_BATCH_TOKENS = 2048  # the states of all layers are in memory for one batch, in float32
+
+
+@dataclass
+class Statistics:
+    """What one pass over N samples of T tokens says about a model of L blocks. All float32, on the CPU.
+
+    Index 0 of a [L + 1, L + 1] matrix is the embedding output, index i the output of block i - 1; the last is taken
+    before the final norm.
+
+    Attributes:
+        cosine: [L + 1, L + 1] cosine of residual states, mean over all tokens.
+        angle: [L + 1, L + 1] arccos(cosine) / pi, mean over all tokens, in [0, 1].
+        angle_last: the same over each sample's last token alone.
+        attention_mean, attention_mean_abs, attention_variance: [L, heads x head_dim] of the input of the attention's
+            output projection, over all tokens.
+        mlp_mean, mlp_mean_abs, mlp_variance: [L, intermediate size] of the input of the feed-forward's last projection.
+    """
+
+    cosine: Tensor
+    angle: Tensor
+    angle_last: Tensor
+    attention_mean: Tensor
+    attention_mean_abs: Tensor
+    attention_variance: Tensor
+    mlp_mean: Tensor
+    mlp_mean_abs: Tensor
+    mlp_variance: Tensor
+
+    def save(self, path: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file({item.name: getattr(self, item.name).contiguous() for item in fields(self)}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        from safetensors.torch import load_file
+
+        return cls(**load_file(path))
+
+
+@torch.no_grad()
+def collect(view: ModelView, input_ids: Tensor) -> Statistics:
+    """Run the model once over ``input_ids`` ([N, T] int64) and reduce what it shows."""
+    depth = view.num_layers
+    attention = [ChannelMoments() for _ in range(depth)]
+    mlp = [ChannelMoments() for _ in range(depth)]
+    hooks = []
+    for layer in range(depth):
+        hooks.append(view.attention_output(layer).register_forward_pre_hook(attention[layer].observe))
+        hooks.append(view.mlp_output(layer).register_forward_pre_hook(mlp[layer].observe))
+    cosine, angle, angle_last = (torch.zeros(depth + 1, depth + 1, dtype=torch.float64) for _ in range(3))
+    try:
+        for batch in tqdm(batches(input_ids, _MAX_BATCH_TOKENS), desc="calibration pass", disable=None):
+            cosines = _token_cosines(BlockRunner(view, batch).states)
+            angles = cosines.clamp(-1, 1).arccos() / torch.pi
+            cosine += cosines.sum(dim=(0, 1), dtype=torch.float64).cpu()
+            angle += angles.sum(dim=(0, 1), dtype=torch.float64).cpu()
+            angle_last += angles[:, -1].sum(dim=0, dtype=torch.float64).cpu()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Statistics(
+        cosine=(cosine / input_ids.numel()).float(),
+        angle=(angle / input_ids.numel()).float(),
+        angle_last=(angle_last / len(input_ids)).float(),
+        attention_mean=torch.stack([moments.mean for moments in attention]),
+        attention_mean_abs=torch.stack([moments.mean_abs for moments in attention]),
+        attention_variance=torch.stack([moments.variance for moments in attention]),
+        mlp_mean=torch.stack([moments.mean for moments in mlp]),
+        mlp_mean_abs=torch.stack([moments.mean_abs for moments in mlp]),
+        mlp_variance=torch.stack([moments.variance for moments in mlp]),
+    )
+
+
+def _token_cosines(states: list[Tensor]) -> Tensor:
+    """L + 1 states [batch, length, d] -> [batch, length, L + 1, L + 1] float32 cosines, token by token."""
+    device = states[0].device
+    stacked = torch.stack([torch.nn.functional.normalize(s.to(device).float(), dim=-1) for s in states], dim=2)
+    return stacked @ stacked.mT
+
+
+class ChannelMoments:
+    """Streaming mean, mean of absolute values and variance of a linear layer's input channels, over all tokens."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sum: Tensor | None = None
+        self._sum_abs: Tensor
+        self._sum_squares: Tensor
+
+    def observe(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        """Take in one batch; a forward pre-hook. The input is [..., channels]."""
+        rows = args[0].flatten(0, -2)
+        added = [part.sum(dim=0, dtype=torch.float64) for part in (rows, rows.abs(), rows.float().square())]
+        if self._sum is None:
+            self._sum, self._sum_abs, self._sum_squares = added
+        else:
+            self._sum += added[0]
+            self._sum_abs += added[1]
+            self._sum_squares += added[2]
+        self._count += len(rows)
+
+    @property
+    def mean(self) -> Tensor:
+        assert self._sum is not None
+        return (self._sum / self._count).float().cpu()
+
+    @property
+    def mean_abs(self) -> Tensor:
+        return (self._sum_abs / self._count).float().cpu()
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance, at least 0."""
+        assert self._sum is not None
+        mean = self._sum / self._count
+        return (self._sum_squares / self._count - mean.square()).clamp_min(0).float().cpu()

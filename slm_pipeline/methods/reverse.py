@@ -1,0 +1,25 @@
+"""Remove from the output side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
+from slm_pipeline.surgery.plan import Plan
+
+
+@dataclass(kw_only=True)
+class ReverseOrder(LayerRemoval):
+    """Removes the last layers, looking at nothing (Reassessing Layer Pruning, arXiv 2411.15558, which pairs it with
+    partial-layer fine-tuning). ``protect_last=1`` keeps the very last layer and removes those below it.
+    """
+
+    published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
+
+    name: ClassVar[str] = "reverse"
+    reads_calibration: ClassVar[bool] = False
+
+    def plan(self, problem: PruningProblem) -> Plan:
+        removed = self.candidates(problem.view.num_layers)[::-1][: problem.num_remove]
+        return self.removal_plan(problem, removed, scores={})

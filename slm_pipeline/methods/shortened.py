@@ -1,0 +1,127 @@
+"""Shortened LLaMA: rank all layers once by perplexity, Taylor salience or magnitude, and remove the lowest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from slm_pipeline.errors import UserError
+from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
+from slm_pipeline.surgery.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_pipeline.models.view import ModelView
+
+
+@dataclass(kw_only=True)
+class ShortenedLlama(LayerRemoval):
+    """Shortened LLaMA, arXiv 2402.02834, section 3. One-shot ranking, lowest first.
+
+    The authors' "plus" heuristic keeps the first four and the last two layers; their code applies it to every
+    criterion, so it is the default here too. ``protect_first=0 protect_last=0`` switches it off.
+    """
+
+    protect_first: int = 4
+    protect_last: int = 2
+    published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
+
+
+@dataclass(kw_only=True)
+class ShortenedPerplexity(ShortenedLlama):
+    """A layer's score is the language-model loss without it, all candidates in one walk up the stack.
+
+    Scores in the plan: losses in nats per token without each unprotected layer (null for protected ones).
+    """
+
+    name: ClassVar[str] = "shortened_ppl"
+
+    def plan(self, problem: PruningProblem) -> Plan:
+        from slm_pipeline.engine.walk import RemovalWalk
+
+        walk = RemovalWalk(problem.view, problem.input_ids)
+        losses = walk.losses(self.candidates(problem.view.num_layers), description="perplexity of each removal")
+        removed = sorted(losses, key=lambda layer: losses[layer])[: problem.num_remove]
+        scores = [losses[layer] if losses.get(layer, float("inf")) < float("inf") else None for layer in walk.kept]
+        return self.removal_plan(
+            problem, removed, {"losses": scores, "num_block_evaluations": walk.num_block_evaluations}
+        )
+
+
+@dataclass(kw_only=True)
+class ShortenedTaylor(ShortenedLlama):
+    """A layer's score is the sum of |weight x gradient| over its matrices and norms; biases are left out, as published.
+
+    The gradient is that of the mean loss over all samples in one backward pass, so that it is summed before the
+    absolute value is taken, as published. It is reduced and freed parameter by parameter: the memory needed is the
+    weights, one gradient, and the activations.
+
+    Scores in the plan: salience of every layer.
+    """
+
+    name: ClassVar[str] = "shortened_taylor"
+
+    def plan(self, problem: PruningProblem) -> Plan:
+        salience = taylor_salience(problem.view, problem.input_ids)
+        return self.removal_plan(problem, self.lowest_first(problem, salience), {"salience": salience})
+
+
+@dataclass(kw_only=True)
+class ShortenedMagnitude(ShortenedLlama):
+    """A layer's score is the sum of |weight| ** power over its matrices and norms. Looks at no text.
+
+    Scores in the plan: magnitude of every layer.
+    """
+
+    power: int = 1
+
+    name: ClassVar[str] = "shortened_magnitude"
+    reads_calibration: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.power not in (1, 2):
+            raise UserError(f"method.power={self.power} must be 1 or 2")
+
+    def plan(self, problem: PruningProblem) -> Plan:
+        magnitude = [
+            sum(float(parameter.detach().float().abs().pow(self.power).sum()) for parameter in scored(problem.view, layer))
+            for layer in range(problem.view.num_layers)
+        ]
+        return self.removal_plan(problem, self.lowest_first(problem, magnitude), {"magnitude": magnitude})
+
+
+def scored(view: ModelView, layer: int) -> list[Tensor]:
+    """The parameters of a block that count: its matrices and its norms' weights, no biases."""
+    parameters = view.layers[layer].named_parameters()
+    return [parameter for name, parameter in parameters if not name.endswith("bias")]
+
+
+def taylor_salience(view: ModelView, input_ids: Tensor) -> list[float]:
+    """Sum of |w x dL/dw| over each block's scored parameters; L is the mean next-token loss over all samples."""
+    import torch
+
+    layer_of = {parameter: layer for layer in range(view.num_layers) for parameter in scored(view, layer)}
+    salience = [0.0] * view.num_layers
+    required_before = {parameter: parameter.requires_grad for parameter in view.model.parameters()}
+
+    def reduce(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        salience[layer_of[parameter]] += float((parameter.detach().float() * parameter.grad.float()).abs().sum())
+        parameter.grad = None
+
+    hooks = []
+    try:
+        for parameter in required_before:
+            parameter.requires_grad_(parameter in layer_of)
+        hooks = [parameter.register_post_accumulate_grad_hook(reduce) for parameter in layer_of]  # type: ignore[attr-defined]
+        ids = input_ids.to(view.device)
+        with torch.enable_grad():
+            view.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, required in required_before.items():
+            parameter.requires_grad_(required)
+    return salience

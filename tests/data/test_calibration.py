@@ -1,0 +1,221 @@
+"""Calibration samples against cuts made by hand, for every source."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from slm_pipeline import assets
+from slm_pipeline.config import CalibrationConfig
+from slm_pipeline.data.calibration import HUB_SETS, check, sample
+from slm_pipeline.errors import UserError
+from slm_pipeline.models.loading import byte_tokenizer
+
+TEXT = "The river runs\r\npast the mill.\n\n  Nothing\tis lost,\u00e9\u4e16 not even\nthe ends of lines.\n" * 8
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> str:
+    (tmp_path / "text.txt").write_bytes(TEXT.encode())
+    return str(tmp_path / "text.txt")
+
+
+def options(source: str = "text_file", **given: object) -> CalibrationConfig:
+    return CalibrationConfig(source=source, **{"num_samples": 3, "seq_len": 20, **given})
+
+
+def decoded(tokenizer, input_ids) -> str:
+    return tokenizer.decode(input_ids.flatten(), skip_special_tokens=False)
+
+
+def test_contiguous_is_the_file_cut_in_order_newlines_kept(text_file):
+    """The byte tokenizer gives the bytes of the file, line ends and all."""
+    found = sample(options(path=text_file, sampling="contiguous"), byte_tokenizer(), None)
+    content = Path(text_file).read_bytes()
+    vocabulary = byte_tokenizer().get_vocab()
+    letters = byte_tokenizer().tokenize(TEXT)
+    assert len(letters) == len(content)
+    expected = [vocabulary[letter] for letter in letters[:60]]
+    assert found.input_ids.dtype == torch.int64
+    assert found.input_ids.tolist() == [expected[:20], expected[20:40], expected[40:60]]
+    assert decoded(byte_tokenizer(), found.input_ids) == content[:60].decode()
+    assert found.ids == [{"start": 0}, {"start": 20}, {"start": 40}]
+    assert found.mode == "contiguous"
+
+
+def test_contiguous_takes_the_whole_text_if_it_just_fits(text_file):
+    size = len(TEXT.encode())
+    found = sample(options(path=text_file, sampling="contiguous", num_samples=1, seq_len=size), byte_tokenizer(), None)
+    assert decoded(byte_tokenizer(), found.input_ids) == TEXT
+    with pytest.raises(UserError, match=f"has {size} tokens; .* needs {size + 1}"):
+        sample(options(path=text_file, sampling="contiguous", num_samples=1, seq_len=size + 1), byte_tokenizer(), None)
+
+
+def test_random_of_one_long_text_starts_anywhere_and_repeats_by_seed(tmp_path):
+    text = "".join(chr(ord("a") + i % 26) for i in range(2000))
+    (tmp_path / "long.txt").write_text(text)
+    given = {"path": "long.txt", "num_samples": 80, "seq_len": 25}
+    tokenizer = byte_tokenizer()
+    found = sample(options(**given, seed=1), tokenizer, tmp_path)
+    starts = [row["start"] for row in found.ids]
+    for row, start in zip(found.input_ids, starts, strict=True):
+        assert decoded(tokenizer, row) == text[start : start + 25]
+    assert min(starts) < 1976 / 10
+    assert max(starts) > 1976 * 9 / 10
+    assert len({start % 25 for start in starts}) > 15  # not on a grid
+    assert all(0 <= start <= 1975 for start in starts)
+    assert (found.mode, found.input_ids.shape) == ("long_text", (80, 25))
+    again = sample(options(**given, seed=1), tokenizer, tmp_path)
+    assert torch.equal(again.input_ids, found.input_ids)
+    assert again.fingerprint == found.fingerprint
+    other = sample(options(**given, seed=2), tokenizer, tmp_path)
+    assert other.ids != found.ids
+    assert other.fingerprint != found.fingerprint
+
+
+def test_random_needs_as_much_text_as_contiguous(text_file):
+    config = options(path=text_file, num_samples=100, seq_len=50)
+    with pytest.raises(UserError, match=r"calibration.num_samples=100 x calibration.seq_len=50 needs 5000"):
+        sample(config, byte_tokenizer(), None)
+    with pytest.raises(
+        UserError, match="bytes; calibration.num_samples=100 x calibration.seq_len=50 needs 5000 tokens"
+    ):
+        check(config, None)
+
+
+def test_not_utf8(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
+    with pytest.raises(UserError, match=r"calibration.path='latin.txt' is not UTF-8 text"):
+        sample(options(path="latin.txt"), byte_tokenizer(), tmp_path)
+
+
+ROWS = ["a" * 19, "b" * 20, "c" * 21, "d" * 60, "", "e" * 45, "f" * 5, "g" * 33]
+
+
+def write_rows(folder: Path, name: str, rows: list[str]) -> None:
+    """A data set in the layout that it has on the hub."""
+    pattern = HUB_SETS[name].files.replace("*", "00000-of-00001")
+    file = folder / pattern
+    file.parent.mkdir(parents=True)
+    if file.suffix == ".gz":
+        with gzip.open(file, "wt", encoding="utf-8") as lines:
+            lines.writelines(json.dumps({"text": row, "url": "x"}) + "\n" for row in rows)
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), file)
+
+
+@pytest.mark.parametrize("name", HUB_SETS)
+def test_documents_of_every_set_in_the_hubs_layout(name, tmp_path):
+    write_rows(tmp_path / "set", name, ROWS)
+    tokenizer = byte_tokenizer()
+    config = options(name, path="set", num_samples=5)
+    assert check(config, tmp_path)["text"].startswith("folder:")
+    found = sample(config, tokenizer, tmp_path)
+    assert found.mode == "documents"
+    assert sorted(row["row"] for row in found.ids) == [1, 2, 3, 5, 7]  # at least 20 tokens, each once
+    for tokens, place in zip(found.input_ids, found.ids, strict=True):
+        row = tokenizer(ROWS[place["row"]])["input_ids"]
+        assert tokens.tolist() == row[place["start"] : place["start"] + 20]
+        assert len(tokens) == 20
+    assert sample(config, tokenizer, tmp_path).ids == found.ids
+    with pytest.raises(UserError, match="only 5 of 8 rows have calibration.seq_len=20 tokens, .*num_samples=6"):
+        sample(options(name, path="set", num_samples=6), tokenizer, tmp_path)
+
+
+def test_documents_differ_with_the_seed_and_slices_move(tmp_path):
+    write_rows(tmp_path / "set", "c4", ["".join(chr(97 + (i + j) % 26) for j in range(200)) for i in range(50)])
+    found = [sample(options("c4", path="set", num_samples=8, seed=seed), byte_tokenizer(), tmp_path) for seed in (1, 2)]
+    assert {row["row"] for row in found[0].ids} != {row["row"] for row in found[1].ids}
+    assert len({row["start"] for result in found for row in result.ids}) > 8
+
+
+def test_special_tokens_are_there_only_in_a_slice_from_the_start(tmp_path):
+    """Rows are tokenised with special tokens, then cut: a row of 19 letters with BOS has the 20 tokens it needs."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 257)])
+    write_rows(tmp_path / "set", "c4", ROWS)
+    found = sample(options("c4", path="set", num_samples=6), tokenizer, tmp_path)
+    assert sorted(row["row"] for row in found.ids) == [0, 1, 2, 3, 5, 7]
+    for tokens, place in zip(found.input_ids.tolist(), found.ids, strict=True):
+        assert (257 in tokens) == (place["start"] == 0)
+
+
+def test_contiguous_of_a_data_set_joins_its_rows(tmp_path):
+    write_rows(tmp_path / "set", "wikitext2", ROWS)
+    found = sample(options("wikitext2", path="set", sampling="contiguous"), byte_tokenizer(), tmp_path)
+    assert decoded(byte_tokenizer(), found.input_ids) == "\n\n".join(ROWS)[:60]
+
+
+def test_folder_without_the_hubs_files(tmp_path):
+    with pytest.raises(UserError, match=r"calibration.path='.' has no file plain_text/train-\*.parquet"):
+        check(options("bookcorpus", path="."), tmp_path)
+
+
+def test_folder_that_changes_is_another_text(tmp_path):
+    write_rows(tmp_path / "set", "c4", ROWS)
+    before = check(options("c4", path="set"), tmp_path)
+    (tmp_path / "set").rename(tmp_path / "first")
+    write_rows(tmp_path / "set", "c4", [*ROWS, "another"])
+    assert check(options("c4", path="set"), tmp_path) != before
+
+
+def test_bundled_passages(monkeypatch):
+    monkeypatch.setattr(assets, "bundled_texts", lambda name: {"lambada": ROWS}[name])
+    found = sample(options("bundled", num_samples=5), byte_tokenizer(), None)
+    assert (found.mode, sorted(row["row"] for row in found.ids)) == ("documents", [1, 2, 3, 5, 7])
+
+
+def test_bundled_passages_that_are_too_short_become_one_long_text(monkeypatch, caplog):
+    monkeypatch.setattr(assets, "bundled_texts", lambda name: ROWS)
+    with caplog.at_level("INFO"):
+        found = sample(options("bundled", num_samples=3, seq_len=61), byte_tokenizer(), None)
+    assert "joined to one long text" in caplog.text
+    assert found.mode == "long_text"
+    joined = "\n".join(ROWS)
+    for tokens, place in zip(found.input_ids, found.ids, strict=True):
+        assert decoded(byte_tokenizer(), tokens) == joined[place["start"] : place["start"] + 61]
+    with pytest.raises(UserError, match="the calibration text has 210 tokens"):
+        sample(options("bundled", num_samples=3, seq_len=71), byte_tokenizer(), None)
+
+
+def test_identity_holds_what_the_samples_depend_on(text_file, tmp_path):
+    base = check(options(path=text_file), None)
+    for changed in ({"num_samples": 4}, {"seq_len": 21}, {"seed": 5}, {"sampling": "contiguous"}):
+        assert check(options(path=text_file, **changed), None) != base
+    contiguous = [check(options(path=text_file, sampling="contiguous", seed=seed), None) for seed in (1, 2)]
+    assert contiguous[0] == contiguous[1]  # no seed in it
+    (tmp_path / "copy.txt").write_bytes(Path(text_file).read_bytes())
+    assert check(options(path="copy.txt"), tmp_path) == base
+    (tmp_path / "copy.txt").write_bytes(Path(text_file).read_bytes() + b"x")
+    assert check(options(path="copy.txt"), tmp_path) != base
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"source": "web"}, "calibration.source='web' is not one of bundled, text_file, bookcorpus, c4"),
+        ({"sampling": "all"}, "calibration.sampling='all' is not one of random, contiguous"),
+        ({"num_samples": 0}, "calibration.num_samples=0 must be at least 1"),
+        ({"seq_len": 0}, "calibration.seq_len=0 must be at least 1"),
+        ({}, "needs calibration.path=FILE"),
+        ({"path": "nowhere.txt"}, "calibration.path='nowhere.txt' does not exist in data_dir="),
+        ({"path": "."}, "calibration.path='.' is not a file"),
+        ({"source": "c4", "path": "nowhere"}, "calibration.path='nowhere' does not exist"),
+    ],
+)
+def test_unusable_options(given, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        check(options(**given), tmp_path)

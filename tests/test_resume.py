@@ -1,0 +1,252 @@
+"""What is done is never done again, and a job killed in any stage ends as if nobody had touched it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import run_slm
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STAGES = ["calibrate", "merge", "recover", "evaluate_dense", "evaluate_pruned", "evaluate_recovered"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slm_pipeline.summary._draw", lambda *_: [])
+        yield
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides of a whole pipeline on random weights: LoRA on 30 examples, two tasks and a text to score."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = random.Random(0)
+    words = ["river", "mill", "tree", "runs", "past", "the", "a", "old"]
+
+    def sentence(length: int) -> str:
+        return " ".join(generator.choice(words) for _ in range(length))
+
+    (folder / "text.txt").write_text(sentence(2000))
+    examples = [{"instruction": sentence(2), "input": "", "output": sentence(4)} for _ in range(30)]
+    (folder / "alpaca.json").write_text(json.dumps(examples))
+    piqa = [{"goal": sentence(3), "sol1": sentence(2), "sol2": sentence(4), "label": i % 2} for i in range(4)]
+    boolq = [{"passage": sentence(6), "question": sentence(3), "idx": i, "label": i % 2} for i in range(4)]
+    for task, rows in (("piqa", piqa), ("boolq", boolq)):
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        "model=random", "model.num_layers=6", "model.hidden_size=32", "model.intermediate_size=48", "tracker=jsonl",
+        f"data_dir={folder}", "calibration=text_file", "calibration.path=text.txt", "calibration.num_samples=12",
+        "calibration.seq_len=256", "recovery.source=file", "recovery.path=alpaca.json", "recovery.validation_size=4",
+        "recovery.max_steps=6", "recovery.batch_size=4", "recovery.micro_batch_size=2", "recovery.warmup_steps=1",
+        "recovery.eval_steps=2", "recovery.save_steps=2", "recovery.learning_rate=0.01", "recovery.dtype=float32",
+        "evaluation=zero_shot", "evaluation.data=.", "evaluation.tasks=[piqa,boolq]",
+        "evaluation.perplexity.corpora=[text.txt]", "evaluation.perplexity.window=128",
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+    def reused(self) -> dict[str, bool]:
+        return {name: stage["reused"] for name, stage in self.summary["stages"].items()}
+
+    def paths(self) -> dict[str, str]:
+        return {name: stage["path"] for name, stage in self.summary["stages"].items()}
+
+    def perplexities(self) -> dict[str, float]:
+        metrics = self.summary["metrics"]
+        return {target: found["perplexity"]["text.txt"]["perplexity"] for target, found in metrics.items()}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(Path(self.summary["checkpoint"]) / "model.safetensors")
+
+    def findings(self) -> dict[str, Any]:
+        """What does not depend on when and where it ran."""
+        names = ("metrics", "layer_groups", "dropped", "threshold", "num_layers", "parameters", "calibration")
+        return {name: self.summary[name] for name in names}
+
+
+def without_recovery(job: list[str]) -> list[str]:
+    return [override for override in job if not override.startswith("recovery.")] + ["recovery=none"]
+
+
+def run(output_dir: Path, *overrides: str) -> Run:
+    before = set((output_dir / "runs" / "slm").glob("*"))
+    outcome = run_slm(*overrides, f"output_dir={output_dir}")
+    assert outcome.status == 0, outcome.err
+    (folder,) = set((output_dir / "runs" / "slm").glob("*")) - before
+    return Run(folder, json.loads((folder / "summary.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(tmp_path_factory.mktemp("undisturbed"), *job)
+
+
+@pytest.fixture(scope="module")
+def output_dir(undisturbed: Run) -> Path:
+    return undisturbed.folder.parent.parent.parent
+
+
+def test_run_from_nothing(undisturbed):
+    assert undisturbed.reused() == dict.fromkeys(STAGES, False)
+    assert undisturbed.summary["num_layers"] == {"dense": 6, "pruned": 5}
+    perplexities = undisturbed.perplexities()
+    assert perplexities["recovered"] < perplexities["pruned"]
+    for name in STAGES:
+        assert (undisturbed.folder / name).resolve() == Path(undisturbed.paths()[name])
+
+
+def kill_when(appears: str, store: Path, command: list[str]) -> None:
+    """Start ``command`` and kill it as soon as a file matching ``appears`` is in the store."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 120
+    while not any(store.glob(appears)):
+        assert process.poll() is None, f"ended before {appears} was there"
+        assert time.monotonic() < deadline, f"{appears} never came"
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_killed_in_every_stage_it_ends_as_if_undisturbed(job, undisturbed, tmp_path):
+    """The same command again and again, killed each time one stage further."""
+    store = tmp_path / "store"
+    command = [sys.executable, "-m", "slm_pipeline", *job, f"output_dir={tmp_path}"]
+    finished: list[str] = []
+    for stage, appears in (
+        ("calibrate", "*.partial/samples.safetensors"),
+        ("merge", "*.partial/plan.json"),
+        ("recover", "*.partial/checkpoints/checkpoint-4"),
+        ("evaluate", "*.partial/piqa.json"),
+    ):
+        kill_when(f"{stage}/{appears}", store, command)
+        (unfinished,) = (store / stage).glob("*.partial")
+        assert not unfinished.with_suffix("").exists()
+        assert sorted(str(path.parent.relative_to(store)) for path in store.glob("*/*/stage.json")) == sorted(finished)
+        finished.append(f"{stage}/{unfinished.stem}")
+    (scored,) = (store / "evaluate").glob("*.partial/piqa.json")
+    state = scored.stat()
+
+    resumed = run(tmp_path, *job)
+    assert resumed.reused() == {name: not name.startswith("evaluate") for name in STAGES}
+    assert resumed.findings() == undisturbed.findings()
+    assert resumed.summary["recovery"]["eval_loss"] == undisturbed.summary["recovery"]["eval_loss"]
+    expected = undisturbed.weights()
+    assert resumed.weights().keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in resumed.weights().items())
+    kept = (Path(resumed.paths()["evaluate_dense"]) / "piqa.json").stat()
+    assert (kept.st_ino, kept.st_mtime_ns) == (state.st_ino, state.st_mtime_ns)  # a finished task is not scored again
+    assert not list(store.glob("*/*.partial"))
+
+
+def test_same_command_again_reuses_everything(job, undisturbed, output_dir):
+    again = run(output_dir, *job)
+    assert again.reused() == dict.fromkeys(STAGES, True)
+    assert again.paths() == undisturbed.paths()
+    assert again.findings() == undisturbed.findings()
+    ignored = ("stages", "provenance", "warnings")
+    assert {k: v for k, v in again.summary.items() if k not in ignored} == {
+        k: v for k, v in undisturbed.summary.items() if k not in ignored
+    }
+    lines = run_slm(*job, f"output_dir={output_dir}", "dry_run=true").out.splitlines()
+    assert [line.split() for line in lines] == [[name, "reuse", undisturbed.paths()[name]] for name in STAGES]
+
+
+def test_another_limit_only_evaluates_again(job, undisturbed, output_dir):
+    fewer = run(output_dir, *job, "evaluation.limit=2")
+    assert fewer.reused() == {name: not name.startswith("evaluate") for name in STAGES}
+    assert fewer.summary["details"]["evaluate_dense"]["zero_shot"]["piqa"]["num_examples"] == 2
+    assert run(output_dir, *job).findings() == undisturbed.findings()
+
+
+def test_part_of_the_stages(job, undisturbed, output_dir):
+    first = run(output_dir, *job, "stages=[calibrate,merge]")
+    assert first.reused() == {"calibrate": True, "merge": True}
+    assert "metrics" not in first.summary
+    last = run(output_dir, *job, "stages=[evaluate]", "evaluation.tasks=[]", "evaluation.of=[recovered]")
+    assert last.reused() == {"evaluate_recovered": False}
+    assert last.perplexities()["recovered"] == undisturbed.perplexities()["recovered"]
+
+
+def test_force_runs_a_stage_and_what_follows(job, undisturbed, output_dir):
+    forced = run(output_dir, *without_recovery(job), "force=[merge]", "evaluation.tasks=[]")
+    assert forced.reused() == {
+        "calibrate": True, "merge": False, "evaluate_dense": False, "evaluate_pruned": False
+    }  # fmt: skip
+    assert forced.summary["layer_groups"] == undisturbed.summary["layer_groups"]
+    again = run(output_dir, *without_recovery(job), "force=[evaluate]", "evaluation.tasks=[]")
+    assert list(again.reused().values()) == [True, True, False, False]
+
+
+def test_thresholds_that_give_the_same_plan_share_all_that_follows(job, undisturbed, output_dir):
+    threshold = undisturbed.summary["threshold"]
+    fixed = [*job, "threshold=fixed", "pruning_ratio=none", "evaluation.tasks=[]"]
+    first = run(output_dir, *fixed, f"threshold.value={threshold}")
+    second = run(output_dir, *fixed, f"threshold.value={threshold - 1e-9}")
+    assert second.summary["layer_groups"] == first.summary["layer_groups"]
+    assert second.paths()["merge"] != first.paths()["merge"]
+    assert second.reused() == {name: name != "merge" for name in STAGES}
+
+
+def test_keep_plan_leaves_no_pruned_weights_and_scores_the_same(job, undisturbed, output_dir):
+    pruned = [*without_recovery(job), "evaluation.of=[pruned]"]
+    lean = run(output_dir, *pruned, "keep=plan", "force=[evaluate]")
+    assert lean.reused() == {"calibrate": True, "merge": False, "evaluate_pruned": False}
+    assert not list(Path(lean.paths()["merge"]).rglob("*.safetensors"))
+    assert "checkpoint" not in lean.summary
+    assert lean.summary["metrics"]["pruned"] == undisturbed.summary["metrics"]["pruned"]
+    whole = run(output_dir, *pruned)  # with keep=model the weights are there
+    assert (Path(whole.summary["checkpoint"]) / "model.safetensors").is_file()
+
+
+def test_plan_is_replayed(job, undisturbed, output_dir):
+    plan = undisturbed.folder / "plan.json"
+    replayed = run(output_dir, *job, "method=from_plan", f"method.path={plan}", "evaluation.tasks=[]")
+    assert replayed.summary["method"] == "from_plan"
+    assert replayed.summary["layer_groups"] == undisturbed.summary["layer_groups"]
+    assert replayed.paths()["recover"] == undisturbed.paths()["recover"]
+    assert replayed.reused()["recover"]
+    assert not replayed.reused()["merge"]
+    assert Path(replayed.paths()["merge"], "model", "model.safetensors").read_bytes() == (
+        Path(undisturbed.paths()["merge"], "model", "model.safetensors").read_bytes()
+    )
+
+
+def test_no_pruning_is_the_dense_model(job, undisturbed, output_dir):
+    dense = run(output_dir, *without_recovery(job), "method=none", "evaluation.of=[dense,pruned]")
+    assert dense.summary["num_layers"] == {"dense": 6, "pruned": 6}
+    assert dense.paths()["evaluate_pruned"] == dense.paths()["evaluate_dense"] == undisturbed.paths()["evaluate_dense"]
+    assert dense.reused()["evaluate_pruned"]
+    weights = dense.weights()
+    assert dense.summary["metrics"]["pruned"] == undisturbed.summary["metrics"]["dense"]
+    assert len({name.split(".")[2] for name in weights if "layers" in name}) == 6
+
+
+def test_two_texts_of_the_same_name_are_scored_apart(job, output_dir, tmp_path):
+    (tmp_path / "text.txt").write_text("xyz " * 200)
+    found = run(
+        output_dir, *job, "stages=[evaluate]", "evaluation.of=[dense]", "evaluation.tasks=[]",
+        f"evaluation.perplexity.corpora=[text.txt,{tmp_path}/text.txt]",
+    )  # fmt: skip
+    first, second = found.summary["metrics"]["dense"]["perplexity"].values()
+    assert first["sha256"] != second["sha256"]
+    assert first["num_tokens"] != second["num_tokens"]
