@@ -46,6 +46,15 @@ class Job:
     def store(self) -> Path:
         return Path(self.config.output_dir).absolute() / "store"
 
+    def corpora_of_calibration(self) -> list[str]:
+        """The perplexity corpora that the calibration samples come from too."""
+        options, corpora = self.config.calibration, self.config.evaluation.perplexity.corpora
+        if options.source != "text_file":
+            return [corpus for corpus in corpora if corpus == options.source and corpus != "bundled"]
+        assert options.path is not None
+        text = perplexity.corpus_fingerprint(options.path, self.data_dir)
+        return [corpus for corpus in corpora if perplexity.corpus_fingerprint(corpus, self.data_dir) == text]
+
     def num_layers_to_remove(self, num_layers: int, count_parameters: ParameterCounts | None = None) -> int | None:
         """Layers that the method must remove from ``num_layers``; None when the threshold alone decides.
 

@@ -172,6 +172,12 @@ def run_job(composed: DictConfig) -> None:
 def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> dict[str, Any]:
     """Run the job's steps, then write and print what they found."""
     plan(job)
+    if "evaluate" in job.config.stages and job.config.evaluation.of:
+        for corpus in job.corpora_of_calibration():
+            log.warning(
+                "perplexity of %s: the calibration samples come from the same corpus, which favours the pruned model",
+                corpus,
+            )
     results: dict[str, Artifact] = {}
     reused: dict[str, bool] = {}
     for step in steps(job):

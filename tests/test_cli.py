@@ -233,6 +233,16 @@ def test_target_out_of_reach_names_the_nearest_one_which_works(base, tmp_path, m
     assert json.loads(summary.read_text())["layer_groups"] == [[0], [1, 2], [3, 4], [5]]
 
 
+def test_threshold_that_nothing_reaches_is_a_warning_and_the_dense_model(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("slm_pipeline.summary._draw", lambda *_: [])
+    outcome = run_slm(*base, "threshold=fixed", "threshold.value=1", "pruning_ratio=none")
+    assert outcome.status == 0, outcome.err
+    (summary,) = (tmp_path / "out" / "runs").glob("*/*/summary.json")
+    summary = json.loads(summary.read_text())
+    assert summary["num_layers"] == {"dense": 6, "pruned": 6}
+    assert summary["warnings"] == ["threshold 1.0: no merge is that similar, the pruned model is the dense one"]
+
+
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [

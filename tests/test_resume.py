@@ -108,6 +108,9 @@ def output_dir(undisturbed: Run) -> Path:
 def test_run_from_nothing(undisturbed):
     assert undisturbed.reused() == dict.fromkeys(STAGES, False)
     assert undisturbed.summary["num_layers"] == {"dense": 6, "pruned": 5}
+    assert undisturbed.summary["warnings"][0] == (
+        "perplexity of text.txt: the calibration samples come from the same corpus, which favours the pruned model"
+    )
     perplexities = undisturbed.perplexities()
     assert perplexities["recovered"] < perplexities["pruned"]
     for name in STAGES:
@@ -117,14 +120,15 @@ def test_run_from_nothing(undisturbed):
 def kill_when(appears: str, store: Path, command: list[str]) -> None:
     """Start ``command`` and kill it as soon as a file matching ``appears`` is in the store."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    deadline = time.monotonic() + 120
-    while not any(store.glob(appears)):
-        assert process.poll() is None, f"ended before {appears} was there"
-        assert time.monotonic() < deadline, f"{appears} never came"
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    with open(store.parent / "stderr", "w+") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=environment)
+        deadline = time.monotonic() + 120
+        while not any(store.glob(appears)):
+            assert process.poll() is None, f"ended before {appears} was there: {Path(stderr.name).read_text()}"
+            assert time.monotonic() < deadline, f"{appears} never came"
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
 
 
 def test_killed_in_every_stage_it_ends_as_if_undisturbed(job, undisturbed, tmp_path):

@@ -73,7 +73,7 @@ class PublishedLoop:
                 passed = self._similarity(candidate) >= threshold
             if passed:
                 low -= 1
-                if sum(h - l for l, h in windows) + high - (low + 1) == num_remove:
+                if _removed(windows) + high - (low + 1) == num_remove:
                     break
             elif low + 1 != high:
                 current = self._merged(current, low + 1, high)
@@ -90,7 +90,7 @@ class PublishedLoop:
         for _ in range(10):
             middle = (low + high) / 2
             windows = self(middle)
-            removed = sum(h - l for l, h in windows)
+            removed = _removed(windows)
             low, high = (middle, high) if removed >= num_remove else (low, middle)
             best = windows if removed == num_remove else best
         if best is None:
@@ -100,10 +100,11 @@ class PublishedLoop:
     def _merged(self, model: Any, low: int, high: int) -> Any:
         """A copy of ``model`` with [low..high] merged; layers below the window still have their original indices."""
         from slm_pipeline.models.view import ModelView
+        from slm_pipeline.surgery.block import Block
         from slm_pipeline.surgery.merge_rules import merge
 
         candidate = ModelView(copy.deepcopy(model))
-        merged = merge(candidate, low, high, self.method.merge_rule)
+        merged = merge(candidate, [Block(layer) for layer in range(low, high + 1)], self.method.merge_rule)
         block = candidate.layers[merged.body]
         for name, value in merged.replaced.items():
             block.get_parameter(name).data = value.clone()
@@ -130,6 +131,10 @@ class PublishedLoop:
         pairs = zip(self.reference, self._states(model), strict=True)
         values = [torch.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0) for a, b in pairs]
         return float(torch.stack(values).mean())
+
+
+def _removed(windows: list[Window]) -> int:
+    return sum(high - low for low, high in windows)
 
 
 def search(overrides: list[str]) -> None:
@@ -216,10 +221,11 @@ def _print(job: Job, view: ModelView, ours: Measurement, theirs: Measurement) ->
     for side in (theirs, ours):
         layers = format_groups(groups_of_windows(side.windows, view.num_layers))
         print(
-            f"{side.name:<16}{side.block_evaluations:>18}{side.seconds:>10.2f}{side.peak_memory_gb:>10.2f} GB   {layers}"
+            f"{side.name:<16}{side.block_evaluations:>18}{side.seconds:>10.2f}{side.peak_memory_gb:>10.2f} GB  {layers}"
         )
     print(
-        f"{'ratio':<16}{theirs.block_evaluations / ours.block_evaluations:>17.2f}x{theirs.seconds / ours.seconds:>9.2f}x"
+        f"{'ratio':<16}{theirs.block_evaluations / ours.block_evaluations:>17.2f}x"
+        f"{theirs.seconds / ours.seconds:>9.2f}x"
         f"{theirs.peak_memory_gb / ours.peak_memory_gb:>9.2f}x"
     )
     if job.threshold is not None:

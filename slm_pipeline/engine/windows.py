@@ -5,7 +5,7 @@ changing a decision:
 
 - windows are merged from the top down, so what enters a window is always the dense model's own state: cached once;
 - a merged block is one block of the dense model with some parameters replaced: no copy is needed to run it;
-- the similarity depends on the committed windows and the open one alone: evaluated once, however many thresholds ask.
+- the similarity depends on how the layers are grouped alone: evaluated once, however many thresholds ask.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from torch import Tensor
 from slm_pipeline.engine.blocks import BlockRunner, batches
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
-from slm_pipeline.surgery.merge_rules import MergedBlock, merge
+from slm_pipeline.surgery.block import Block
+from slm_pipeline.surgery.merge_rules import merge
 
-Window = tuple[int, int]  # closed range (low, high) of original layers
+Group = int | tuple["Group", ...]  # an original layer, or adjacent groups merged into one
 MAX_BATCH_TOKENS = 8192  # bounds the memory of a batch; its cached states stay on the model's device
 
 
-class WindowSimilarity:
-    """Mean similarity of the merged model's final states to the dense model's, over calibration samples.
+class StackSimilarity:
+    """Mean similarity of a merged model's final states to the dense model's, over calibration samples.
 
     Args:
         view: the dense model; never changed.
@@ -36,60 +37,59 @@ class WindowSimilarity:
         similarity: a key of `SIMILARITIES`.
 
     Attributes:
-        known: (committed windows, window) -> similarity, for everything evaluated so far.
+        known: stack -> similarity, for everything evaluated so far.
     """
 
     def __init__(self, view: ModelView, input_ids: Tensor, rule: str, similarity: str):
         self.view = view
         self.rule = rule
-        self.known: dict[tuple[tuple[Window, ...], Window], float] = {}
+        self.known: dict[tuple[Group, ...], float] = {}
         self._similarity = SIMILARITIES[similarity]
         self._runners = [BlockRunner(view, batch) for batch in batches(input_ids, MAX_BATCH_TOKENS)]
         self._num_samples = len(input_ids)
-        self._merged: dict[Window, MergedBlock] = {}
+        self._merged: dict[Group, Block] = {}
 
     @property
     def num_block_evaluations(self) -> int:
         return sum(runner.num_block_evaluations for runner in self._runners)
 
-    def __call__(self, committed: tuple[Window, ...], window: Window) -> float:
-        """Similarity, at most 1, after merging ``window`` below the ``committed`` ones (top first, disjoint).
+    def __call__(self, stack: tuple[Group, ...]) -> float:
+        """Similarity, at most 1, of the model whose upper end is ``stack``; below it stands the dense model.
 
         Raises:
             UserError: the similarity is not finite.
         """
-        key = (committed, window)
-        if key not in self.known:
-            stack = self._stack(committed, window)
-            total = sum(self._evaluate(runner, window[0], stack) for runner in self._runners)
+        if stack not in self.known:
+            self._merged = {group: self._merged[group] for group in stack if group in self._merged}
+            blocks = [self._block(group) for group in stack]
+            lowest = originals(stack[0])[0]
+            total = sum(self._evaluate(runner, runner.states[lowest], blocks) for runner in self._runners)
             value = self._similarity.of_mean(total / self._num_samples)
             if not math.isfinite(value):
+                merged = [f"{layers[0]}..{layers[-1]}" for layers in map(originals, stack) if len(layers) > 1]
                 raise UserError(
-                    f"the similarity after merging layers {window[0]}..{window[1]} is {value}: the model overflows"
-                    " in its dtype; try model.dtype=bfloat16 or model.dtype=float32"
+                    f"the similarity after merging layers {', '.join(merged)} is {value}: the model overflows in its"
+                    " dtype; try model.dtype=bfloat16 or model.dtype=float32"
                 )
-            self.known[key] = value
-        return self.known[key]
+            self.known[stack] = value
+        return self.known[stack]
 
-    def _stack(self, committed: tuple[Window, ...], window: Window) -> list[MergedBlock]:
-        """The blocks from the open window up to the output."""
-        needed = {window, *committed}
-        self._merged = {key: block for key, block in self._merged.items() if key in needed}
-        for low, high in needed - self._merged.keys():
-            self._merged[low, high] = merge(self.view, low, high, self.rule)
-        ends = dict(needed)
-        stack, layer = [], window[0]
-        while layer < self.view.num_layers:
-            high = ends.get(layer, layer)
-            stack.append(self._merged[layer, high] if layer in ends else MergedBlock(layer))
-            layer = high + 1
-        return stack
+    def _block(self, group: Group) -> Block:
+        if isinstance(group, int):
+            return Block(group)
+        if group not in self._merged:
+            self._merged[group] = merge(self.view, [self._block(member) for member in group], self.rule)
+        return self._merged[group]
 
-    def _evaluate(self, runner: BlockRunner, low: int, stack: list[MergedBlock]) -> float:
-        hidden = runner.states[low]
-        for block in stack:
+    def _evaluate(self, runner: BlockRunner, hidden: Tensor, blocks: list[Block]) -> float:
+        for block in blocks:
             hidden = runner.run(block.body, hidden, block.replaced)
         return float(self._similarity.measure(self.view, runner.final, runner.finish(hidden)).sum())
+
+
+def originals(group: Group) -> list[int]:
+    """The original layers of a group, lowest first."""
+    return [group] if isinstance(group, int) else [layer for member in group for layer in originals(member)]
 
 
 @dataclass(frozen=True)

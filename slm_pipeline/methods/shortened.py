@@ -86,7 +86,10 @@ class ShortenedMagnitude(ShortenedLlama):
 
     def plan(self, problem: PruningProblem) -> Plan:
         magnitude = [
-            sum(float(parameter.detach().float().abs().pow(self.power).sum()) for parameter in scored(problem.view, layer))
+            sum(
+                float(parameter.detach().float().abs().pow(self.power).sum())
+                for parameter in scored(problem.view, layer)
+            )
             for layer in range(problem.view.num_layers)
         ]
         return self.removal_plan(problem, self.lowest_first(problem, magnitude), {"magnitude": magnitude})
@@ -115,7 +118,7 @@ def taylor_salience(view: ModelView, input_ids: Tensor) -> list[float]:
     try:
         for parameter in required_before:
             parameter.requires_grad_(parameter in layer_of)
-        hooks = [parameter.register_post_accumulate_grad_hook(reduce) for parameter in layer_of]  # type: ignore[attr-defined]
+        hooks = [parameter.register_post_accumulate_grad_hook(reduce) for parameter in layer_of]
         ids = input_ids.to(view.device)
         with torch.enable_grad():
             view.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()

@@ -47,7 +47,9 @@ class Sleb(LayerRemoval):
             losses = walk.losses(candidates, best_first=favourite, description=f"round {number + 1}")
             best = min(candidates, key=lambda layer: losses[layer])
             finite = {layer: loss for layer, loss in losses.items() if loss < float("inf")}
-            rounds.append({"removed": best, "loss": losses[best], "losses": {str(c): finite.get(c) for c in candidates}})
+            rounds.append(
+                {"removed": best, "loss": losses[best], "losses": {str(c): finite.get(c) for c in candidates}}
+            )
             removed.append(best)
             candidates.remove(best)
             walk.remove(best)

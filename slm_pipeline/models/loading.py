@@ -95,7 +95,10 @@ def _random_model(config: ModelConfig) -> Any:
         sizes |= {"ffn_dim": config.intermediate_size, "word_embed_proj_dim": config.hidden_size}
     else:
         sizes |= {"intermediate_size": config.intermediate_size}
-    assert config.architecture and config.hidden_size and config.num_heads and config.seed is not None
+    assert config.architecture
+    assert config.hidden_size
+    assert config.num_heads
+    assert config.seed is not None
     if config.architecture not in ("opt", "gpt_neox"):
         sizes |= {"num_key_value_heads": config.num_kv_heads, "head_dim": config.hidden_size // config.num_heads}
     torch.manual_seed(config.seed)

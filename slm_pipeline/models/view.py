@@ -98,7 +98,7 @@ class ModelView:
         for position, block in enumerate(blocks):
             for module in block.modules():
                 if hasattr(module, "layer_idx"):
-                    setattr(module, "layer_idx", position)  # the slot in the KV cache
+                    module.layer_idx = position  # the slot in the KV cache
         for key, value in list(vars(self.config).items()):
             if isinstance(value, (list, tuple)) and len(value) == old_depth:
                 setattr(self.config, key, type(value)(value[source] for source in sources))

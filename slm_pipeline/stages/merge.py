@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from slm_pipeline.job import Job, ParameterCounts
 from slm_pipeline.stages.calibrate import load_samples, load_statistics
 from slm_pipeline.surgery.plan import Plan, format_groups
 from slm_pipeline.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 
@@ -66,6 +69,10 @@ class Merge:
         metrics = {"num_layers": result["num_layers"]["pruned"], "parameters": result["parameters"]["pruned"]}
         if result["threshold"] is not None:
             metrics["threshold"] = result["threshold"]
+            if result["num_layers"]["pruned"] == result["num_layers"]["dense"]:
+                log.warning(
+                    "threshold %s: no merge is that similar, the pruned model is the dense one", result["threshold"]
+                )
         tracker.log(metrics, stage=self.name)
 
     def _plan(self, job: Job, calibration: Artifact, view: Any, counts: ParameterCounts) -> Plan:

@@ -18,10 +18,11 @@ Source: arXiv 2502.19159, method figure and released code; arXiv 2402.11187 (LaC
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from slm_pipeline.errors import UserError
+from slm_pipeline.surgery.block import Block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,42 +32,30 @@ if TYPE_CHECKING:
 RULES = ("official", "base_difference", "mean", "keep_lowest", "keep_highest")
 
 
-@dataclass(frozen=True)
-class MergedBlock:
-    """A block of the dense model, some of whose parameters are replaced.
-
-    Attributes:
-        body: index of the block whose module, projections and layer type it uses.
-        replaced: parameter name within the block -> tensor that stands in its place. May share memory with the
-            model: copy before writing.
-    """
-
-    body: int
-    replaced: dict[str, Tensor] = field(default_factory=dict)
-
-
-def merge(view: ModelView, low: int, high: int, rule: str) -> MergedBlock:
-    """Merge the closed window [low..high] of the dense model's blocks. Nothing in the model changes.
+def merge(view: ModelView, blocks: Sequence[Block], rule: str) -> Block:
+    """Merge adjacent blocks, lowest first, into one. Nothing in the model changes.
 
     Only `mean` and `base_difference` compute new tensors: in float32, returned in the parameters' own dtype.
 
     Raises:
         UserError: ``rule`` is not one of `RULES`.
     """
-    lowest = dict(view.layers[low].named_parameters())
+    lowest, highest = blocks[0], blocks[-1]
     if rule == "official":
-        return MergedBlock(high, {name: lowest[name].detach() for name in view.norm_names(low)})
+        norms = {name: lowest.parameter(view, name) for name in view.norm_names(lowest.body)}
+        return Block(highest.body, {**highest.replaced, **norms})
     if rule == "keep_lowest":
-        return MergedBlock(low)
+        return lowest
     if rule == "keep_highest":
-        return MergedBlock(high)
+        return highest
     if rule in ("mean", "base_difference"):
-        return MergedBlock(low, {name: _combine(view, low, high, name, rule) for name in view.matrix_names(low)})
+        matrices = {name: _combine(view, blocks, name, rule) for name in view.matrix_names(lowest.body)}
+        return Block(lowest.body, {**lowest.replaced, **matrices})
     raise UserError(f"method.merge_rule={rule!r} is not one of {', '.join(RULES)}")
 
 
-def _combine(view: ModelView, low: int, high: int, name: str, rule: str) -> Tensor:
-    matrices = [view.layers[layer].get_parameter(name).detach() for layer in range(low, high + 1)]
+def _combine(view: ModelView, blocks: Sequence[Block], name: str, rule: str) -> Tensor:
+    matrices = [block.parameter(view, name) for block in blocks]
     base = matrices[0].float()
     if rule == "mean":
         total = sum((matrix.to(base.device).float() for matrix in matrices[1:]), base) / len(matrices)

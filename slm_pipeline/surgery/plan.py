@@ -83,10 +83,10 @@ class Plan:
             raise UserError(f"{where}: layer_groups and dropped must name each of the {depth} layers once, in order")
 
 
-def groups_of_windows(windows: Sequence[tuple[int, int]], num_layers: int) -> list[list[int]]:
-    """Layer groups when each closed window (low, high) becomes one layer and the others stay."""
+def groups_of_windows(windows: Sequence[tuple[int, int]], num_layers: int, first: int = 0) -> list[list[int]]:
+    """Layer groups from ``first`` up when each closed window (low, high) becomes one layer and the others stay."""
     starts = dict(windows)
-    groups, layer = [], 0
+    groups, layer = [], first
     while layer < num_layers:
         high = starts.get(layer, layer)
         groups.append(list(range(layer, high + 1)))

@@ -29,7 +29,9 @@ def test_channel_moments(any_model, input_ids, monkeypatch):
     """Two batches must give the moments of all tokens together."""
     view = ModelView(any_model)
     inputs = {"attention": [], "mlp": []}
-    view.attention_output(2).register_forward_pre_hook(lambda _, args: inputs["attention"].append(args[0].flatten(0, -2)))
+    view.attention_output(2).register_forward_pre_hook(
+        lambda _, args: inputs["attention"].append(args[0].flatten(0, -2))
+    )
     view.mlp_output(2).register_forward_pre_hook(lambda _, args: inputs["mlp"].append(args[0].flatten(0, -2)))
     monkeypatch.setattr(statistics, "_MAX_BATCH_TOKENS", 24)
     found = statistics.collect(view, input_ids)

@@ -162,9 +162,7 @@ def test_block_influence_is_taken_before_the_final_norm(problem, input_ids):
         layer.register_forward_pre_hook(lambda _, args: states.append(args[0]))
         layer.register_forward_hook(lambda _, __, output: states.append(output))
     problem.view.model(input_ids=input_ids)
-    expected = [
-        float((1 - torch.cosine_similarity(states[2 * i], states[2 * i + 1], dim=-1)).mean()) for i in range(8)
-    ]
+    expected = [float((1 - torch.cosine_similarity(states[2 * i], states[2 * i + 1], dim=-1)).mean()) for i in range(8)]
     plan = ShortGPT().plan(problem)
     assert plan.scores["block_influence"] == pytest.approx(expected, abs=1e-5)
     assert plan.scores["order"] == sorted(range(8), key=expected.__getitem__)[:3]
@@ -175,7 +173,9 @@ def test_block_influence_is_taken_before_the_final_norm(problem, input_ids):
 def test_contiguous_blocks(problem, input_ids):
     hidden = problem.view.model(input_ids=input_ids, output_hidden_states=True).hidden_states  # the last one is normed
     last = [state[:, -1] for state in hidden]
-    angles = {s: float((torch.cosine_similarity(last[s], last[s + 3], dim=-1).arccos() / math.pi).mean()) for s in range(1, 5)}
+    angles = {
+        s: float((torch.cosine_similarity(last[s], last[s + 3], dim=-1).arccos() / math.pi).mean()) for s in range(1, 5)
+    }
     plan = AngularDistance(protect_last=1).plan(problem)
     assert {s: d for s, d in enumerate(plan.scores["distances"]) if d is not None} == pytest.approx(angles, abs=1e-3)
     start = min(angles, key=angles.get)

@@ -7,50 +7,20 @@ import copy
 import pytest
 import torch
 from conftest import random_source
+from naive import naive_merge, naive_states, problem_for
 
-from slm_pipeline.engine.windows import WindowSimilarity
+from slm_pipeline.engine.windows import StackSimilarity, originals
 from slm_pipeline.errors import UserError
-from slm_pipeline.methods.base import PruningProblem
-from slm_pipeline.methods.slm import SlidingLayerMerging, _Slide, find_threshold
+from slm_pipeline.methods.slm import SlidingLayerMerging, SlidingWindow
+from slm_pipeline.methods.threshold import Search, find_threshold
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
 from slm_pipeline.surgery.merge_rules import RULES
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def naive_merge(model, low, high, rule):
-    """A copy of ``model`` (Llama) whose layers low..high are one layer."""
-    merged = copy.deepcopy(model)
-    layers = model.model.layers
-    block = copy.deepcopy(layers[low])
-    for name in PROJECTIONS:
-        part = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-        weights = [getattr(getattr(layers[k], part), name).weight.data for k in range(low, high + 1)]
-        if rule in ("official", "keep_highest"):
-            value = weights[-1]
-        elif rule == "base_difference":
-            value = weights[0] + sum(weight - weights[0] for weight in weights[1:])
-        elif rule == "mean":
-            value = sum(weights) / len(weights)
-        else:
-            value = weights[0]
-        getattr(getattr(block, part), name).weight.data = value.clone()
-    if rule == "keep_highest":
-        block = copy.deepcopy(layers[high])
-    merged.model.layers = torch.nn.ModuleList([*merged.model.layers[:low], block, *merged.model.layers[high + 1 :]])
-    merged.config.num_hidden_layers = len(merged.model.layers)
-    return merged
-
-
-@torch.no_grad()
-def naive_states(model, input_ids):
-    return [model.model(input_ids=row[None], use_cache=False).last_hidden_state.flatten() for row in input_ids]
-
 
 def naive_search(model, input_ids, threshold, rule, protect_first=1, protect_last=1, max_window=None):
-    """The published loop: a whole copy and a whole forward pass for each candidate. Returns windows and similarities."""
+    """The published loop: a whole copy and a whole forward pass for each candidate. Gives windows and similarities."""
     reference = naive_states(model, input_ids)
     current, windows, similarities = model, [], {}
     high = len(model.model.layers) - 1 - protect_last
@@ -76,14 +46,6 @@ def naive_search(model, input_ids, threshold, rule, protect_first=1, protect_las
     if high > low + 1:
         windows.append((low + 1, high))
     return windows, similarities
-
-
-def problem_for(model, source, input_ids, threshold=None, num_remove=None, refine=5, exhaustive=False):
-    view = ModelView(model)
-    statistics = None  # SLM does not look at it
-    return PruningProblem(
-        source, view, input_ids, statistics, num_remove, threshold, refine, exhaustive, {"num_tokens": 36}
-    )
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -120,29 +82,35 @@ def test_model_is_left_alone_and_the_plan_gives_the_measured_similarity(input_id
     assert measured == pytest.approx(last_accepted["similarity"], abs=1e-5)
 
 
-def stub(committed, window):
+def stub(stack):
     """1 - 0.02 for each layer removed."""
-    return 1 - 0.02 * (sum(high - low for low, high in committed) + window[1] - window[0])
+    return 1 - 0.02 * (sum(map(len, map(originals, stack))) - len(stack))
+
+
+def search(window_pass, threshold):
+    found = Search(threshold)
+    window_pass(found, None)
+    return found
 
 
 @pytest.mark.parametrize(
     ("threshold", "window", "layers_left"), [(0.895, (25, 30), 27), (0.795, (20, 30), 22), (0.595, (10, 30), 12)]
 )
 def test_hand_worked_windows(threshold, window, layers_left):
-    search = _Slide(stub, 32, 1, 1, None)(threshold)
-    assert search.windows == [window]
-    assert 32 - search.num_removed == layers_left
+    found = search(SlidingWindow(stub, 32), threshold)
+    assert found.windows == [window]
+    assert 32 - found.num_removed == layers_left
 
 
 def test_a_window_still_open_at_the_end_is_merged():
     """The published loop returns the dense model here."""
-    assert _Slide(stub, 32, 1, 1, None)(0.3).windows == [(1, 30)]
+    assert search(SlidingWindow(stub, 32), 0.3).windows == [(1, 30)]
 
 
 def test_auto_lands_on_the_target_with_the_highest_threshold_tried():
-    slide = _Slide(stub, 32, 1, 1, None)
     for target in (1, 5, 12, 20):
-        searches, exact = find_threshold(slide, target, refine=5, exhaustive=False)
+        chosen, searches, exact = find_threshold(SlidingWindow(stub, 32), target, refine=5, exhaustive=False)
+        assert chosen.num_removed == target
         assert not exact
         reached = {search.threshold: search.num_removed for search in searches}
         # 1 - 0.02 n is on the grid: T = 1 - 0.02 n still admits n removed layers, T + 0.01 does not.
@@ -152,32 +120,33 @@ def test_auto_lands_on_the_target_with_the_highest_threshold_tried():
 
 
 def test_exhaustive_finds_the_highest_threshold():
-    slide = _Slide(stub, 32, 1, 1, None)
-    searches, exact = find_threshold(slide, 7, refine=0, exhaustive=True)
+    slide = SlidingWindow(stub, 32)
+    chosen, searches, exact = find_threshold(slide, 7, refine=0, exhaustive=True)
     assert exact
     assert [search.num_removed == 7 for search in searches] == [False] * (len(searches) - 1) + [True]
-    best = searches[-1].threshold
-    assert slide(best).num_removed >= 7 > slide(best + 0.01).num_removed
+    assert chosen is searches[-1]
+    best = chosen.threshold
+    assert search(slide, best).num_removed >= 7 > search(slide, best + 0.01).num_removed
 
 
 def test_auto_says_what_can_be_reached():
-    def never(committed, window):
-        return -0.5 if window[1] - window[0] > 2 or committed else 0.5
+    def never(stack):
+        removed = sum(map(len, map(originals, stack))) - len(stack)
+        return -0.5 if removed > 2 else 0.5
 
     with pytest.raises(UserError, match=r"no threshold removes 5 of 12 layers: the nearest removes 2 .*num_layers=10"):
-        find_threshold(_Slide(never, 12, 1, 1, None), 5, refine=5, exhaustive=False)
+        find_threshold(SlidingWindow(never, 12), 5, refine=5, exhaustive=False)
 
 
 def test_no_window_is_evaluated_twice(input_ids):
     source = random_source(num_layers=8)
     model, _ = load_dense(source)
-    similarity = WindowSimilarity(ModelView(model), input_ids, "official", "final_hidden")
-    slide = _Slide(similarity, 8, 1, 1, None)
-    slide(0.9)
+    similarity = StackSimilarity(ModelView(model), input_ids, "official", "final_hidden")
+    search(SlidingWindow(similarity, 8), 0.9)
     once = similarity.num_block_evaluations
-    slide(0.9)
-    assert similarity.num_block_evaluations == once > 0
-    assert once == sum(1 + 7 - high - sum(h - l for l, h in committed) for committed, (low, high) in similarity.known)
+    search(SlidingWindow(similarity, 8), 0.9)
+    assert similarity.num_block_evaluations == once == sum(len(stack) for stack in similarity.known)
+    assert all(sum(map(originals, stack), []) == list(range(originals(stack[0])[0], 8)) for stack in similarity.known)
 
 
 @torch.no_grad()
@@ -186,7 +155,7 @@ def test_other_similarities(kind, any_model, input_ids):
     from slm_pipeline.surgery.plan import Plan, groups_of_windows
 
     view = ModelView(any_model)
-    found = WindowSimilarity(view, input_ids, "official", kind)((), (2, 4))
+    found = StackSimilarity(view, input_ids, "official", kind)(((2, 3, 4), 5))
     dense = any_model(input_ids=input_ids, output_hidden_states=True)
     plan = Plan(
         {"name": "x", "num_layers": 6},

@@ -9,6 +9,7 @@ from conftest import random_source
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.merge_rules import merge
 
 
@@ -25,7 +26,7 @@ def filled_model(architecture="qwen3"):
 
 def values(view, low, high, rule):
     """Parameter name -> its value in the merged block."""
-    merged = merge(view, low, high, rule)
+    merged = merge(view, [Block(layer) for layer in range(low, high + 1)], rule)
     own = {name: float(value.detach().flatten()[0]) for name, value in view.layers[merged.body].named_parameters()}
     return own | {name: float(value.flatten()[0]) for name, value in merged.replaced.items()}
 
@@ -68,7 +69,7 @@ def test_official_and_base_difference_agree_on_pairs_only():
 def test_official_is_bit_for_bit():
     model, _ = load_dense(random_source())
     view = ModelView(model)
-    merged = merge(view, 1, 4, "official")
+    merged = merge(view, [Block(layer) for layer in range(1, 5)], "official")
     assert merged.body == 4
     assert set(merged.replaced) == {"input_layernorm.weight", "post_attention_layernorm.weight"}
     assert all(torch.equal(value, view.layers[1].get_parameter(name)) for name, value in merged.replaced.items())
@@ -76,4 +77,4 @@ def test_official_is_bit_for_bit():
 
 def test_unknown_rule():
     with pytest.raises(UserError, match="method.merge_rule='average' is not one of"):
-        merge(filled_model(), 1, 2, "average")
+        merge(filled_model(), [Block(1), Block(2)], "average")

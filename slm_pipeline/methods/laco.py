@@ -1,0 +1,99 @@
+"""LaCo: fold several layers into one wherever the model's output hardly changes, from the top down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from slm_pipeline.errors import UserError
+from slm_pipeline.methods.base import CalibrationSize
+from slm_pipeline.methods.threshold import Search, Similarity, ThresholdMerging
+
+
+@dataclass(kw_only=True)
+class Laco(ThresholdMerging):
+    """LaCo, layer collapse, arXiv 2402.11187, algorithm 1.
+
+    A fixed number of layers is folded into the lowest of them; where the output stays at least ``threshold`` similar
+    to the dense model's, the fold is kept and the pass moves ``interval`` layers down, else one layer. Folded layers
+    may be folded again.
+
+    Departures from the published code: nothing is copied, states below a fold are cached; the KV cache indices are
+    renumbered; with a pruning ratio the last fold is shortened so that it lands on the target. The published text is
+    five English sentences of under 20 words. `official` is what the released code computes (its loop telescopes),
+    `base_difference` the paper's formula.
+
+    Options:
+        num_merged: layers folded into one at a time (C in the paper).
+        lowest, highest: range of layers looked at (L and H); highest=null is the last layer.
+        interval: layers to move down after a fold (I).
+
+    Scores in the plan: see `slm_pipeline.methods.threshold.ThresholdMerging`.
+    """
+
+    num_merged: int = 4
+    lowest: int = 0
+    highest: int | None = None
+    interval: int = 1
+    published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(5, 32))
+
+    name: ClassVar[str] = "laco"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_merged < 2:
+            raise UserError(f"method.num_merged={self.num_merged} must be at least 2")
+        if self.interval < 1:
+            raise UserError(f"method.interval={self.interval} must be at least 1")
+        if self.lowest < 0:
+            raise UserError(f"method.lowest={self.lowest} must be at least 0")
+        if self.highest is not None and self.highest <= self.lowest:
+            raise UserError(f"method.highest={self.highest} must be above method.lowest={self.lowest}")
+
+    def one_pass(self, similarity: Similarity, num_layers: int) -> LayerCollapse:
+        highest = num_layers - 1 if self.highest is None else self.highest
+        if highest >= num_layers:
+            raise UserError(f"method.highest={highest} must be below the model's {num_layers} layers")
+        return LayerCollapse(similarity, num_layers, self.num_merged, self.lowest, highest, self.interval)
+
+
+@dataclass
+class LayerCollapse:
+    """The pass over a stack of ``num_layers``."""
+
+    similarity: Similarity
+    num_layers: int
+    num_merged: int
+    lowest: int
+    highest: int
+    interval: int
+
+    @property
+    def length(self) -> int:
+        return max(0, self.highest - self.num_merged - self.lowest + 1)
+
+    def __call__(self, search: Search, num_remove: int | None) -> None:
+        stack: list[Any] = list(range(self.num_layers))  # below ``layer`` everything is still original
+        layer = self.highest - self.num_merged
+        while layer >= self.lowest:
+            count = min(self.num_merged - 1, len(stack) - layer - 1)
+            if num_remove is not None:
+                count = min(count, num_remove - search.num_removed)
+            folded = tuple(stack[layer : layer + count + 1])
+            candidate = (folded, *stack[layer + count + 1 :])
+            window = (layer, _top(folded))
+            if search.look(window, self.similarity(candidate)):
+                search.commit(window, num_removed=count)
+                stack[layer:] = candidate
+                if search.num_removed == num_remove:
+                    return
+                layer -= self.interval
+                if layer >= len(stack):
+                    layer = len(stack) - 1 - self.num_merged
+            else:
+                layer -= 1
+
+
+def _top(group: Any) -> int:
+    """The highest original layer of a group."""
+    return group if isinstance(group, int) else _top(group[-1])

@@ -1,0 +1,30 @@
+"""A block of a pruned model, described by the dense model it comes from. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_pipeline.models.view import ModelView
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the dense model, some of whose parameters are replaced. Searches run it without copying anything.
+
+    Attributes:
+        body: index of the dense block whose module, layer type and remaining parameters it uses.
+        replaced: parameter name within the block -> tensor that stands in its place. May share memory with the
+            model: copy before writing.
+    """
+
+    body: int
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+
+    def parameter(self, view: ModelView, name: str) -> Tensor:
+        if name in self.replaced:
+            return self.replaced[name]
+        return view.layers[self.body].get_parameter(name).detach()

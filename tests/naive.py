@@ -1,0 +1,49 @@
+"""Plain, slow versions of what the engine does, with whole model copies and whole forward passes."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from slm_pipeline.methods.base import PruningProblem
+from slm_pipeline.models.view import ModelView
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def naive_merge(model, low, high, rule):
+    """A copy of ``model`` (Llama) whose layers low..high are one layer."""
+    merged = copy.deepcopy(model)
+    layers = model.model.layers
+    block = copy.deepcopy(layers[low])
+    for name in PROJECTIONS:
+        part = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+        weights = [getattr(getattr(layers[k], part), name).weight.data for k in range(low, high + 1)]
+        if rule in ("official", "keep_highest"):
+            value = weights[-1]
+        elif rule == "base_difference":
+            value = weights[0] + sum(weight - weights[0] for weight in weights[1:])
+        elif rule == "mean":
+            value = sum(weights) / len(weights)
+        else:
+            value = weights[0]
+        getattr(getattr(block, part), name).weight.data = value.clone()
+    if rule == "keep_highest":
+        block = copy.deepcopy(layers[high])
+    merged.model.layers = torch.nn.ModuleList([*merged.model.layers[:low], block, *merged.model.layers[high + 1 :]])
+    merged.config.num_hidden_layers = len(merged.model.layers)
+    return merged
+
+
+@torch.no_grad()
+def naive_states(model, input_ids):
+    return [model.model(input_ids=row[None], use_cache=False).last_hidden_state.flatten() for row in input_ids]
+
+
+def problem_for(model, source, input_ids, threshold=None, num_remove=None, refine=5, exhaustive=False):
+    view = ModelView(model)
+    statistics = None  # SLM does not look at it
+    return PruningProblem(
+        source, view, input_ids, statistics, num_remove, threshold, refine, exhaustive, {"num_tokens": 36}
+    )
