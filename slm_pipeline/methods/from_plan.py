@@ -53,5 +53,6 @@ class FromPlan(Method):
             layer_groups=self.original.layer_groups,
             dropped=self.original.dropped,
             ops=self.original.ops,
+            tensors=self.original.tensors,
             scores={"replayed": {"method": self.original.method, "scores": self.original.scores}},
         )

@@ -26,11 +26,15 @@ class Architecture:
     layers: str = "layers"
     final_norm: str = "norm"
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
-    attention_output: str = "self_attn.o_proj"  # from the block, as the next
+    attention_inputs: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # from the block
+    attention_output: str = "self_attn.o_proj"
+    heads_interleaved: bool = False  # one fused projection holds query, key and value of each head side by side
+    mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_output: str = "mlp.down_proj"
 
 
 _LLAMA = Architecture()
+_FUSED = Architecture(attention_inputs=("self_attn.qkv_proj",), mlp_inputs=("mlp.gate_up_proj",))
 _SANDWICH_NORMS = Architecture(
     norms=(
         "input_layernorm",
@@ -45,7 +49,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "phi3": _LLAMA,
+    "phi3": _FUSED,
     "gemma": _LLAMA,
     "gemma2": _SANDWICH_NORMS,
     "gemma3_text": _SANDWICH_NORMS,
@@ -55,13 +59,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         final_norm="final_layer_norm",
         norms=("self_attn_layer_norm", "final_layer_norm"),
         attention_output="self_attn.out_proj",
+        mlp_inputs=("fc1",),
         mlp_output="fc2",
     ),
     "gpt_neox": Architecture(
         decoder="gpt_neox",
         embedding="embed_in",
         final_norm="final_layer_norm",
+        attention_inputs=("attention.query_key_value",),
+        heads_interleaved=True,
         attention_output="attention.dense",
+        mlp_inputs=("mlp.dense_h_to_4h",),
         mlp_output="mlp.dense_4h_to_h",
     ),
 }

@@ -7,6 +7,7 @@ are norms, and rebuilds the model around another list of blocks so that plain tr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -14,6 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from slm_pipeline.models import architectures
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which part of a parameter belongs to which unit (key-value group or neuron).
+
+    Attributes:
+        parameter: name within the block.
+        dim: 0 for rows, 1 for columns.
+        units: one [num_units, size] tensor of indices for each part that the parameter is made of, in order (a fused
+            projection has several parts); together they cover the dimension.
+    """
+
+    parameter: str
+    dim: int
+    units: list[Tensor]
+
+
+def _units(start: int, width: int, num_units: int) -> Tensor:
+    return torch.arange(start, start + width).view(num_units, -1)
 
 
 class ModelView:
@@ -74,6 +95,61 @@ class ModelView:
         """The projection at the end of a block's feed-forward network; its input is the hidden neurons."""
         return self.layers[layer].get_submodule(self.architecture.mlp_output)
 
+    @property
+    def num_kv_heads(self) -> int:
+        """Key-value groups of an attention layer: the units in which attention can be cut."""
+        return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+
+    @property
+    def num_neurons(self) -> int:
+        """Hidden neurons of a feed-forward network."""
+        return cast(nn.Linear, self.mlp_output(0)).in_features
+
+    def attention_slices(self, layer: int, *, tiled_queries: bool = False) -> list[Slice]:
+        """Which rows and columns belong to each key-value group: its keys and values, and its queries and outputs.
+
+        transformers keeps the query heads of a group side by side: head h uses group h // (heads per group).
+        ``tiled_queries`` gives group g the heads g, g + groups, ... instead: wrong, but what CoMe's code does.
+        """
+        groups = self.num_kv_heads
+        queries = cast(nn.Linear, self.attention_output(layer)).in_features
+        keys = queries // self.config.num_attention_heads * groups
+        inputs = self.architecture.attention_inputs
+        if len(inputs) == 3:
+            widths = {inputs[0]: [queries], inputs[1]: [keys], inputs[2]: [keys]}
+        elif self.architecture.heads_interleaved:
+            widths = {inputs[0]: [3 * queries]}
+        else:
+            widths = {inputs[0]: [queries, keys, keys]}
+        slices = self._slices(layer, widths, self.architecture.attention_output, queries, groups)
+        if tiled_queries and len(inputs) == 3:
+            tiled = [torch.arange(queries).view(-1, groups, keys // groups).transpose(0, 1).reshape(groups, -1)]
+            of_queries = (inputs[0], self.architecture.attention_output)
+            slices = [replace(piece, units=tiled) if piece.parameter.startswith(of_queries) else piece for piece in slices]
+        return slices
+
+    def mlp_slices(self, layer: int) -> list[Slice]:
+        """Which rows and columns belong to each hidden neuron."""
+        neurons = self.num_neurons
+        block = self.layers[layer]
+        inputs = {name: cast(nn.Linear, block.get_submodule(name)) for name in self.architecture.mlp_inputs}
+        widths = {name: [neurons] * (linear.out_features // neurons) for name, linear in inputs.items()}
+        return self._slices(layer, widths, self.architecture.mlp_output, neurons, neurons)
+
+    def _slices(
+        self, layer: int, widths: dict[str, list[int]], output: str, out_width: int, num_units: int
+    ) -> list[Slice]:
+        slices = []
+        block = self.layers[layer]
+        for name, parts in widths.items():
+            for parameter in ("weight", "bias"):
+                if getattr(block.get_submodule(name), parameter, None) is not None:
+                    starts = [sum(parts[:index]) for index in range(len(parts))]
+                    units = [_units(start, width, num_units) for start, width in zip(starts, parts, strict=True)]
+                    slices.append(Slice(f"{name}.{parameter}", 0, units))
+        slices.append(Slice(f"{output}.weight", 1, [_units(0, out_width, num_units)]))
+        return slices
+
     def logits(self, normed: Tensor) -> Tensor:
         """Next-token logits of final-normed states: [..., d] -> [..., vocabulary], as the model's own forward does."""
         head = self.model.get_output_embeddings()
@@ -98,7 +174,7 @@ class ModelView:
         for position, block in enumerate(blocks):
             for module in block.modules():
                 if hasattr(module, "layer_idx"):
-                    module.layer_idx = position  # the slot in the KV cache
+                    cast(Any, module).layer_idx = position  # the slot in the KV cache
         for key, value in list(vars(self.config).items()):
             if isinstance(value, (list, tuple)) and len(value) == old_depth:
                 setattr(self.config, key, type(value)(value[source] for source in sources))

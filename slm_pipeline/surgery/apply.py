@@ -9,6 +9,7 @@ import torch
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
+from slm_pipeline.surgery.concatenate import concatenate
 from slm_pipeline.surgery.merge_rules import merge
 from slm_pipeline.surgery.plan import Plan
 
@@ -43,7 +44,17 @@ def planned_blocks(plan: Plan, view: ModelView) -> list[Block]:
         if op["op"] not in ("drop", "merge"):
             raise UserError(f"this version cannot apply the op {op['op']!r} of the plan")
         members = [blocks.pop(layer) for layer in sorted(op["layers"]) if layer in blocks]
-        if op["op"] == "merge":
+        if op["op"] == "merge" and op["rule"] == "concatenate":
+            parts = range(len(members))
+            blocks[min(op["layers"])] = concatenate(
+                view,
+                members,
+                heads=[torch.from_numpy(plan.tensors[f"{op['tensors']}.heads.{part}"]) for part in parts],
+                neurons=[torch.from_numpy(plan.tensors[f"{op['tensors']}.neurons.{part}"]) for part in parts],
+                shares=op["shares"],
+                official_gqa=op["official_gqa"],
+            )
+        elif op["op"] == "merge":
             blocks[min(op["layers"])] = merge(view, members, op["rule"])
     if len(blocks) != plan.num_layers:
         raise UserError(f"the plan's ops leave {len(blocks)} layers, its layer_groups name {plan.num_layers}")

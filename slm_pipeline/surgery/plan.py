@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from slm_pipeline.artifacts import digest, write_json
 from slm_pipeline.errors import UserError
@@ -28,6 +34,7 @@ class Plan:
         dropped: original layers that are in no group.
         ops: edits, applied in order; ``layers`` are always original indices, input side first.
         scores: the method's own measurements; its docstring explains them.
+        tensors: what ops refer to by name; kept in plan.safetensors beside plan.json.
     """
 
     model: dict[str, Any]
@@ -39,6 +46,7 @@ class Plan:
     threshold: float | None = None
     dropped: list[int] = field(default_factory=list)
     scores: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
@@ -48,10 +56,18 @@ class Plan:
 
     def content(self) -> str:
         """A digest of the edits alone: equal plans give equal checkpoints, whatever method or option led to them."""
-        return digest(self.ops)
+        tensors = {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in self.tensors.items()}
+        return digest([self.ops, tensors] if tensors else self.ops)
 
     def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
+        """Write plan.json and, if there are tensors, plan.safetensors beside it, the latter first."""
+        if self.tensors:
+            temporary = path.with_suffix(".safetensors.partial")
+            save_file(self.tensors, temporary)
+            os.replace(temporary, path.with_suffix(".safetensors"))
+        values = asdict(self)
+        del values["tensors"]
+        write_json(path, values)
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -68,9 +84,10 @@ class Plan:
             raise UserError(f"{path} is not a plan: {error}") from error
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise UserError(f"{path} is not a plan of format {FORMAT}")
+        tensors = path.with_suffix(".safetensors")
         try:
-            plan = cls(**values)
-        except TypeError as error:
+            plan = cls(**values, tensors=load_file(tensors) if tensors.is_file() else {})
+        except (TypeError, SafetensorError) as error:
             raise UserError(f"{path} is not a plan: {error}") from error
         plan.check(str(path))
         return plan

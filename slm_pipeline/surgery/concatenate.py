@@ -1,0 +1,71 @@
+"""Make one block of several by putting parts of each side by side (CoMe, arXiv 2510.15304, section "merging").
+
+Head groups and neurons are units that a block applies independently and sums up. So a block may hold some units of one
+layer and some of another; its shape stays that of the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from slm_pipeline.surgery.block import Block
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_pipeline.models.view import ModelView, Slice
+
+
+def concatenate(
+    view: ModelView,
+    blocks: Sequence[Block],
+    *,
+    heads: Sequence[Tensor],
+    neurons: Sequence[Tensor],
+    shares: Sequence[float],
+    official_gqa: bool = False,
+) -> Block:
+    """One block with the chosen units of each of ``blocks`` (adjacent, lowest first). Nothing in the model changes.
+
+    Args:
+        heads: for each block the indices of the key-value groups that it gives, ascending; as many in all as a layer
+            has. A group is its keys and values with all its query heads and their output columns.
+        neurons: the same for the hidden neurons of the feed-forward network.
+        shares: for each block its share, summing to 1: weights of what cannot be cut (output biases, q/k norms).
+        official_gqa: pick query heads as the published code does, which gives a group the query heads of others.
+
+    Returns:
+        A block on the lowest one's module. Norms are the plain mean of the blocks' norms, as published.
+    """
+    lowest = blocks[0]
+    attention = view.attention_slices(lowest.body, tiled_queries=official_gqa)
+    replaced = {piece.parameter: _gather(view, blocks, piece, heads) for piece in attention}
+    replaced |= {piece.parameter: _gather(view, blocks, piece, neurons) for piece in view.mlp_slices(lowest.body)}
+    norms = set(view.norm_names(lowest.body))
+    for name, _ in view.layers[lowest.body].named_parameters():
+        if name not in replaced:
+            weights = [1 / len(blocks)] * len(blocks) if name in norms else shares
+            replaced[name] = _weighted_sum([block.parameter(view, name) for block in blocks], weights)
+    return Block(lowest.body, replaced)
+
+
+def _gather(view: ModelView, blocks: Sequence[Block], piece: Slice, chosen: Sequence[Tensor]) -> Tensor:
+    """The chosen units' rows or columns of one parameter, those of the lowest block first in each of its parts."""
+    import torch
+
+    parameters = [block.parameter(view, piece.parameter) for block in blocks]
+    device = parameters[0].device
+    taken = []
+    for units in piece.units:
+        for parameter, indices in zip(parameters, chosen, strict=True):
+            rows = units[indices].flatten().sort().values  # original order within a layer
+            taken.append(parameter.index_select(piece.dim, rows.to(parameter.device)).to(device))
+    return torch.cat(taken, dim=piece.dim)
+
+
+def _weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total = values[0].float() * weights[0]
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        total = total + weight * value.to(total.device).float()
+    return total.to(values[0].dtype)
