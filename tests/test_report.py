@@ -148,7 +148,7 @@ def test_a_threshold_that_may_not_be_the_highest_is_called_that(tmp_path, summar
 
 def test_recovery_lists_its_numbers(tmp_path, summary):
     summary["recovery"] = {"name": "lora", "options": {}, "num_tokens": 123456, "eval_loss": 2.34567}
-    assert "Recovery\n  num tokens: 123456\n  eval loss: 2.346\n" in write_summary_md(tmp_path, summary)
+    assert "Recovery\n  lora: num tokens 123456, eval loss 2.346\n" in write_summary_md(tmp_path, summary)
 
 
 def test_unknown_standard_errors_are_left_out(tmp_path, summary):
