@@ -92,7 +92,10 @@ def _check_before_hydra(arguments: Namespace) -> bool:
 
     For a multirun the swept overrides are left out here; each job is checked when it starts.
     """
-    overrides = OverridesParser.create().parse_overrides(arguments.overrides)
+    try:
+        overrides = OverridesParser.create().parse_overrides(arguments.overrides)
+    except ValueError as error:
+        raise UserError(f"cannot read the overrides {arguments.overrides}: {error}") from error
     multirun = arguments.multirun or any(
         item.key_or_group == "hydra.mode" and str(item.value()).upper() == "MULTIRUN" for item in overrides
     )

@@ -41,6 +41,35 @@ def naive_states(model, input_ids):
     return [model.model(input_ids=row[None], use_cache=False).last_hidden_state.flatten() for row in input_ids]
 
 
+def naive_search(model, input_ids, threshold, rule, protect_first=1, protect_last=1, max_window=None):
+    """The published loop: a whole copy and a whole forward pass for each candidate. Gives windows and similarities."""
+    reference = naive_states(model, input_ids)
+    current, windows, similarities = model, [], {}
+    high = len(model.model.layers) - 1 - protect_last
+    low = high - 1
+    while low >= protect_first:
+        candidate = naive_merge(current, low, high, rule)
+        states = naive_states(candidate, input_ids)
+        similarity = sum(
+            float(torch.dot(a, b) / (a.norm() * b.norm())) for a, b in zip(reference, states, strict=True)
+        ) / len(states)
+        fits = max_window is None or high - low + 1 <= max_window
+        if low < high and fits:
+            similarities[low, high] = similarity
+        if fits and similarity >= threshold:
+            low -= 1
+        elif low + 1 != high:
+            current = naive_merge(current, low + 1, high, rule)
+            windows.append((low + 1, high))
+            high = low
+        else:
+            high -= 1
+            low -= 1
+    if high > low + 1:
+        windows.append((low + 1, high))
+    return windows, similarities
+
+
 def problem_for(model, source, input_ids, threshold=None, num_remove=None, refine=5, exhaustive=False):
     view = ModelView(model)
     statistics = None  # SLM does not look at it

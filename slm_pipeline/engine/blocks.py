@@ -11,6 +11,8 @@ from torch.func import functional_call
 
 from slm_pipeline.models.view import ModelView
 
+MAX_LOGITS = 1 << 26  # float32 logits at a time: 256 MB
+
 
 class BlockRunner:
     """The dense model's states on one batch, and a way to continue from any of them.
@@ -72,6 +74,19 @@ class BlockRunner:
         """Final-normed states of the last block's output."""
         normed: Tensor = self.view.final_norm(hidden.to(self.final.device))
         return normed
+
+    @torch.no_grad()
+    def loss(self, hidden: Tensor, input_ids: Tensor) -> float:
+        """Sum of the next-token losses, in nats, of the last block's output ([batch, length, d]) for ``input_ids``."""
+        normed = self.finish(hidden)[:, :-1].flatten(0, 1)
+        targets = input_ids[:, 1:].flatten().to(normed.device)
+        rows = max(1, MAX_LOGITS // self.view.config.vocab_size)
+        pieces = zip(normed.split(rows), targets.split(rows), strict=True)
+        return float(sum(_cross_entropy(self.view.logits(piece), target) for piece, target in pieces))
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum").double()
 
 
 def _for_any_batch(argument: Any, batch_size: int) -> Any:

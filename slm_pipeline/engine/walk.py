@@ -19,7 +19,6 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
 
 MAX_BATCH_TOKENS = 8192  # tokens that go through a block at once
-MAX_LOGITS = 1 << 26  # float32 logits at a time: 256 MB
 
 
 class RemovalWalk:
@@ -108,7 +107,7 @@ class RemovalWalk:
                 walking.append(layer)
                 states = torch.cat([states, prefix[position].to(states.device)])
         return {
-            candidate: self._loss(runner, state, self._input_ids[index])
+            candidate: runner.loss(state, self._input_ids[index])
             for candidate, state in zip(walking, states.split(len(prefix[0])), strict=True)
         }
 
@@ -117,15 +116,3 @@ class RemovalWalk:
         length = states.shape[1]
         rows = batch_size if self._strict else max(1, MAX_BATCH_TOKENS // length)
         return torch.cat([runner.run(layer, piece) for piece in states.split(rows)])
-
-    def _loss(self, runner: BlockRunner, state: Tensor, input_ids: Tensor) -> float:
-        """Sum of the negative log-likelihoods of all tokens but each sample's first, in nats."""
-        normed = runner.finish(state)[:, :-1].flatten(0, 1)
-        targets = input_ids[:, 1:].flatten().to(normed.device)
-        rows = max(1, MAX_LOGITS // self.view.config.vocab_size)
-        pieces = zip(normed.split(rows), targets.split(rows), strict=True)
-        return float(sum(_cross_entropy(self.view.logits(piece), target) for piece, target in pieces))
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum").double()

@@ -125,7 +125,9 @@ class ModelView:
         if tiled_queries and len(inputs) == 3:
             tiled = [torch.arange(queries).view(-1, groups, keys // groups).transpose(0, 1).reshape(groups, -1)]
             of_queries = (inputs[0], self.architecture.attention_output)
-            slices = [replace(piece, units=tiled) if piece.parameter.startswith(of_queries) else piece for piece in slices]
+            slices = [
+                replace(piece, units=tiled) if piece.parameter.startswith(of_queries) else piece for piece in slices
+            ]
         return slices
 
     def mlp_slices(self, layer: int) -> list[Slice]:

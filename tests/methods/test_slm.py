@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import random_source
-from naive import naive_merge, naive_states, problem_for
+from naive import naive_search, naive_states, problem_for
 
 from slm_pipeline.engine.windows import StackSimilarity, originals
 from slm_pipeline.errors import UserError
@@ -17,35 +17,6 @@ from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
 from slm_pipeline.surgery.merge_rules import RULES
-
-
-def naive_search(model, input_ids, threshold, rule, protect_first=1, protect_last=1, max_window=None):
-    """The published loop: a whole copy and a whole forward pass for each candidate. Gives windows and similarities."""
-    reference = naive_states(model, input_ids)
-    current, windows, similarities = model, [], {}
-    high = len(model.model.layers) - 1 - protect_last
-    low = high - 1
-    while low >= protect_first:
-        candidate = naive_merge(current, low, high, rule)
-        states = naive_states(candidate, input_ids)
-        similarity = sum(
-            float(torch.dot(a, b) / (a.norm() * b.norm())) for a, b in zip(reference, states, strict=True)
-        ) / len(states)
-        fits = max_window is None or high - low + 1 <= max_window
-        if low < high and fits:
-            similarities[low, high] = similarity
-        if fits and similarity >= threshold:
-            low -= 1
-        elif low + 1 != high:
-            current = naive_merge(current, low + 1, high, rule)
-            windows.append((low + 1, high))
-            high = low
-        else:
-            high -= 1
-            low -= 1
-    if high > low + 1:
-        windows.append((low + 1, high))
-    return windows, similarities
 
 
 @pytest.mark.parametrize("rule", RULES)

