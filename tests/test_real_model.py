@@ -6,8 +6,10 @@ A plain loop over whole model copies (tests/naive.py) must find the same groups 
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
+import torch
 from conftest import run_slm
 from naive import naive_search
 from safetensors.torch import load_file
@@ -16,6 +18,14 @@ from slm_pipeline import assets
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.source import describe
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _all_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ class Come(Method):
         if self.repeat == "forbid" and not fresh:
             raise UserError(
                 f"method={self.name}: no run of {length} unmerged layers is left at {len(groups)} layers;"
-                " method.repeat=when_needed or allow lets merged layers be merged again, or choose a smaller pruning_ratio"
+                " method.repeat=when_needed or allow merges merged layers again; or choose a smaller pruning_ratio"
             )
         allowed = fresh if self.repeat != "allow" and fresh else runs
         last = self.tokens == "last"
