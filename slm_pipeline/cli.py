@@ -48,7 +48,8 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_page.text())
+        with errors_in_one_line():
+            print(help_page.text(), flush=True)
         return
     with errors_in_one_line():
         arguments = get_args_parser().parse_args()
@@ -66,6 +67,9 @@ def errors_in_one_line() -> Iterator[None]:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _fail(config.one_line(error))
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `slm dry_run=true | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
             raise
@@ -119,12 +123,12 @@ def _check_before_hydra(arguments: Namespace) -> bool:
     if multirun and composed.dry_run:
         for number, job_overrides in enumerate(_jobs(composed, arguments.overrides)):
             print(f"#{number} {' '.join(job_overrides)}")
-            print(describe_plan(_job(_compose(arguments, job_overrides), job_overrides)))
+            print(describe_plan(_job(_compose(arguments, job_overrides), job_overrides)), flush=True)
         return True
     if not multirun:
         job = _job(composed, arguments.overrides)
         if job.config.dry_run:
-            print(describe_plan(job))
+            print(describe_plan(job), flush=True)
             return True
         plan(job)
     make_output_root(composed.output_dir)
@@ -141,7 +145,10 @@ def _compose(arguments: Namespace, overrides: list[str]) -> DictConfig:
             path = f"file://{Path(arguments.config_dir).absolute()}"
             loader.get_search_path().prepend("command-line", path, anchor="schema")
             loader.repository.initialize_sources(loader.get_search_path())
-        return compose(arguments.config_name or "config", overrides=overrides, return_hydra_config=True)
+        try:
+            return compose(arguments.config_name or "config", overrides=overrides, return_hydra_config=True)
+        except ValueError as error:  # not every malformed override is an error of Hydra's own kind
+            raise UserError(f"cannot read the overrides {overrides}: {error}") from error
 
 
 def _jobs(composed: DictConfig, overrides: list[str]) -> list[list[str]]:
