@@ -21,7 +21,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 assets: install ## Fetch the bundled model and data (about 180 MB, once)
-	$(BIN)/python -m slm_pipeline.assets
+	$(BIN)/slm-fetch
 
 run: assets ## The main job on the bundled model: calibrate, merge, LoRA, evaluate (minutes on two cores)
 	$(BIN)/slm experiment=two_cores

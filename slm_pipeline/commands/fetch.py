@@ -1,0 +1,21 @@
+"""``slm-fetch``: fetch what the default run needs, once: the bundled model, the zero-shot tasks and all text."""
+
+from __future__ import annotations
+
+import logging
+
+from slm_pipeline.assets import model_dir
+from slm_pipeline.cli import errors_in_one_line
+from slm_pipeline.data.tasks import bundled_task_files
+
+
+def main() -> None:
+    """Console entry point."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with errors_in_one_line():
+        model_dir("smollm2_135m")
+        bundled_task_files()
+
+
+if __name__ == "__main__":
+    main()
