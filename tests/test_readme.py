@@ -1,0 +1,79 @@
+"""What the README shows works: its method, and every `slm` command up to the first expensive second."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import run_slm
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def code_block(language: str) -> str:
+    (block,) = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return block
+
+
+def test_the_method_in_the_readme_works(tmp_path, monkeypatch):
+    import slm_pipeline.methods
+
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("the mill stands by the river " * 500)
+    Path("methods").mkdir()
+    Path("methods/every_other.py").write_text(code_block("python"))
+    Path("conf/method").mkdir(parents=True)
+    Path("conf/method/every_other.yaml").write_text(code_block("yaml"))
+    monkeypatch.setattr(slm_pipeline.methods, "__path__", [*slm_pipeline.methods.__path__, str(tmp_path / "methods")])
+    try:
+        outcome = run_slm(
+            "--config-dir=conf", "method=every_other", "model=random", "model.num_layers=8", "pruning_ratio=r35",
+            "calibration=text_file", "calibration.path=text.txt", "recovery=none", "evaluation=none", "tracker=jsonl",
+        )  # fmt: skip
+        assert outcome.status == 0, outcome.err
+        (summary,) = Path("outputs/runs").glob("*/*/summary.json")
+        assert json.loads(summary.read_text())["dropped"] == [1, 3, 5]
+    finally:
+        sys.modules.pop("slm_pipeline.methods.every_other", None)
+
+
+def commands() -> list[list[str]]:
+    """Every line of the README that starts with `slm `, its comment cut off."""
+    text = README.replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if line.startswith("    slm ")]
+    return [shlex.split(re.split(r"\s{3,}", line)[0])[1:] for line in lines]
+
+
+def test_the_readme_has_commands():
+    assert len(commands()) > 12
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
+def test_commands(arguments, tmp_path, monkeypatch):
+    """With files of the names that they use; the hub is left out."""
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text("word " * 5000)
+    Path("notes.txt").write_text("word " * 5000)
+    Path("alpaca.json").write_text(json.dumps([{"instruction": "a", "input": "", "output": "b"}] * 3))
+    Path("FOLDER").mkdir()
+    for task in ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"):
+        Path(f"FOLDER/{task}.jsonl").write_text("{}\n")
+    plan = {"name": "smollm2_135m", "fingerprint": "", "num_layers": 30}
+    empty = {"method": "none", "options": {}, "calibration": {}, "ops": [], "format": 1}
+    Path("plan.json").write_text(json.dumps({"model": plan, "layer_groups": [[i] for i in range(30)], **empty}))
+    monkeypatch.setattr("slm_pipeline.models.source._hub", without_network)
+    monkeypatch.setattr("slm_pipeline.models.source._local", without_network)
+    monkeypatch.setattr("slm_pipeline.data.examples._hub_commit", lambda *_: "0" * 40)
+    outcome = run_slm(*arguments, *([] if "--help" in arguments else ["dry_run=true"]))
+    assert outcome.status == 0, outcome.err
+    assert not Path("outputs").exists()
+
+
+def without_network(config):
+    from slm_pipeline.models.source import ModelSource
+
+    return ModelSource(config, "elsewhere", 32)
