@@ -83,12 +83,16 @@ class Artifact:
         """The content of ``stage.json`` of a finished result."""
         return json.loads((self.path / "stage.json").read_text(encoding="utf-8"))
 
-    def produce(self, make: Callable[[Path], dict[str, Any]], *, force: bool = False) -> tuple[dict[str, Any], bool]:
+    def produce(
+        self, make: Callable[[Path], dict[str, Any]], *, is_whole: Callable[[], bool] | None = None, force: bool = False
+    ) -> tuple[dict[str, Any], bool]:
         """Make the result unless it is there, or wait for the job that is making it.
 
         Args:
             make: fills the folder it is given and returns what ``stage.json`` should hold under ``"result"``. The
                 folder may hold what an earlier, interrupted attempt left there.
+            is_whole: whether a finished result has all that is wanted; else it is made again, from a copy of what it
+                has. None: a finished result is enough.
             force: make it anew although it is there; the old result stays until the new one is complete.
 
         Returns:
@@ -99,11 +103,13 @@ class Artifact:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_name(f"{self.key}.lock")):
-            if self.done and not force:
+            if self.done and not force and (is_whole is None or is_whole()):
                 return self.record(), True
-            if force:
+            if force or self.done:
                 shutil.rmtree(self.partial, ignore_errors=True)
             try:
+                if self.done and not force:
+                    shutil.copytree(self.path, self.partial, ignore=shutil.ignore_patterns("stage.json"))
                 self.partial.mkdir(exist_ok=True)
                 write_json(self.partial / "identity.json", self.identity)
                 record = self._work(make)
@@ -150,6 +156,21 @@ def _no_space(error: Exception) -> bool:
     return getattr(error, "errno", None) in full or os.strerror(errno.ENOSPC) in str(error)
 
 
+def check_store_format(root: Path) -> None:
+    """Raise `UserError` if ``root`` holds a store that this version cannot read; makes nothing."""
+    marker = root / "store.json"
+    if not marker.is_file():
+        return
+    try:
+        found = json.loads(marker.read_text(encoding="utf-8"))["format"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{marker} is not what a store begins with ({error}); choose another output_dir=") from error
+    if found != STORE_FORMAT:
+        raise UserError(
+            f"{root} is a store of format {found}, this version reads {STORE_FORMAT}; choose another output_dir="
+        )
+
+
 def check_store(root: Path) -> None:
     """Create the store or make sure that this version can read it.
 
@@ -165,11 +186,4 @@ def check_store(root: Path) -> None:
         raise UserError(f"cannot write to output_dir: {root}: {error.strerror}; choose another output_dir=") from error
     if not os.access(root, os.W_OK):
         raise UserError(f"cannot write to output_dir: {root} is read-only; choose another output_dir=")
-    try:
-        found = json.loads(marker.read_text(encoding="utf-8"))["format"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{marker} is not what a store begins with ({error}); choose another output_dir=") from error
-    if found != STORE_FORMAT:
-        raise UserError(
-            f"{root} is a store of format {found}, this version reads {STORE_FORMAT}; choose another output_dir="
-        )
+    check_store_format(root)

@@ -19,9 +19,12 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.main import get_args_parser
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -34,11 +37,19 @@ if TYPE_CHECKING:
 config.register()
 
 
+_error_of_single_run: list[UserError] = []
+
+
 @hydra.main(version_base="1.3", config_path=str(config.CONF_DIR), config_name="config")
 def _hydra_main(composed: DictConfig) -> None:
     from slm_pipeline.runner import run_job
 
-    run_job(composed)
+    try:
+        run_job(composed)
+    except UserError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        _error_of_single_run.append(error)  # past Hydra, which would print a line of its own before ours
 
 
 def main() -> None:
@@ -56,6 +67,8 @@ def main() -> None:
         if not _only_asks_hydra(arguments) and _check_before_hydra(arguments):
             return
         _hydra_main()
+        if _error_of_single_run:
+            raise _error_of_single_run.pop()
 
 
 @contextmanager
@@ -94,7 +107,7 @@ def _only_asks_hydra(arguments: Namespace) -> bool:
 def _check_before_hydra(arguments: Namespace) -> bool:
     """Compose and check before Hydra makes a run folder; whether that was all (``dry_run=true``).
 
-    For a multirun the swept overrides are left out here; each job is checked when it starts.
+    For a multirun only the first value of each sweep is composed here; each job is checked when it starts.
     """
     try:
         overrides = OverridesParser.create().parse_overrides(arguments.overrides)
@@ -103,36 +116,57 @@ def _check_before_hydra(arguments: Namespace) -> bool:
     multirun = arguments.multirun or any(
         item.key_or_group == "hydra.mode" and str(item.value()).upper() == "MULTIRUN" for item in overrides
     )
-    fixed = [item.input_line or "" for item in overrides if not (multirun and item.is_sweep_override())]
     for item in overrides:
         if item.is_sweep_override() and not multirun:
             raise UserError(f"{item.input_line} asks for several jobs; add -m: slm -m {item.input_line}")
         group = item.key_or_group
         value = None if item.is_sweep_override() else item.value()
-        if isinstance(value, list) and (config.CONF_DIR / group).is_dir():
+        if isinstance(value, list) and _is_group(group):
             # Hydra would lay the options over one another without a word.
             names = ",".join(map(str, value))
             raise UserError(
                 f"{item.input_line} names several options of {group}; choose one, or one job each:"
                 f" slm -m {group}={names}"
             )
-    composed = _compose(arguments, fixed)
+        if not item.is_sweep_override() and not isinstance(value, (str, list, type(None))) and _is_group(group):
+            names = ", ".join(sorted(file.stem for file in (config.CONF_DIR / group).glob("*.yaml")))
+            raise UserError(f"{item.input_line}: {group} is a group, choose one of its options: {names}")
+    composed = _compose(arguments, [_first_value(item) for item in overrides])
     from slm_pipeline.job import make_output_root
     from slm_pipeline.runner import describe_plan, plan
 
     if multirun and composed.dry_run:
+        failures = 0
         for number, job_overrides in enumerate(_jobs(composed, arguments.overrides)):
-            print(f"#{number} {' '.join(job_overrides)}")
-            print(describe_plan(_job(_compose(arguments, job_overrides), job_overrides)), flush=True)
+            print(f"#{number} {' '.join(job_overrides)}", flush=True)
+            try:
+                print(describe_plan(_job(_compose(arguments, job_overrides), job_overrides)), flush=True)
+            except UserError as error:
+                failures += 1
+                print(f"would fail: {error}", flush=True)
+        if failures:
+            raise UserError(f"{failures} of {number + 1} jobs would fail, see above")
         return True
     if not multirun:
-        job = _job(composed, arguments.overrides)
+        job = _job(composed, sys.argv[1:])
         if job.config.dry_run:
             print(describe_plan(job), flush=True)
             return True
         plan(job)
     make_output_root(composed.output_dir)
     return False
+
+
+def _is_group(name: str) -> bool:
+    return (config.CONF_DIR / name).is_dir()
+
+
+def _first_value(item: Override) -> str:
+    """An override with the first of the values that it sweeps over; as it is if it does not sweep, or over a range of
+    numbers that only a sweeper can draw from."""
+    if not item.is_sweep_override() or item.is_interval_sweep():
+        return item.input_line or ""
+    return f"{item.get_key_element()}={next(iter(item.sweep_string_iterator()))}"
 
 
 def _compose(arguments: Namespace, overrides: list[str]) -> DictConfig:

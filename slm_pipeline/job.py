@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slm_pipeline import config as options
+from slm_pipeline.artifacts import check_store_format
 from slm_pipeline.config import Config, build
 from slm_pipeline.data import calibration
 from slm_pipeline.data.tasks import task_fingerprint
@@ -109,9 +110,11 @@ def prepare(config: Config, command: str) -> Job:
     """
     _check_top_level(config)
     method: Method = build(config.method, group="method")
-    recovery: Recovery | None = (
-        build(config.recovery, group="recovery") if config.recovery else None
-    )  # {} is recovery=none
+    recovery: Recovery | None = None
+    if config.recovery:  # recovery=none is {}
+        recovery = build(config.recovery, group="recovery")
+    elif config.evaluation.of == ["recovered"] and "evaluate" in config.stages:
+        raise UserError("evaluation.of=[recovered] has nothing to score with recovery=none")
     source = describe(config.model)
     threshold = _threshold(config, method, command)
     method.check(source)
@@ -166,7 +169,10 @@ def _check_top_level(config: Config) -> None:
         raise UserError(f"name={config.name!r} must be a folder name without a slash")
     if config.data_dir and not Path(config.data_dir).expanduser().is_dir():
         raise UserError(f"data_dir={config.data_dir!r} is not a folder")
+    if config.output_dir.startswith("~"):
+        raise UserError(f"output_dir={config.output_dir!r}: write the home folder out, only a shell expands ~")
     check_output_root(config.output_dir)
+    check_store_format(Path(config.output_dir).absolute() / "store")
 
 
 def _threshold(config: Config, method: Method, command: str) -> float | None:
@@ -191,12 +197,17 @@ def _threshold(config: Config, method: Method, command: str) -> float | None:
         if not has_target and method.takes_ratio:
             raise UserError(
                 f"method={method.name} needs a target: choose a pruning_ratio"
+                " (pruning_ratio=layers with pruning_ratio.num_layers=, the layers to keep)"
                 + (", or threshold=fixed" if method.takes_threshold else "")
             )
         return None
     if not method.takes_threshold:
         raise UserError(f"method={method.name} has no threshold; use threshold=auto, not threshold={threshold.kind}")
     if threshold.kind == "published":
+        if threshold.value is not None:
+            raise UserError(f"threshold.value={threshold.value} needs threshold=fixed; threshold=published has its own")
+        if ratio.of != "layers":
+            raise UserError(f"threshold=published is known by ratios of layers; pruning_ratio.of={ratio.of!r} is not")
         return _published_threshold(config)
     if threshold.value is None:
         raise UserError("threshold=fixed needs a value: threshold=fixed threshold.value=0.8 pruning_ratio=none")
@@ -233,7 +244,7 @@ def _check_evaluation(config: Config) -> dict[str, object]:
             raise UserError(f"evaluation.of has {target!r}; allowed: {', '.join(options.TARGETS)}")
     zero_shot.check(evaluation.limit, evaluation.batch_size)
     text, speed = evaluation.perplexity, evaluation.efficiency
-    perplexity.check(text.window, text.stride, text.batch_size)
+    perplexity.check(text.window, text.stride, text.batch_size, text.max_tokens)
     efficiency.check(speed.batch_size, speed.output_len, speed.num_runs, speed.num_warmup)
     if "evaluate" not in config.stages or not evaluation.of:
         return {}

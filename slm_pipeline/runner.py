@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -24,6 +24,7 @@ from slm_pipeline.artifacts import Artifact, check_store, write_json, write_text
 from slm_pipeline.config import TARGETS, to_config
 from slm_pipeline.errors import UserError
 from slm_pipeline.job import Job, prepare
+from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.calibrate import Calibrate
 from slm_pipeline.stages.evaluate import Evaluate
 from slm_pipeline.stages.merge import Merge
@@ -31,29 +32,6 @@ from slm_pipeline.stages.recover import Recover
 from slm_pipeline.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
-
-
-class Stage(Protocol):
-    """What the classes in slm_pipeline/stages have in common.
-
-    Attributes:
-        name: unique within a job (evaluate_dense, evaluate_pruned, ...).
-        stage: which of `config.STAGES` it belongs to; its folder in the store.
-        needs: names of the stages whose results it reads.
-    """
-
-    name: str
-    stage: str
-    needs: tuple[str, ...]
-
-    def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any] | None:
-        """What the result depends on; None while that is not known before an earlier stage has run."""
-
-    def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
-        """Fill ``out``; returns what stage.json keeps as the result."""
-
-    def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
-        """Log the finished result's numbers."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +97,7 @@ def describe_plan(job: Job) -> str:
         if artifact is None:
             lines.append(f"{step.stage.name:<20} run    {job.store / step.stage.stage}/ (named once the plan is known)")
         else:
-            action = "reuse" if artifact.done and not step.forced else "run"
+            action = "reuse" if step.stage.is_whole(job, artifact) and not step.forced else "run"
             resumed = " (continues an interrupted one)" if action == "run" and artifact.partial.exists() else ""
             lines.append(f"{step.stage.name:<20} {action:<6} {artifact.path}{resumed}")
     return "\n".join(lines)
@@ -129,8 +107,8 @@ def run_job(composed: DictConfig) -> None:
     """Run one composed configuration inside Hydra. Leaves summary.json, or failure.json and an error."""
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
-    command = shlex.join(["slm", *hydra.overrides.task])
     multirun = hydra.mode == RunMode.MULTIRUN
+    command = shlex.join(["slm", *(hydra.overrides.task if multirun else sys.argv[1:])])
     warnings = _WarningCollector()
     logging.getLogger("slm_pipeline").addHandler(warnings)
     try:
@@ -199,12 +177,14 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
 
 def _produce(step: Step, artifact: Artifact, job: Job, results: Mapping[str, Artifact], tracker: Tracker) -> bool:
     stage = step.stage
-    if not (artifact.done and not step.forced):
+    if not stage.is_whole(job, artifact) or step.forced:
         log.info("%s: %s", stage.name, "continues" if artifact.partial.exists() and not step.forced else "starts")
     started = time.monotonic()
     with _out_of_memory_explained(stage.name):
         record, was_reused = artifact.produce(
-            functools.partial(stage.run, job, results, tracker=tracker), force=step.forced
+            functools.partial(stage.run, job, results, tracker=tracker),
+            is_whole=lambda: stage.is_whole(job, artifact),
+            force=step.forced,
         )
     if was_reused:
         _warn_of_other_code(stage.name, record)

@@ -11,6 +11,7 @@ from typing import Any
 from slm_pipeline import provenance, report
 from slm_pipeline.artifacts import Artifact, write_json
 from slm_pipeline.config import TARGETS
+from slm_pipeline.evaluation.zero_shot import average
 from slm_pipeline.job import Job
 from slm_pipeline.stages.merge import load_plan
 from slm_pipeline.surgery.plan import Plan
@@ -114,7 +115,7 @@ def _metrics(records: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         scores: dict[str, Any] = {}
         if zero_shot := record["result"].get("zero_shot"):
             values = {task: result["score"] for task, result in zero_shot.items()}
-            scores["zero_shot"] = {**values, "average": sum(values.values()) / len(values)}
+            scores["zero_shot"] = {**values, "average": average(values)}
         if perplexity := record["result"].get("perplexity"):
             scores["perplexity"] = perplexity
         if scores:

@@ -321,3 +321,18 @@ def test_user_folder_sweeps_is_found_first(base, tmp_path, monkeypatch):
     outcome = run_slm("-m", *base, "sweeps=thresholds", "dry_run=true")
     jobs = [line for line in outcome.out.splitlines() if line.startswith("#")]
     assert [job.split()[1] for job in jobs] == ["seed=5", "seed=6"]
+
+
+def test_a_sweep_over_methods_may_set_what_only_they_have(base):
+    """Only the methods of the sweep have the key; the default method does not."""
+    outcome = run_slm("-m", "method=come,come_posterior", "method.repeat=when_needed", "dry_run=true", *base)
+    assert outcome.status == 0, outcome.err
+    assert "#1 method=come_posterior" in outcome.out
+
+
+def test_a_dry_multirun_shows_every_job(base):
+    outcome = run_slm("-m", "pruning_ratio=r20,layers,r50", "dry_run=true", *base)
+    assert outcome.status == 2
+    assert "would fail: method=slm needs a target" in outcome.out
+    assert "#2 pruning_ratio=r50" in outcome.out
+    assert outcome.err == "error: 1 of 3 jobs would fail, see above\n"

@@ -58,7 +58,9 @@ def test_commands(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text("word " * 5000)
     Path("notes.txt").write_text("word " * 5000)
-    Path("alpaca.json").write_text(json.dumps([{"instruction": "a", "input": "", "output": "b"}] * 3))
+    Path("alpaca.json").write_text(
+        json.dumps([{"instruction": str(i), "input": "", "output": "b"} for i in range(2100)])
+    )
     Path("FOLDER").mkdir()
     for task in ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"):
         Path(f"FOLDER/{task}.jsonl").write_text("{}\n")

@@ -211,14 +211,15 @@ def test_thresholds_that_give_the_same_plan_share_all_that_follows(job, undistur
     assert second.reused() == {name: name != "merge" for name in STAGES}
 
 
-def test_keep_plan_leaves_no_pruned_weights_and_scores_the_same(job, undisturbed, output_dir):
+def test_keep_plan_leaves_no_pruned_weights_and_scores_the_same(job, undisturbed, tmp_path):
     pruned = [*without_recovery(job), "evaluation.of=[pruned]"]
-    lean = run(output_dir, *pruned, "keep=plan", "force=[evaluate]")
-    assert lean.reused() == {"calibrate": True, "merge": False, "evaluate_pruned": False}
+    lean = run(tmp_path, *pruned, "keep=plan")
     assert not list(Path(lean.paths()["merge"]).rglob("*.safetensors"))
     assert "checkpoint" not in lean.summary
     assert lean.summary["metrics"]["pruned"] == undisturbed.summary["metrics"]["pruned"]
-    whole = run(output_dir, *pruned)  # with keep=model the weights are there
+    whole = run(tmp_path, *pruned)  # with keep=model the weights are there, made from the plan
+    assert whole.paths() == lean.paths()
+    assert whole.reused() == {"calibrate": True, "merge": False, "evaluate_pruned": True}
     assert (Path(whole.summary["checkpoint"]) / "model.safetensors").is_file()
 
 
@@ -254,3 +255,27 @@ def test_two_texts_of_the_same_name_are_scored_apart(job, output_dir, tmp_path):
     first, second = found.summary["metrics"]["dense"]["perplexity"].values()
     assert first["sha256"] != second["sha256"]
     assert first["num_tokens"] != second["num_tokens"]
+
+
+def test_weights_are_added_to_a_plan_without_searching_again(job, tmp_path, monkeypatch):
+    common = [*without_recovery(job), f"output_dir={tmp_path}", "stages=[calibrate,merge]"]
+    assert run_slm(*common, "keep=plan").status == 0
+
+    def searched_again(*_):
+        raise AssertionError("the search ran again")
+
+    monkeypatch.setattr("slm_pipeline.methods.slm.SlidingLayerMerging.plan", searched_again)
+    assert run_slm(*common, "keep=model").status == 0
+    (weights,) = (tmp_path / "store" / "merge").glob("*/model/model.safetensors")
+    assert "merge                reuse" in run_slm(*common, "keep=plan", "dry_run=true").out
+    assert weights.is_file()
+
+
+def test_a_removal_is_given_to_mergekit_and_taken_back(job, tmp_path):
+    common = [*without_recovery(job), f"output_dir={tmp_path}", "stages=[calibrate,merge]"]
+    assert run_slm(*common, "method=reverse", "method.protect_last=1", "pruning_ratio=r35").status == 0
+    (document,) = (tmp_path / "store" / "merge").glob("*/mergekit.yml")
+    outcome = run_slm(*common, "name=back", "method=from_plan", f"method.path={document}")
+    assert outcome.status == 0, outcome.err
+    (summary,) = (tmp_path / "runs" / "back").glob("*/summary.json")
+    assert json.loads(summary.read_text())["dropped"] == [3, 4]

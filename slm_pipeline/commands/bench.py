@@ -233,16 +233,19 @@ def _print(job: Job, view: ModelView, ours: Measurement, theirs: Measurement) ->
             raise UserError(f"the searches decide differently: {ours.windows} and {theirs.windows}")
         print("same decisions")
     else:
+        removed = {_removed(side.windows) for side in (ours, theirs)}
+        if len(removed) > 1:
+            raise UserError(f"the searches remove different numbers of layers: {sorted(removed)}")
         print("each found its own threshold; both removed the same number of layers")
 
 
 def _job(overrides: list[str]) -> Job:
-    groups = {override.partition("=")[0] for override in overrides}
-    defaults = _DEFAULTS + ([] if groups & {"threshold", "pruning_ratio"} else _FIXED)
+    fixed = "threshold=auto" not in overrides
+    defaults = _DEFAULTS + (_FIXED if fixed else [])
     cli.set_search_path()
     with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF_DIR)):
         composed = compose("config", overrides=[*defaults, *overrides])
-    return prepare(config.to_config(composed), " ".join(["slm-bench", *overrides]))
+    return prepare(config.to_config(composed), " ".join(["slm-bench", "search", *overrides]))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 
 from slm_pipeline.assets import model_dir
@@ -11,6 +12,7 @@ from slm_pipeline.data.tasks import bundled_task_files
 
 def main() -> None:
     """Console entry point."""
+    argparse.ArgumentParser(prog="slm-fetch", description=__doc__).parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with errors_in_one_line():
         model_dir("smollm2_135m")

@@ -107,7 +107,9 @@ def _about(path: Path) -> str:
         return f"{result['num_layers']['dense']} -> {result['num_layers']['pruned']} layers: {result['layers']}"
     if "num_tokens" in result and "source" in result:
         return f"{result['source']}, {result['num_samples']} x {result['seq_len']} tokens"
-    return ", ".join(result.get("zero_shot", {}))
+    return ", ".join(
+        [*result.get("zero_shot", {}), *(f"perplexity {corpus}" for corpus in result.get("perplexity", {}))]
+    )
 
 
 def _size(num_bytes: int) -> str:

@@ -96,7 +96,7 @@ def perplexity(
     """
     import torch
 
-    check(window, stride, batch_size)
+    check(window, stride, batch_size, max_tokens)
     capacity = window - (bos_token_id is not None)  # tokens of the text in one window
     ids = torch.as_tensor(input_ids, dtype=torch.long)[:max_tokens]
     if len(ids) < capacity:
@@ -200,7 +200,7 @@ def corpus_fingerprint(corpus: str, data_dir: Path | None = None) -> str:
     return hashlib.sha256(_file(corpus, data_dir).read_bytes()).hexdigest()[:16]
 
 
-def check(window: int, stride: int | None, batch_size: int) -> None:
+def check(window: int, stride: int | None, batch_size: int, max_tokens: int | None) -> None:
     """Check the settings of ``perplexity`` without a model.
 
     Raises:
@@ -214,6 +214,11 @@ def check(window: int, stride: int | None, batch_size: int) -> None:
         )
     if batch_size < 1:
         raise UserError(f"evaluation.perplexity.batch_size={batch_size} must be at least 1")
+    if max_tokens is not None and max_tokens < window:
+        raise UserError(
+            f"evaluation.perplexity.max_tokens={max_tokens} is less than one window:"
+            f" evaluation.perplexity.window={window}"
+        )
 
 
 def _spans(num_tokens: int, capacity: int, stride: int | None) -> list[tuple[int, int, int]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, Method, PruningProblem
+from slm_pipeline.surgery.mergekit import kept_layers
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -20,9 +21,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class FromPlan(Method):
-    """The decision of ``path``, a plan.json, on this model. Takes no pruning ratio.
+    """The decision of ``path`` on this model. Takes no pruning ratio.
 
-    The model must have the depth that the plan was made for; another model of that depth is allowed, with a warning.
+    ``path`` is a plan.json, or mergekit's passthrough YAML (.yml, .yaml) that keeps some layers. The model must have
+    the depth that the plan was made for; another model of that depth is allowed, with a warning.
     """
 
     path: str
@@ -33,13 +35,22 @@ class FromPlan(Method):
     reads_calibration: ClassVar[bool] = False
 
     @cached_property
-    def original(self) -> Plan:
-        return Plan.read(Path(self.path).expanduser())
+    def original(self) -> Plan | None:
+        """None for a mergekit file, which does not know the model's depth."""
+        path = Path(self.path).expanduser()
+        return None if path.suffix in (".yml", ".yaml") else Plan.read(path)
 
     def options(self) -> dict[str, Any]:
+        if self.original is None:
+            return {"kept": kept_layers(Path(self.path).expanduser())}
         return {"plan": self.original.content(), "method": self.original.method}
 
     def check(self, source: ModelSource) -> None:
+        if self.original is None:
+            kept = kept_layers(Path(self.path).expanduser())
+            if source.num_layers is not None and kept and kept[-1] >= source.num_layers:
+                raise UserError(f"{self.path} keeps layer {kept[-1]}; {source.name} has {source.num_layers} layers")
+            return
         depth = self.original.model["num_layers"]
         if source.num_layers not in (None, depth):
             raise UserError(f"{self.path} is a plan for {depth} layers; {source.name} has {source.num_layers}")
@@ -47,6 +58,11 @@ class FromPlan(Method):
             log.warning("%s was made for %s, not for %s", self.path, self.original.model["name"], source.name)
 
     def plan(self, problem: PruningProblem) -> Plan:
+        if self.original is None:
+            kept = kept_layers(Path(self.path).expanduser())
+            dropped = [layer for layer in range(problem.view.num_layers) if layer not in kept]
+            ops = [{"op": "drop", "layers": dropped}] if dropped else []
+            return self._new_plan(problem, layer_groups=[[layer] for layer in kept], dropped=dropped, ops=ops)
         return self._new_plan(
             problem,
             threshold=self.original.threshold,

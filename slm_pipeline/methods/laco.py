@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize
 from slm_pipeline.methods.threshold import Search, Similarity, ThresholdMerging
+
+if TYPE_CHECKING:
+    from slm_pipeline.models.source import ModelSource
 
 
 @dataclass(kw_only=True)
@@ -50,10 +53,12 @@ class Laco(ThresholdMerging):
         if self.highest is not None and self.highest <= self.lowest:
             raise UserError(f"method.highest={self.highest} must be above method.lowest={self.lowest}")
 
+    def check(self, source: ModelSource) -> None:
+        if source.num_layers is not None and self.highest is not None and self.highest >= source.num_layers:
+            raise UserError(f"method.highest={self.highest} must be below the model's {source.num_layers} layers")
+
     def one_pass(self, similarity: Similarity, num_layers: int) -> LayerCollapse:
         highest = num_layers - 1 if self.highest is None else self.highest
-        if highest >= num_layers:
-            raise UserError(f"method.highest={highest} must be below the model's {num_layers} layers")
         return LayerCollapse(similarity, num_layers, self.num_merged, self.lowest, highest, self.interval)
 
 

@@ -182,9 +182,11 @@ def find_threshold(
     done = list(searches.values())
     if all(search.num_removed != num_remove for search in done):
         nearest = max(search.num_removed for search in done)
+        size = one_pass.num_layers - nearest
+        reachable = f" (pruning_ratio=layers pruning_ratio.num_layers={size})" if nearest else ""
         raise UserError(
-            f"no threshold removes {num_remove} of {one_pass.num_layers} layers: the nearest removes {nearest}"
-            f" (pruning_ratio=layers pruning_ratio.num_layers={one_pass.num_layers - nearest});"
+            f"no threshold removes {num_remove} of {one_pass.num_layers} layers:"
+            f" the nearest removes {nearest}{reachable};"
             " threshold.exhaustive=true tries every threshold, other options of the method reach other sizes"
         )
     reached = [search for search in done if search.num_removed == num_remove]

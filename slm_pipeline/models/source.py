@@ -23,6 +23,8 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
     "vocab.json",
     "merges.txt",
 )
@@ -140,7 +142,8 @@ def _random(config: ModelConfig) -> ModelSource:
         )
     if config.vocab_size < 260:
         raise UserError(f"model.vocab_size={config.vocab_size} must be at least 260: 256 bytes and special tokens")
-    options = {key: value for key, value in asdict(config).items() if key not in ("name", "device")}
+    irrelevant = ("name", "device", "published_thresholds")
+    options = {key: value for key, value in asdict(config).items() if key not in irrelevant}
     return ModelSource(config, f"random:{digest(options)}", config.num_layers)
 
 

@@ -178,6 +178,7 @@ class ModelView:
                 if hasattr(module, "layer_idx"):
                     cast(Any, module).layer_idx = position  # the slot in the KV cache
         for key, value in list(vars(self.config).items()):
-            if isinstance(value, (list, tuple)) and len(value) == old_depth:
+            per_layer = isinstance(value, (list, tuple)) and len(value) == old_depth and not key.endswith("token_id")
+            if per_layer:
                 setattr(self.config, key, type(value)(value[source] for source in sources))
         self.config.num_hidden_layers = len(blocks)

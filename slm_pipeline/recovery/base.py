@@ -136,21 +136,26 @@ class TrainingOptions:
         fingerprint = examples.examples_fingerprint(
             self.source, path=self.path, repo=self.repo, revision=self.revision, data_dir=data_dir
         )
+        if self.source == "file":
+            self._split(data_dir)  # too few examples are found now, not after the merge
         return {"source": self.source, "fingerprint": fingerprint}
 
     def tokenized_split(
         self, tokenizer: PreTrainedTokenizerBase, data_dir: Path | None
     ) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
         """Training and validation rows of `examples.tokenize_example`."""
-        everything = examples.load_examples(
-            self.source, path=self.path, repo=self.repo, revision=self.revision, data_dir=data_dir
-        )
-        train, validation = examples.split_examples(
-            everything, validation_size=self.validation_size, num_examples=self.num_examples, seed=self.split_seed
-        )
+        train, validation = self._split(data_dir)
         return (
             examples.tokenize_examples(tokenizer, train, self.cutoff_len),
             examples.tokenize_examples(tokenizer, validation, self.cutoff_len),
+        )
+
+    def _split(self, data_dir: Path | None) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+        everything = examples.load_examples(
+            self.source, path=self.path, repo=self.repo, revision=self.revision, data_dir=data_dir
+        )
+        return examples.split_examples(
+            everything, validation_size=self.validation_size, num_examples=self.num_examples, seed=self.split_seed
         )
 
     def num_steps(self, train: Sequence[dict[str, list[int]]]) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_pipeline.artifacts import Artifact, write_json
 from slm_pipeline.job import Job
+from slm_pipeline.stages.base import Stage
 from slm_pipeline.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -19,12 +20,11 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
-class Calibrate:
+class Calibrate(Stage):
     """Leaves samples.safetensors (``input_ids`` [N, length] int64), samples.json, statistics.safetensors
     (`slm_pipeline.engine.statistics.Statistics`) and similarity.json for the picture."""
 
     name = stage = "calibrate"
-    needs: tuple[str, ...] = ()
 
     def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any]:
         return {"version": VERSION, "model": job.source.fingerprint, "calibration": job.identities["calibration"]}

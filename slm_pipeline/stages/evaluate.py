@@ -11,13 +11,14 @@ from typing import Any
 from slm_pipeline.artifacts import Artifact, write_json
 from slm_pipeline.errors import UserError
 from slm_pipeline.job import Job
+from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.merge import load_pruned
 from slm_pipeline.tracking import Tracker
 
 VERSION = 1
 
 
-class Evaluate:
+class Evaluate(Stage):
     """Scores ``target``: dense, pruned or recovered. Leaves one JSON file per task and corpus."""
 
     stage = "evaluate"

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline.artifacts import Artifact, digest
+from slm_pipeline.artifacts import Artifact, digest, write_text
 from slm_pipeline.job import Job, ParameterCounts
+from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.calibrate import load_samples, load_statistics
+from slm_pipeline.surgery.mergekit import to_mergekit
 from slm_pipeline.surgery.plan import Plan, format_groups
 from slm_pipeline.tracking import Tracker
 
@@ -18,11 +20,12 @@ log = logging.getLogger(__name__)
 VERSION = 1
 
 
-class Merge:
-    """Leaves plan.json and, with ``keep=model``, the pruned model in model/."""
+class Merge(Stage):
+    """Leaves plan.json, for a plan that only removes layers mergekit.yml, and with ``keep=model`` the pruned model
+    in model/."""
 
     name = stage = "merge"
-    needs: tuple[str, ...] = ("calibrate",)
+    needs = ("calibrate",)
 
     def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any]:
         ratio, threshold = job.config.pruning_ratio, job.config.threshold
@@ -35,7 +38,6 @@ class Merge:
             "options": job.method.options(),
             "threshold": job.threshold,
             "search": search if job.method.takes_threshold and job.threshold is None else None,
-            "keep": job.config.keep,  # whether weights are there; later stages depend on the checkpoint, not on this
             # With a floor of its own the method does not look at the ratio.
             "pruning_ratio": None if job.threshold is not None else vars(ratio),
         }
@@ -47,8 +49,15 @@ class Merge:
         model, tokenizer = load_dense(job.source)
         view = ModelView(model)
         counts = ParameterCounts(view.num_parameters(), [view.block_parameters(i) for i in range(view.num_layers)])
-        plan = self._plan(job, results["calibrate"], view, counts)
-        plan.write(out / "plan.json")
+        if not (
+            out / "plan.json"
+        ).is_file():  # else it was decided by an attempt that was interrupted, or kept no weights
+            self._plan(job, results["calibrate"], view, counts).write(out / "plan.json")
+        plan = Plan.read(out / "plan.json")
+        if plan.ops and all(op["op"] == "drop" for op in plan.ops):
+            model_name = job.config.model.repo or job.config.model.path or job.source.name
+            kept = [layer for group in plan.layer_groups for layer in group]
+            write_text(out / "mergekit.yml", to_mergekit(kept, model_name, job.config.model.dtype))
         num_parameters = _parameters_after(plan, counts)
         if job.config.keep == "model":
             save_pruned(plan, model, tokenizer, out / "model", job)
@@ -59,6 +68,9 @@ class Merge:
             "parameters": {"dense": counts.total, "pruned": num_parameters},
             "layers": format_groups(plan.layer_groups),
         }
+
+    def is_whole(self, job: Job, artifact: Artifact) -> bool:
+        return artifact.done and (job.config.keep == "plan" or (artifact.path / "model").is_dir())
 
     def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
         for step, row in enumerate(load_plan(artifact).scores.get("steps", [])):
@@ -128,6 +140,7 @@ def save_pruned(plan: Plan, model: Any, tokenizer: Any, folder: Path, job: Job) 
         + (f", similarity threshold {plan.threshold}" if plan.threshold is not None else "")
         + f".\n\nLayers, by the original layers merged into each: `{format_groups(plan.layer_groups)}`"
         + (f"; dropped: {plan.dropped}" if plan.dropped else "")
+        + _measured(plan)
         + ".\n\nThe whole decision, replayable with `slm method=from_plan`, is in `plan.json`."
     )
     card = checkpoint.card(
@@ -139,6 +152,19 @@ def save_pruned(plan: Plan, model: Any, tokenizer: Any, folder: Path, job: Job) 
     )
     checkpoint.save(apply(plan, model), tokenizer, folder, card=card, config=job.config.model)
     plan.write(folder / "plan.json")
+
+
+def _measured(plan: Plan) -> str:
+    """What the method measured of the pruned model, as a sentence; empty if nothing."""
+    accepted = [step for step in plan.scores.get("steps", []) if step["accepted"]]
+    num_tokens = plan.calibration.get("num_tokens")
+    if accepted:
+        return (
+            f".\n\nSimilarity to the dense model on {num_tokens} calibration tokens: {accepted[-1]['similarity']:.4f}"
+        )
+    if rounds := plan.scores.get("rounds"):
+        return f".\n\nLoss on {num_tokens} calibration tokens: {rounds[-1]['loss']:.4f} nats a token"
+    return ""
 
 
 def _parameters_after(plan: Plan, counts: ParameterCounts) -> int:

@@ -10,17 +10,18 @@ from typing import Any
 
 from slm_pipeline.artifacts import Artifact, write_json
 from slm_pipeline.job import Job
+from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.merge import load_plan, load_pruned
 from slm_pipeline.tracking import Tracker
 
 VERSION = 1
 
 
-class Recover:
+class Recover(Stage):
     """Leaves the recovered model in model/, curve.json, and whatever the recovery keeps (an adapter)."""
 
     name = stage = "recover"
-    needs: tuple[str, ...] = ("merge",)
+    needs = ("merge",)
 
     def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any] | None:
         """None until the plan is known: equal plans share their recovery, whatever search led to them.
@@ -62,7 +63,9 @@ class Recover:
             title=f"{plan.model['name']}, {plan.num_layers} layers ({plan.method}, {job.recovery.name})",
             base=job.config.model.repo or plan.model["name"],
             licence_note="The base model's licence applies.",
-            body=f"Pruned with `{plan.method}` (see `plan.json`), then trained with `{job.recovery.name}`.",
+            body=f"Pruned with `{plan.method}` (see `plan.json`), then trained with `{job.recovery.name}`: "
+            + ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in _numbers(result.metrics).items())
+            + ".",
             command=job.command,
         )
         checkpoint.save(result.model, tokenizer, out / "model", card=card, config=job.config.model)
@@ -75,5 +78,8 @@ class Recover:
                 tracker.log(
                     {key: value for key, value in row.items() if key != "step"}, stage=self.name, step=row["step"]
                 )
-        metrics = artifact.record()["result"]
-        tracker.log({key: value for key, value in metrics.items() if isinstance(value, (int, float))}, stage=self.name)
+        tracker.log(_numbers(artifact.record()["result"]), stage=self.name)
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if isinstance(value, (int, float))}

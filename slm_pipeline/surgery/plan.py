@@ -16,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from slm_pipeline.artifacts import digest, write_json
 from slm_pipeline.errors import UserError
+from slm_pipeline.surgery.merge_rules import RULES
 
 FORMAT = 1
+OPS = ("drop", "merge")
 
 
 @dataclass
@@ -93,11 +95,42 @@ class Plan:
         return plan
 
     def check(self, where: str) -> None:
-        """Raise `UserError` unless groups and dropped layers are a partition of the dense layers, in order."""
+        """Raise `UserError` unless groups and dropped layers are a partition of the dense layers, in order, to which
+        the ops lead."""
         depth = self.model.get("num_layers")
         kept = [layer for group in self.layer_groups for layer in group]
         if not all(self.layer_groups) or kept != sorted(kept) or sorted(kept + self.dropped) != list(range(depth or 0)):
             raise UserError(f"{where}: layer_groups and dropped must name each of the {depth} layers once, in order")
+        self._check_ops(where, list(range(depth or 0)))
+
+    def _check_ops(self, where: str, layers: list[int]) -> None:
+        """Raise `UserError` unless the ops are complete and lead to the layer groups."""
+        groups = {layer: [layer] for layer in layers}  # by the lowest layer of each
+        for number, op in enumerate(self.ops):
+            name = f"{where}: op {number}"
+            if op.get("op") not in OPS:
+                raise UserError(f"{name} is {op.get('op')!r}; this version knows {', '.join(OPS)}")
+            members = sorted(set(op.get("layers", [])))
+            touched = [groups.pop(layer) for layer in members if layer in groups]
+            if not touched or sorted(layer for group in touched for layer in group) != members:
+                raise UserError(f"{name}: layers={op.get('layers')} are not whole layers of the model at that point")
+            if op["op"] == "merge":
+                groups[members[0]] = members
+                self._check_merge(name, op, len(touched))
+        if [groups[layer] for layer in sorted(groups)] != self.layer_groups:
+            raise UserError(f"{where}: its ops do not lead to its layer_groups")
+
+    def _check_merge(self, name: str, op: dict[str, Any], num_parts: int) -> None:
+        if op.get("rule") == "concatenate":
+            needed = [
+                f"{op.get('tensors')}.{kind}.{part}" for kind in ("heads", "neurons") for part in range(num_parts)
+            ]
+            if missing := [tensor for tensor in needed if tensor not in self.tensors]:
+                raise UserError(f"{name} needs the tensor {missing[0]}, which plan.safetensors does not hold")
+            if len(op.get("shares", [])) != num_parts:
+                raise UserError(f"{name} needs one share for each of its {num_parts} parts")
+        elif op.get("rule") not in RULES:
+            raise UserError(f"{name}: rule={op.get('rule')!r} is not one of {', '.join((*RULES, 'concatenate'))}")
 
 
 def groups_of_windows(windows: Sequence[tuple[int, int]], num_layers: int, first: int = 0) -> list[list[int]]:

@@ -1,0 +1,42 @@
+"""What every stage is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slm_pipeline.artifacts import Artifact
+from slm_pipeline.job import Job
+from slm_pipeline.tracking import Tracker
+
+
+class Stage(ABC):
+    """A step of the pipeline whose result is an artefact.
+
+    Attributes:
+        name: unique within a job (evaluate_dense, evaluate_pruned, ...).
+        stage: which of `config.STAGES` it belongs to; its folder in the store.
+        needs: names of the stages whose results it reads.
+    """
+
+    name: str
+    stage: str
+    needs: tuple[str, ...] = ()
+
+    @abstractmethod
+    def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any] | None:
+        """What the result depends on; None while that is not known before an earlier stage has run."""
+
+    @abstractmethod
+    def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
+        """Fill ``out``, which may hold what an earlier attempt left; returns what stage.json keeps as the result."""
+
+    @abstractmethod
+    def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
+        """Log the finished result's numbers."""
+
+    def is_whole(self, job: Job, artifact: Artifact) -> bool:
+        """Whether the result is finished and has all that this job wants of it."""
+        return artifact.done

@@ -1,0 +1,63 @@
+"""A plan that contradicts itself is refused when it is read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from slm_pipeline.errors import UserError
+from slm_pipeline.surgery.plan import Plan, format_groups, groups_of_windows
+
+GOOD = {
+    "format": 1,
+    "model": {"name": "m", "fingerprint": "f", "num_layers": 6},
+    "method": "slm",
+    "options": {},
+    "calibration": {},
+    "layer_groups": [[0], [1], [2, 3, 4], [5]],
+    "dropped": [],
+    "ops": [{"op": "merge", "layers": [2, 3, 4], "rule": "official"}],
+    "scores": {},
+    "threshold": 0.8,
+}
+
+
+def read(tmp_path, **changes):
+    (tmp_path / "plan.json").write_text(json.dumps({**GOOD, **changes}))
+    return Plan.read(tmp_path / "plan.json")
+
+
+def test_a_good_plan(tmp_path):
+    assert read(tmp_path).num_layers == 4
+    nested = [{"op": "merge", "layers": [3, 4], "rule": "mean"}, {"op": "merge", "layers": [2, 3, 4], "rule": "mean"}]
+    assert read(tmp_path, ops=nested).num_layers == 4
+
+
+OVERLAPPING = [{"op": "merge", "layers": [3, 4], "rule": "mean"}, {"op": "merge", "layers": [2, 3], "rule": "mean"}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ops": [{"op": "merge", "layers": [1, 2, 3], "rule": "official"}]}, "ops do not lead to its layer_groups"),
+        ({"ops": [{"op": "merge", "layers": [2, 3, 99], "rule": "official"}]}, "are not whole layers of the model"),
+        ({"ops": [{"op": "merge", "layers": [2, 3, 4]}]}, "rule=None is not one of official"),
+        ({"ops": [{"op": "merge", "layers": [2, 3, 4], "rule": "concatenate"}]}, "needs the tensor None.heads.0"),
+        ({"ops": [{"op": "fold", "layers": [2]}]}, "op 0 is 'fold'; this version knows drop, merge"),
+        ({"ops": []}, "ops do not lead to its layer_groups"),
+        ({"ops": OVERLAPPING}, "op 1: .* are not whole layers"),
+        ({"layer_groups": [[0], [1], [2, 3, 4]]}, "must name each of the 6 layers once"),
+        ({"format": 2}, "not a plan of format 1"),
+        ({"surprise": 1}, "is not a plan"),
+    ],
+)
+def test_contradictions(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, **changes)
+
+
+def test_groups_in_one_line():
+    assert format_groups(groups_of_windows([(22, 24), (17, 18)], 30)) == "0-16 {17-18} 19-21 {22-24} 25-29"
+    assert format_groups([[0], [2], [3], [5]]) == "0 2-3 5"
+    assert format_groups([[0, 1], [2]]) == "{0-1} 2"
