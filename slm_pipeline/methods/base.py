@@ -7,6 +7,7 @@ imported for ``slm dry_run=true``, so they import torch, and the engine, inside 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -56,7 +57,7 @@ class PruningProblem:
 
 
 @dataclass(kw_only=True)
-class Method:
+class Method(ABC):
     """Base of all methods.
 
     Attributes:
@@ -84,11 +85,16 @@ class Method:
         del values["published_calibration"]
         return values
 
-    def check(self, source: ModelSource) -> None:
+    def check(self, source: ModelSource) -> None:  # noqa: B027  # most methods work on any model
         """Raise `UserError` if the method cannot work on this model; called before anything expensive."""
 
+    @abstractmethod
     def plan(self, problem: PruningProblem) -> Plan:
-        raise NotImplementedError
+        """Decide what to do to the model.
+
+        Raises:
+            UserError: the target cannot be reached, or the model's numbers are not finite.
+        """
 
     def _new_plan(self, problem: PruningProblem, **decision: Any) -> Plan:
         model = {

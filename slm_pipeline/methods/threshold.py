@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -105,9 +106,9 @@ class ThresholdMerging(Method):
         if self.similarity not in SIMILARITIES:
             raise UserError(f"method.similarity={self.similarity!r} is not one of {', '.join(SIMILARITIES)}")
 
+    @abstractmethod
     def one_pass(self, similarity: Similarity, num_layers: int) -> Pass:
         """The method's pass over a stack of ``num_layers``."""
-        raise NotImplementedError
 
     def plan(self, problem: PruningProblem) -> Plan:
         from slm_pipeline.engine.windows import StackSimilarity
