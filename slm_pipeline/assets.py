@@ -9,7 +9,7 @@ a pinned sha256, and unpacked once:
     <cache>/models/<name>/                    a bundled model as a plain transformers folder, float32
     <cache>/tasks/                            task files, see ``slm_pipeline.data.tasks``
 
-``python -m slm_pipeline.assets`` fetches up front what the default run needs.
+``slm-fetch`` fetches up front what the default run needs.
 """
 
 from __future__ import annotations
