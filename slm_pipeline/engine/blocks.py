@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.surgery.block import Block
 
 MAX_LOGITS = 1 << 26  # float32 logits at a time: 256 MB
 
@@ -53,20 +53,17 @@ class BlockRunner:
         self._arguments.append((_for_any_batch(args[1:], batch_size), _for_any_batch(kwargs, batch_size)))
 
     @torch.no_grad()
-    def run(self, layer: int, hidden: Tensor, replaced: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Output of block ``layer`` for the residual stream ``hidden`` ([any batch, length, d]).
-
-        Args:
-            replaced: tensors that stand in for some of the block's parameters in this call.
-        """
+    def run(self, block: Block, hidden: Tensor) -> Tensor:
+        """Output of ``block`` for the residual stream ``hidden`` ([any batch, length, d])."""
         self.num_block_evaluations += 1
-        block = self.view.layers[layer]
-        args, kwargs = self._arguments[layer]
-        if replaced:
-            tensors = {name: value.to(block.get_parameter(name).device) for name, value in replaced.items()}
-            output = functional_call(block, tensors, (hidden, *args), kwargs)
-        else:
-            output = block(hidden, *args, **kwargs)
+        module = self.view.layers[block.body]
+        args, kwargs = self._arguments[block.body]
+        tensors = {name: value.to(module.get_parameter(name).device) for name, value in block.replaced.items()}
+        with self.view.lacking(block.body, block.without):
+            if tensors:
+                output = functional_call(module, tensors, (hidden, *args), kwargs, tie_weights=False)
+            else:
+                output = module(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
@@ -80,9 +77,14 @@ class BlockRunner:
         """Sum of the next-token losses, in nats, of the last block's output ([batch, length, d]) for ``input_ids``."""
         normed = self.finish(hidden)[:, :-1].flatten(0, 1)
         targets = input_ids[:, 1:].flatten().to(normed.device)
-        rows = max(1, MAX_LOGITS // self.view.config.vocab_size)
+        rows = max_logit_rows(self.view)
         pieces = zip(normed.split(rows), targets.split(rows), strict=True)
         return float(sum(_cross_entropy(self.view.logits(piece), target) for piece, target in pieces))
+
+
+def max_logit_rows(view: ModelView) -> int:
+    """Tokens whose logits are in memory at a time."""
+    return max(1, MAX_LOGITS // view.config.vocab_size)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class ProgressiveStack:
         for runner, states, input_ids in zip(self._runners, self._states, self._input_ids, strict=True):
             hidden = states[position]
             for block in [candidate, *self.blocks[position + length :]]:
-                hidden = runner.run(block.body, hidden, block.replaced)
+                hidden = runner.run(block, hidden)
             total += runner.loss(hidden, input_ids)
         self.num_block_evaluations += len(self.blocks) - length - position + 1
         return total / (self._num_tokens - sum(len(batch) for batch in self._input_ids))
@@ -95,7 +95,7 @@ class ProgressiveStack:
             block = self.blocks[position]
             with self._moments([block.body]) as moments:
                 for runner, states in zip(self._runners, self._states, strict=True):
-                    states.append(runner.run(block.body, states[position], block.replaced))
+                    states.append(runner.run(block, states[position]))
             self.scores.append(self._scores(position, *moments[block.body]))
             self.num_block_evaluations += 1
 

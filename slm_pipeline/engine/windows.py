@@ -83,7 +83,7 @@ class StackSimilarity:
 
     def _evaluate(self, runner: BlockRunner, hidden: Tensor, blocks: list[Block]) -> float:
         for block in blocks:
-            hidden = runner.run(block.body, hidden, block.replaced)
+            hidden = runner.run(block, hidden)
         return float(self._similarity.measure(self.view, runner.final, runner.finish(hidden)).sum())
 
 

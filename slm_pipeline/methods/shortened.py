@@ -38,12 +38,15 @@ class ShortenedPerplexity(ShortenedLlama):
     name: ClassVar[str] = "shortened_ppl"
 
     def plan(self, problem: PruningProblem) -> Plan:
-        from slm_pipeline.engine.walk import RemovalWalk
+        from slm_pipeline.engine.walk import Removal, RemovalWalk
 
         walk = RemovalWalk(problem.view, problem.input_ids)
-        losses = walk.losses(self.candidates(problem.view.num_layers), description="perplexity of each removal")
+        candidates = [Removal(layer) for layer in self.candidates(problem.view.num_layers)]
+        found = walk.losses(candidates, description="perplexity of each removal")
+        losses = {candidate.layer: loss for candidate, loss in found.items()}
         removed = sorted(losses, key=lambda layer: losses[layer])[: problem.num_remove]
-        scores = [losses[layer] if losses.get(layer, float("inf")) < float("inf") else None for layer in walk.kept]
+        finite = {layer: loss for layer, loss in losses.items() if loss < float("inf")}
+        scores = [finite.get(layer) for layer in range(problem.view.num_layers)]
         return self.removal_plan(
             problem, removed, {"losses": scores, "num_block_evaluations": walk.num_block_evaluations}
         )

@@ -35,26 +35,30 @@ class Sleb(LayerRemoval):
     name: ClassVar[str] = "sleb"
 
     def plan(self, problem: PruningProblem) -> Plan:
-        from slm_pipeline.engine.walk import RemovalWalk
+        from slm_pipeline.engine.walk import Removal, RemovalWalk
 
         assert problem.num_remove is not None
         walk = RemovalWalk(problem.view, problem.input_ids, strict=self.strict)
-        candidates = self.candidates(problem.view.num_layers)
+        candidates = [Removal(layer) for layer in self.candidates(problem.view.num_layers)]
         removed: list[int] = []
         rounds = []
         favourite = None
         for number in tqdm(range(problem.num_remove), desc="sleb", unit="round", disable=None):
             losses = walk.losses(candidates, best_first=favourite, description=f"round {number + 1}")
-            best = min(candidates, key=lambda layer: losses[layer])
-            finite = {layer: loss for layer, loss in losses.items() if loss < float("inf")}
+            best = min(candidates, key=lambda candidate: losses[candidate])
+            finite = {candidate: loss for candidate, loss in losses.items() if loss < float("inf")}
             rounds.append(
-                {"removed": best, "loss": losses[best], "losses": {str(c): finite.get(c) for c in candidates}}
+                {
+                    "removed": best.layer,
+                    "loss": losses[best],
+                    "losses": {str(c.layer): finite.get(c) for c in candidates},
+                }
             )
-            removed.append(best)
+            removed.append(best.layer)
             candidates.remove(best)
             walk.remove(best)
             # The runner-up is the likely winner of the next round.
-            favourite = min((c for c in candidates if c in finite), key=lambda layer: finite[layer], default=None)
+            favourite = min((c for c in candidates if c in finite), key=lambda c: finite[c], default=None)
         return self.removal_plan(
             problem, removed, {"rounds": rounds, "num_block_evaluations": walk.num_block_evaluations}
         )

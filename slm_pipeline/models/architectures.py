@@ -7,7 +7,7 @@ with other blocks. Importing this module stays cheap: no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slm_pipeline.errors import UserError
@@ -18,7 +18,8 @@ class Architecture:
     """Module paths of a causal language model in transformers.
 
     ``norms`` are the normalisation layers of a block; every other parameter of a block (projections, their biases,
-    q/k norms) counts as part of its projections.
+    q/k norms) counts as part of its projections. ``attention`` and ``mlp`` are the children of a block that make up its
+    two sublayers; the feed-forward network of some architectures is no module of its own.
     """
 
     decoder: str = "model"  # from the causal LM to the module that runs the blocks
@@ -26,16 +27,23 @@ class Architecture:
     layers: str = "layers"
     final_norm: str = "norm"
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    foldable_norms: tuple[str, ...] = ()  # RMS norms whose gain goes into attention_inputs, mlp_inputs exactly
+    gain_offset: float = 0.0  # a norm multiplies by its weight plus this
+    output_norms: bool = False  # a norm stands between a sublayer's last projection and the residual stream
+    attention: str = "self_attn"
     attention_inputs: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # from the block
     attention_output: str = "self_attn.o_proj"
     heads_interleaved: bool = False  # one fused projection holds query, key and value of each head side by side
+    mlp: tuple[str, ...] = ("mlp",)
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_output: str = "mlp.down_proj"
 
 
-_LLAMA = Architecture()
-_FUSED = Architecture(attention_inputs=("self_attn.qkv_proj",), mlp_inputs=("mlp.gate_up_proj",))
+_LLAMA = Architecture(foldable_norms=("input_layernorm", "post_attention_layernorm"))
 _SANDWICH_NORMS = Architecture(
+    foldable_norms=("input_layernorm", "pre_feedforward_layernorm"),
+    gain_offset=1.0,
+    output_norms=True,
     norms=(
         "input_layernorm",
         "post_attention_layernorm",
@@ -49,16 +57,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "phi3": _FUSED,
-    "gemma": _LLAMA,
+    "phi3": replace(_LLAMA, attention_inputs=("self_attn.qkv_proj",), mlp_inputs=("mlp.gate_up_proj",)),
+    "gemma": replace(_LLAMA, gain_offset=1.0),
     "gemma2": _SANDWICH_NORMS,
     "gemma3_text": _SANDWICH_NORMS,
-    "olmo2": Architecture(norms=("post_attention_layernorm", "post_feedforward_layernorm")),
+    "olmo2": Architecture(norms=("post_attention_layernorm", "post_feedforward_layernorm"), output_norms=True),
     "opt": Architecture(
         decoder="model.decoder",
         final_norm="final_layer_norm",
         norms=("self_attn_layer_norm", "final_layer_norm"),
         attention_output="self_attn.out_proj",
+        mlp=("fc1", "fc2"),
         mlp_inputs=("fc1",),
         mlp_output="fc2",
     ),
@@ -66,6 +75,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         decoder="gpt_neox",
         embedding="embed_in",
         final_norm="final_layer_norm",
+        attention="attention",
         attention_inputs=("attention.query_key_value",),
         heads_interleaved=True,
         attention_output="attention.dense",
@@ -73,6 +83,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp_output="mlp.dense_4h_to_h",
     ),
 }
+
+PRUNED = "pruned_"  # prefix of the model types of checkpoints from which whole sublayers are absent
 
 # Configuration keys of models whose blocks depend on each other or choose their weights per token.
 _UNSAFE = {
@@ -90,7 +102,7 @@ def find(config: Mapping[str, Any]) -> Architecture:
     Raises:
         UserError: the architecture is not in the table, or its layers cannot be removed or merged safely.
     """
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type")).removeprefix(PRUNED)
     for key, reason in _UNSAFE.items():
         if config.get(key):
             raise UserError(f"model_type={model_type!r} cannot be cut by layers: {reason} ({key}={config[key]})")
@@ -98,4 +110,4 @@ def find(config: Mapping[str, Any]) -> Architecture:
         raise UserError(f"model_type={model_type!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
     if model_type == "opt" and not config.get("do_layer_norm_before", True):
         raise UserError("model_type='opt' with do_layer_norm_before=false (OPT-350m) has no final norm: not supported")
-    return ARCHITECTURES[str(model_type)]
+    return ARCHITECTURES[model_type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slm_pipeline.artifacts import write_text
+from slm_pipeline.artifacts import write_json, write_text
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
+from slm_pipeline.models import modeling_pruned
+from slm_pipeline.models.architectures import PRUNED
 from slm_pipeline.models.loading import load_checkpoint
 from slm_pipeline.models.view import ModelView
 
@@ -34,6 +37,8 @@ def save(model: Any, tokenizer: Any, folder: Path, *, card: str, config: ModelCo
     shutil.rmtree(partial, ignore_errors=True)
     model.config.dtype = config.dtype
     model.save_pretrained(partial)
+    if model.config.model_type.startswith(PRUNED):
+        _add_modelling_file(partial)
     tokenizer.save_pretrained(partial)
     write_text(partial / "README.md", card)
     expected = _probe(model)
@@ -51,6 +56,20 @@ def save(model: Any, tokenizer: Any, folder: Path, *, card: str, config: ModelCo
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return reloaded
+
+
+def _add_modelling_file(folder: Path) -> None:
+    """Let plain transformers find the classes of a model that lacks sublayers, with trust_remote_code=True."""
+    source = Path(str(modeling_pruned.__file__))
+    shutil.copyfile(source, folder / source.name)
+    description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = description["architectures"][0]
+    config_name = getattr(modeling_pruned, name).config_class.__name__
+    description["auto_map"] = {
+        "AutoConfig": f"{source.stem}.{config_name}",
+        "AutoModelForCausalLM": f"{source.stem}.{name}",
+    }
+    write_json(folder / "config.json", description)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from slm_pipeline import assets
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
+from slm_pipeline.models import modeling_pruned
+from slm_pipeline.models.architectures import PRUNED
 from slm_pipeline.models.source import ModelSource
 
 log = logging.getLogger(__name__)
@@ -50,7 +53,7 @@ def _load(place: str, config: ModelConfig, revision: str | None) -> Any:
     device = resolve_device(config.device)
     options: dict[str, Any] = {"device_map": "balanced"} if device == "balanced" else {}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = _model_class(place).from_pretrained(
             place,
             revision=revision,
             dtype=getattr(torch, config.dtype),
@@ -61,6 +64,15 @@ def _load(place: str, config: ModelConfig, revision: str | None) -> Any:
     except OSError as error:
         raise UserError(f"cannot load the model {place}: {str(error).strip().splitlines()[0]}") from error
     return model.eval() if device == "balanced" else model.to(device).eval()
+
+
+def _model_class(place: str) -> Any:
+    """transformers' own choice, except for checkpoints that bring our modelling file: they are run from this package."""
+    file = Path(place) / "config.json"
+    description = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if description.get("model_type", "").startswith(PRUNED):
+        return getattr(modeling_pruned, description["architectures"][0])
+    return AutoModelForCausalLM
 
 
 def resolve_device(device: str) -> str:

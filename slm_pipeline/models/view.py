@@ -6,7 +6,8 @@ are norms, and rebuilds the model around another list of blocks so that plain tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -14,7 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from slm_pipeline.models import architectures
+from slm_pipeline.models import architectures, modeling_pruned
+from slm_pipeline.models.modeling_pruned import remove_children, stand_in
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,40 @@ class ModelView:
         """Names, within the block, of its projection matrices (biases and q/k norms are not among them)."""
         parameters = self.layers[layer].named_parameters()
         return [name for name, parameter in parameters if parameter.ndim == 2]
+
+    def sublayer(self, name: str) -> tuple[str, ...]:
+        """The children of a block that make up its sublayer ``name`` (attention, mlp), in the order they are called."""
+        return (self.architecture.attention,) if name == "attention" else self.architecture.mlp
+
+    @contextmanager
+    def lacking(self, layer: int, sublayers: Collection[str]) -> Iterator[None]:
+        """The block without some sublayers (attention, mlp), for a while: they are not run and add nothing."""
+        block = self.layers[layer]
+        children = [child for sublayer in sublayers for child in self.sublayer(sublayer)]
+        present = {child: block.get_submodule(child) for child in children}
+        try:
+            for child in present:
+                block.set_submodule(child, stand_in(child, layer))
+            yield
+        finally:
+            for child, module in present.items():
+                block.set_submodule(child, module)
+
+    def silence(self, layer: int, sublayer: str) -> None:
+        """Set a sublayer's last projection to zero, so that it adds nothing; the model's class and size stay."""
+        output = self.attention_output(layer) if sublayer == "attention" else self.mlp_output(layer)
+        with torch.no_grad():
+            for parameter in output.parameters():
+                parameter.zero_()
+
+    def cut_out(self, layers: Mapping[str, Sequence[int]]) -> None:
+        """Remove sublayers (attention, mlp -> layers) for good. The model gets a class of `modeling_pruned`."""
+        absent = {child: list(found) for name, found in layers.items() for child in self.sublayer(name) if found}
+        remove_children(self.layers, absent)
+        pruned = getattr(modeling_pruned, f"Pruned{type(self.model).__name__}")
+        self.config.__class__ = pruned.config_class  # the modules share this object, so it is changed where it is
+        self.config.absent = absent
+        self.model.__class__ = pruned
 
     def attention_output(self, layer: int) -> nn.Module:
         """The projection at the end of a block's attention; its input is the concatenated heads."""

@@ -10,13 +10,16 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.concatenate import concatenate
+from slm_pipeline.surgery.fold import fold
 from slm_pipeline.surgery.merge_rules import merge
-from slm_pipeline.surgery.plan import Plan
+from slm_pipeline.surgery.plan import SUBLAYERS, Plan
 
 
 @torch.no_grad()
 def apply(plan: Plan, model: Any) -> Any:
-    """Edit ``model``, the dense model, as ``plan`` says; returns the same object, of the same class, shallower.
+    """Edit ``model``, the dense model, as ``plan`` says; returns the same object, shallower.
+
+    Its class stays, unless sublayers are missing and the plan's export is ``custom``.
 
     Raises:
         UserError: the plan is for another depth.
@@ -34,6 +37,12 @@ def apply(plan: Plan, model: Any) -> Any:
             module.get_parameter(name).copy_(value)
     bodies = [block.body for block in blocks]
     view.rebuild([view.layers[body] for body in bodies], bodies)
+    missing = {name: [i for i, block in enumerate(blocks) if name in block.without] for name in SUBLAYERS}
+    if plan.export == "custom":
+        view.cut_out(missing)
+    for name, positions in missing.items():
+        for position in positions if plan.export == "stock" else ():
+            view.silence(position, name)
     return model
 
 
@@ -54,4 +63,8 @@ def planned_blocks(plan: Plan, view: ModelView) -> list[Block]:
             )
         elif op["op"] == "merge":
             blocks[min(op["layers"])] = merge(view, members, op["rule"])
+        elif op["op"] == "drop_sublayer":
+            blocks[min(op["layers"])] = members[0].lacking(op["sublayer"])
+        elif op["op"] == "fold":
+            blocks[min(op["layers"])] = fold(view, members[0], torch.from_numpy(plan.tensors[op["tensor"]]))
     return [blocks[layer] for layer in sorted(blocks)]

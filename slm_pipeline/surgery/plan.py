@@ -19,7 +19,9 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.surgery.merge_rules import RULES
 
 FORMAT = 1
-OPS = ("drop", "merge")
+OPS = ("drop", "merge", "drop_sublayer", "fold")
+SUBLAYERS = ("attention", "mlp")
+EXPORTS = ("stock", "custom")
 
 
 @dataclass
@@ -55,6 +57,20 @@ class Plan:
     def num_layers(self) -> int:
         """Depth of the pruned model."""
         return len(self.layer_groups)
+
+    def missing_sublayers(self) -> dict[str, list[int]]:
+        """attention, mlp -> original layers that lost it but not the other."""
+        ops = [op for op in self.ops if op["op"] == "drop_sublayer"]
+        return {name: sorted(op["layers"][0] for op in ops if op["sublayer"] == name) for name in SUBLAYERS}
+
+    @property
+    def export(self) -> str | None:
+        """How a checkpoint says that sublayers are missing; None when none is.
+
+        stock: their last projections are zero, the class is that of the dense model, nothing is faster or smaller.
+        custom: they are not there; the checkpoint brings its own modelling file.
+        """
+        return next((op["export"] for op in self.ops if op["op"] == "drop_sublayer"), None)
 
     def content(self) -> str:
         """A digest of the edits alone: equal plans give equal checkpoints, whatever method or option led to them."""
@@ -111,6 +127,9 @@ class Plan:
             if op.get("op") not in OPS:
                 raise UserError(f"{name} is {op.get('op')!r}; this version knows {', '.join(OPS)}")
             members = sorted(set(op.get("layers", [])))
+            if op["op"] in ("drop_sublayer", "fold"):
+                self._check_in_layer(name, op, groups)
+                continue
             touched = [groups.pop(layer) for layer in members if layer in groups]
             if not touched or sorted(layer for group in touched for layer in group) != members:
                 raise UserError(f"{name}: layers={op.get('layers')} are not whole layers of the model at that point")
@@ -119,6 +138,19 @@ class Plan:
                 self._check_merge(name, op, len(touched))
         if [groups[layer] for layer in sorted(groups)] != self.layer_groups:
             raise UserError(f"{where}: its ops do not lead to its layer_groups")
+
+    def _check_in_layer(self, name: str, op: dict[str, Any], groups: dict[int, list[int]]) -> None:
+        """Raise `UserError` unless an op on something within one layer is complete."""
+        layers = op.get("layers")
+        if not isinstance(layers, list) or len(layers) != 1 or layers[0] not in groups:
+            raise UserError(f"{name}: layers={layers} is not one layer of the model at that point")
+        if op["op"] == "drop_sublayer":
+            if op.get("sublayer") not in SUBLAYERS:
+                raise UserError(f"{name}: sublayer={op.get('sublayer')!r} is not one of {', '.join(SUBLAYERS)}")
+            if op.get("export") not in EXPORTS:
+                raise UserError(f"{name}: export={op.get('export')!r} is not one of {', '.join(EXPORTS)}")
+        elif op.get("tensor") not in self.tensors:
+            raise UserError(f"{name} needs the tensor {op.get('tensor')}, which plan.safetensors does not hold")
 
     def _check_merge(self, name: str, op: dict[str, Any], num_parts: int) -> None:
         if op.get("rule") == "concatenate":

@@ -8,6 +8,7 @@ import torch
 from slm_pipeline.engine import statistics
 from slm_pipeline.engine.blocks import BlockRunner, batches
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.surgery.block import Block
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def test_running_on_from_any_state_is_the_models_forward(start, any_model, input
     runner = BlockRunner(view, input_ids)
     hidden = runner.states[start]
     for layer in range(start, view.num_layers):
-        hidden = runner.run(layer, hidden)
+        hidden = runner.run(Block(layer), hidden)
         torch.testing.assert_close(hidden, runner.states[layer + 1])
     expected = any_model(input_ids=input_ids, use_cache=False).logits
     torch.testing.assert_close(view.logits(runner.finish(hidden)), expected)
@@ -41,7 +42,7 @@ def test_skipping_a_block_is_the_model_without_it(any_model, input_ids):
     runner = BlockRunner(view, input_ids)
     hidden = runner.states[2]
     for layer in (3, 4, 5):
-        hidden = runner.run(layer, hidden)
+        hidden = runner.run(Block(layer), hidden)
     found = view.logits(runner.finish(hidden))
     kept = [0, 1, 3, 4, 5]
     view.rebuild([view.layers[layer] for layer in kept], kept)
@@ -54,12 +55,12 @@ def test_replaced_parameters_are_used_and_the_model_is_left_alone(any_model, inp
     runner = BlockRunner(view, input_ids)
     before = {name: value.clone() for name, value in any_model.state_dict().items()}
     replaced = {name: view.layers[4].get_parameter(name).detach() for name, _ in view.layers[1].named_parameters()}
-    found = runner.run(1, runner.states[1], replaced)
+    found = runner.run(Block(1, replaced), runner.states[1])
     assert not torch.equal(found, runner.states[2])
     assert all(torch.equal(value, before[name]) for name, value in any_model.state_dict().items())
     for name, value in replaced.items():
         view.layers[1].get_parameter(name).copy_(value)
-    torch.testing.assert_close(found, runner.run(1, runner.states[1]), rtol=0, atol=0)
+    torch.testing.assert_close(found, runner.run(Block(1), runner.states[1]), rtol=0, atol=0)
 
 
 def test_hooks_are_removed(tiny_llama, input_ids):

@@ -63,6 +63,7 @@ def naive_sleb(model, input_ids, num_remove, protect_first=1, protect_last=1):
 @pytest.mark.parametrize("strict", [False, True])
 def test_sleb_equals_the_plain_loop(problem, input_ids, strict, batch_tokens, monkeypatch):
     monkeypatch.setattr(walk, "MAX_BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(walk, "_SAMPLE_TOKENS", batch_tokens)
     removed, losses = naive_sleb(problem.view.model, input_ids, 3)
     plan = Sleb(strict=strict).plan(problem)
     assert plan.scores["order"] == removed
@@ -84,21 +85,22 @@ def test_sleb_runs_fewer_blocks_than_the_plain_loop(problem):
 def test_walk_measures_every_architecture(architecture, input_ids):
     problem = problem_for(architecture, input_ids, num_layers=5)
     walking = walk.RemovalWalk(problem.view, input_ids)
-    walking.remove(3)
-    losses = walking.losses([0, 2, 4], description="")
+    walking.remove(walk.Removal(3))
+    losses = walking.losses([walk.Removal(layer) for layer in (0, 2, 4)], description="")
     model = problem.view.model
-    expected = {layer: naive_loss(without(model, [3, layer]), input_ids) for layer in (0, 2, 4)}
+    expected = {(layer, "layer"): naive_loss(without(model, [3, layer]), input_ids) for layer in (0, 2, 4)}
     assert losses == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_candidate_is_given_up_only_when_it_cannot_win(input_ids, monkeypatch):
-    monkeypatch.setattr(walk, "MAX_BATCH_TOKENS", 12)  # one sample at a time
+    monkeypatch.setattr(walk, "_SAMPLE_TOKENS", 12)  # one sample at a time
     problem = problem_for("llama", input_ids)
     with torch.no_grad():  # without layer 0 the residual stream lacks what makes the logits small
         problem.view.layers[0].mlp.down_proj.weight.mul_(40)
-    everything = walk.RemovalWalk(problem.view, input_ids).losses(range(8), description="")
+    candidates = [walk.Removal(layer) for layer in range(8)]
+    everything = walk.RemovalWalk(problem.view, input_ids).losses(candidates, description="")
     best = min(everything, key=everything.get)
-    limited = walk.RemovalWalk(problem.view, input_ids).losses(range(8), best_first=best, description="")
+    limited = walk.RemovalWalk(problem.view, input_ids).losses(candidates, best_first=best, description="")
     assert min(limited, key=limited.get) == best
     finite = {layer: loss for layer, loss in limited.items() if loss < math.inf}
     assert finite == pytest.approx({layer: everything[layer] for layer in finite}, abs=1e-6)
@@ -111,7 +113,7 @@ def test_a_loss_that_is_not_finite_never_wins(problem, input_ids):
     assert plan.dropped == [2]  # only without layer 2 is there a loss at all
     with torch.no_grad():
         problem.view.layers[5].mlp.down_proj.weight.fill_(math.nan)
-    with pytest.raises(UserError, match="loss is not finite whichever layer is removed"):
+    with pytest.raises(UserError, match="loss is not finite whatever is removed"):
         Sleb().plan(problem_of(problem, num_remove=1))
 
 

@@ -30,7 +30,7 @@ def test_a_layer_cut_in_two_and_put_together_is_itself(architecture, num_kv_head
         shares=[0.3, 0.7],
     )
     runner = BlockRunner(view, input_ids)
-    torch.testing.assert_close(runner.run(1, runner.states[1], merged.replaced), runner.states[2], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(runner.run(merged, runner.states[1]), runner.states[2], rtol=1e-4, atol=1e-6)
     shapes = {name: parameter.shape for name, parameter in view.layers[1].named_parameters()}
     assert {name: value.shape for name, value in merged.replaced.items()} == shapes
 
@@ -44,7 +44,7 @@ def test_the_published_selection_scrambles_grouped_query_attention(input_ids):
     wrong = concatenate(view, [Block(1), Block(1)], official_gqa=True, **options)
     change = runner.states[2] - runner.states[1]
     for merged, error in ((right, 0), (wrong, 0.05)):
-        found = runner.run(1, runner.states[1], merged.replaced) - runner.states[1]
+        found = runner.run(merged, runner.states[1]) - runner.states[1]
         difference = float((found - change).norm() / change.norm())
         assert difference == pytest.approx(0, abs=1e-5) if error == 0 else difference > error
     # head_dim 4; group 1 has heads 2 and 3, the published selection takes 1 and 5

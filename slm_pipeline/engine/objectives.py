@@ -1,0 +1,67 @@
+"""What a variant of the model is judged by on the calibration text: sums over tokens of something that is never
+negative, so that a variant whose sum is too large already can be given up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slm_pipeline.engine.blocks import BlockRunner, max_logit_rows
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A measure of badness.
+
+    Attributes:
+        measure: (runner, states, input_ids) -> for each variant the sum over the batch's tokens, >= 0. ``states`` holds
+            the variants' last blocks' outputs, [batch, length, d] each; ``runner`` has the dense model's.
+        tokens_without: tokens of a sample that add nothing to the sum.
+    """
+
+    measure: Callable[[BlockRunner, Sequence[Tensor], Tensor], list[float]]
+    tokens_without: int = 0
+
+
+def next_token_loss(runner: BlockRunner, states: Sequence[Tensor], input_ids: Tensor) -> list[float]:
+    """Negative log-likelihood of the text, in nats."""
+    return [runner.loss(state, input_ids) for state in states]
+
+
+def angular_distance(runner: BlockRunner, states: Sequence[Tensor], input_ids: Tensor) -> list[float]:
+    """arccos(cosine) / pi of a token's final-normed state in the dense model and in the variant, in [0, 1]."""
+    cosines = [torch.cosine_similarity(runner.final.float(), runner.finish(s).float(), dim=-1) for s in states]
+    return [float(cosine.clamp(-1, 1).arccos().sum(dtype=torch.float64)) / math.pi for cosine in cosines]
+
+
+def euclidean_distance(runner: BlockRunner, states: Sequence[Tensor], input_ids: Tensor) -> list[float]:
+    """Length of the difference of a token's final-normed states."""
+    differences = [runner.final.float() - runner.finish(state).float() for state in states]
+    return [float(difference.norm(dim=-1).sum(dtype=torch.float64)) for difference in differences]
+
+
+def jensen_shannon(runner: BlockRunner, states: Sequence[Tensor], input_ids: Tensor) -> list[float]:
+    """Jensen-Shannon divergence of the two next-token distributions, in nats, in [0, log 2]."""
+    totals = [0.0] * len(states)
+    rows = max_logit_rows(runner.view)
+    variants = [runner.finish(state).flatten(0, 1).split(rows) for state in states]
+    for number, piece in enumerate(runner.final.flatten(0, 1).split(rows)):
+        dense = runner.view.logits(piece).float().log_softmax(dim=-1)
+        for index, pieces in enumerate(variants):
+            pruned = runner.view.logits(pieces[number]).float().log_softmax(dim=-1)
+            middle = torch.logaddexp(dense, pruned) - math.log(2)
+            divergence = dense.exp() * (dense - middle) + pruned.exp() * (pruned - middle)
+            totals[index] += float(divergence.sum(dtype=torch.float64)) / 2
+    return totals
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "next_token_loss": Objective(next_token_loss, tokens_without=1),
+    "angular": Objective(angular_distance),
+    "euclidean": Objective(euclidean_distance),
+    "jensen_shannon": Objective(jensen_shannon),
+}

@@ -1,0 +1,81 @@
+"""Causal language models some of whose layers have no attention or no feed-forward network.
+
+A checkpoint that needs it carries a copy of this file: it imports nothing but torch and transformers, and
+``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` runs it. Its model type is unknown to
+transformers, so that a plain load is an error instead of a model with freshly drawn weights.
+
+For every architecture X the module has ``PrunedXForCausalLM`` and ``PrunedXConfig``, made when asked for. The
+configuration's ``absent`` says what is missing: name of a layer's child -> indices of the layers without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+
+class NoAttention(nn.Module):
+    """Adds nothing to the residual stream.
+
+    It keeps its slot in the key-value cache, with one number per token, because a cache tells how long a text is by
+    its first layer.
+    """
+
+    def __init__(self, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        if cache is not None:
+            slot = hidden_states[:, None, :, :1]
+            cache.update(slot, slot, self.layer_idx)
+        return torch.zeros_like(hidden_states), None
+
+
+class NoFeedForward(nn.Module):
+    """Adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+def stand_in(child: str, layer_idx: int) -> nn.Module:
+    """What takes the place of a layer's ``child`` that is absent."""
+    if "att" in child:
+        return NoAttention(layer_idx)
+    # Where the feed-forward network is no module of its own, its first projection is passed over.
+    return nn.Identity() if child == "fc1" else NoFeedForward()
+
+
+def remove_children(layers: nn.ModuleList, absent: dict[str, list[int]]) -> None:
+    """Put stand-ins in the place of what is ``absent``: name of a layer's child -> layer indices."""
+    for child, indices in absent.items():
+        for index in indices:
+            layers[index].set_submodule(child, stand_in(child, index))
+
+
+class _Pruned:
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        decoder = self.get_decoder()  # type: ignore[attr-defined]
+        remove_children(decoder.layers, config.absent)
+
+
+def __getattr__(name: str) -> type:
+    """``PrunedXForCausalLM`` or ``PrunedXConfig`` for an architecture X of transformers."""
+    base = getattr(transformers, name.removeprefix("Pruned"), None)
+    if not name.startswith("Pruned") or not isinstance(base, type):
+        raise AttributeError(name)
+    if issubclass(base, transformers.PretrainedConfig):
+        made = type(name, (base,), {"model_type": f"pruned_{base.model_type}", "__module__": __name__})
+    else:
+        config = globals().get(f"Pruned{base.config_class.__name__}") or __getattr__(
+            f"Pruned{base.config_class.__name__}"
+        )
+        made = type(name, (_Pruned, base), {"config_class": config, "__module__": __name__})
+    globals()[name] = made  # one class for each name, so that isinstance holds
+    return made
