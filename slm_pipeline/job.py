@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from dataclasses import dataclass, field
@@ -72,6 +73,11 @@ class Job:
             num_layers=num_layers,
             num_protected=self.method.num_protected,
         )
+
+    def num_parameters_to_remove(self, counts: ParameterCounts) -> int:
+        """For ``of: parameters`` the least number of parameters to remove; 0 when layers are counted."""
+        ratio = self.config.pruning_ratio
+        return math.ceil(ratio.ratio * counts.total) if ratio.of == "parameters" and ratio.ratio is not None else 0
 
 
 @dataclass(frozen=True)

@@ -268,12 +268,32 @@ def _layers(summary: Summary) -> list[str]:
     lines = [format_groups(summary["layer_groups"])]
     if summary["dropped"]:
         lines.append("dropped: " + ", ".join(map(str, summary["dropped"])))
+    if missing := summary.get("sublayers"):
+        lines += _sublayers(missing)
     if not summary.get("threshold_is_highest", True):
         lines.append(
             f"threshold {summary['threshold']:g} reaches the pruning ratio, but a higher one may too:"
             " threshold.exhaustive=true finds out"
         )
     return lines
+
+
+def _sublayers(missing: Mapping[str, Any]) -> list[str]:
+    """Which sublayers are missing, and how the checkpoint says so."""
+    names = (("attention", "attention"), ("mlp", "feed-forward"))
+    lost = [f"{name} of {', '.join(map(str, missing[key]))}" for key, name in names if missing[key]]
+    count = _count(missing["parameters"])
+    if missing["export"] == "stock":
+        how = (
+            f"the checkpoint has the dense model's class and {count} parameters that do nothing (zeroed projections):"
+            " nothing is faster or smaller; method.export=custom leaves them out"
+        )
+    else:
+        how = (
+            f"the checkpoint leaves their {count} parameters out; it brings modeling_pruned.py and loads with"
+            " trust_remote_code=True only"
+        )
+    return [f"dropped: {'; '.join(lost)}", how]
 
 
 def _recovery(summary: Summary) -> list[str]:

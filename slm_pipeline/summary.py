@@ -98,6 +98,8 @@ def _pruning(job: Job, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
         "layer_groups": plan.layer_groups,
         "dropped": plan.dropped,
     }
+    if "sublayers" in result:
+        pruning["sublayers"] = result["sublayers"]
     if "exact" in plan.scores:
         pruning["threshold_is_highest"] = plan.scores["exact"]
     return pruning

@@ -78,4 +78,4 @@ def test_commands(arguments, tmp_path, monkeypatch):
 def without_network(config):
     from slm_pipeline.models.source import ModelSource
 
-    return ModelSource(config, "elsewhere", 32)
+    return ModelSource(config, "elsewhere", 32, "llama")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
 
+_PASS_TOKENS = 8192  # tokens in one forward pass that keeps few states
 MAX_LOGITS = 1 << 26  # float32 logits at a time: 256 MB
 
 
@@ -105,3 +108,41 @@ def _for_any_batch(argument: Any, batch_size: int) -> Any:
 def batches(input_ids: Tensor, max_tokens: int) -> list[Tensor]:
     """Split [N, length] samples into batches of at most ``max_tokens`` tokens, at least one sample each."""
     return list(input_ids.split(max(1, max_tokens // input_ids.shape[1])))
+
+
+class _Enough(Exception):
+    """Stops a forward pass whose rest is not needed."""
+
+
+@torch.no_grad()
+def around(view: ModelView, input_ids: Tensor, start: int, end: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What a linear map in the place of blocks start .. end - 1 has to do, batch by batch; 1 <= start < end.
+
+    Yields:
+        [batch, length, d] each, on one device: the output of the feed-forward network of block start - 1, the residual
+        stream that enters block start, and what leaves block end - 1. The pass ends there.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, stop: bool = False) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            found[name] = output[0] if isinstance(output, tuple) else output
+            if stop:
+                raise _Enough
+
+        return hook
+
+    hooks = [
+        view.mlp_output(start - 1).register_forward_hook(keep("output")),
+        view.layers[start - 1].register_forward_hook(keep("before")),
+        view.layers[end - 1].register_forward_hook(keep("after", stop=True)),
+    ]
+    try:
+        for batch in batches(input_ids.to(view.device), _PASS_TOKENS):
+            with suppress(_Enough):
+                view.decoder(input_ids=batch, use_cache=False)
+            device = found["after"].device
+            yield found["output"].view_as(found["before"]).to(device), found["before"].to(device), found["after"]
+    finally:
+        for hook in hooks:
+            hook.remove()

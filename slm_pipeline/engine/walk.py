@@ -8,8 +8,9 @@ above i, so a candidate starts at the block it changes, and each block runs once
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,35 @@ class Removal(NamedTuple):
     layer: int
     part: str = "layer"  # layer | attention | mlp
 
+    @property
+    def label(self) -> str:
+        """For plan.json."""
+        return str(self.layer) if self.part == "layer" else f"{self.layer}.{self.part}"
+
+
+@dataclass(frozen=True)
+class Round:
+    """One removal: what, the objective's mean after it, and that of every candidate measured."""
+
+    removed: Removal
+    loss: float
+    losses: dict[Removal, float]
+
+    def as_scores(self) -> dict[str, Any]:
+        """For plan.json; null where a candidate was given up because it could not win any more."""
+        losses = {c.label: loss if math.isfinite(loss) else None for c, loss in self.losses.items()}
+        removed = self.removed.layer if self.removed.part == "layer" else self.removed.label
+        return {"removed": removed, "loss": self.loss, "losses": losses}
+
+
+def check_some_finite(losses: Iterable[float]) -> None:
+    """Raise `UserError` when no candidate has a finite value."""
+    if not any(math.isfinite(loss) for loss in losses):
+        raise UserError(
+            "the loss is not finite whatever is removed: the model overflows in its dtype;"
+            " try model.dtype=bfloat16 or model.dtype=float32"
+        )
+
 
 class RemovalWalk:
     """The model with some parts removed already, and how bad it is to remove one more.
@@ -47,9 +77,7 @@ class RemovalWalk:
         num_block_evaluations: blocks run on N x T tokens since the dense pass.
     """
 
-    def __init__(
-        self, view: ModelView, input_ids: Tensor, *, objective: str = "next_token_loss", strict: bool = False
-    ):
+    def __init__(self, view: ModelView, input_ids: Tensor, *, objective: str = "next_token_loss", strict: bool = False):
         self.view = view
         self.blocks = [Block(layer) for layer in range(view.num_layers)]
         self.num_block_evaluations = 0.0
@@ -62,41 +90,63 @@ class RemovalWalk:
         # For each batch, what enters each block, and what leaves the last; cut off where it is out of date.
         self._prefixes = [list(runner.states) for runner in self._runners]
 
-    def losses(
-        self, candidates: Sequence[Removal], *, best_first: Removal | None = None, description: str
-    ) -> dict[Removal, float]:
+    def losses(self, candidates: Sequence[Removal], *, limit: float = math.inf) -> dict[Removal, float]:
         """Mean over tokens of the objective with each candidate removed as well.
 
         Args:
-            best_first: a candidate that is likely the best. It is measured first, and every other one is given up
-                as soon as its sum over the samples so far exceeds the best one's total, since sums only grow: its
-                value is then infinity. None measures all to the end.
+            limit: a candidate is given up as soon as its sum over the samples so far exceeds what this mean would
+                give, since sums only grow: its value is then infinity.
 
         Returns:
-            candidate -> value; infinity for one whose value is not finite.
+            candidate -> value; infinity also for one whose value is not finite.
+        """
+        totals = dict.fromkeys(candidates, 0.0)
+        self._go_on(totals, range(len(self._runners)), limit)
+        return self._means(totals, limit)
+
+    def losses_of_contenders(self, candidates: Sequence[Removal]) -> dict[Removal, float]:
+        """The same, where a candidate that cannot be the best any more is given up.
+
+        Whoever leads after the first samples is measured to the end, then the others as far as they can still win.
+        """
+        totals = dict.fromkeys(candidates, 0.0)
+        rest = range(1, len(self._runners))
+        self._go_on(totals, [0])
+        leader = min(totals, key=lambda candidate: totals[candidate])
+        leading = {leader: totals.pop(leader)}
+        self._go_on(leading, rest)
+        limit = leading[leader] / self._num_terms
+        self._go_on(totals, rest, limit)
+        return self._means({**leading, **totals}, limit)
+
+    def greedily(self, candidates: Sequence[Removal], num_rounds: int, *, lazy: bool = False) -> Iterator[Round]:
+        """Remove the best candidate, again and again, until ``num_rounds`` are done or the caller has enough.
+
+        Args:
+            lazy: trust that what a removal adds to the loss only grows from round to round, and measure no candidate
+                that added more in an earlier one than the best measured so far does. Not always the same choice.
 
         Raises:
             UserError: no candidate has a finite value.
         """
-        totals = dict.fromkeys(candidates, 0.0)
-        limit = math.inf
-        with tqdm(total=len(self._runners), desc=description, unit="batch", disable=None, leave=False) as progress:
-            if best_first is not None:
-                total = sum(self._walk(index, [best_first])[best_first] for index in range(len(self._runners)))
-                totals[best_first] = total
-                limit = total if math.isfinite(total) else math.inf
-            for index in range(len(self._runners)):
-                walking = [c for c in candidates if c != best_first and totals[c] <= limit]
-                for candidate, loss in self._walk(index, walking).items():
-                    totals[candidate] += loss
-                progress.update()
-        found = {c: total / self._num_terms if total <= limit else math.inf for c, total in totals.items()}
-        if not any(math.isfinite(loss) for loss in found.values()):
-            raise UserError(
-                "the loss is not finite whatever is removed: the model overflows in its dtype;"
-                " try model.dtype=bfloat16 or model.dtype=float32"
-            )
-        return {c: loss if math.isfinite(loss) else math.inf for c, loss in found.items()}
+        left = list(candidates)
+        added: dict[Removal, float] = {}  # to the loss, by each candidate, at least, when it was last measured
+        current = self._dense_loss() if lazy else 0.0
+        for _ in tqdm(range(num_rounds), desc="removals", disable=None):
+            if not lazy:
+                losses = self.losses_of_contenders(left)
+            elif not added:
+                losses = self.losses(left)
+            else:
+                losses = self._losses_lazily(left, current, added)
+            check_some_finite(losses.values())
+            best = min(losses, key=lambda candidate: losses[candidate])
+            # One that was given up adds at least as much as the best does.
+            added |= {c: (loss if math.isfinite(loss) else losses[best]) - current for c, loss in losses.items()}
+            current = losses[best]
+            self.remove(best)
+            left.remove(best)
+            yield Round(best, current, losses)
 
     def remove(self, removal: Removal) -> None:
         """Remove something for good; a layer goes with its second sublayer. States below it stay valid."""
@@ -104,6 +154,37 @@ class RemovalWalk:
         rest = self._without(self.blocks[position], removal.part)
         self.blocks[position : position + 1] = [] if rest is None else [rest]
         self._prefixes = [prefix[: position + 1] for prefix in self._prefixes]
+
+    def _losses_lazily(
+        self, candidates: Sequence[Removal], current: float, added: Mapping[Removal, float]
+    ) -> dict[Removal, float]:
+        """Values of the candidates one by one, those that added least before first, while one may be the best."""
+        losses: dict[Removal, float] = {}
+        least = math.inf
+        for candidate in sorted(candidates, key=lambda c: added[c]):
+            if current + added[candidate] > least:
+                break
+            losses |= self.losses([candidate], limit=least)
+            least = min(least, losses[candidate])
+        return losses
+
+    def _dense_loss(self) -> float:
+        totals = [
+            self._objective.measure(runner, [runner.states[-1]], input_ids)[0]
+            for runner, input_ids in zip(self._runners, self._input_ids, strict=True)
+        ]
+        return sum(totals) / self._num_terms
+
+    def _go_on(self, totals: dict[Removal, float], numbers: Sequence[int], limit: float = math.inf) -> None:
+        """Add the sums over some batches to ``totals``, of those candidates whose sum does not exceed the limit yet."""
+        for index in tqdm(numbers, desc="candidates", unit="batch", disable=None, leave=False):
+            walking = [candidate for candidate, total in totals.items() if total <= limit * self._num_terms]
+            for candidate, loss in self._walk(index, walking).items():
+                totals[candidate] += loss if math.isfinite(loss) else math.inf
+
+    def _means(self, totals: Mapping[Removal, float], limit: float) -> dict[Removal, float]:
+        means = {candidate: total / self._num_terms for candidate, total in totals.items()}
+        return {candidate: mean if mean <= limit else math.inf for candidate, mean in means.items()}
 
     @staticmethod
     def _without(block: Block, part: str) -> Block | None:

@@ -39,6 +39,8 @@ class PruningProblem:
         input_ids: [num_samples, seq_len] int64 calibration tokens.
         statistics: what the dense model showed on them, in one pass.
         num_remove: layers to remove; None when the threshold alone decides.
+        num_parameters: parameters to remove at least, for methods that do not remove layers of equal size; 0 when
+            layers are counted.
         threshold: similarity floor in [0, 1]; None means that the method looks for one, or needs none.
         refine: grid points to try above the best threshold found by halving.
         exhaustive: walk the whole threshold grid instead.
@@ -54,6 +56,7 @@ class PruningProblem:
     refine: int
     exhaustive: bool
     calibration: dict[str, Any]
+    num_parameters: int = 0
 
 
 @dataclass(kw_only=True)

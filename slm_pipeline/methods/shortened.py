@@ -38,11 +38,12 @@ class ShortenedPerplexity(ShortenedLlama):
     name: ClassVar[str] = "shortened_ppl"
 
     def plan(self, problem: PruningProblem) -> Plan:
-        from slm_pipeline.engine.walk import Removal, RemovalWalk
+        from slm_pipeline.engine.walk import Removal, RemovalWalk, check_some_finite
 
         walk = RemovalWalk(problem.view, problem.input_ids)
         candidates = [Removal(layer) for layer in self.candidates(problem.view.num_layers)]
-        found = walk.losses(candidates, description="perplexity of each removal")
+        found = walk.losses(candidates)
+        check_some_finite(found.values())
         losses = {candidate.layer: loss for candidate, loss in found.items()}
         removed = sorted(losses, key=lambda layer: losses[layer])[: problem.num_remove]
         finite = {layer: loss for layer, loss in losses.items() if loss < float("inf")}

@@ -49,7 +49,7 @@ _SANDWICH_NORMS = Architecture(
         "post_attention_layernorm",
         "pre_feedforward_layernorm",
         "post_feedforward_layernorm",
-    )
+    ),
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -102,12 +102,13 @@ def find(config: Mapping[str, Any]) -> Architecture:
     Raises:
         UserError: the architecture is not in the table, or its layers cannot be removed or merged safely.
     """
-    model_type = str(config.get("model_type")).removeprefix(PRUNED)
+    model_type = config.get("model_type")
     for key, reason in _UNSAFE.items():
         if config.get(key):
             raise UserError(f"model_type={model_type!r} cannot be cut by layers: {reason} ({key}={config[key]})")
-    if model_type not in ARCHITECTURES:
+    architecture = ARCHITECTURES.get(str(model_type).removeprefix(PRUNED))
+    if architecture is None:
         raise UserError(f"model_type={model_type!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
     if model_type == "opt" and not config.get("do_layer_norm_before", True):
         raise UserError("model_type='opt' with do_layer_norm_before=false (OPT-350m) has no final norm: not supported")
-    return ARCHITECTURES[model_type]
+    return architecture

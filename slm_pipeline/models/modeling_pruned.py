@@ -60,22 +60,25 @@ def remove_children(layers: nn.ModuleList, absent: dict[str, list[int]]) -> None
 
 class _Pruned:
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)
-        decoder = self.get_decoder()  # type: ignore[attr-defined]
-        remove_children(decoder.layers, config.absent)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # the architecture's own class comes next
+        remove_children(self.get_decoder().layers, config.absent)  # type: ignore[attr-defined]
 
 
-def __getattr__(name: str) -> type:
+def __getattr__(name: str) -> Any:
     """``PrunedXForCausalLM`` or ``PrunedXConfig`` for an architecture X of transformers."""
-    base = getattr(transformers, name.removeprefix("Pruned"), None)
+    base: Any = getattr(transformers, name.removeprefix("Pruned"), None)
     if not name.startswith("Pruned") or not isinstance(base, type):
         raise AttributeError(name)
     if issubclass(base, transformers.PretrainedConfig):
         made = type(name, (base,), {"model_type": f"pruned_{base.model_type}", "__module__": __name__})
     else:
-        config = globals().get(f"Pruned{base.config_class.__name__}") or __getattr__(
-            f"Pruned{base.config_class.__name__}"
-        )
-        made = type(name, (_Pruned, base), {"config_class": config, "__module__": __name__})
-    globals()[name] = made  # one class for each name, so that isinstance holds
+        config_class = pruned_config_class(base)
+        made = type(name, (_Pruned, base), {"config_class": config_class, "__module__": __name__})
+    globals()[name] = made  # from now on this is the class of that name
     return made
+
+
+def pruned_config_class(base: Any) -> Any:
+    """The configuration class that goes with a pruned model of class ``base``."""
+    name = f"Pruned{base.config_class.__name__}"
+    return globals()[name] if name in globals() else __getattr__(name)

@@ -15,6 +15,7 @@ from slm_pipeline.artifacts import digest
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
 from slm_pipeline.models import architectures
+from slm_pipeline.models.architectures import PRUNED, Architecture
 
 SOURCES = ("bundled", "hub", "local", "random")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -37,15 +38,21 @@ class ModelSource:
     Attributes:
         fingerprint: changes whenever the weights or the tokenizer may have changed.
         num_layers: number of decoder blocks; None when that is not known without fetching the model.
+        model_type: as in config.json.
     """
 
     config: ModelConfig
     fingerprint: str
     num_layers: int | None
+    model_type: str
 
     @property
     def name(self) -> str:
         return self.config.name
+
+    @property
+    def architecture(self) -> Architecture:
+        return architectures.find({"model_type": self.model_type})
 
 
 def describe(config: ModelConfig) -> ModelSource:
@@ -72,11 +79,9 @@ def describe(config: ModelConfig) -> ModelSource:
 def _bundled(config: ModelConfig) -> ModelSource:
     if config.name not in assets.BUNDLED_MODELS:
         raise UserError(f"model.name={config.name!r} is not bundled; bundled: {', '.join(assets.BUNDLED_MODELS)}")
-    return ModelSource(
-        config,
-        assets.model_fingerprint(config.name) + f":{config.dtype}",
-        assets.BUNDLED_MODELS[config.name].num_layers,
-    )
+    bundled = assets.BUNDLED_MODELS[config.name]
+    fingerprint = f"{assets.model_fingerprint(config.name)}:{config.dtype}"
+    return ModelSource(config, fingerprint, bundled.num_layers, bundled.model_type)
 
 
 def _hub(config: ModelConfig) -> ModelSource:
@@ -96,7 +101,9 @@ def _hub(config: ModelConfig) -> ModelSource:
     commit = Path(file).parent.name  # the hub's cache keeps files under snapshots/<commit>/
     description = json.loads(Path(file).read_text(encoding="utf-8"))
     architectures.find(description)
-    return ModelSource(config, f"hub:{config.repo}@{commit}:{config.dtype}", _depth(description))
+    return ModelSource(
+        config, f"hub:{config.repo}@{commit}:{config.dtype}", _depth(description), description["model_type"]
+    )
 
 
 def _local(config: ModelConfig) -> ModelSource:
@@ -115,6 +122,11 @@ def _local(config: ModelConfig) -> ModelSource:
     except json.JSONDecodeError as error:
         raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
     architectures.find(description)
+    if description["model_type"].startswith(PRUNED):
+        raise UserError(
+            f"model.path={config.path!r} lacks whole sublayers already, so it cannot be pruned further; start from the"
+            " dense model, or from a checkpoint written with method.export=stock"
+        )
     _check_shards(folder, weights)
     content = hashlib.sha256((folder / "config.json").read_bytes())
     for name in _TOKENIZER_FILES:
@@ -123,7 +135,8 @@ def _local(config: ModelConfig) -> ModelSource:
     for file in weights:
         state = file.stat()
         content.update(f"{file.name}:{state.st_size}:{state.st_mtime_ns}".encode() + _safetensors_header(file))
-    return ModelSource(config, f"local:{content.hexdigest()[:16]}:{config.dtype}", _depth(description))
+    fingerprint = f"local:{content.hexdigest()[:16]}:{config.dtype}"
+    return ModelSource(config, fingerprint, _depth(description), description["model_type"])
 
 
 def _random(config: ModelConfig) -> ModelSource:
@@ -144,7 +157,8 @@ def _random(config: ModelConfig) -> ModelSource:
         raise UserError(f"model.vocab_size={config.vocab_size} must be at least 260: 256 bytes and special tokens")
     irrelevant = ("name", "device", "published_thresholds")
     options = {key: value for key, value in asdict(config).items() if key not in irrelevant}
-    return ModelSource(config, f"random:{digest(options)}", config.num_layers)
+    assert config.architecture is not None
+    return ModelSource(config, f"random:{digest(options)}", config.num_layers, config.architecture)
 
 
 def _depth(description: dict[str, Any]) -> int:

@@ -93,6 +93,11 @@ class ModelView:
         """The children of a block that make up its sublayer ``name`` (attention, mlp), in the order they are called."""
         return (self.architecture.attention,) if name == "attention" else self.architecture.mlp
 
+    def sublayer_parameters(self, layer: int, name: str) -> int:
+        """Parameters of a block's sublayer (attention, mlp), its norms not among them."""
+        children = [self.layers[layer].get_submodule(child) for child in self.sublayer(name)]
+        return sum(parameter.numel() for child in children for parameter in child.parameters())
+
     @contextmanager
     def lacking(self, layer: int, sublayers: Collection[str]) -> Iterator[None]:
         """The block without some sublayers (attention, mlp), for a while: they are not run and add nothing."""

@@ -58,7 +58,8 @@ class Merge(Stage):
             model_name = job.config.model.repo or job.config.model.path or job.source.name
             kept = [layer for group in plan.layer_groups for layer in group]
             write_text(out / "mergekit.yml", to_mergekit(kept, model_name, job.config.model.dtype))
-        num_parameters = _parameters_after(plan, counts)
+        num_parameters = _parameters_after(plan, view, counts)
+        sublayers = _missing_sublayers(plan, view)
         if job.config.keep == "model":
             save_pruned(plan, model, tokenizer, out / "model", job)
         return {
@@ -67,6 +68,7 @@ class Merge(Stage):
             "num_layers": {"dense": plan.model["num_layers"], "pruned": plan.num_layers},
             "parameters": {"dense": counts.total, "pruned": num_parameters},
             "layers": format_groups(plan.layer_groups),
+            **({"sublayers": sublayers} if sublayers else {}),
         }
 
     def is_whole(self, job: Job, artifact: Artifact) -> bool:
@@ -102,6 +104,7 @@ class Merge(Stage):
             refine=job.config.threshold.refine,
             exhaustive=job.config.threshold.exhaustive,
             calibration=identity,
+            num_parameters=job.num_parameters_to_remove(counts),
         )
         return job.method.plan(problem)
 
@@ -167,6 +170,19 @@ def _measured(plan: Plan) -> str:
     return ""
 
 
-def _parameters_after(plan: Plan, counts: ParameterCounts) -> int:
-    """Parameters of the pruned model: each group has the size of its first layer."""
-    return counts.total - sum(counts.blocks) + sum(counts.blocks[group[0]] for group in plan.layer_groups)
+def _parameters_after(plan: Plan, view: Any, counts: ParameterCounts) -> int:
+    """Parameters of the pruned checkpoint: each group has the size of its first layer; zeroed sublayers count."""
+    left = counts.total - sum(counts.blocks) + sum(counts.blocks[group[0]] for group in plan.layer_groups)
+    return left - (_in_sublayers(plan, view) if plan.export == "custom" else 0)
+
+
+def _in_sublayers(plan: Plan, view: Any) -> int:
+    missing = plan.missing_sublayers()
+    return sum(view.sublayer_parameters(layer, name) for name, layers in missing.items() for layer in layers)
+
+
+def _missing_sublayers(plan: Plan, view: Any) -> dict[str, Any]:
+    """How the checkpoint says that sublayers are missing, which, and how many parameters they have; empty if none."""
+    if plan.export is None:
+        return {}
+    return {"export": plan.export, **plan.missing_sublayers(), "parameters": _in_sublayers(plan, view)}

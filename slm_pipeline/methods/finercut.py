@@ -1,0 +1,95 @@
+"""FinerCut: remove attention and feed-forward networks one by one, each time the one that changes the output least."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from slm_pipeline.errors import UserError
+from slm_pipeline.methods.base import CalibrationSize, Method, PruningProblem
+from slm_pipeline.surgery.plan import EXPORTS, SUBLAYERS, Plan
+
+if TYPE_CHECKING:
+    from slm_pipeline.engine.walk import Removal
+
+OBJECTIVES = ("angular", "euclidean", "jensen_shannon")
+
+
+@dataclass(kw_only=True)
+class FinerCut(Method):
+    """FinerCut, arXiv 2405.18218: greedy over 2 x layers candidates, each an attention or a feed-forward network with
+    its norm, by how much the model's output differs from the dense model's.
+
+    A ratio or a number of layers counts sublayers: twice as many of them go as another method would remove layers. A
+    layer that loses both goes altogether. All candidates of a round walk up the stack together
+    (`slm_pipeline.engine.walk`). There is no published code, and of the paper only the abstract could be read: sample
+    size, default objective and search range are ours.
+
+    Options:
+        objective: mean over tokens of angular (angle between the final-normed states / pi), euclidean (length of
+            their difference) or jensen_shannon (divergence of the next-token distributions in nats; costs the head).
+        protect_first, protect_last: layers at the input and output side that keep both sublayers.
+        export: what a checkpoint is. stock: the dense model's class, the last projections of missing sublayers are
+            zero; same function, nothing faster or smaller. custom: they are absent, which is faster and smaller;
+            the checkpoint brings a modelling file and loads with trust_remote_code=True.
+
+    Scores in the plan: rounds, each with the sublayer removed, the objective then, and its value for every candidate
+    measured (null for one that was given up because it could not win any more).
+    """
+
+    objective: str = "angular"
+    protect_first: int = 0
+    protect_last: int = 0
+    export: str = "stock"
+    published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
+
+    name: ClassVar[str] = "finercut"
+
+    def __post_init__(self) -> None:
+        for option, allowed in (("objective", OBJECTIVES), ("export", EXPORTS)):
+            if getattr(self, option) not in allowed:
+                raise UserError(f"method.{option}={getattr(self, option)!r} is not one of {', '.join(allowed)}")
+        for option in ("protect_first", "protect_last"):
+            if getattr(self, option) < 0:
+                raise UserError(f"method.{option}={getattr(self, option)} must be at least 0")
+
+    @property
+    def num_protected(self) -> int:
+        return self.protect_first + self.protect_last
+
+    def plan(self, problem: PruningProblem) -> Plan:
+        from slm_pipeline.engine.walk import Removal, RemovalWalk
+
+        assert problem.num_remove is not None
+        walk = RemovalWalk(problem.view, problem.input_ids, objective=self.objective)
+        layers = range(self.protect_first, problem.view.num_layers - self.protect_last)
+        candidates = [Removal(layer, part) for layer in layers for part in SUBLAYERS]
+        most = len(candidates) if problem.num_parameters else 2 * problem.num_remove
+        removed: list[Removal] = []
+        rounds: list[dict[str, Any]] = []
+        parameters_left = problem.num_parameters
+        for found in walk.greedily(candidates, most):
+            removed.append(found.removed)
+            rounds.append(found.as_scores())
+            parameters_left -= problem.view.sublayer_parameters(*found.removed)
+            if problem.num_parameters and parameters_left <= 0:
+                break
+        return self._removal_plan(problem, removed, rounds, walk.num_block_evaluations)
+
+    def _removal_plan(
+        self, problem: PruningProblem, removed: Sequence[Removal], rounds: list[dict[str, Any]], evaluations: float
+    ) -> Plan:
+        lost = {layer: [part for at, part in removed if at == layer] for layer, _ in removed}
+        gone = sorted(layer for layer, parts in lost.items() if len(parts) == len(SUBLAYERS))
+        ops: list[dict[str, Any]] = [{"op": "drop", "layers": gone}] if gone else []
+        for layer, parts in sorted(lost.items()):
+            if layer not in gone:
+                ops.append({"op": "drop_sublayer", "layers": [layer], "sublayer": parts[0], "export": self.export})
+        return self._new_plan(
+            problem,
+            layer_groups=[[layer] for layer in range(problem.view.num_layers) if layer not in gone],
+            dropped=gone,
+            ops=ops,
+            scores={"rounds": rounds, "num_block_evaluations": evaluations},
+        )
