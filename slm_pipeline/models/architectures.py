@@ -17,18 +17,19 @@ from slm_pipeline.errors import UserError
 class Architecture:
     """Module paths of a causal language model in transformers.
 
-    ``norms`` are the normalisation layers of a block; every other parameter of a block (projections, their biases,
-    q/k norms) counts as part of its projections. ``attention`` and ``mlp`` are the children of a block that make up its
-    two sublayers; the feed-forward network of some architectures is no module of its own.
+    ``attention`` and ``mlp`` are the children of a block that make up its two sublayers (the feed-forward network of
+    some architectures is no module of its own), ``attention_norms`` and ``mlp_norms`` the normalisation layers that go
+    with them. Every other parameter of a block (projections, their biases, q/k norms) counts as part of its projections.
     """
 
     decoder: str = "model"  # from the causal LM to the module that runs the blocks
     embedding: str = "embed_tokens"  # from the decoder, as all below
     layers: str = "layers"
     final_norm: str = "norm"
-    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
-    foldable_norms: tuple[str, ...] = ()  # RMS norms whose gain goes into attention_inputs, mlp_inputs exactly
-    gain_offset: float = 0.0  # a norm multiplies by its weight plus this
+    attention_norms: tuple[str, ...] = ("input_layernorm",)
+    mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
+    input_rms_norms: bool = True  # the first of each is an RMS norm right before the sublayer's first projections
+    gain_offset: float = 0.0  # such a norm multiplies by its weight plus this
     output_norms: bool = False  # a norm stands between a sublayer's last projection and the residual stream
     attention: str = "self_attn"
     attention_inputs: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # from the block
@@ -38,18 +39,17 @@ class Architecture:
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_output: str = "mlp.down_proj"
 
+    @property
+    def norms(self) -> tuple[str, ...]:
+        return self.attention_norms + self.mlp_norms
 
-_LLAMA = Architecture(foldable_norms=("input_layernorm", "post_attention_layernorm"))
+
+_LLAMA = Architecture()
 _SANDWICH_NORMS = Architecture(
-    foldable_norms=("input_layernorm", "pre_feedforward_layernorm"),
+    attention_norms=("input_layernorm", "post_attention_layernorm"),
+    mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
     gain_offset=1.0,
     output_norms=True,
-    norms=(
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    ),
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -61,11 +61,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": replace(_LLAMA, gain_offset=1.0),
     "gemma2": _SANDWICH_NORMS,
     "gemma3_text": _SANDWICH_NORMS,
-    "olmo2": Architecture(norms=("post_attention_layernorm", "post_feedforward_layernorm"), output_norms=True),
+    "olmo2": Architecture(
+        attention_norms=("post_attention_layernorm",),
+        mlp_norms=("post_feedforward_layernorm",),
+        input_rms_norms=False,
+        output_norms=True,
+    ),
     "opt": Architecture(
         decoder="model.decoder",
         final_norm="final_layer_norm",
-        norms=("self_attn_layer_norm", "final_layer_norm"),
+        attention_norms=("self_attn_layer_norm",),
+        mlp_norms=("final_layer_norm",),
+        input_rms_norms=False,
         attention_output="self_attn.out_proj",
         mlp=("fc1", "fc2"),
         mlp_inputs=("fc1",),
@@ -74,6 +81,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt_neox": Architecture(
         decoder="gpt_neox",
         embedding="embed_in",
+        input_rms_norms=False,
         final_norm="final_layer_norm",
         attention="attention",
         attention_inputs=("attention.query_key_value",),

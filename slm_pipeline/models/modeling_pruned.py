@@ -45,10 +45,9 @@ class NoFeedForward(nn.Module):
 
 def stand_in(child: str, layer_idx: int) -> nn.Module:
     """What takes the place of a layer's ``child`` that is absent."""
-    if "att" in child:
-        return NoAttention(layer_idx)
-    # Where the feed-forward network is no module of its own, its first projection is passed over.
-    return nn.Identity() if child == "fc1" else NoFeedForward()
+    if "norm" in child or child == "fc1":  # fc1, fc2: where the feed-forward network is no module of its own
+        return nn.Identity()
+    return NoAttention(layer_idx) if "att" in child else NoFeedForward()
 
 
 def remove_children(layers: nn.ModuleList, absent: dict[str, list[int]]) -> None:

@@ -90,11 +90,13 @@ class ModelView:
         return [name for name, parameter in parameters if parameter.ndim == 2]
 
     def sublayer(self, name: str) -> tuple[str, ...]:
-        """The children of a block that make up its sublayer ``name`` (attention, mlp), in the order they are called."""
-        return (self.architecture.attention,) if name == "attention" else self.architecture.mlp
+        """The children of a block that make up its sublayer ``name`` (attention, mlp), its norms among them."""
+        if name == "attention":
+            return (self.architecture.attention, *self.architecture.attention_norms)
+        return (*self.architecture.mlp, *self.architecture.mlp_norms)
 
     def sublayer_parameters(self, layer: int, name: str) -> int:
-        """Parameters of a block's sublayer (attention, mlp), its norms not among them."""
+        """Parameters of a block's sublayer (attention, mlp)."""
         children = [self.layers[layer].get_submodule(child) for child in self.sublayer(name)]
         return sum(parameter.numel() for child in children for parameter in child.parameters())
 

@@ -1,0 +1,56 @@
+"""What every method has in common: with its default options it leaves a checkpoint that reloads as the same function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import random_source
+from omegaconf import OmegaConf
+
+from slm_pipeline.config import CONF_DIR, build
+from slm_pipeline.engine.statistics import collect
+from slm_pipeline.errors import UserError
+from slm_pipeline.methods.base import PruningProblem
+from slm_pipeline.models import checkpoint
+from slm_pipeline.models.loading import load_dense
+from slm_pipeline.models.view import ModelView
+from slm_pipeline.surgery.apply import apply
+from slm_pipeline.surgery.plan import Plan
+
+NOT_A_SEARCH = ("from_plan", "none")
+METHODS = sorted(file.stem for file in (CONF_DIR / "method").glob("*.yaml") if file.stem not in NOT_A_SEARCH)
+REFUSED = {("replaceme", "gemma3_text")}  # a norm follows the last projection
+
+
+def method_of(name):
+    method = build(OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml"), group="method")
+    for option in ("protect_first", "protect_last"):  # eight layers leave little room for the published protection
+        if getattr(method, option, 0) > 1:
+            setattr(method, option, 1)
+    return method
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "opt"])
+@pytest.mark.parametrize("name", METHODS)
+def test_its_checkpoint_reloads(name, architecture, input_ids, tmp_path):
+    source = random_source(architecture, num_layers=8)
+    method = method_of(name)
+    if (name, architecture) in REFUSED:
+        with pytest.raises(UserError):
+            method.check(source)
+        return
+    method.check(source)
+    model, tokenizer = load_dense(source)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    view = ModelView(model)
+    plan = method.plan(PruningProblem(source, view, input_ids, collect(view, input_ids), 2, None, 5, False, {}))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())  # it only reads the model
+    assert all(module.training is False for module in model.modules())
+    plan.write(tmp_path / "plan.json")
+    plan = Plan.read(tmp_path / "plan.json")
+    assert plan.num_layers == 6 or name == "finercut"
+    pruned = apply(plan, model).eval()
+    expected = pruned(input_ids=input_ids, use_cache=False).logits
+    reloaded = checkpoint.save(pruned, tokenizer, tmp_path / "model", card="", config=source.config)
+    assert type(reloaded) is type(pruned) is type(load_dense(source)[0])
+    torch.testing.assert_close(reloaded(input_ids=input_ids, use_cache=False).logits, expected, rtol=0, atol=0)

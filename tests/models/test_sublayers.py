@@ -1,0 +1,139 @@
+"""Blocks without attention or without feed-forward network: run, saved, reloaded, generated with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import random_source, run_slm
+from transformers import AutoModelForCausalLM
+
+from slm_pipeline.engine.blocks import BlockRunner
+from slm_pipeline.models import checkpoint
+from slm_pipeline.models.loading import byte_tokenizer, load_checkpoint, load_dense
+from slm_pipeline.models.view import ModelView
+from slm_pipeline.surgery.apply import apply
+from slm_pipeline.surgery.block import Block
+from slm_pipeline.surgery.plan import Plan
+
+
+def plan_with(export, num_layers=6):
+    """Layer 2 goes, layers 0 and 3 lose their attention, layer 4 its feed-forward network."""
+    lost = [(0, "attention"), (3, "attention"), (4, "mlp")]
+    plan = Plan(
+        model={"name": "random", "fingerprint": "x", "num_layers": num_layers},
+        method="test",
+        options={},
+        calibration={},
+        layer_groups=[[0], [1], [3], [4], [5]],
+        dropped=[2],
+        ops=[
+            {"op": "drop", "layers": [2]},
+            *({"op": "drop_sublayer", "layers": [i], "sublayer": part, "export": export} for i, part in lost),
+        ],
+    )
+    plan.check("the plan")
+    return plan
+
+
+@torch.no_grad()
+def test_a_block_without_a_sublayer_by_hand(tiny_llama, input_ids):
+    view = ModelView(tiny_llama[0])
+    runner = BlockRunner(view, input_ids)
+    hidden, layer = runner.states[1], view.layers[1]
+    only_mlp = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    torch.testing.assert_close(runner.run(Block(1).lacking("attention"), hidden), only_mlp)
+    middle = []
+    hook = layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: middle.append(args[0]))
+    torch.testing.assert_close(runner.run(Block(1), hidden), runner.states[2])  # nothing of the change is left
+    hook.remove()
+    torch.testing.assert_close(runner.run(Block(1).lacking("mlp"), hidden), middle[0])
+    torch.testing.assert_close(runner.run(Block(1).lacking("mlp").lacking("attention"), hidden), hidden)
+
+
+@torch.no_grad()
+def test_both_exports_are_one_function(any_model, architecture, input_ids, tmp_path):
+    config = random_source(architecture).config
+    state = {name: value.clone() for name, value in any_model.state_dict().items()}
+    dense = sum(parameter.numel() for parameter in any_model.parameters())
+    found = {}
+    for export in ("stock", "custom"):
+        model, _ = load_dense(random_source(architecture))
+        model.load_state_dict(state)
+        pruned = apply(plan_with(export), model)
+        logits = pruned(input_ids=input_ids, use_cache=False).logits
+        folder = tmp_path / export
+        reloaded = checkpoint.save(pruned, byte_tokenizer(), folder, card="", config=config)
+        torch.testing.assert_close(reloaded(input_ids=input_ids, use_cache=False).logits, logits, rtol=0, atol=0)
+        options = {"max_new_tokens": 8, "do_sample": False}
+        generated = reloaded.generate(input_ids, use_cache=True, num_beams=2, **options)
+        assert torch.equal(generated, reloaded.generate(input_ids, use_cache=False, num_beams=2, **options))
+        found[export] = logits, generated, ModelView(reloaded).num_parameters()
+    torch.testing.assert_close(found["stock"][0], found["custom"][0], rtol=0, atol=0)
+    assert torch.equal(found["stock"][1], found["custom"][1])
+    view = ModelView(load_dense(random_source(architecture))[0])
+    of_layer = view.block_parameters(0)
+    assert found["stock"][2] == dense - of_layer
+    lost = 2 * view.sublayer_parameters(0, "attention") + view.sublayer_parameters(0, "mlp")
+    assert found["custom"][2] == dense - of_layer - lost
+    assert view.sublayer_parameters(0, "attention") + view.sublayer_parameters(0, "mlp") == of_layer
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "stock")) is type(any_model)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "opt"])
+def test_plain_transformers_loads_the_custom_export(architecture, input_ids, tmp_path):
+    source = random_source(architecture)
+    pruned = apply(plan_with("custom"), load_dense(source)[0])
+    folder = tmp_path / "model"
+    model = checkpoint.save(pruned, byte_tokenizer(), folder, card="", config=source.config)
+    expected = model.generate(input_ids[:1], max_new_tokens=6, do_sample=False)[0].tolist()
+    script = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
+print(model.generate(torch.tensor([{input_ids[0].tolist()}]), max_new_tokens=6, do_sample=False)[0].tolist())
+assert not any(name.startswith("slm_pipeline") for name in sys.modules)
+try:
+    AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=False)
+except ValueError as error:
+    print("refused", "trust_remote_code=True" in str(error))
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", script]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True).stdout
+    assert out.splitlines() == [str(expected), "refused True"]
+
+
+def test_a_model_that_lacks_sublayers_trains_and_is_saved_again(tiny_llama, input_ids, tmp_path):
+    source = random_source()
+    pruned = apply(plan_with("custom"), tiny_llama[0])
+    first = checkpoint.save(pruned, byte_tokenizer(), tmp_path / "first", card="", config=source.config)
+    first.train()
+    first(input_ids=input_ids, labels=input_ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in first.parameters())
+    with torch.no_grad():
+        first.get_input_embeddings().weight.add_(0.1)
+    first.eval()
+    checkpoint.save(first, byte_tokenizer(), tmp_path / "second", card="", config=source.config)
+    description = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert description["model_type"] == "pruned_llama"
+    assert description["absent"] == {
+        "self_attn": [0, 2],
+        "input_layernorm": [0, 2],
+        "mlp": [3],
+        "post_attention_layernorm": [3],
+    }
+    assert ModelView(load_checkpoint(tmp_path / "second", source.config)).num_layers == 5
+
+
+def test_it_cannot_be_pruned_further(tiny_llama, tmp_path):
+    source = random_source()
+    pruned = apply(plan_with("custom"), tiny_llama[0])
+    checkpoint.save(pruned, byte_tokenizer(), tmp_path / "model", card="", config=source.config)
+    outcome = run_slm("model=local", f"model.path={tmp_path / 'model'}", f"output_dir={tmp_path / 'out'}")
+    assert outcome.status == 2
+    assert "lacks whole sublayers already" in outcome.err
