@@ -131,6 +131,13 @@ class TrackerConfig:
 
 
 @dataclass
+class StudyConfig:
+    """How a multirun's table looks."""
+
+    sort_by: str | None = None  # a column of it, best first; null: in the order of the jobs
+
+
+@dataclass
 class Config:
     """The whole configuration of one job."""
 
@@ -140,6 +147,7 @@ class Config:
     force: list[str] = field(default_factory=list)  # stages to run again, with everything after them
     keep: str = "model"  # model | plan: whether the pruned weights stay on disk or are rebuilt from the plan
     dry_run: bool = False
+    study: StudyConfig = field(default_factory=StudyConfig)
     output_dir: str = "outputs"
     data_dir: str | None = None  # where relative data paths are looked up; null: the directory you started in
     model: ModelConfig = field(default_factory=ModelConfig)

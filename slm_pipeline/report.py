@@ -376,15 +376,10 @@ def study_table(rows: Sequence[Mapping[str, Any]], sort_by: str | None = None) -
     Args:
         rows: what `read_runs` returns.
         sort_by: a column; the best run first, that is the highest average, else the lowest number; runs without a
-            number last. None keeps the order.
-
-    Raises:
-        UserError: no such column.
+            number last. None keeps the order, as does a column of which no run has a number yet.
     """
     measures = [_measures(run["summary"]) if run["summary"] else {} for run in rows]
     names = _in_order(name for found in measures for name in found)
-    if sort_by is not None and sort_by not in names:
-        raise UserError(f"sort_by={sort_by!r} is not a column of this table; columns: {', '.join(names) or 'none'}")
     finished = [found for found in measures if found]
     first = rows[0]["overrides"] if len(rows) > 1 else []
     shared = [item for item in first if all(item in run["overrides"] for run in rows)]
@@ -393,7 +388,7 @@ def study_table(rows: Sequence[Mapping[str, Any]], sort_by: str | None = None) -
     columns = [name for name in names if name not in same]
 
     order = list(range(len(rows)))
-    if sort_by is not None:
+    if sort_by in names:
         sign = -1 if sort_by.startswith("average") else 1
         order.sort(key=lambda i: (sort_by not in measures[i], sign * measures[i].get(sort_by, 0)))
     cells = []
@@ -405,6 +400,9 @@ def study_table(rows: Sequence[Mapping[str, Any]], sort_by: str | None = None) -
         cells.append([run["job"], overrides, *values, status])
     above = [f"All jobs: `{' '.join(shared)}`"] if shared else []
     above += ["Dense model: " + ", ".join(_dense_measure(name, finished[0][name]) for name in same)] if same else []
+    if sort_by is not None:
+        known = f"; no run has {sort_by!r}: columns are {', '.join(names)}" if names and sort_by not in names else ""
+        above.append(f"Sorted by {sort_by}, best first{known}")
     above += _small_limit(run["summary"] for run in rows if run["summary"])
     return "".join(f"{line}\n\n" for line in above) + Table(["job", "overrides", *columns, "status"], cells).markdown()
 
@@ -413,7 +411,7 @@ def write_study(directory: Path, sort_by: str | None = None) -> str:
     """Write ``<directory>/summary.md``, the table of all jobs of a sweep, and return it.
 
     Raises:
-        UserError: nothing there has run, or there is no column ``sort_by``.
+        UserError: nothing there has run.
     """
     runs = read_runs(directory)
     if not runs:
@@ -437,6 +435,8 @@ def _measures(summary: Summary) -> dict[str, float]:
             found[f"perplexity {Path(corpus).name} {target}"] = value["perplexity"]
         if "average" in metrics.get("zero_shot", {}):
             found[f"average {target}"] = metrics["zero_shot"]["average"]
+    if "plan_seconds" in summary:
+        found["plan seconds"] = summary["plan_seconds"]
     found["seconds"] = sum(stage["seconds"] for stage in summary["stages"].values() if not stage["reused"])
     return found
 
@@ -446,7 +446,7 @@ def _shown_measure(name: str, value: float) -> str:
         return _count(int(value))
     if name.startswith("perplexity"):
         return _perplexity(value)
-    return f"{value:.1f}" if name.startswith("average") else f"{value:.0f}"
+    return f"{value:.1f}" if name.startswith(("average", "plan seconds")) else f"{value:.0f}"
 
 
 def _dense_measure(name: str, value: float) -> str:

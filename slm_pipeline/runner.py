@@ -143,7 +143,7 @@ def run_job(composed: DictConfig) -> None:
     finally:
         logging.getLogger("slm_pipeline").removeHandler(warnings)
         if multirun and not composed.dry_run:
-            report.write_study(Path(hydra.sweep.dir))
+            report.write_study(Path(hydra.sweep.dir), composed.study.sort_by)
         _free_memory()
 
 

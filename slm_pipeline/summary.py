@@ -100,6 +100,8 @@ def _pruning(job: Job, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
     }
     if "sublayers" in result:
         pruning["sublayers"] = result["sublayers"]
+    if "seconds" in plan.scores:
+        pruning["plan_seconds"] = plan.scores["seconds"]
     if "exact" in plan.scores:
         pruning["threshold_is_highest"] = plan.scores["exact"]
     return pruning

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slm_pipeline.engine.progressive import ProgressiveStack
+    from slm_pipeline.models.source import ModelSource
     from slm_pipeline.surgery.block import Block
 
 REPEATS = ("forbid", "when_needed", "allow")
@@ -48,6 +49,7 @@ class Come(Method):
         min_largest_share: in [0, 1], 0 is off: the largest share in a run of n original layers is at least
             min_largest_share ** (1 / (n - 1)).
         tokens: all | last.
+        fold_norm: put each layer's RMS gain into its own rows, which is exact, instead of averaging the gains (ours).
 
     Scores in the plan: steps, each with the run, its SBI, the shares, and how many groups and neurons each layer gave.
     """
@@ -58,6 +60,7 @@ class Come(Method):
     min_largest_share: float = 0.0
     tokens: str = "all"
     official_gqa: bool = False
+    fold_norm: bool = False
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(9, 2048))
 
     name: ClassVar[str] = "come"
@@ -73,6 +76,13 @@ class Come(Method):
             raise UserError(f"method.min_largest_share={self.min_largest_share} must be in [0, 1]")
         if self.tokens not in ("all", "last"):
             raise UserError(f"method.tokens={self.tokens!r} is not one of all, last")
+
+    def check(self, source: ModelSource) -> None:
+        if self.fold_norm and not source.architecture.input_rms_norms:
+            raise UserError(
+                f"method.fold_norm=true needs RMS norms right before the projections; {source.name} is a"
+                f" {source.model_type} model, which has none"
+            )
 
     def plan(self, problem: PruningProblem) -> Plan:
         from slm_pipeline.engine.progressive import ProgressiveStack
@@ -98,6 +108,7 @@ class Come(Method):
                         "rule": "concatenate",
                         "shares": shares,
                         "official_gqa": self.official_gqa,
+                        "fold_norm": self.fold_norm,
                         "tensors": name,
                     }
                 )
@@ -171,6 +182,7 @@ class Come(Method):
             neurons=neurons,
             shares=chosen,
             official_gqa=self.official_gqa,
+            fold_norm=self.fold_norm,
         )
         return merged, heads, neurons
 

@@ -19,7 +19,7 @@ class Architecture:
 
     ``attention`` and ``mlp`` are the children of a block that make up its two sublayers (the feed-forward network of
     some architectures is no module of its own), ``attention_norms`` and ``mlp_norms`` the normalisation layers that go
-    with them. Every other parameter of a block (projections, their biases, q/k norms) counts as part of its projections.
+    with them. Every other parameter of a block (projections, biases, q/k norms) counts as part of its projections.
     """
 
     decoder: str = "model"  # from the causal LM to the module that runs the blocks

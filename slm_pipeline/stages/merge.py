@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,10 @@ class Merge(Stage):
             calibration=identity,
             num_parameters=job.num_parameters_to_remove(counts),
         )
-        return job.method.plan(problem)
+        started = time.monotonic()
+        plan = job.method.plan(problem)
+        plan.scores["seconds"] = round(time.monotonic() - started, 3)
+        return plan
 
 
 def checkpoint_id(job: Job, plan: Plan) -> str:

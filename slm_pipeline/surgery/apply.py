@@ -60,6 +60,7 @@ def planned_blocks(plan: Plan, view: ModelView) -> list[Block]:
                 neurons=[torch.from_numpy(plan.tensors[f"{op['tensors']}.neurons.{part}"]) for part in parts],
                 shares=op["shares"],
                 official_gqa=op.get("official_gqa", False),
+                fold_norm=op.get("fold_norm", False),
             )
         elif op["op"] == "merge":
             blocks[min(op["layers"])] = merge(view, members, op["rule"])

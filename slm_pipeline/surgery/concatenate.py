@@ -25,6 +25,7 @@ def concatenate(
     neurons: Sequence[Tensor],
     shares: Sequence[float],
     official_gqa: bool = False,
+    fold_norm: bool = False,
 ) -> Block:
     """One block with the chosen units of each of ``blocks`` (adjacent, lowest first). Nothing in the model changes.
 
@@ -35,9 +36,13 @@ def concatenate(
         shares: for each block its share, summing to 1: weights of what cannot be cut (output biases, q/k norms).
         official_gqa: pick query heads as the published code does, which gives a group the query heads of others.
 
+        fold_norm: put each block's gains into the rows that it gives before they are taken (`folded`).
+
     Returns:
         A block on the lowest one's module. Norms are the plain mean of the blocks' norms, as published.
     """
+    if fold_norm:
+        blocks = [folded(view, block) for block in blocks]
     lowest = blocks[0]
     attention = view.attention_slices(lowest.body, tiled_queries=official_gqa)
     replaced = {piece.parameter: _gather(view, blocks, piece, heads) for piece in attention}
@@ -48,6 +53,29 @@ def concatenate(
             weights = [1 / len(blocks)] * len(blocks) if name in norms else shares
             replaced[name] = _weighted_sum([block.parameter(view, name) for block in blocks], weights)
     return Block(lowest.body, replaced)
+
+
+def folded(view: ModelView, block: Block) -> Block:
+    """The same function, with the gain of each input norm in the projections that read it and a gain of one instead.
+
+    Only for architectures with ``input_rms_norms``.
+    """
+    import torch
+
+    architecture = view.architecture
+    replaced = dict(block.replaced)
+    pairs = (
+        (architecture.attention_norms, architecture.attention_inputs),
+        (architecture.mlp_norms, architecture.mlp_inputs),
+    )
+    for norms, projections in pairs:
+        weight = block.parameter(view, f"{norms[0]}.weight")
+        gain = weight.float() + architecture.gain_offset
+        for name in (f"{projection}.weight" for projection in projections):
+            matrix = block.parameter(view, name)
+            replaced[name] = (matrix.float() * gain).to(matrix.dtype)
+        replaced[f"{norms[0]}.weight"] = torch.full_like(weight, 1 - architecture.gain_offset)
+    return Block(block.body, replaced, block.without)
 
 
 def _gather(view: ModelView, blocks: Sequence[Block], piece: Slice, chosen: Sequence[Tensor]) -> Tensor:

@@ -210,3 +210,9 @@ def test_bad_options(method, options):
     (option,) = options
     with pytest.raises(UserError, match=f"method.{option}="):
         method(**options)
+
+
+def test_folding_norms_needs_rms_norms():
+    with pytest.raises(UserError, match="is a opt model, which has none"):
+        Come(fold_norm=True).check(random_source("opt"))
+    Come(fold_norm=True).check(random_source("gemma3_text"))

@@ -1,4 +1,4 @@
-"""What every method has in common: with its default options it leaves a checkpoint that reloads as the same function."""
+"""What every method has in common: with default options it leaves a checkpoint that reloads as the same function."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from slm_pipeline.engine.blocks import BlockRunner
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
-from slm_pipeline.surgery.concatenate import concatenate
+from slm_pipeline.surgery.concatenate import concatenate, folded
 
 
 def two_parts(num_units, first):
@@ -84,3 +84,31 @@ def test_a_single_layer_with_all_the_share_is_a_plain_deletion_of_the_other(inpu
     )
     for name, value in merged.replaced.items():
         torch.testing.assert_close(value, view.layers[2].get_parameter(name).detach())  # all norms are 1 here
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "phi3", "qwen2"])
+def test_folded_gains_let_every_row_keep_its_own_norm(any_model, input_ids):
+    """The attention of one layer and the feed-forward network of another, each under its own norm."""
+    view = ModelView(any_model)
+    runner = BlockRunner(view, input_ids)
+    everything, nothing = torch.arange(view.num_kv_heads), torch.arange(0)
+    all_neurons = torch.arange(view.num_neurons)
+    options = {"heads": [everything, nothing], "neurons": [nothing, all_neurons], "shares": [0.5, 0.5]}
+    blocks = [Block(1), Block(2)]
+    middle = runner.run(Block(1).lacking("mlp"), runner.states[1])
+    expected = runner.run(Block(2).lacking("attention"), middle)
+    found = runner.run(concatenate(view, blocks, fold_norm=True, **options), runner.states[1])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    averaged = runner.run(concatenate(view, blocks, **options), runner.states[1])
+    assert (averaged - expected).norm() > 1e-3 * (expected - runner.states[1]).norm()
+
+
+def test_folding_changes_no_layer(any_model, architecture, input_ids):
+    view = ModelView(any_model)
+    if not view.architecture.input_rms_norms:
+        assert architecture in ("opt", "gpt_neox", "olmo2")
+        return
+    runner = BlockRunner(view, input_ids)
+    torch.testing.assert_close(
+        runner.run(folded(view, Block(1)), runner.states[1]), runner.states[2], rtol=1e-4, atol=1e-5
+    )
