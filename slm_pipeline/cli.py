@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -109,28 +109,14 @@ def _check_before_hydra(arguments: Namespace) -> bool:
 
     For a multirun only the first value of each sweep is composed here; each job is checked when it starts.
     """
-    try:
-        overrides = OverridesParser.create().parse_overrides(arguments.overrides)
-    except ValueError as error:
-        raise UserError(f"cannot read the overrides {arguments.overrides}: {error}") from error
+    overrides = _parse(arguments.overrides)
     multirun = arguments.multirun or any(
         item.key_or_group == "hydra.mode" and str(item.value()).upper() == "MULTIRUN" for item in overrides
     )
     for item in overrides:
         if item.is_sweep_override() and not multirun:
             raise UserError(f"{item.input_line} asks for several jobs; add -m: slm -m {item.input_line}")
-        group = item.key_or_group
-        value = None if item.is_sweep_override() else item.value()
-        if isinstance(value, list) and _is_group(group):
-            # Hydra would lay the options over one another without a word.
-            names = ",".join(map(str, value))
-            raise UserError(
-                f"{item.input_line} names several options of {group}; choose one, or one job each:"
-                f" slm -m {group}={names}"
-            )
-        if not item.is_sweep_override() and not isinstance(value, (str, list, type(None))) and _is_group(group):
-            names = ", ".join(sorted(file.stem for file in (config.CONF_DIR / group).glob("*.yaml")))
-            raise UserError(f"{item.input_line}: {group} is a group, choose one of its options: {names}")
+        _check_group(item)
     composed = _compose(arguments, [_first_value(item) for item in overrides])
     from slm_pipeline.job import make_output_root
     from slm_pipeline.runner import describe_plan, plan
@@ -155,6 +141,49 @@ def _check_before_hydra(arguments: Namespace) -> bool:
         plan(job)
     make_output_root(composed.output_dir)
     return False
+
+
+def compose_job(program: Sequence[str], overrides: Sequence[str], defaults: Sequence[str] = ()) -> Job:
+    """The job of another console script that takes overrides as ``slm`` does, checked.
+
+    Args:
+        program: the words of the command line before the overrides, such as ``["slm-bench", "search"]``.
+        defaults: overrides that the user's own may override.
+
+    Raises:
+        UserError: for anything that can be known without loading the model.
+    """
+    set_search_path()
+    for item in _parse(overrides):
+        if item.is_sweep_override():
+            raise UserError(f"{item.input_line} asks for several jobs; {' '.join(program)} runs one")
+        _check_group(item)
+    composed = _compose(Namespace(config_dir=None, config_name=None), [*defaults, *overrides])
+    return _job(composed, overrides, program)
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except ValueError as error:
+        raise UserError(f"cannot read the overrides {list(overrides)}: {error}") from error
+
+
+def _check_group(item: Override) -> None:
+    """Raise `UserError` unless an override of a group names one option."""
+    group = item.key_or_group
+    if item.is_sweep_override() or not _is_group(group):
+        return
+    value = item.value()
+    if isinstance(value, list):
+        # Hydra would lay the options over one another without a word.
+        names = ",".join(map(str, value))
+        raise UserError(
+            f"{item.input_line} names several options of {group}; choose one, or one job each: slm -m {group}={names}"
+        )
+    if not isinstance(value, (str, type(None))):
+        names = ", ".join(sorted(file.stem for file in (config.CONF_DIR / group).glob("*.yaml")))
+        raise UserError(f"{item.input_line}: {group} is a group, choose one of its options: {names}")
 
 
 def _is_group(name: str) -> bool:
@@ -193,10 +222,10 @@ def _jobs(composed: DictConfig, overrides: list[str]) -> list[list[str]]:
     return jobs
 
 
-def _job(composed: DictConfig, overrides: list[str]) -> Job:
+def _job(composed: DictConfig, overrides: Sequence[str], program: Sequence[str] = ("slm",)) -> Job:
     from slm_pipeline.job import prepare
 
-    return prepare(config.to_config(composed), shlex.join(["slm", *overrides]))
+    return prepare(config.to_config(composed), shlex.join([*program, *overrides]))
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:

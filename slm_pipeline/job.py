@@ -135,18 +135,16 @@ def prepare(config: Config, command: str) -> Job:
     return job
 
 
-def check_output_root(output_dir: str) -> None:
-    """Raise `UserError` unless ``output_dir`` can be made and written; makes nothing."""
+def check_output_root(output_dir: str, option: str = "output_dir") -> None:
+    """Raise `UserError` unless ``output_dir`` can be made and written; makes nothing. ``option`` is what gave it."""
     root = Path(output_dir).expanduser().absolute()
     existing = root
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
-        raise UserError(f"output_dir={output_dir!r}: {existing} is not a folder")
+        raise UserError(f"{option}={output_dir!r}: {existing} is not a folder")
     if not os.access(existing, os.W_OK) or _read_only(existing):
-        raise UserError(
-            f"output_dir={output_dir!r} cannot be written: {existing} is read-only; choose another output_dir="
-        )
+        raise UserError(f"{option}={output_dir!r} cannot be written: {existing} is read-only; choose another {option}=")
 
 
 def make_output_root(output_dir: str) -> None:

@@ -5,6 +5,8 @@ The same input gives the same bytes: no dates, fixed identifiers in the SVG, and
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +26,9 @@ COLORS = {
     "training": "#56B4E9",  # sky blue
     "validation": "#E69F00",  # orange
     "reference": "#000000",
+    "static": "#009E73",  # bluish green
+    "oracle": "#CC79A7",  # reddish purple
+    "plan": "#F0E442",  # yellow
 }
 STYLE: dict[Any, Any] = {
     "font.size": 8.0,
@@ -158,6 +163,56 @@ def loss_curve(curve: Sequence[Mapping[str, float]], path_stem: Path, *, title: 
         axes.set(title=title, xlabel="optimiser step", ylabel="loss (nats per answer token)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.legend()
+        return _save(figure, path_stem)
+
+
+def dynamic_skip(found: Mapping[str, Any], path_stem: Path, *, title: str) -> list[Path]:
+    """Loss against layers kept, of one choice for everybody, of an oracle and of plans; how many layers sequences need.
+
+    Args:
+        found: what `slm_pipeline.analysis.dynamic_skip.summarize` returns.
+        path_stem: where to write, without ``.png`` and ``.svg``.
+        title: the picture's title.
+
+    Returns:
+        The files written.
+    """
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+    oracle, depth = found["oracle"], found["num_layers"]
+    numbers = list(range(1, depth + 1))
+    with _figure(WIDTH, 4.2) as figure:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        for name, curve, label in (
+            ("static", found["static"], "evenly spaced, the same for all"),
+            ("oracle", found["at_most"], "best of at most k for each sequence"),
+        ):
+            losses = [math.nan if point["loss"] is None else point["loss"] for point in curve]
+            above.plot(numbers, losses, color=COLORS[name], lw=1.3, marker="o", ms=3, label=label)
+        label = f"as good as all {depth} for each sequence: {oracle['mean_num_layers']:.1f} on average"
+        star: dict[str, Any] = {"marker": "*", "s": 110, "color": COLORS["oracle"], "ec": "black", "lw": 0.5}
+        above.scatter([oracle["mean_num_layers"]], [oracle["loss"]], zorder=4, label=label, **star)
+        plans = [plan for plan in found["plans"] if plan["loss"] is not None]
+        for plan, marker in zip(plans, itertools.cycle("Ds^vPXh"), strict=False):
+            looks: dict[str, Any] = {"marker": marker, "s": 28, "color": COLORS["plan"], "ec": "black", "lw": 0.5}
+            label = f"plan: {plan['method']}, {plan['num_layers']} layers"
+            above.scatter([plan["num_layers"]], [plan["loss"]], zorder=3, label=label, **looks)
+        dense = found["static"][-1]["loss"]
+        above.axhline(dense, color=COLORS["reference"], lw=0.8, ls=":", label=f"all {depth} layers", zorder=1)
+        above.set_title(title, loc="left")
+        above.set(ylabel="loss (nats per token)", xlim=(0.3, depth + 0.7))
+        if above.dataLim.y1 > 3 * above.dataLim.y0:  # with few layers losses are huge, and mean nothing
+            above.set_yscale("log")
+            above.yaxis.set_major_locator(LogLocator(subs=[1, 2, 3, 5, 7]))
+            above.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            above.yaxis.set_minor_locator(NullLocator())
+        above.legend()
+        below.bar(numbers, oracle["counts"], 0.7, color=COLORS["oracle"], lw=0)
+        within = f", within {100 * found['tolerance']:g}%" if found["tolerance"] else ""
+        below.set(xlabel="layers kept (k)", ylabel="sequences")
+        below.set_title(f"sequences that need so many to be as good as the whole model{within}", loc="left")
+        below.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        below.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], nbins=4))
         return _save(figure, path_stem)
 
 

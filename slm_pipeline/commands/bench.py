@@ -15,11 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hydra import compose, initialize_config_dir
-
-from slm_pipeline import cli, config
+from slm_pipeline import cli
 from slm_pipeline.errors import UserError
-from slm_pipeline.job import Job, prepare
+from slm_pipeline.job import Job
 from slm_pipeline.methods.base import PruningProblem
 from slm_pipeline.methods.slm import SlidingLayerMerging, Window
 from slm_pipeline.surgery.plan import format_groups, groups_of_windows
@@ -144,7 +142,8 @@ def search(overrides: list[str]) -> None:
     from slm_pipeline.models.loading import load_dense
     from slm_pipeline.models.view import ModelView
 
-    job = _job(overrides)
+    fixed = "threshold=auto" not in overrides
+    job = cli.compose_job(["slm-bench", "search"], overrides, _DEFAULTS + (_FIXED if fixed else []))
     if not isinstance(job.method, SlidingLayerMerging) or job.method.similarity != "final_hidden":
         raise UserError("slm-bench search compares method=slm with method.similarity=final_hidden")
     model, tokenizer = load_dense(job.source)
@@ -237,15 +236,6 @@ def _print(job: Job, view: ModelView, ours: Measurement, theirs: Measurement) ->
         if len(removed) > 1:
             raise UserError(f"the searches remove different numbers of layers: {sorted(removed)}")
         print("each found its own threshold; both removed the same number of layers")
-
-
-def _job(overrides: list[str]) -> Job:
-    fixed = "threshold=auto" not in overrides
-    defaults = _DEFAULTS + (_FIXED if fixed else [])
-    cli.set_search_path()
-    with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF_DIR)):
-        composed = compose("config", overrides=[*defaults, *overrides])
-    return prepare(config.to_config(composed), " ".join(["slm-bench", "search", *overrides]))
 
 
 def main() -> None:

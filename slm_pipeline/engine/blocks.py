@@ -78,11 +78,17 @@ class BlockRunner:
     @torch.no_grad()
     def loss(self, hidden: Tensor, input_ids: Tensor) -> float:
         """Sum of the next-token losses, in nats, of the last block's output ([batch, length, d]) for ``input_ids``."""
+        return float(self.losses(hidden, input_ids).sum())
+
+    @torch.no_grad()
+    def losses(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """The same, summed over each sample alone: [batch] float64."""
         normed = self.finish(hidden)[:, :-1].flatten(0, 1)
         targets = input_ids[:, 1:].flatten().to(normed.device)
         rows = max_logit_rows(self.view)
         pieces = zip(normed.split(rows), targets.split(rows), strict=True)
-        return float(sum(_cross_entropy(self.view.logits(piece), target) for piece, target in pieces))
+        losses = torch.cat([_cross_entropy(self.view.logits(piece), target) for piece, target in pieces])
+        return losses.view(len(hidden), -1).sum(dim=1)
 
 
 def max_logit_rows(view: ModelView) -> int:
@@ -91,7 +97,7 @@ def max_logit_rows(view: ModelView) -> int:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum").double()
+    return torch.nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none").double()
 
 
 def _for_any_batch(argument: Any, batch_size: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +14,6 @@ from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
     from slm_pipeline.models.source import ModelSource
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -51,11 +48,7 @@ class FromPlan(Method):
             if source.num_layers is not None and kept and kept[-1] >= source.num_layers:
                 raise UserError(f"{self.path} keeps layer {kept[-1]}; {source.name} has {source.num_layers} layers")
             return
-        depth = self.original.model["num_layers"]
-        if source.num_layers not in (None, depth):
-            raise UserError(f"{self.path} is a plan for {depth} layers; {source.name} has {source.num_layers}")
-        if self.original.model["fingerprint"] != source.fingerprint:
-            log.warning("%s was made for %s, not for %s", self.path, self.original.model["name"], source.name)
+        self.original.check_model(source, self.path)
 
     def plan(self, problem: PruningProblem) -> Plan:
         if self.original is None:

@@ -25,11 +25,6 @@ def apply(plan: Plan, model: Any) -> Any:
         UserError: the plan is for another depth.
     """
     view = ModelView(model)
-    if plan.model["num_layers"] != view.num_layers:
-        raise UserError(
-            f"the plan is for {plan.model['name']} with {plan.model['num_layers']} layers;"
-            f" this model has {view.num_layers}"
-        )
     blocks = planned_blocks(plan, view)
     for block in blocks:
         module = view.layers[block.body]
@@ -47,7 +42,16 @@ def apply(plan: Plan, model: Any) -> Any:
 
 
 def planned_blocks(plan: Plan, view: ModelView) -> list[Block]:
-    """The pruned model's blocks, input side first; nothing in the model changes."""
+    """The pruned model's blocks, input side first; nothing in the model changes.
+
+    Raises:
+        UserError: the plan is for another depth.
+    """
+    if plan.model["num_layers"] != view.num_layers:
+        raise UserError(
+            f"the plan is for {plan.model['name']} with {plan.model['num_layers']} layers;"
+            f" this model has {view.num_layers}"
+        )
     blocks = {layer: Block(layer) for layer in range(view.num_layers)}  # by the lowest original layer of each
     for op in plan.ops:
         members = [blocks.pop(layer) for layer in sorted(op["layers"]) if layer in blocks]

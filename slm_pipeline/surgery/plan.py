@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -17,6 +18,11 @@ from safetensors.numpy import load_file, save_file
 from slm_pipeline.artifacts import digest, write_json
 from slm_pipeline.errors import UserError
 from slm_pipeline.surgery.merge_rules import RULES
+
+if TYPE_CHECKING:
+    from slm_pipeline.models.source import ModelSource
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 OPS = ("drop", "merge", "drop_sublayer", "fold")
@@ -118,6 +124,14 @@ class Plan:
         if not all(self.layer_groups) or kept != sorted(kept) or sorted(kept + self.dropped) != list(range(depth or 0)):
             raise UserError(f"{where}: layer_groups and dropped must name each of the {depth} layers once, in order")
         self._check_ops(where, list(range(depth or 0)))
+
+    def check_model(self, source: ModelSource, where: str) -> None:
+        """Raise `UserError` unless the plan fits the model's depth, if that is known; warn if it is another model's."""
+        depth = self.model["num_layers"]
+        if source.num_layers not in (None, depth):
+            raise UserError(f"{where} is a plan for {depth} layers; {source.name} has {source.num_layers}")
+        if self.model["fingerprint"] != source.fingerprint:
+            log.warning("%s was made for %s, not for %s", where, self.model["name"], source.name)
 
     def _check_ops(self, where: str, layers: list[int]) -> None:
         """Raise `UserError` unless the ops are complete and lead to the layer groups."""

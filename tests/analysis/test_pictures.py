@@ -110,6 +110,38 @@ def test_loss_curve_marks_the_best_validation_loss(figure):
     assert (best.get_ydata(), best.get_label()) == ([3.1, 3.1], "best 3.100 at step 2")
 
 
+def skip_study(losses: list[float | None], plan_loss: float | None) -> dict[str, Any]:
+    return {
+        "num_layers": 3,
+        "tolerance": 0.1,
+        "static": [{"loss": loss} for loss in losses],
+        "at_most": [{"loss": loss} for loss in (9.0, 5.0, 2.0)],
+        "oracle": {"mean_num_layers": 2.5, "loss": 2.1, "counts": [0, 1, 1]},
+        "plans": [{"method": method, "num_layers": 2, "loss": plan_loss} for method in ("sleb", "slm")],
+    }
+
+
+def test_dynamic_skip_shows_curves_plans_and_how_many_sequences_need_how_many_layers(figure):
+    above, below = figure(pictures.dynamic_skip, skip_study([9.0, 7.0, 2.0], 4.0), title="skip").axes
+    static, oracle, dense = above.lines
+    assert static.get_xydata().tolist() == [[1, 9.0], [2, 7.0], [3, 2.0]]
+    assert oracle.get_xydata().tolist() == [[1, 9.0], [2, 5.0], [3, 2.0]]
+    assert dense.get_ydata() == [2.0, 2.0]
+    star, sleb, slm = above.collections
+    assert [points.get_offsets().tolist() for points in (star, sleb, slm)] == [[[2.5, 2.1]], [[2, 4.0]], [[2, 4.0]]]
+    assert [points.get_label() for points in (sleb, slm)] == ["plan: sleb, 2 layers", "plan: slm, 2 layers"]
+    assert len({points.get_paths()[0].vertices.tobytes() for points in (star, sleb, slm)}) == 3  # markers
+    assert above.get_yscale() == "log"
+    assert [bar.get_height() for bar in below.patches] == [0, 1, 1]
+    assert below.get_title(loc="left").endswith("within 10%")
+
+
+def test_dynamic_skip_leaves_out_what_is_not_finite(figure):
+    above = figure(pictures.dynamic_skip, skip_study([None, 7.0, 2.0], None), title="skip").axes[0]
+    np.testing.assert_array_equal(above.lines[0].get_ydata(), [np.nan, 7.0, 2.0])
+    assert len(above.collections) == 1  # the star
+
+
 def test_layer_strip_puts_each_pruned_layer_below_the_middle_of_its_group(figure):
     (axes,) = figure(pictures.layer_strip, [[0], [1, 2, 3], [5]], [4], 6).axes
     above = {x: patch for (x, y, _), patch in zip(boxes(axes), axes.patches, strict=True) if y == 1.0}

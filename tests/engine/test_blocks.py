@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slm_pipeline.engine import statistics
+from slm_pipeline.engine import blocks, statistics
 from slm_pipeline.engine.blocks import BlockRunner, batches
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
@@ -47,6 +47,16 @@ def test_skipping_a_block_is_the_model_without_it(any_model, input_ids):
     kept = [0, 1, 3, 4, 5]
     view.rebuild([view.layers[layer] for layer in kept], kept)
     torch.testing.assert_close(found, any_model(input_ids=input_ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("max_logits", [1, 7 * 300, 1 << 26])
+def test_losses_are_each_samples_own(max_logits, any_model, input_ids, monkeypatch):
+    monkeypatch.setattr(blocks, "MAX_LOGITS", max_logits)
+    runner = BlockRunner(ModelView(any_model), input_ids)
+    expected = [float(any_model(input_ids=row[None], labels=row[None]).loss) * 11 for row in input_ids]
+    assert runner.losses(runner.states[-1], input_ids).tolist() == pytest.approx(expected, rel=1e-5)
+    assert runner.loss(runner.states[-1], input_ids) == pytest.approx(sum(expected), rel=1e-5)
 
 
 @torch.no_grad()
