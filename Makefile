@@ -36,8 +36,8 @@ lint: install ## Style
 check-types: install ## Types
 	$(BIN)/mypy
 
-bench: assets ## The cached search beside the published loop, on the bundled model
-	$(BIN)/slm-bench search
+bench: assets ## Each search beside the published loop, on the bundled model (an hour on two cores)
+	$(BIN)/slm-bench methods
 
 clean: ## Remove the environment and build leftovers; results in outputs/ stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,189 +1,206 @@
-"""``slm-bench search``: the cached window search beside the published loop, on one model in one run.
+"""``slm-bench methods``: each method's search beside the loop that its authors published, on one model in one run.
 
-slm-bench search                                              SmolLM2, T = 0.9
-slm-bench search model=llama2_7b threshold.value=0.81 method.merge_rule=base_difference
-slm-bench search threshold=auto pruning_ratio=r20             against ten halvings, each a published loop
+slm-bench methods                                              all methods at the default ratio, SmolLM2
+slm-bench methods sleb come pruning_ratio=r35                  some of them, with overrides as for slm
+slm-bench methods slm threshold=fixed threshold.value=0.81 pruning_ratio=none model=llama2_7b
+
+Seconds, peak memory and block evaluations (blocks run on all calibration tokens, the dense pass among them) of both
+sides; where they decide differently, that is an error. The last line compares the pass that feeds all one-pass methods
+with a plain forward pass over the same tokens.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline import cli
 from slm_pipeline.errors import UserError
-from slm_pipeline.job import Job
 from slm_pipeline.methods.base import PruningProblem
-from slm_pipeline.methods.slm import SlidingLayerMerging, Window
-from slm_pipeline.surgery.plan import format_groups, groups_of_windows
+from slm_pipeline.report import Table
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from slm_pipeline.job import Job
     from slm_pipeline.models.view import ModelView
 
+METHODS = (
+    *("slm", "laco", "come", "come_posterior", "sleb", "shortened_ppl", "finercut"),
+    *("shortgpt", "angular", "streamline", "shortened_taylor"),
+)
 _DEFAULTS = ["recovery=none", "evaluation=none", "tracker=jsonl"]
-_FIXED = ["threshold=fixed", "threshold.value=0.9", "pruning_ratio=none"]
 
 
 @dataclass
 class Measurement:
-    """One side of a comparison."""
+    """One side of a comparison.
 
-    name: str
-    windows: list[Window]
-    block_evaluations: int
+    Attributes:
+        block_evaluations: blocks run, in units of all calibration tokens.
+        peak_memory_gb: of the GPU, else of the process.
+    """
+
+    result: Any
     seconds: float
+    block_evaluations: float
     peak_memory_gb: float
 
 
-class PublishedLoop:
-    """SLM's search as its authors released it: a copy of the whole model and a whole forward pass per candidate.
-
-    Faithful in its cost, not in its faults: similarities are per sample and in float32, `>=` decides, the window that
-    is open at the end is merged and protected layers are respected, so that decisions can be compared.
-    """
-
-    def __init__(self, view: ModelView, input_ids: Tensor, method: SlidingLayerMerging):
-        self.model = view.model
-        self.input_ids = input_ids.to(view.device)
-        self.method = method
-        self.num_layers = view.num_layers
-        self.block_evaluations = 0
-        self.reference = self._states(self.model)
-        self.block_evaluations = 0  # the reference pass is not counted, on either side
-
-    def __call__(self, threshold: float, num_remove: int | None = None) -> list[Window]:
-        current = self.model
-        windows: list[Window] = []
-        high = self.num_layers - 1 - self.method.protect_last
-        low = high - 1
-        limit = self.method.max_window or self.num_layers
-        while low >= self.method.protect_first:
-            passed = False
-            if high - low + 1 <= limit:
-                candidate = self._merged(current, low, high)
-                passed = self._similarity(candidate) >= threshold
-            if passed:
-                low -= 1
-                if _removed(windows) + high - (low + 1) == num_remove:
-                    break
-            elif low + 1 != high:
-                current = self._merged(current, low + 1, high)
-                windows.append((low + 1, high))
-                high = low
-            else:
-                high -= 1
-                low -= 1
-        return [*windows, (low + 1, high)] if high > low + 1 else windows
-
-    def auto(self, num_remove: int) -> list[Window]:
-        """Ten halvings of [0, 1], the way a user of the published code finds a threshold for a wanted size."""
-        low, high, best = 0.0, 1.0, None
-        for _ in range(10):
-            middle = (low + high) / 2
-            windows = self(middle)
-            removed = _removed(windows)
-            low, high = (middle, high) if removed >= num_remove else (low, middle)
-            best = windows if removed == num_remove else best
-        if best is None:
-            raise UserError(f"ten halvings met no threshold that removes {num_remove} layers")
-        return best
-
-    def _merged(self, model: Any, low: int, high: int) -> Any:
-        """A copy of ``model`` with [low..high] merged; layers below the window still have their original indices."""
-        from slm_pipeline.models.view import ModelView
-        from slm_pipeline.surgery.block import Block
-        from slm_pipeline.surgery.merge_rules import merge
-
-        candidate = ModelView(copy.deepcopy(model))
-        merged = merge(candidate, [Block(layer) for layer in range(low, high + 1)], self.method.merge_rule)
-        block = candidate.layers[merged.body]
-        for name, value in merged.replaced.items():
-            block.get_parameter(name).data = value.clone()
-        layers = list(candidate.layers)
-        sources = [*range(low), merged.body, *range(high + 1, len(layers))]
-        candidate.rebuild([*layers[:low], block, *layers[high + 1 :]], sources)
-        return candidate.model
-
-    def _states(self, model: Any) -> list[Tensor]:
-        import torch
-
-        from slm_pipeline.models.view import ModelView
-
-        view = ModelView(model)
-        self.block_evaluations += view.num_layers
-        with torch.no_grad():
-            return [
-                view.decoder(input_ids=row[None], use_cache=False).last_hidden_state.cpu() for row in self.input_ids
-            ]
-
-    def _similarity(self, model: Any) -> float:
-        import torch
-
-        pairs = zip(self.reference, self._states(model), strict=True)
-        values = [torch.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0) for a, b in pairs]
-        return float(torch.stack(values).mean())
-
-
-def _removed(windows: list[Window]) -> int:
-    return sum(high - low for low, high in windows)
-
-
-def search(overrides: list[str]) -> None:
-    """Run both searches, check that they decide alike, print what each cost."""
-    from slm_pipeline.data.calibration import sample
-    from slm_pipeline.engine.statistics import collect
+def methods(words: list[str]) -> None:
+    """Compare the methods named, or all, and print a row for each; ``words`` is the command line."""
     from slm_pipeline.models.loading import load_dense
     from slm_pipeline.models.view import ModelView
 
-    fixed = "threshold=auto" not in overrides
-    job = cli.compose_job(["slm-bench", "search"], overrides, _DEFAULTS + (_FIXED if fixed else []))
-    if not isinstance(job.method, SlidingLayerMerging) or job.method.similarity != "final_hidden":
-        raise UserError("slm-bench search compares method=slm with method.similarity=final_hidden")
-    model, tokenizer = load_dense(job.source)
+    names = [word for word in words if "=" not in word] or list(METHODS)
+    overrides = [word for word in words if "=" in word]
+    if unknown := sorted(set(names) - set(METHODS)):
+        raise UserError(f"{unknown[0]!r} has no published loop to compare with; there are: {', '.join(METHODS)}")
+    program = ["slm-bench", "methods"]
+    jobs = {name: cli.compose_job(program, [*overrides, f"method={name}"], _DEFAULTS) for name in names}
+    source = next(iter(jobs.values())).source
+    model, tokenizer = load_dense(source)
     view = ModelView(model)
-    input_ids = sample(job.config.calibration, tokenizer, job.data_dir).input_ids
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 1e9
+    print(f"{source.name}, {view.num_layers} layers, {source.config.dtype}, weights {weights:.2f} GB", flush=True)
+    rows = []
+    for name, job in jobs.items():
+        problem = _problem(job, view, tokenizer)
+        ours, theirs = _compare(job, problem)
+        rows.append(_row(name, problem, ours, theirs))
+        print(Table(_COLUMNS, rows[-1:]).text() if len(rows) == 1 else _last_line(rows), end="", flush=True)
+    print("\n" + Table(_COLUMNS, rows).markdown())
+    _one_pass(problem)
+
+
+_COLUMNS = ("method", "tokens", "seconds theirs", "ours", "ratio", "blocks theirs", "ours", "GB theirs", "ours", "same")
+
+
+def _last_line(rows: list[list[str]]) -> str:
+    return Table(_COLUMNS, rows).text().splitlines()[-1] + "\n"
+
+
+def _problem(job: Job, view: ModelView, tokenizer: Any) -> PruningProblem:
+    from slm_pipeline.data.calibration import sample
+
     num_remove = None if job.threshold is not None else job.num_layers_to_remove(view.num_layers)
-    problem = PruningProblem(
+    return PruningProblem(
         source=job.source,
         view=view,
-        input_ids=input_ids,
-        statistics=collect(view, input_ids[:1]),  # SLM does not look at it
+        input_ids=sample(job.config.calibration, tokenizer, job.data_dir).input_ids,
+        statistics=None,  # type: ignore[arg-type]  # made, and timed, with the methods that read it
         num_remove=num_remove,
         threshold=job.threshold,
         refine=job.config.threshold.refine,
         exhaustive=job.config.threshold.exhaustive,
         calibration={},
     )
-    ours = _measure("cached search", lambda: _cached(job.method, problem))
+
+
+def _compare(job: Job, problem: PruningProblem) -> tuple[Measurement, Measurement]:
+    from slm_pipeline.commands.published_loops import LOOPS, READ_STATISTICS, decision_of
+    from slm_pipeline.engine.statistics import collect
+
     method = job.method
 
-    def published() -> tuple[list[Window], int]:
-        loop = PublishedLoop(view, input_ids, method)
-        windows = loop(job.threshold) if job.threshold is not None else loop.auto(num_remove or 0)
-        return windows, loop.block_evaluations
+    def ours() -> Any:
+        if isinstance(method, READ_STATISTICS):
+            problem.statistics = collect(problem.view, problem.input_ids)
+        return decision_of(method, method.plan(problem))
 
-    theirs = _measure("published loop", published)
-    _print(job, view, ours, theirs)
+    found = _measure(problem, ours)
+    published = _measure(problem, lambda: LOOPS[type(method)](problem, method))
+    # Each side looks for a threshold in its own way; lazy greedy may choose otherwise.
+    may_differ = (method.takes_threshold and job.threshold is None) or getattr(method, "lazy", False)
+    if found.result != published.result and not may_differ:
+        raise UserError(f"method={method.name} decides {found.result}, the published loop {published.result}")
+    return found, published
 
 
-def _cached(method: Any, problem: PruningProblem) -> tuple[list[Window], int]:
-    plan = method.plan(problem)
-    windows = [(op["layers"][0], op["layers"][-1]) for op in plan.ops]
-    return windows, plan.scores["num_block_evaluations"]
+def _row(name: str, problem: PruningProblem, ours: Measurement, theirs: Measurement) -> list[str]:
+    num_samples, length = problem.input_ids.shape
+    return [
+        name,
+        f"{num_samples} x {length}",
+        *(f"{side.seconds:.2f}" for side in (theirs, ours)),
+        f"{theirs.seconds / ours.seconds:.2f}",
+        *(f"{side.block_evaluations:.0f}" for side in (theirs, ours)),
+        *(f"{side.peak_memory_gb:.2f}" for side in (theirs, ours)),
+        _agreement(ours.result, theirs.result),
+    ]
 
 
-def _measure(name: str, run: Callable[[], tuple[list[Window], int]]) -> Measurement:
+def _agreement(ours: list[Any], theirs: list[Any]) -> str:
+    """yes, or how many of the removals are shared."""
+    if ours == theirs:
+        return "yes"
+    return f"{len(set(ours) & set(theirs))} of {len(theirs)}"
+
+
+def _one_pass(problem: PruningProblem) -> None:
+    """All one-pass scores together, and a plain forward pass over the same tokens."""
+    import torch
+
+    from slm_pipeline.engine.blocks import batches
+    from slm_pipeline.engine.statistics import MAX_BATCH_TOKENS, collect
+
+    @torch.no_grad()
+    def plain() -> None:
+        for batch in batches(problem.input_ids.to(problem.view.device), MAX_BATCH_TOKENS):
+            problem.view.model(input_ids=batch, use_cache=False)
+
+    passes = [_measure(problem, plain).seconds for _ in range(3)]
+    collected = [_measure(problem, lambda: collect(problem.view, problem.input_ids)).seconds for _ in range(3)]
+    print(
+        f"all one-pass scores together: {min(collected):.2f} s, a plain forward pass over the same tokens"
+        f" {min(passes):.2f} s (best of 3 each): {min(collected) / min(passes):.2f} times"
+    )
+
+
+def _measure(problem: PruningProblem, run: Callable[[], Any]) -> Measurement:
+    _warm_up(problem)
     _reset_peak_memory()
-    started = time.perf_counter()
-    windows, block_evaluations = run()
-    return Measurement(name, sorted(windows), block_evaluations, time.perf_counter() - started, _peak_memory_gb())
+    with _blocks_counted(problem) as count:
+        started = time.perf_counter()
+        result = run()
+        _synchronize()
+        seconds = time.perf_counter() - started
+    return Measurement(result, seconds, count(), _peak_memory_gb())
+
+
+def _warm_up(problem: PruningProblem) -> None:
+    """One pass over a sample: libraries load and choose their kernels on first use."""
+    import torch
+
+    with torch.no_grad():
+        problem.view.model(input_ids=problem.input_ids[:1].to(problem.view.device), use_cache=False)
+    _synchronize()
+
+
+def _synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def _blocks_counted(problem: PruningProblem) -> Iterator[Callable[[], float]]:
+    """Counts blocks run, of copies of the model too: a copy keeps the hooks."""
+    tokens = [0]
+
+    def count(module: Any, args: Any) -> None:
+        tokens[0] += args[0].shape[0] * args[0].shape[1]
+
+    hooks = [block.register_forward_pre_hook(count) for block in problem.view.layers]
+    try:
+        yield lambda: tokens[0] / problem.input_ids.numel()
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _reset_peak_memory() -> None:
@@ -208,47 +225,17 @@ def _peak_memory_gb() -> float:
     return provenance.peak_memory_gb()
 
 
-def _print(job: Job, view: ModelView, ours: Measurement, theirs: Measurement) -> None:
-    weights = sum(p.numel() * p.element_size() for p in view.model.parameters()) / 1e9
-    calibration = job.config.calibration
-    print(
-        f"{job.source.name}, {calibration.num_samples} x {calibration.seq_len} tokens of {calibration.source},"
-        f" {job.config.model.dtype}, weights {weights:.2f} GB, "
-        + (f"threshold {job.threshold}" if job.threshold is not None else "threshold searched for")
-    )
-    print(f"{'':<16}{'block evaluations':>18}{'seconds':>10}{'peak memory':>13}   layers")
-    for side in (theirs, ours):
-        layers = format_groups(groups_of_windows(side.windows, view.num_layers))
-        print(
-            f"{side.name:<16}{side.block_evaluations:>18}{side.seconds:>10.2f}{side.peak_memory_gb:>10.2f} GB  {layers}"
-        )
-    print(
-        f"{'ratio':<16}{theirs.block_evaluations / ours.block_evaluations:>17.2f}x"
-        f"{theirs.seconds / ours.seconds:>9.2f}x"
-        f"{theirs.peak_memory_gb / ours.peak_memory_gb:>9.2f}x"
-    )
-    if job.threshold is not None:
-        if ours.windows != theirs.windows:
-            raise UserError(f"the searches decide differently: {ours.windows} and {theirs.windows}")
-        print("same decisions")
-    else:
-        removed = {_removed(side.windows) for side in (ours, theirs)}
-        if len(removed) > 1:
-            raise UserError(f"the searches remove different numbers of layers: {sorted(removed)}")
-        print("each found its own threshold; both removed the same number of layers")
-
-
 def main() -> None:
     """Console entry point."""
     arguments = sys.argv[1:]
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         sys.exit(0 if arguments else 2)
-    if arguments[0] != "search":
-        print(f"error: unknown benchmark {arguments[0]!r}; there is: search", file=sys.stderr)
+    if arguments[0] != "methods":
+        print(f"error: unknown benchmark {arguments[0]!r}; there is: methods", file=sys.stderr)
         sys.exit(2)
     with cli.errors_in_one_line():
-        search(arguments[1:])
+        methods(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from slm_pipeline.engine.blocks import BlockRunner, batches
 from slm_pipeline.models.view import ModelView
 
-_MAX_BATCH_TOKENS = 2048  # the states of all layers are in memory for one batch, in float32
+MAX_BATCH_TOKENS = 2048  # the states of all layers are in memory for one batch, in float32
 
 
 @dataclass
@@ -70,7 +70,7 @@ def collect(view: ModelView, input_ids: Tensor) -> Statistics:
         hooks.append(view.mlp_output(layer).register_forward_pre_hook(mlp[layer].observe))
     cosine, angle, angle_last = (torch.zeros(depth + 1, depth + 1, dtype=torch.float64) for _ in range(3))
     try:
-        for batch in tqdm(batches(input_ids, _MAX_BATCH_TOKENS), desc="calibration pass", disable=None):
+        for batch in tqdm(batches(input_ids, MAX_BATCH_TOKENS), desc="calibration pass", disable=None):
             cosines = _token_cosines(BlockRunner(view, batch).states)
             angles = cosines.clamp(-1, 1).arccos() / torch.pi
             cosine += cosines.sum(dim=(0, 1), dtype=torch.float64).cpu()

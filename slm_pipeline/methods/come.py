@@ -97,7 +97,7 @@ class Come(Method):
             while (left := problem.num_remove - (problem.view.num_layers - len(groups))) > 0:
                 length = min(self.run_length, left + 1)
                 stack.renew()
-                position, distance = self._least_turning_run(stack, groups, length)
+                position, distance = self.least_turning_run(stack, groups, length)
                 merged, shares, heads, neurons = self._merge(stack, groups, position, length)
                 layers = [layer for group in groups[position : position + length] for layer in group]
                 name = f"merge.{len(ops)}"
@@ -135,7 +135,7 @@ class Come(Method):
             scores={"steps_taken": steps, "num_block_evaluations": stack.num_block_evaluations},
         )
 
-    def _least_turning_run(
+    def least_turning_run(
         self, stack: ProgressiveStack, groups: Sequence[Sequence[int]], length: int
     ) -> tuple[int, float]:
         """Position and SBI of the run to merge."""
@@ -160,10 +160,10 @@ class Come(Method):
         num_originals = sum(len(group) for group in groups[position : position + length])
         chosen = shares([score.influence for score in scores], self.power)
         chosen = raise_largest(chosen, self.min_largest_share, num_originals)
-        merged, heads, neurons = self._concatenate(stack, position, length, chosen)
+        merged, heads, neurons = self.concatenate(stack, position, length, chosen)
         return merged, chosen, heads, neurons
 
-    def _concatenate(
+    def concatenate(
         self, stack: ProgressiveStack, position: int, length: int, chosen: Sequence[float]
     ) -> tuple[Block, list[Tensor], list[Tensor]]:
         from slm_pipeline.surgery.concatenate import concatenate
@@ -217,7 +217,7 @@ class ComePosterior(Come):
             chosen = [lower, 1 - lower]
             key = split(stack.view.num_kv_heads, chosen)[0], split(stack.view.num_neurons, chosen)[0]
             if key not in found:
-                merged, heads, neurons = self._concatenate(stack, position, length, chosen)
+                merged, heads, neurons = self.concatenate(stack, position, length, chosen)
                 found[key] = stack.loss(position, length, merged), (merged, chosen, heads, neurons)
         finite = [item for item in found.values() if item[0] < float("inf")]
         if not finite:

@@ -33,7 +33,7 @@ def test_channel_moments(any_model, input_ids, monkeypatch):
         lambda _, args: inputs["attention"].append(args[0].flatten(0, -2))
     )
     view.mlp_output(2).register_forward_pre_hook(lambda _, args: inputs["mlp"].append(args[0].flatten(0, -2)))
-    monkeypatch.setattr(statistics, "_MAX_BATCH_TOKENS", 24)
+    monkeypatch.setattr(statistics, "MAX_BATCH_TOKENS", 24)
     found = statistics.collect(view, input_ids)
     for part, rows in inputs.items():
         assert [len(row) for row in rows] == [24, 12]
