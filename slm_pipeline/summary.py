@@ -154,7 +154,11 @@ def _draw(summary: Mapping[str, Any], results: Mapping[str, Artifact], run_dir: 
         drawn += pictures.search_steps(plan.scores["steps"], plan.threshold, run_dir / "search_steps", title=title)
     if plan is not None and plan.ops:
         drawn += pictures.layer_strip(
-            plan.layer_groups, plan.dropped, plan.model["num_layers"], run_dir / "layer_groups"
+            plan.layer_groups,
+            plan.dropped,
+            plan.model["num_layers"],
+            run_dir / "layer_groups",
+            without=plan.missing_sublayers(),
         )
     if "recover" in results:
         curve = json.loads((results["recover"].path / "curve.json").read_text(encoding="utf-8"))

@@ -217,7 +217,12 @@ def dynamic_skip(found: Mapping[str, Any], path_stem: Path, *, title: str) -> li
 
 
 def layer_strip(
-    layer_groups: Sequence[Sequence[int]], dropped: Sequence[int], num_layers: int, path_stem: Path
+    layer_groups: Sequence[Sequence[int]],
+    dropped: Sequence[int],
+    num_layers: int,
+    path_stem: Path,
+    *,
+    without: Mapping[str, Sequence[int]] | None = None,
 ) -> list[Path]:
     """The dense model's layers as a strip of cells, and below it the layers of the pruned model that they became.
 
@@ -226,6 +231,7 @@ def layer_strip(
         dropped: original layers in no group.
         num_layers: of the dense model.
         path_stem: where to write, without ``.png`` and ``.svg``.
+        without: attention, mlp -> original layers that lost it but not the other: their cells are half empty.
 
     Returns:
         The files written.
@@ -252,9 +258,14 @@ def layer_strip(
                 cell(layer, 1.0, layer, kind)
                 axes.plot([layer + 0.5, middle], [0.95, 0.55], color=COLORS[kind], lw=1.0)
             cell(middle - 0.5, -0.5, index, kind)
+        for name, bottom in (("attention", 0.5), ("mlp", 0.0)):
+            for layer in (without or {}).get(name, []):
+                for row in (1.0, -0.5):
+                    axes.add_patch(Rectangle((layer, row + bottom), 1, 0.5, **_looks(name)))
         kinds = ["kept", *(["merged"] if _merged_runs(layer_groups) else []), *(["dropped"] if dropped else [])]
-        entries = [Patch(**_looks(kind), label="merged into one" if kind == "merged" else kind) for kind in kinds]
-        figure.legend(handles=entries, loc="outside lower center", ncols=3)
+        kinds += [name for name, layers in (without or {}).items() if layers]
+        entries = [Patch(**_looks(kind), label=_KINDS.get(kind, kind)) for kind in kinds]
+        figure.legend(handles=entries, loc="outside lower center", ncols=len(entries))
         axes.set(xlim=(-0.2, num_layers + 0.2), ylim=(-0.6, 2.1))
         axes.set_yticks([1.5, 0.0], [f"dense: {num_layers} layers", f"pruned: {len(layer_groups)} layers"])
         axes.tick_params(length=0)
@@ -263,8 +274,17 @@ def layer_strip(
         return _save(figure, path_stem)
 
 
+_KINDS = {
+    "merged": "merged into one",
+    "attention": "without attention (upper half)",
+    "mlp": "without feed-forward (lower half)",
+}
+
+
 def _looks(kind: str) -> dict[str, Any]:
     """How a layer's cell is drawn."""
+    if kind in ("attention", "mlp"):
+        return {"fc": "white", "ec": COLORS["kept"], "hatch": "////" if kind == "attention" else "....", "lw": 0.5}
     if kind == "dropped":
         return {"fc": "white", "ec": COLORS["dropped"], "hatch": "/////", "lw": 0.5}
     return {"fc": COLORS[kind], "ec": "white", "lw": 0.8}

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import pad
 
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
 
 _PASS_TOKENS = 8192  # tokens in one forward pass that keeps few states
+_NO_TARGET = -100  # what cross_entropy passes over
 MAX_LOGITS = 1 << 26  # float32 logits at a time: 256 MB
 
 
@@ -83,8 +85,9 @@ class BlockRunner:
     @torch.no_grad()
     def losses(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """The same, summed over each sample alone: [batch] float64."""
-        normed = self.finish(hidden)[:, :-1].flatten(0, 1)
-        targets = input_ids[:, 1:].flatten().to(normed.device)
+        normed = self.finish(hidden).flatten(0, 1)
+        # The last token has no next one. It is run all the same: these are the shapes of the model's own forward pass.
+        targets = pad(input_ids[:, 1:], (0, 1), value=_NO_TARGET).flatten().to(normed.device)
         rows = max_logit_rows(self.view)
         pieces = zip(normed.split(rows), targets.split(rows), strict=True)
         losses = torch.cat([_cross_entropy(self.view.logits(piece), target) for piece, target in pieces])

@@ -23,7 +23,8 @@ from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
 
 MAX_BATCH_TOKENS = 8192  # tokens that go through a block at once
-_SAMPLE_TOKENS = 2048  # tokens of text walked at once: few, so that hopeless candidates are given up early
+_TEXT_TOKENS = 2048  # of the text, walked at once by all candidates
+_FEWEST_PIECES = 8  # that the text is walked in, if it has so many samples: a hopeless candidate is given up early
 
 
 class Removal(NamedTuple):
@@ -85,7 +86,8 @@ class RemovalWalk:
         self._num_samples, length = input_ids.shape
         self._num_terms = self._num_samples * (length - self._objective.tokens_without)
         self._strict = strict
-        self._input_ids = batches(input_ids.to(view.device), 1 if strict else _SAMPLE_TOKENS)
+        tokens = 1 if strict else min(_TEXT_TOKENS, input_ids.numel() // _FEWEST_PIECES)
+        self._input_ids = batches(input_ids.to(view.device), tokens)
         self._runners = [BlockRunner(view, batch) for batch in self._input_ids]
         # For each batch, what enters each block, and what leaves the last; cut off where it is out of date.
         self._prefixes = [list(runner.states) for runner in self._runners]
@@ -104,49 +106,47 @@ class RemovalWalk:
         self._go_on(totals, range(len(self._runners)), limit)
         return self._means(totals, limit)
 
-    def losses_of_contenders(self, candidates: Sequence[Removal]) -> dict[Removal, float]:
+    def losses_of_contenders(
+        self, candidates: Sequence[Removal], *, shortlist: int | None = None
+    ) -> dict[Removal, float]:
         """The same, where a candidate that cannot be the best any more is given up.
 
         Whoever leads after the first samples is measured to the end, then the others as far as they can still win.
+
+        Args:
+            shortlist: give up all but so many best after the first samples already. Then the best may be missed.
         """
         totals = dict.fromkeys(candidates, 0.0)
         rest = range(1, len(self._runners))
         self._go_on(totals, [0])
-        leader = min(totals, key=lambda candidate: totals[candidate])
-        leading = {leader: totals.pop(leader)}
+        order = sorted(totals, key=lambda candidate: totals[candidate])
+        leading = {order[0]: totals.pop(order[0])}
         self._go_on(leading, rest)
-        limit = leading[leader] / self._num_terms
+        for candidate in order[shortlist:] if shortlist else []:
+            totals[candidate] = math.inf
+        limit = leading[order[0]] / self._num_terms
         self._go_on(totals, rest, limit)
         return self._means({**leading, **totals}, limit)
 
-    def greedily(self, candidates: Sequence[Removal], num_rounds: int, *, lazy: bool = False) -> Iterator[Round]:
+    def greedily(
+        self, candidates: Sequence[Removal], num_rounds: int, *, shortlist: int | None = None
+    ) -> Iterator[Round]:
         """Remove the best candidate, again and again, until ``num_rounds`` are done or the caller has enough.
 
         Args:
-            lazy: trust that what a removal adds to the loss only grows from round to round, and measure no candidate
-                that added more in an earlier one than the best measured so far does. Not always the same choice.
+            shortlist: see `losses_of_contenders`.
 
         Raises:
             UserError: no candidate has a finite value.
         """
         left = list(candidates)
-        added: dict[Removal, float] = {}  # to the loss, by each candidate, at least, when it was last measured
-        current = self._dense_loss() if lazy else 0.0
         for _ in tqdm(range(num_rounds), desc="removals", disable=None):
-            if not lazy:
-                losses = self.losses_of_contenders(left)
-            elif not added:
-                losses = self.losses(left)
-            else:
-                losses = self._losses_lazily(left, current, added)
+            losses = self.losses_of_contenders(left, shortlist=shortlist)
             check_some_finite(losses.values())
             best = min(losses, key=lambda candidate: losses[candidate])
-            # One that was given up adds at least as much as the best does.
-            added |= {c: (loss if math.isfinite(loss) else losses[best]) - current for c, loss in losses.items()}
-            current = losses[best]
             self.remove(best)
             left.remove(best)
-            yield Round(best, current, losses)
+            yield Round(best, losses[best], losses)
 
     def remove(self, removal: Removal) -> None:
         """Remove something for good; a layer goes with its second sublayer. States below it stay valid."""
@@ -154,26 +154,6 @@ class RemovalWalk:
         rest = self._without(self.blocks[position], removal.part)
         self.blocks[position : position + 1] = [] if rest is None else [rest]
         self._prefixes = [prefix[: position + 1] for prefix in self._prefixes]
-
-    def _losses_lazily(
-        self, candidates: Sequence[Removal], current: float, added: Mapping[Removal, float]
-    ) -> dict[Removal, float]:
-        """Values of the candidates one by one, those that added least before first, while one may be the best."""
-        losses: dict[Removal, float] = {}
-        least = math.inf
-        for candidate in sorted(candidates, key=lambda c: added[c]):
-            if current + added[candidate] > least:
-                break
-            losses |= self.losses([candidate], limit=least)
-            least = min(least, losses[candidate])
-        return losses
-
-    def _dense_loss(self) -> float:
-        totals = [
-            self._objective.measure(runner, [runner.states[-1]], input_ids)[0]
-            for runner, input_ids in zip(self._runners, self._input_ids, strict=True)
-        ]
-        return sum(totals) / self._num_terms
 
     def _go_on(self, totals: dict[Removal, float], numbers: Sequence[int], limit: float = math.inf) -> None:
         """Add the sums over some batches to ``totals``, of those candidates whose sum does not exceed the limit yet."""

@@ -72,7 +72,7 @@ def naive(model, input_ids, objective, num_rounds):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gemma3_text"])
 def test_it_equals_the_plain_loop(architecture, objective, input_ids, monkeypatch):
-    monkeypatch.setattr(walk, "_SAMPLE_TOKENS", 12)  # one sample after the other
+    monkeypatch.setattr(walk, "_TEXT_TOKENS", 12)  # one sample after the other
     problem = problem_for(architecture, input_ids)
     removed, values = naive(problem.view.model, input_ids, objective, 4)
     plan = FinerCut(objective=objective).plan(problem)

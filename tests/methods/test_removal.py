@@ -63,7 +63,7 @@ def naive_sleb(model, input_ids, num_remove, protect_first=1, protect_last=1):
 @pytest.mark.parametrize("strict", [False, True])
 def test_sleb_equals_the_plain_loop(problem, input_ids, strict, batch_tokens, monkeypatch):
     monkeypatch.setattr(walk, "MAX_BATCH_TOKENS", batch_tokens)
-    monkeypatch.setattr(walk, "_SAMPLE_TOKENS", batch_tokens)
+    monkeypatch.setattr(walk, "_TEXT_TOKENS", batch_tokens)
     removed, losses = naive_sleb(problem.view.model, input_ids, 3)
     plan = Sleb(strict=strict).plan(problem)
     assert plan.scores["order"] == removed
@@ -93,7 +93,7 @@ def test_walk_measures_every_architecture(architecture, input_ids):
 
 
 def test_a_candidate_is_given_up_only_when_it_cannot_win(input_ids, monkeypatch):
-    monkeypatch.setattr(walk, "_SAMPLE_TOKENS", 12)  # one sample at a time
+    monkeypatch.setattr(walk, "_TEXT_TOKENS", 12)  # one sample at a time
     problem = problem_for("llama", input_ids)
     with torch.no_grad():  # without layer 0 the residual stream lacks what makes the logits small
         problem.view.layers[0].mlp.down_proj.weight.mul_(40)
