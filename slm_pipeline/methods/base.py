@@ -112,10 +112,10 @@ class Method(ABC):
 
 @dataclass(kw_only=True)
 class LayerRemoval(Method):
-    """Base of the methods that remove whole layers and change nothing else.
+    """Base of the methods that remove whole layers, or merge them by pairs.
 
     Options:
-        protect_first, protect_last: layers at the input and output side that are never removed.
+        protect_first, protect_last: layers at the input and output side that are never touched.
     """
 
     protect_first: int = 0
@@ -131,7 +131,7 @@ class LayerRemoval(Method):
         return self.protect_first + self.protect_last
 
     def candidates(self, num_layers: int) -> list[int]:
-        """Layers that may be removed."""
+        """Layers that may be touched."""
         return list(range(self.protect_first, num_layers - self.protect_last))
 
     def removal_plan(self, problem: PruningProblem, removed: list[int], scores: dict[str, Any]) -> Plan:

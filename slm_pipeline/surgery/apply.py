@@ -11,7 +11,7 @@ from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.concatenate import concatenate
 from slm_pipeline.surgery.fold import fold
-from slm_pipeline.surgery.merge_rules import merge
+from slm_pipeline.surgery.merge_rules import merge, weighted
 from slm_pipeline.surgery.plan import SUBLAYERS, Plan
 
 
@@ -66,6 +66,8 @@ def planned_blocks(plan: Plan, view: ModelView) -> list[Block]:
                 official_gqa=op.get("official_gqa", False),
                 fold_norm=op.get("fold_norm", False),
             )
+        elif op["op"] == "merge" and op["rule"] == "weighted":
+            blocks[min(op["layers"])] = weighted(view, members, op["shares"])
         elif op["op"] == "merge":
             blocks[min(op["layers"])] = merge(view, members, op["rule"])
         elif op["op"] == "drop_sublayer":

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from slm_pipeline.surgery.block import Block
+from slm_pipeline.surgery.merge_rules import weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,7 @@ def concatenate(
     for name, _ in view.layers[lowest.body].named_parameters():
         if name not in replaced:
             weights = [1 / len(blocks)] * len(blocks) if name in norms else shares
-            replaced[name] = _weighted_sum([block.parameter(view, name) for block in blocks], weights)
+            replaced[name] = weighted_sum([block.parameter(view, name) for block in blocks], weights)
     return Block(lowest.body, replaced)
 
 
@@ -90,10 +91,3 @@ def _gather(view: ModelView, blocks: Sequence[Block], piece: Slice, chosen: Sequ
             rows = units[indices].flatten().sort().values  # original order within a layer
             taken.append(parameter.index_select(piece.dim, rows.to(parameter.device)).to(device))
     return torch.cat(taken, dim=piece.dim)
-
-
-def _weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    total = values[0].float() * weights[0]
-    for value, weight in zip(values[1:], weights[1:], strict=True):
-        total = total + weight * value.to(total.device).float()
-    return total.to(values[0].dtype)

@@ -14,6 +14,8 @@ Let theta_l .. theta_h be the projection matrices of the window, l the lowest la
 All but `keep_highest` keep the norms of layer l. Projection biases, q/k norms and the layer type follow the
 projections: those of layer h for `official` and `keep_highest`, of layer l otherwise.
 Source: arXiv 2502.19159, method figure and released code; arXiv 2402.11187 (LaCo).
+
+`weighted` (MKA, arXiv 2406.16330) is not one of these: it needs a share for each block, and mixes norms and biases too.
 """
 
 from __future__ import annotations
@@ -62,3 +64,22 @@ def _combine(view: ModelView, blocks: Sequence[Block], name: str, rule: str) -> 
     else:
         total = sum((matrix.to(base.device).float() - base for matrix in matrices[1:]), base)
     return total.to(matrices[0].dtype)
+
+
+def weighted(view: ModelView, blocks: Sequence[Block], shares: Sequence[float]) -> Block:
+    """Adjacent blocks, lowest first, as one whose every parameter is the sum of theirs, weighted by ``shares``.
+
+    Layer type and module are those of the lowest. Nothing in the model changes.
+    """
+    lowest = blocks[0]
+    names = [name for name, _ in view.layers[lowest.body].named_parameters()]
+    sums = {name: weighted_sum([block.parameter(view, name) for block in blocks], shares) for name in names}
+    return Block(lowest.body, sums)
+
+
+def weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Sum of ``weights`` times ``values``, in float32, returned in the first one's dtype and on its device."""
+    total = values[0].float() * weights[0]
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        total = total + weight * value.to(total.device).float()
+    return total.to(values[0].dtype)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 OPS = ("drop", "merge", "drop_sublayer", "fold")
+SHARING_RULES = ("concatenate", "weighted")  # they take a share for each part; no options of slm and laco
 SUBLAYERS = ("attention", "mlp")
 EXPORTS = ("stock", "custom")
 
@@ -167,16 +168,17 @@ class Plan:
             raise UserError(f"{name} needs the tensor {op.get('tensor')}, which plan.safetensors does not hold")
 
     def _check_merge(self, name: str, op: dict[str, Any], num_parts: int) -> None:
-        if op.get("rule") == "concatenate":
+        rule = op.get("rule")
+        if rule not in (*RULES, *SHARING_RULES):
+            raise UserError(f"{name}: rule={rule!r} is not one of {', '.join((*RULES, *SHARING_RULES))}")
+        if rule == "concatenate":
             needed = [
                 f"{op.get('tensors')}.{kind}.{part}" for kind in ("heads", "neurons") for part in range(num_parts)
             ]
             if missing := [tensor for tensor in needed if tensor not in self.tensors]:
                 raise UserError(f"{name} needs the tensor {missing[0]}, which plan.safetensors does not hold")
-            if len(op.get("shares", [])) != num_parts:
-                raise UserError(f"{name} needs one share for each of its {num_parts} parts")
-        elif op.get("rule") not in RULES:
-            raise UserError(f"{name}: rule={op.get('rule')!r} is not one of {', '.join((*RULES, 'concatenate'))}")
+        if rule in SHARING_RULES and len(op.get("shares", [])) != num_parts:
+            raise UserError(f"{name} needs one share for each of its {num_parts} parts")
 
 
 def groups_of_windows(windows: Sequence[tuple[int, int]], num_layers: int, first: int = 0) -> list[list[int]]:

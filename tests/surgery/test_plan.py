@@ -44,6 +44,7 @@ OVERLAPPING = [{"op": "merge", "layers": [3, 4], "rule": "mean"}, {"op": "merge"
         ({"ops": [{"op": "merge", "layers": [2, 3, 99], "rule": "official"}]}, "are not whole layers of the model"),
         ({"ops": [{"op": "merge", "layers": [2, 3, 4]}]}, "rule=None is not one of official"),
         ({"ops": [{"op": "merge", "layers": [2, 3, 4], "rule": "concatenate"}]}, "needs the tensor None.heads.0"),
+        ({"ops": [{"op": "merge", "layers": [2, 3, 4], "rule": "weighted"}]}, "one share for each of its 3 parts"),
         ({"ops": [{"op": "twist", "layers": [2]}]}, "op 0 is 'twist'; this version knows drop, merge"),
         ({"ops": [{"op": "fold", "layers": [2]}]}, "op 0 needs the tensor None"),
         ({"ops": [{"op": "fold", "layers": [2, 3]}]}, r"layers=\[2, 3\] is not one layer of the model"),
