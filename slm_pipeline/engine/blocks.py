@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch.nn.functional import pad
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
 
-_PASS_TOKENS = 8192  # tokens in one forward pass that keeps few states
+GPU_TOKENS, CPU_TOKENS = 8192, 512  # that go through a block at once
+_PASS_TOKENS = 8192  # in one forward pass that keeps few states
+_NUM_LIKELY = 4096  # tokens of the vocabulary that are likely on a batch
 _NO_TARGET = -100  # what cross_entropy passes over
 MAX_LOGITS = 1 << 26  # float32 logits at a time: 256 MB
 
@@ -83,6 +86,29 @@ class BlockRunner:
         return float(self.losses(hidden, input_ids).sum())
 
     @torch.no_grad()
+    def least_loss(self, hidden: Tensor, input_ids: Tensor) -> float:
+        """A number that `loss` is not below, for a part of its cost.
+
+        The normaliser is summed over a part of the vocabulary only: the targets, and what the dense model finds likely
+        on this batch.
+        """
+        targets = input_ids[:, 1:].flatten()
+        tokens, targets = torch.cat([self._likely_tokens, targets]).unique(return_inverse=True)
+        targets = targets[-input_ids[:, 1:].numel() :]
+        normed = self.finish(hidden)[:, :-1].flatten(0, 1)
+        rows = max(1, MAX_LOGITS // len(tokens))
+        pieces = zip(normed.split(rows), targets.to(normed.device).split(rows), strict=True)
+        losses = [_cross_entropy(self.view.logits(piece, tokens), target).sum() for piece, target in pieces]
+        return float(torch.stack(losses).sum())
+
+    @cached_property
+    def _likely_tokens(self) -> Tensor:
+        """Indices of the tokens with the highest mean probability under the dense model."""
+        pieces = self.final.flatten(0, 1).split(max_logit_rows(self.view))
+        probability = torch.stack([self.view.logits(piece).float().softmax(dim=-1).sum(dim=0) for piece in pieces])
+        return probability.sum(dim=0).topk(min(_NUM_LIKELY, self.view.config.vocab_size)).indices.to(self.view.device)
+
+    @torch.no_grad()
     def losses(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """The same, summed over each sample alone: [batch] float64."""
         normed = self.finish(hidden).flatten(0, 1)
@@ -92,6 +118,15 @@ class BlockRunner:
         pieces = zip(normed.split(rows), targets.split(rows), strict=True)
         losses = torch.cat([_cross_entropy(self.view.logits(piece), target) for piece, target in pieces])
         return losses.view(len(hidden), -1).sum(dim=1)
+
+
+def rows_at_once(states: Tensor) -> int:
+    """Samples of [any batch, length, d] states that go through a block at once: what keeps a device busy, no more.
+
+    On a processor more than some hundred tokens push one another out of its cache.
+    """
+    tokens = GPU_TOKENS if states.is_cuda else CPU_TOKENS
+    return max(1, tokens // states.shape[1])
 
 
 def max_logit_rows(view: ModelView) -> int:

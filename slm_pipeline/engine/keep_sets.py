@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slm_pipeline.engine.blocks import BlockRunner
-from slm_pipeline.engine.walk import MAX_BATCH_TOKENS
+from slm_pipeline.engine.blocks import BlockRunner, rows_at_once
 from slm_pipeline.surgery.block import Block
 
 
@@ -46,5 +45,4 @@ def _below(kept: Sequence[int], layer: int) -> tuple[int, ...]:
 
 
 def _run(runner: BlockRunner, block: Block, states: Tensor) -> Tensor:
-    rows = max(1, MAX_BATCH_TOKENS // states.shape[1])
-    return torch.cat([runner.run(block, piece) for piece in states.split(rows)])
+    return torch.cat([runner.run(block, piece) for piece in states.split(rows_at_once(states))])

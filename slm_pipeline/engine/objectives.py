@@ -12,6 +12,8 @@ from torch import Tensor
 
 from slm_pipeline.engine.blocks import BlockRunner, max_logit_rows
 
+Measure = Callable[[BlockRunner, Sequence[Tensor], Tensor], list[float]]
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -21,15 +23,22 @@ class Objective:
         measure: (runner, states, input_ids) -> for each variant the sum over the batch's tokens, >= 0. ``states`` holds
             the variants' last blocks' outputs, [batch, length, d] each; ``runner`` has the dense model's.
         tokens_without: tokens of a sample that add nothing to the sum.
+        bound: the same as measure, but cheaper and never above it (but for rounding).
     """
 
-    measure: Callable[[BlockRunner, Sequence[Tensor], Tensor], list[float]]
+    measure: Measure
     tokens_without: int = 0
+    bound: Measure | None = None
 
 
 def next_token_loss(runner: BlockRunner, states: Sequence[Tensor], input_ids: Tensor) -> list[float]:
     """Negative log-likelihood of the text, in nats."""
     return [runner.loss(state, input_ids) for state in states]
+
+
+def least_next_token_loss(runner: BlockRunner, states: Sequence[Tensor], input_ids: Tensor) -> list[float]:
+    """A little less than what `next_token_loss` is at least, so that rounding cannot put it above."""
+    return [(1 - 1e-6) * runner.least_loss(state, input_ids) for state in states]
 
 
 def angular_distance(runner: BlockRunner, states: Sequence[Tensor], input_ids: Tensor) -> list[float]:
@@ -60,7 +69,7 @@ def jensen_shannon(runner: BlockRunner, states: Sequence[Tensor], input_ids: Ten
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "next_token_loss": Objective(next_token_loss, tokens_without=1),
+    "next_token_loss": Objective(next_token_loss, tokens_without=1, bound=least_next_token_loss),
     "angular": Objective(angular_distance),
     "euclidean": Objective(euclidean_distance),
     "jensen_shannon": Objective(jensen_shannon),

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from slm_pipeline.engine.blocks import BlockRunner, batches
-from slm_pipeline.engine.objectives import OBJECTIVES
+from slm_pipeline.engine.blocks import BlockRunner, batches, rows_at_once
+from slm_pipeline.engine.objectives import OBJECTIVES, Measure
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
 
-MAX_BATCH_TOKENS = 8192  # tokens that go through a block at once
 _TEXT_TOKENS = 2048  # of the text, walked at once by all candidates
+_COSTLY_HEAD = 4  # in blocks: from there on a bound that spares most of the head is worth a second walk
 _FEWEST_PIECES = 8  # that the text is walked in, if it has so many samples: a hopeless candidate is given up early
 
 
@@ -83,6 +83,8 @@ class RemovalWalk:
         self.blocks = [Block(layer) for layer in range(view.num_layers)]
         self.num_block_evaluations = 0.0
         self._objective = OBJECTIVES[objective]
+        head_is_costly = view.head_parameters() >= _COSTLY_HEAD * view.block_parameters(0)
+        self._bound = self._objective.bound if head_is_costly and not strict else None
         self._num_samples, length = input_ids.shape
         self._num_terms = self._num_samples * (length - self._objective.tokens_without)
         self._strict = strict
@@ -117,16 +119,20 @@ class RemovalWalk:
             shortlist: give up all but so many best after the first samples already. Then the best may be missed.
         """
         totals = dict.fromkeys(candidates, 0.0)
-        rest = range(1, len(self._runners))
-        self._go_on(totals, [0])
-        order = sorted(totals, key=lambda candidate: totals[candidate])
-        leading = {order[0]: totals.pop(order[0])}
+        first, *rest = range(len(self._runners))
+        self._go_on(totals, [first])
+        leader, *others = sorted(totals, key=lambda candidate: totals[candidate])[:shortlist]
+        leading = {leader: totals[leader]}
         self._go_on(leading, rest)
-        for candidate in order[shortlist:] if shortlist else []:
-            totals[candidate] = math.inf
-        limit = leading[order[0]] / self._num_terms
-        self._go_on(totals, rest, limit)
-        return self._means({**leading, **totals}, limit)
+        limit = leading[leader] / self._num_terms
+        if self._bound is not None:
+            bounds = {candidate: totals[candidate] for candidate in others}
+            self._go_on(bounds, rest, limit, self._bound)
+            others = [candidate for candidate in others if bounds[candidate] <= limit * self._num_terms]
+        contending = {candidate: totals[candidate] for candidate in others}
+        self._go_on(contending, rest, limit)
+        given_up = dict.fromkeys(candidates, math.inf)
+        return given_up | self._means({**leading, **contending}, limit)
 
     def greedily(
         self, candidates: Sequence[Removal], num_rounds: int, *, shortlist: int | None = None
@@ -155,11 +161,17 @@ class RemovalWalk:
         self.blocks[position : position + 1] = [] if rest is None else [rest]
         self._prefixes = [prefix[: position + 1] for prefix in self._prefixes]
 
-    def _go_on(self, totals: dict[Removal, float], numbers: Sequence[int], limit: float = math.inf) -> None:
+    def _go_on(
+        self,
+        totals: dict[Removal, float],
+        numbers: Sequence[int],
+        limit: float = math.inf,
+        measure: Measure | None = None,
+    ) -> None:
         """Add the sums over some batches to ``totals``, of those candidates whose sum does not exceed the limit yet."""
         for index in tqdm(numbers, desc="candidates", unit="batch", disable=None, leave=False):
             walking = [candidate for candidate, total in totals.items() if total <= limit * self._num_terms]
-            for candidate, loss in self._walk(index, walking).items():
+            for candidate, loss in self._walk(index, walking, measure or self._objective.measure).items():
                 totals[candidate] += loss if math.isfinite(loss) else math.inf
 
     def _means(self, totals: Mapping[Removal, float], limit: float) -> dict[Removal, float]:
@@ -174,8 +186,8 @@ class RemovalWalk:
         return block.lacking(part)
 
     @torch.no_grad()
-    def _walk(self, index: int, candidates: Sequence[Removal]) -> dict[Removal, float]:
-        """Sum of the objective over one batch of samples, for each candidate."""
+    def _walk(self, index: int, candidates: Sequence[Removal], measure: Measure) -> dict[Removal, float]:
+        """Sum of what is measured over one batch of samples, for each candidate."""
         if not candidates:
             return {}
         runner, prefix = self._runners[index], self._prefixes[index]
@@ -194,7 +206,7 @@ class RemovalWalk:
             starting = [self._variant(runner, self._without(block, c.part), prefix[position]) for c in here]
             states = torch.cat([entering, *(state.to(entering.device) for state in starting)])
             walking += here
-        losses = self._objective.measure(runner, states.split(size), self._input_ids[index])
+        losses = measure(runner, states.split(size), self._input_ids[index])
         return dict(zip(walking, losses, strict=True))
 
     def _variant(self, runner: BlockRunner, block: Block | None, hidden: Tensor) -> Tensor:
@@ -202,5 +214,5 @@ class RemovalWalk:
 
     def _run(self, runner: BlockRunner, block: Block, states: Tensor, batch_size: int) -> Tensor:
         self.num_block_evaluations += len(states) / self._num_samples
-        rows = batch_size if self._strict else max(1, MAX_BATCH_TOKENS // states.shape[1])
+        rows = batch_size if self._strict else rows_at_once(states)
         return torch.cat([runner.run(block, piece) for piece in states.split(rows)])

@@ -195,10 +195,22 @@ class ModelView:
         slices.append(Slice(f"{output}.weight", 1, [_units(0, out_width, num_units)]))
         return slices
 
-    def logits(self, normed: Tensor) -> Tensor:
-        """Next-token logits of final-normed states: [..., d] -> [..., vocabulary], as the model's own forward does."""
+    def head_parameters(self) -> int:
+        """Parameters of the projection to the vocabulary, tied or not."""
+        return int(self.model.get_output_embeddings().weight.numel())
+
+    def logits(self, normed: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Next-token logits of final-normed states: [..., d] -> [..., vocabulary], as the model's own forward does.
+
+        ``tokens``: indices of a part of the vocabulary; then only their logits, in that order.
+        """
         head = self.model.get_output_embeddings()
-        logits = head(normed.to(head.weight.device))
+        if tokens is None:
+            logits = head(normed.to(head.weight.device))
+        else:
+            rows = tokens.to(head.weight.device)
+            bias = None if head.bias is None else head.bias[rows]
+            logits = nn.functional.linear(normed.to(head.weight.device), head.weight[rows], bias)
         if scaling := getattr(self.config, "logits_scaling", None):
             logits = logits / scaling
         if cap := getattr(self.config, "final_logit_softcapping", None):

@@ -14,7 +14,7 @@ import torch
 
 from slm_pipeline.analysis import dynamic_skip
 from slm_pipeline.commands import analyze
-from slm_pipeline.engine import keep_sets
+from slm_pipeline.engine import blocks, keep_sets
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
@@ -72,7 +72,7 @@ def test_keep_sets_have_k_layers_first_and_last_among_them(num_layers):
 @pytest.mark.parametrize(("batch_tokens", "sample_tokens"), [(1, 1), (40, 24), (10**6, 10**6)])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "opt", "gpt_neox"])
 def test_losses_are_those_of_whole_models(any_model, input_ids, batch_tokens, sample_tokens, monkeypatch):
-    monkeypatch.setattr(keep_sets, "MAX_BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(blocks, "CPU_TOKENS", batch_tokens)
     monkeypatch.setattr(dynamic_skip, "_SAMPLE_TOKENS", sample_tokens)
     losses, _ = dynamic_skip.measure(ModelView(any_model), input_ids)
     expected = [losses_of(with_layers(any_model, kept), input_ids) for kept in dynamic_skip.evenly_spaced(6)]

@@ -83,7 +83,7 @@ def test_hooks_are_removed(tiny_llama, input_ids):
 def test_similarity_does_not_depend_on_how_samples_are_batched(tiny_llama, input_ids, monkeypatch):
     model, _ = tiny_llama
     together = statistics.collect(ModelView(model), input_ids).cosine
-    monkeypatch.setattr("slm_pipeline.engine.statistics._MAX_BATCH_TOKENS", 1)
+    monkeypatch.setattr("slm_pipeline.engine.statistics.MAX_BATCH_TOKENS", 1)
     torch.testing.assert_close(statistics.collect(ModelView(model), input_ids).cosine, together)
 
 
@@ -95,3 +95,16 @@ def test_batches_keep_to_the_limit(max_tokens, sizes):
     found = batches(samples, max_tokens)
     assert [len(batch) for batch in found] == sizes
     assert torch.equal(torch.cat(found), samples)
+
+
+def test_the_least_loss_is_never_above_the_loss(any_model, input_ids, monkeypatch):
+    runner = BlockRunner(ModelView(any_model), input_ids)
+    for state in (runner.states[-1], runner.states[2]):
+        whole = runner.loss(state, input_ids)
+        least = []
+        for count in (1, 30, 300):
+            monkeypatch.setattr(blocks, "_NUM_LIKELY", count)
+            runner.__dict__.pop("_likely_tokens", None)
+            least.append(runner.least_loss(state, input_ids))
+        assert least[0] < least[1] < whole
+        assert least[2] == pytest.approx(whole, rel=1e-6)  # all of the vocabulary

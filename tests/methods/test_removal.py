@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import random_source
 
-from slm_pipeline.engine import walk
+from slm_pipeline.engine import blocks, walk
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.angular import AngularDistance
@@ -62,7 +62,7 @@ def naive_sleb(model, input_ids, num_remove, protect_first=1, protect_last=1):
 @pytest.mark.parametrize("batch_tokens", [8192, 24, 1])
 @pytest.mark.parametrize("strict", [False, True])
 def test_sleb_equals_the_plain_loop(problem, input_ids, strict, batch_tokens, monkeypatch):
-    monkeypatch.setattr(walk, "MAX_BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(blocks, "CPU_TOKENS", batch_tokens)
     monkeypatch.setattr(walk, "_TEXT_TOKENS", batch_tokens)
     removed, losses = naive_sleb(problem.view.model, input_ids, 3)
     plan = Sleb(strict=strict).plan(problem)
@@ -210,3 +210,40 @@ def test_plans_are_applied(method, input_ids):
 def test_protected_layers_must_not_be_negative(method):
     with pytest.raises(UserError, match="method.protect_first=-1 must be at least 0"):
         method(protect_first=-1)
+
+
+@pytest.mark.parametrize("num_likely", [20, 5000])
+def test_a_bound_on_the_loss_changes_no_decision(num_likely, monkeypatch):
+    """Where the head is costly most candidates are given up by a part of the vocabulary."""
+    monkeypatch.setattr(blocks, "_NUM_LIKELY", num_likely)
+    source = random_source("llama", num_layers=8, vocab_size=3000)
+    model, _ = load_dense(source)
+    with torch.no_grad():  # sharp distributions and layers of different weight
+        model.lm_head.weight.mul_(30)
+        for index, layer in enumerate(model.model.layers):
+            layer.mlp.down_proj.weight.mul_(1 + 2 * index)
+    input_ids = torch.randint(0, 3000, (9, 12), generator=torch.Generator().manual_seed(5))
+    view = ModelView(model)
+    problem = PruningProblem(source, view, input_ids, collect(view, input_ids), 3, None, 5, False, {})
+    removed, losses = naive_sleb(model, input_ids, 3)
+    plan = Sleb().plan(problem)
+    assert plan.scores["order"] == removed
+    for found, expected in zip(plan.scores["rounds"], losses, strict=True):
+        assert found["loss"] == pytest.approx(min(expected.values()), rel=1e-5)
+        given_up = [layer for layer, loss in found["losses"].items() if loss is None]
+        assert num_likely < 3000 or len(given_up) == len(expected) - 1  # the bound is the loss itself
+        complete = {int(layer): loss for layer, loss in found["losses"].items() if loss is not None}
+        assert complete == pytest.approx({layer: expected[layer] for layer in complete}, rel=1e-5)
+
+
+def test_a_shortlist_measures_no_more_than_it_says(problem, input_ids, monkeypatch):
+    monkeypatch.setattr(walk, "_TEXT_TOKENS", 12)  # one sample after the other
+    plan = Sleb(shortlist=2).plan(problem)
+    assert all(sum(loss is not None for loss in found["losses"].values()) <= 2 for found in plan.scores["rounds"])
+    first = {layer: naive_loss(without(problem.view.model, [layer]), input_ids[:1]) for layer in range(1, 7)}
+    best_two = sorted(first, key=first.get)[:2]
+    everywhere = {layer: naive_loss(without(problem.view.model, [layer]), input_ids) for layer in best_two}
+    assert plan.scores["rounds"][0]["removed"] == min(everywhere, key=everywhere.get)
+    assert Sleb(shortlist=100).plan(problem).scores["order"] == Sleb().plan(problem).scores["order"]
+    with pytest.raises(UserError, match="shortlist=0 must be at least 1"):
+        Sleb(shortlist=0)
