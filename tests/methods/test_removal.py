@@ -228,12 +228,13 @@ def test_a_bound_on_the_loss_changes_no_decision(num_likely, monkeypatch):
     removed, losses = naive_sleb(model, input_ids, 3)
     plan = Sleb().plan(problem)
     assert plan.scores["order"] == removed
+    num_given_up = 0
     for found, expected in zip(plan.scores["rounds"], losses, strict=True):
         assert found["loss"] == pytest.approx(min(expected.values()), rel=1e-5)
-        given_up = [layer for layer, loss in found["losses"].items() if loss is None]
-        assert num_likely < 3000 or len(given_up) == len(expected) - 1  # the bound is the loss itself
+        num_given_up += sum(loss is None for loss in found["losses"].values())
         complete = {int(layer): loss for layer, loss in found["losses"].items() if loss is not None}
         assert complete == pytest.approx({layer: expected[layer] for layer in complete}, rel=1e-5)
+    assert num_given_up > 0 or num_likely < 3000  # with all of the vocabulary the bound is the loss itself
 
 
 def test_a_shortlist_measures_no_more_than_it_says(problem, input_ids, monkeypatch):
