@@ -26,6 +26,7 @@ from slm_pipeline.methods.base import PruningProblem
 from slm_pipeline.methods.come import Come, ComePosterior, shares
 from slm_pipeline.methods.finercut import FinerCut
 from slm_pipeline.methods.laco import Laco
+from slm_pipeline.methods.replaceme import ReplaceMe
 from slm_pipeline.methods.shortened import ShortenedPerplexity, ShortenedTaylor, scored
 from slm_pipeline.methods.shortgpt import ShortGPT
 from slm_pipeline.methods.sleb import Sleb
@@ -318,6 +319,23 @@ def hidden_states(problem: PruningProblem) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
+@torch.no_grad()
+def replaceme(problem: PruningProblem, method: ReplaceMe) -> Decision:
+    """All activations of all tokens in memory, then least squares. The decision compared is the block."""
+    view = problem.view
+    removed = angular(problem, method)
+    outputs: list[Tensor] = []
+    hook = view.mlp_output(removed[0] - 1).register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        states = [(each[removed[0]], each[removed[-1] + 1]) for each in hidden_states(problem)]
+    finally:
+        hook.remove()
+    output = torch.cat([part.flatten(0, -2) for part in outputs]).double()
+    before, after = (torch.cat(parts).double() for parts in zip(*states, strict=True))
+    torch.linalg.lstsq(output, after - before + output)
+    return removed
+
+
 def shortened_taylor(problem: PruningProblem, method: ShortenedTaylor) -> Decision:
     """All gradients at once, as autograd leaves them."""
     view = problem.view
@@ -383,6 +401,7 @@ LOOPS: dict[type, Callable[[PruningProblem, Any], Decision]] = {
     ShortGPT: shortgpt,
     AngularDistance: angular,
     Streamline: streamline,
+    ReplaceMe: replaceme,
     Come: come,
     ComePosterior: come,
 }
@@ -397,4 +416,4 @@ def decision_of(method: Any, plan: Any) -> Decision:
     return list(plan.scores["order"])
 
 
-READ_STATISTICS = (ShortGPT, AngularDistance)  # and Streamline, which is an AngularDistance
+READ_STATISTICS = (ShortGPT, AngularDistance)  # Streamline and ReplaceMe are AngularDistances
