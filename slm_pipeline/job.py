@@ -124,14 +124,22 @@ def prepare(config: Config, command: str) -> Job:
     source = describe(config.model)
     threshold = _threshold(config, method, command)
     method.check(source)
+    if method.reads_calibration and config.calibration.seq_len < method.min_seq_len:
+        raise UserError(
+            f"calibration.seq_len={config.calibration.seq_len} must be at least {method.min_seq_len} for"
+            f" method={method.name}, which predicts the next token"
+        )
     identities: dict[str, object] = {"calibration": calibration.check(config.calibration, data_dir(config))}
     if recovery is not None and {"recover", "evaluate"}.intersection(config.stages):
         identities["recovery"] = recovery.data_identity(data_dir(config))
     identities["evaluation"] = _check_evaluation(config)
     check_tracker(config.tracker)
     job = Job(config, source, method, recovery, threshold, command, identities)
-    if source.num_layers is not None:
-        job.num_layers_to_remove(source.num_layers)
+    num_layers = None
+    if source.num_layers is not None and (removed := job.num_layers_to_remove(source.num_layers)) is not None:
+        num_layers = source.num_layers - removed
+    if recovery is not None:
+        recovery.check(source, num_layers)
     return job
 
 

@@ -268,8 +268,7 @@ def _layers(summary: Summary) -> list[str]:
     lines = [format_groups(summary["layer_groups"])]
     if summary["dropped"]:
         lines.append("dropped: " + ", ".join(map(str, summary["dropped"])))
-    if missing := summary.get("sublayers"):
-        lines += _sublayers(missing)
+    lines += sublayer_lines(summary.get("sublayers", {}))
     if not summary.get("threshold_is_highest", True):
         lines.append(
             f"threshold {summary['threshold']:g} reaches the pruning ratio, but a higher one may too:"
@@ -278,8 +277,14 @@ def _layers(summary: Summary) -> list[str]:
     return lines
 
 
-def _sublayers(missing: Mapping[str, Any]) -> list[str]:
-    """Which sublayers are missing, and how the checkpoint says so."""
+def sublayer_lines(missing: Mapping[str, Any]) -> list[str]:
+    """Which sublayers are missing, and how the checkpoint says so; nothing if ``missing`` is empty.
+
+    Args:
+        missing: export, attention and mlp (original layers), and parameters in them.
+    """
+    if not missing:
+        return []
     names = (("attention", "attention"), ("mlp", "feed-forward"))
     lost = [f"{name} of {', '.join(map(str, missing[key]))}" for key, name in names if missing[key]]
     count = _count(missing["parameters"])

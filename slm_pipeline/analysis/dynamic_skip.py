@@ -2,8 +2,8 @@
 
 The study of "Dynamic layer selection in decoder-only transformers" (arXiv 2410.20022): layers are skipped in an evenly
 spaced pattern, and an oracle that knows the outcome gives each sequence the fewest layers that serve it as well as the
-whole model does. No controller that chooses among these patterns can do better; a static plan, which is free to keep
-other layers, may. Nothing is pruned and no checkpoint is written.
+whole model does. No per-sequence controller that chooses among these patterns can do better; a static plan, which is
+free to keep other layers, may. Nothing is pruned and no checkpoint is written.
 
 Departure: the paper judges text that the model generates; here it is the loss of given text, so that no decoding and
 no task data are needed.

@@ -82,8 +82,10 @@ _COLUMNS = ("method", "tokens", "seconds theirs", "ours", "ratio", "blocks their
 
 def _problem(job: Job, view: ModelView, tokenizer: Any) -> PruningProblem:
     from slm_pipeline.data.calibration import sample
+    from slm_pipeline.job import ParameterCounts
 
-    num_remove = None if job.threshold is not None else job.num_layers_to_remove(view.num_layers)
+    counts = ParameterCounts(view.num_parameters(), [view.block_parameters(i) for i in range(view.num_layers)])
+    num_remove = None if job.threshold is not None else job.num_layers_to_remove(view.num_layers, counts)
     return PruningProblem(
         source=job.source,
         view=view,
@@ -94,6 +96,7 @@ def _problem(job: Job, view: ModelView, tokenizer: Any) -> PruningProblem:
         refine=job.config.threshold.refine,
         exhaustive=job.config.threshold.exhaustive,
         calibration={},
+        num_parameters=job.num_parameters_to_remove(counts),
     )
 
 

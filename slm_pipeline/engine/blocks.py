@@ -66,7 +66,12 @@ class BlockRunner:
         self.num_block_evaluations += 1
         module = self.view.layers[block.body]
         args, kwargs = self._arguments[block.body]
-        tensors = {name: value.to(module.get_parameter(name).device) for name, value in block.replaced.items()}
+        absent = {child for sublayer in block.without for child in self.view.sublayer(sublayer)}
+        tensors = {
+            name: value.to(module.get_parameter(name).device)
+            for name, value in block.replaced.items()
+            if name.partition(".")[0] not in absent
+        }
         with self.view.lacking(block.body, block.without):
             if tensors:
                 output = functional_call(module, tensors, (hidden, *args), kwargs, tie_weights=False)

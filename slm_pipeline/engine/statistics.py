@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slm_pipeline.engine.blocks import BlockRunner, batches
+from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
 
 MAX_BATCH_TOKENS = 2048  # the states of all layers are in memory for one batch, in float32
@@ -71,7 +72,9 @@ def collect(view: ModelView, input_ids: Tensor) -> Statistics:
     cosine, angle, angle_last = (torch.zeros(depth + 1, depth + 1, dtype=torch.float64) for _ in range(3))
     try:
         for batch in tqdm(batches(input_ids, MAX_BATCH_TOKENS), desc="calibration pass", disable=None):
-            cosines = _token_cosines(BlockRunner(view, batch).states)
+            states = BlockRunner(view, batch).states
+            _check_finite(states)
+            cosines = _token_cosines(states)
             angles = cosines.clamp(-1, 1).arccos() / torch.pi
             cosine += cosines.sum(dim=(0, 1), dtype=torch.float64).cpu()
             angle += angles.sum(dim=(0, 1), dtype=torch.float64).cpu()
@@ -90,6 +93,15 @@ def collect(view: ModelView, input_ids: Tensor) -> Statistics:
         mlp_mean_abs=torch.stack([moments.mean_abs for moments in mlp]),
         mlp_variance=torch.stack([moments.variance for moments in mlp]),
     )
+
+
+def _check_finite(states: list[Tensor]) -> None:
+    for layer, state in enumerate(states[1:]):
+        if not bool(state.isfinite().all()):
+            raise UserError(
+                f"the states after layer {layer} are not finite on the calibration text: the weights are damaged, or"
+                " the model overflows in its dtype; try model.dtype=bfloat16 or model.dtype=float32"
+            )
 
 
 def _token_cosines(states: list[Tensor]) -> Tensor:

@@ -23,6 +23,7 @@ from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
 
 _TEXT_TOKENS = 2048  # of the text, walked at once by all candidates
+_KEPT_BYTES = 1 << 30  # of states, so that who is measured twice need not walk twice
 _COSTLY_HEAD = 4  # in blocks: from there on a bound that spares most of the head is worth a second walk
 _FEWEST_PIECES = 8  # that the text is walked in, if it has so many samples: a hopeless candidate is given up early
 
@@ -47,11 +48,11 @@ class Round:
     loss: float
     losses: dict[Removal, float]
 
-    def as_scores(self) -> dict[str, Any]:
+    def as_scores(self, one: str = "loss", all_of_them: str = "losses") -> dict[str, Any]:
         """For plan.json; null where a candidate was given up because it could not win any more."""
         losses = {c.label: loss if math.isfinite(loss) else None for c, loss in self.losses.items()}
         removed = self.removed.layer if self.removed.part == "layer" else self.removed.label
-        return {"removed": removed, "loss": self.loss, "losses": losses}
+        return {"removed": removed, one: self.loss, all_of_them: losses}
 
 
 def check_some_finite(losses: Iterable[float]) -> None:
@@ -83,8 +84,9 @@ class RemovalWalk:
         self.blocks = [Block(layer) for layer in range(view.num_layers)]
         self.num_block_evaluations = 0.0
         self._objective = OBJECTIVES[objective]
-        head_is_costly = view.head_parameters() >= _COSTLY_HEAD * view.block_parameters(0)
-        self._bound = self._objective.bound if head_is_costly and not strict else None
+        costly = view.head_parameters() >= _COSTLY_HEAD * view.block_parameters(0)
+        exact = view.dtype == torch.float32  # in less, rounding could put the bound above the loss
+        self._bound = self._objective.bound if costly and exact and not strict else None
         self._num_samples, length = input_ids.shape
         self._num_terms = self._num_samples * (length - self._objective.tokens_without)
         self._strict = strict
@@ -92,31 +94,27 @@ class RemovalWalk:
         self._input_ids = batches(input_ids.to(view.device), tokens)
         self._runners = [BlockRunner(view, batch) for batch in self._input_ids]
         # For each batch, what enters each block, and what leaves the last; cut off where it is out of date.
-        self._prefixes = [list(runner.states) for runner in self._runners]
+        self._prefixes = [runner.states for runner in self._runners]
 
-    def losses(self, candidates: Sequence[Removal], *, limit: float = math.inf) -> dict[Removal, float]:
-        """Mean over tokens of the objective with each candidate removed as well.
-
-        Args:
-            limit: a candidate is given up as soon as its sum over the samples so far exceeds what this mean would
-                give, since sums only grow: its value is then infinity.
-
-        Returns:
-            candidate -> value; infinity also for one whose value is not finite.
-        """
+    def losses(self, candidates: Sequence[Removal]) -> dict[Removal, float]:
+        """Mean over tokens of the objective with each candidate removed as well; infinity where it is not finite."""
         totals = dict.fromkeys(candidates, 0.0)
-        self._go_on(totals, range(len(self._runners)), limit)
-        return self._means(totals, limit)
+        self._go_on(totals, range(len(self._runners)))
+        return self._means(totals, math.inf)
 
     def losses_of_contenders(
         self, candidates: Sequence[Removal], *, shortlist: int | None = None
     ) -> dict[Removal, float]:
-        """The same, where a candidate that cannot be the best any more is given up.
+        """The same, where a candidate that cannot be the best any more is given up, since sums only grow.
 
         Whoever leads after the first samples is measured to the end, then the others as far as they can still win.
+        Where the head is costly, a cheap bound on the rest of their losses decides first who may.
 
         Args:
             shortlist: give up all but so many best after the first samples already. Then the best may be missed.
+
+        Returns:
+            candidate -> value; infinity for one that was given up.
         """
         totals = dict.fromkeys(candidates, 0.0)
         first, *rest = range(len(self._runners))
@@ -125,12 +123,13 @@ class RemovalWalk:
         leading = {leader: totals[leader]}
         self._go_on(leading, rest)
         limit = leading[leader] / self._num_terms
+        arrived: dict[int, dict[Removal, Tensor]] = {}
         if self._bound is not None:
             bounds = {candidate: totals[candidate] for candidate in others}
-            self._go_on(bounds, rest, limit, self._bound)
+            self._go_on(bounds, rest, limit, self._bound, arrived)
             others = [candidate for candidate in others if bounds[candidate] <= limit * self._num_terms]
         contending = {candidate: totals[candidate] for candidate in others}
-        self._go_on(contending, rest, limit)
+        self._go_on(contending, rest, limit, known=arrived)
         given_up = dict.fromkeys(candidates, math.inf)
         return given_up | self._means({**leading, **contending}, limit)
 
@@ -159,7 +158,8 @@ class RemovalWalk:
         position = next(index for index, block in enumerate(self.blocks) if block.body == removal.layer)
         rest = self._without(self.blocks[position], removal.part)
         self.blocks[position : position + 1] = [] if rest is None else [rest]
-        self._prefixes = [prefix[: position + 1] for prefix in self._prefixes]
+        for prefix in self._prefixes:
+            del prefix[position + 1 :]
 
     def _go_on(
         self,
@@ -167,12 +167,29 @@ class RemovalWalk:
         numbers: Sequence[int],
         limit: float = math.inf,
         measure: Measure | None = None,
+        known: dict[int, dict[Removal, Tensor]] | None = None,
     ) -> None:
-        """Add the sums over some batches to ``totals``, of those candidates whose sum does not exceed the limit yet."""
+        """Add the sums over some batches to ``totals``, of those candidates whose sum does not exceed the limit yet.
+
+        Args:
+            measure: in place of the objective.
+            known: for each batch the states that candidates arrived at. Those found here are added while there is
+                room, so that a second measurement need not walk again.
+        """
+        measure = measure or self._objective.measure
+        known = {} if known is None else known
         for index in tqdm(numbers, desc="candidates", unit="batch", disable=None, leave=False):
             walking = [candidate for candidate, total in totals.items() if total <= limit * self._num_terms]
-            for candidate, loss in self._walk(index, walking, measure or self._objective.measure).items():
+            states = {c: state for c, state in known.get(index, {}).items() if c in walking}
+            states |= self._walk(index, [candidate for candidate in walking if candidate not in states])
+            if not states:
+                continue
+            losses = measure(self._runners[index], list(states.values()), self._input_ids[index])
+            for candidate, loss in zip(states, losses, strict=True):
                 totals[candidate] += loss if math.isfinite(loss) else math.inf
+            held = sum(state.nbytes for of_batch in known.values() for state in of_batch.values())
+            if held + sum(state.nbytes for state in states.values()) <= _KEPT_BYTES:
+                known[index] = states
 
     def _means(self, totals: Mapping[Removal, float], limit: float) -> dict[Removal, float]:
         means = {candidate: total / self._num_terms for candidate, total in totals.items()}
@@ -186,8 +203,8 @@ class RemovalWalk:
         return block.lacking(part)
 
     @torch.no_grad()
-    def _walk(self, index: int, candidates: Sequence[Removal], measure: Measure) -> dict[Removal, float]:
-        """Sum of what is measured over one batch of samples, for each candidate."""
+    def _walk(self, index: int, candidates: Sequence[Removal]) -> dict[Removal, Tensor]:
+        """What leaves the last block for one batch of samples, for each candidate."""
         if not candidates:
             return {}
         runner, prefix = self._runners[index], self._prefixes[index]
@@ -206,8 +223,7 @@ class RemovalWalk:
             starting = [self._variant(runner, self._without(block, c.part), prefix[position]) for c in here]
             states = torch.cat([entering, *(state.to(entering.device) for state in starting)])
             walking += here
-        losses = measure(runner, states.split(size), self._input_ids[index])
-        return dict(zip(walking, losses, strict=True))
+        return dict(zip(walking, states.split(size), strict=True))
 
     def _variant(self, runner: BlockRunner, block: Block | None, hidden: Tensor) -> Tensor:
         return hidden if block is None else self._run(runner, block, hidden, len(hidden))

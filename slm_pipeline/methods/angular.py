@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
 from slm_pipeline.surgery.plan import Plan
 
@@ -41,5 +43,7 @@ class AngularDistance(LayerRemoval):
         num_layers = problem.view.num_layers
         allowed = range(self.protect_first, num_layers - self.protect_last - size + 1)
         found = [float(distance[start, start + size]) if start in allowed else None for start in range(num_layers)]
+        if not all(math.isfinite(found[start] or 0.0) for start in allowed):
+            raise UserError(f"method={self.name}: the states are not finite; try model.dtype=float32")
         best = min(allowed, key=lambda start: found[start] or 0.0)
         return list(range(best, best + size)), found

@@ -68,6 +68,7 @@ class Method(ABC):
         takes_threshold: whether ``threshold`` means anything to it.
         takes_ratio: whether it aims at a pruning ratio.
         reads_calibration: whether its plan depends on the calibration text.
+        min_seq_len: tokens that a calibration sample needs; 2 where the next token is predicted.
         num_protected: layers that it never touches; a plan keeps at least one more.
     """
 
@@ -75,6 +76,7 @@ class Method(ABC):
     takes_threshold: ClassVar[bool] = False
     takes_ratio: ClassVar[bool] = True
     reads_calibration: ClassVar[bool] = True
+    min_seq_len: ClassVar[int] = 1
 
     published_calibration: CalibrationSize
 
@@ -111,8 +113,8 @@ class Method(ABC):
 
 
 @dataclass(kw_only=True)
-class LayerRemoval(Method):
-    """Base of the methods that remove whole layers, or merge them by pairs.
+class ProtectsEnds(Method):
+    """Base of the methods that can be told to leave the ends of the stack alone.
 
     Options:
         protect_first, protect_last: layers at the input and output side that are never touched.
@@ -133,6 +135,11 @@ class LayerRemoval(Method):
     def candidates(self, num_layers: int) -> list[int]:
         """Layers that may be touched."""
         return list(range(self.protect_first, num_layers - self.protect_last))
+
+
+@dataclass(kw_only=True)
+class LayerRemoval(ProtectsEnds):
+    """Base of the methods that remove whole layers, or merge them by pairs."""
 
     def removal_plan(self, problem: PruningProblem, removed: list[int], scores: dict[str, Any]) -> Plan:
         """The plan that removes ``removed``, in that order."""

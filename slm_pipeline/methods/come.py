@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tqdm import tqdm
 
 from slm_pipeline.errors import UserError
-from slm_pipeline.methods.base import CalibrationSize, Method, PruningProblem
+from slm_pipeline.methods.base import CalibrationSize, ProtectsEnds, PruningProblem
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ REPEATS = ("forbid", "when_needed", "allow")
 
 
 @dataclass(kw_only=True)
-class Come(Method):
+class Come(ProtectsEnds):
     """Layer as Puzzle Pieces (CoMe), arXiv 2510.15304, algorithm 1.
 
     Each step scores the current stack on the calibration text, picks the run of adjacent layers between whose two
@@ -49,6 +50,7 @@ class Come(Method):
         min_largest_share: in [0, 1], 0 is off: the largest share in a run of n original layers is at least
             min_largest_share ** (1 / (n - 1)).
         tokens: all | last.
+        protect_first, protect_last: layers at the input and output side that are never merged.
         fold_norm: put each layer's RMS gain into its own rows, which is exact, instead of averaging the gains (ours).
 
     Scores in the plan: steps, each with the run, its SBI, the shares, and how many groups and neurons each layer gave.
@@ -66,6 +68,7 @@ class Come(Method):
     name: ClassVar[str] = "come"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.run_length < 2:
             raise UserError(f"method.run_length={self.run_length} must be at least 2")
         if self.repeat not in REPEATS:
@@ -139,7 +142,7 @@ class Come(Method):
         self, stack: ProgressiveStack, groups: Sequence[Sequence[int]], length: int
     ) -> tuple[int, float]:
         """Position and SBI of the run to merge."""
-        runs = list(range(len(groups) - length + 1))
+        runs = list(range(self.protect_first, len(groups) - self.protect_last - length + 1))
         fresh = [run for run in runs if all(len(group) == 1 for group in groups[run : run + length])]
         if self.repeat == "forbid" and not fresh:
             raise UserError(
@@ -149,6 +152,8 @@ class Come(Method):
         allowed = fresh if self.repeat != "allow" and fresh else runs
         last = self.tokens == "last"
         distances = {run: stack.run_distance(run, length, last_token_only=last) for run in allowed}
+        if not all(map(math.isfinite, distances.values())):
+            raise UserError(f"method={self.name}: the states are not finite; try model.dtype=float32")
         best = min(allowed, key=lambda run: distances[run])
         return best, distances[best]
 
@@ -200,6 +205,7 @@ class ComePosterior(Come):
     granularity: int = 20
 
     name: ClassVar[str] = "come_posterior"
+    min_seq_len: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()

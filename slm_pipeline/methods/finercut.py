@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_pipeline.errors import UserError
-from slm_pipeline.methods.base import CalibrationSize, Method, PruningProblem
+from slm_pipeline.methods.base import CalibrationSize, ProtectsEnds, PruningProblem
 from slm_pipeline.surgery.plan import EXPORTS, SUBLAYERS, Plan
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ OBJECTIVES = ("angular", "euclidean", "jensen_shannon")
 
 
 @dataclass(kw_only=True)
-class FinerCut(Method):
+class FinerCut(ProtectsEnds):
     """FinerCut, arXiv 2405.18218: greedy over 2 x layers candidates, each an attention or a feed-forward network with
     its norm, by how much the model's output differs from the dense model's.
 
@@ -34,36 +34,28 @@ class FinerCut(Method):
             zero; same function, nothing faster or smaller. custom: they are absent, which is faster and smaller;
             the checkpoint brings a modelling file and loads with trust_remote_code=True.
 
-    Scores in the plan: rounds, each with the sublayer removed, the objective then, and its value for every candidate
-    measured (null for one that was given up because it could not win any more).
+    Scores in the plan: rounds, each with the sublayer removed, the distance then, and that of every candidate measured
+    (null for one that was given up because it could not win any more).
     """
 
     objective: str = "angular"
-    protect_first: int = 0
-    protect_last: int = 0
     export: str = "stock"
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 
     name: ClassVar[str] = "finercut"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for option, allowed in (("objective", OBJECTIVES), ("export", EXPORTS)):
             if getattr(self, option) not in allowed:
                 raise UserError(f"method.{option}={getattr(self, option)!r} is not one of {', '.join(allowed)}")
-        for option in ("protect_first", "protect_last"):
-            if getattr(self, option) < 0:
-                raise UserError(f"method.{option}={getattr(self, option)} must be at least 0")
-
-    @property
-    def num_protected(self) -> int:
-        return self.protect_first + self.protect_last
 
     def plan(self, problem: PruningProblem) -> Plan:
         from slm_pipeline.engine.walk import Removal, RemovalWalk
 
         assert problem.num_remove is not None
         walk = RemovalWalk(problem.view, problem.input_ids, objective=self.objective)
-        layers = range(self.protect_first, problem.view.num_layers - self.protect_last)
+        layers = self.candidates(problem.view.num_layers)
         candidates = [Removal(layer, part) for layer in layers for part in SUBLAYERS]
         most = len(candidates) if problem.num_parameters else 2 * problem.num_remove
         removed: list[Removal] = []
@@ -71,7 +63,7 @@ class FinerCut(Method):
         parameters_left = problem.num_parameters
         for found in walk.greedily(candidates, most):
             removed.append(found.removed)
-            rounds.append(found.as_scores())
+            rounds.append(found.as_scores("distance", "distances"))
             parameters_left -= problem.view.sublayer_parameters(*found.removed)
             if problem.num_parameters and parameters_left <= 0:
                 break

@@ -30,11 +30,12 @@ class ReplaceMe(AngularDistance):
     Departures from the published code: no padding tokens in the fit, because calibration text has none; the forward
     pass ends at layer e; least squares keeps two d x d matrices instead of all activations, and has a ridge in units
     of the data's own scale; refused for architectures that put a norm after the projection, where folding is wrong.
-    The published text is 8000 chat samples of SlimOrca.
+    One block only; the published code can cut several. The published text is 8000 chat samples of SlimOrca.
 
     Options:
         solver: least_squares (closed form, float64) or cosine (the mean of cos(m T, h_e - h_s + m) is maximised with
-            Adam from T = 1; keeps two [tokens, d] matrices in the model's dtype on its device).
+            Adam from T = 1; keeps two [tokens, d] matrices in the model's dtype on its device, twice that while they
+            are put together).
         ridge: least squares: the penalty on T's size, relative to the mean square of m; 0 as published.
         accurate: cosine: maximise cos(m T + h_s - m, h_e) instead; keeps a third matrix.
         learning_rate, num_epochs, batch_tokens: cosine: of Adam. The published values.
@@ -120,10 +121,12 @@ class ReplaceMe(AngularDistance):
         import torch
         from tqdm import tqdm
 
-        rows = [[part.clone() for part in parts] for parts in self._rows(problem, removed)]
-        outputs, befores, afters = (torch.cat(parts) for parts in zip(*rows, strict=True))
-        rests = befores - outputs
-        targets = afters if self.accurate else afters - rests
+        kept: list[tuple[Tensor, ...]] = []
+        for output, before, after in self._rows(problem, removed):
+            rest = before - output
+            kept.append((output.clone(), after.clone(), rest) if self.accurate else (output.clone(), after - rest))
+        outputs, targets, *rests = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        kept.clear()
         transform = torch.eye(outputs.shape[1], device=outputs.device, requires_grad=True)
         optimizer = torch.optim.Adam([transform], lr=self.learning_rate)
         generator = torch.Generator().manual_seed(0)
@@ -133,7 +136,7 @@ class ReplaceMe(AngularDistance):
                 with torch.enable_grad():
                     mapped = outputs[chosen].float() @ transform
                     if self.accurate:
-                        mapped = mapped + rests[chosen].float()
+                        mapped = mapped + rests[0][chosen].float()
                     loss = -torch.cosine_similarity(mapped, targets[chosen].float(), dim=-1).mean()
                 optimizer.zero_grad()
                 loss.backward()

@@ -36,17 +36,22 @@ class ShortenedPerplexity(ShortenedLlama):
     """
 
     name: ClassVar[str] = "shortened_ppl"
+    min_seq_len: ClassVar[int] = 2
 
     def plan(self, problem: PruningProblem) -> Plan:
-        from slm_pipeline.engine.walk import Removal, RemovalWalk, check_some_finite
+        from slm_pipeline.engine.walk import Removal, RemovalWalk
 
         walk = RemovalWalk(problem.view, problem.input_ids)
         candidates = [Removal(layer) for layer in self.candidates(problem.view.num_layers)]
         found = walk.losses(candidates)
-        check_some_finite(found.values())
         losses = {candidate.layer: loss for candidate, loss in found.items()}
         removed = sorted(losses, key=lambda layer: losses[layer])[: problem.num_remove]
         finite = {layer: loss for layer, loss in losses.items() if loss < float("inf")}
+        if len(finite) < len(removed):
+            raise UserError(
+                f"the loss is finite without {len(finite)} of the layers only, {len(removed)} are to go: the model"
+                " overflows in its dtype; try model.dtype=bfloat16 or model.dtype=float32"
+            )
         scores = [finite.get(layer) for layer in range(problem.view.num_layers)]
         return self.removal_plan(
             problem, removed, {"losses": scores, "num_block_evaluations": walk.num_block_evaluations}
@@ -65,6 +70,7 @@ class ShortenedTaylor(ShortenedLlama):
     """
 
     name: ClassVar[str] = "shortened_taylor"
+    min_seq_len: ClassVar[int] = 2
 
     def plan(self, problem: PruningProblem) -> Plan:
         salience = taylor_salience(problem.view, problem.input_ids)

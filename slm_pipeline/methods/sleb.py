@@ -35,6 +35,7 @@ class Sleb(LayerRemoval):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(5, 2048))
 
     name: ClassVar[str] = "sleb"
+    min_seq_len: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,6 +40,11 @@ class Architecture:
     mlp_output: str = "mlp.down_proj"
 
     @property
+    def projections(self) -> tuple[str, ...]:
+        """Every linear layer of a block."""
+        return (*self.attention_inputs, self.attention_output, *self.mlp_inputs, self.mlp_output)
+
+    @property
     def norms(self) -> tuple[str, ...]:
         return self.attention_norms + self.mlp_norms
 

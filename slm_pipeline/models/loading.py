@@ -49,6 +49,11 @@ def load_checkpoint(folder: Path, config: ModelConfig) -> Any:
     return _load(str(folder), config, None)
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint saved by this package; never runs code from the folder, and never asks to."""
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
 def _load(place: str, config: ModelConfig, revision: str | None) -> Any:
     device = resolve_device(config.device)
     options: dict[str, Any] = {"device_map": "balanced"} if device == "balanced" else {}

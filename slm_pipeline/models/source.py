@@ -17,7 +17,6 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.models import architectures
 from slm_pipeline.models.architectures import PRUNED, Architecture
 
-SOURCES = ("bundled", "hub", "local", "random")
 DTYPES = ("float32", "bfloat16", "float16")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -65,15 +64,16 @@ def describe(config: ModelConfig) -> ModelSource:
         raise UserError(f"model.dtype={config.dtype!r} is not one of {', '.join(DTYPES)}")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|balanced", config.device):
         raise UserError(f"model.device={config.device!r} is not one of auto, cpu, cuda, cuda:N, balanced")
-    if config.source == "bundled":
-        return _bundled(config)
-    if config.source == "hub":
-        return _hub(config)
-    if config.source == "local":
-        return _local(config)
-    if config.source == "random":
-        return _random(config)
-    raise UserError(f"model.source={config.source!r} is not one of {', '.join(SOURCES)}")
+    makers = {"bundled": _bundled, "hub": _hub, "local": _local, "random": _random}
+    if config.source not in makers:
+        raise UserError(f"model.source={config.source!r} is not one of {', '.join(makers)}")
+    source = makers[config.source](config)
+    if source.model_type.startswith(PRUNED):
+        raise UserError(
+            f"{config.path or config.repo} lacks whole sublayers already, so it cannot be pruned further; start from"
+            " the dense model, or from a checkpoint written with method.export=stock"
+        )
+    return source
 
 
 def _bundled(config: ModelConfig) -> ModelSource:
@@ -122,11 +122,6 @@ def _local(config: ModelConfig) -> ModelSource:
     except json.JSONDecodeError as error:
         raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
     architectures.find(description)
-    if description["model_type"].startswith(PRUNED):
-        raise UserError(
-            f"model.path={config.path!r} lacks whole sublayers already, so it cannot be pruned further; start from the"
-            " dense model, or from a checkpoint written with method.export=stock"
-        )
     _check_shards(folder, weights)
     content = hashlib.sha256((folder / "config.json").read_bytes())
     for name in _TOKENIZER_FILES:

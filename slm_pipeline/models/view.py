@@ -72,6 +72,11 @@ class ModelView:
         """Where token ids go in: the device of the embedding."""
         return cast(torch.device, self.decoder.get_submodule(self.architecture.embedding).weight.device)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the head, in which logits are computed."""
+        return cast(torch.dtype, self.model.get_output_embeddings().weight.dtype)
+
     def num_parameters(self) -> int:
         """All parameters, tied ones counted once."""
         return sum(parameter.numel() for parameter in self.model.parameters())

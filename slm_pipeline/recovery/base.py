@@ -14,6 +14,7 @@ from slm_pipeline.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from slm_pipeline.models.source import ModelSource
     from slm_pipeline.surgery.plan import Plan
 
 
@@ -33,10 +34,46 @@ class RecoveryResult:
     curve: list[dict[str, float]]
 
 
+@dataclass(frozen=True)
+class RecoveryProblem:
+    """All that a recovery gets.
+
+    Attributes:
+        teacher: loads the dense model.
+        model: the pruned model on its device, in evaluation mode; the recovery may change it.
+        plan: how the pruned model came out of the dense one.
+        out: where checkpoints and results go. It survives a kill: called again with the same ``out``, the training
+            goes on from its last complete checkpoint and ends as if it had not been interrupted. What lies in
+            ``out/checkpoints`` is deleted when the recovered model is safe.
+        base_path: where the pruned model will be found; adapters record it.
+        seed: of everything random.
+        data_dir: where relative data paths are looked up; None: the working directory.
+        log: called with metrics and the optimizer step for every training and validation loss.
+    """
+
+    teacher: Callable[[], PreTrainedModel]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan
+    out: Path
+    base_path: str
+    seed: int
+    data_dir: Path | None
+    log: Callable[[dict[str, float], int], None]
+
+
 class Recovery(Protocol):
     """What the recover stage asks of an option of ``conf/recovery``."""
 
     name: ClassVar[str]
+
+    def check(self, source: ModelSource, num_layers: int | None) -> None:
+        """Raise `UserError` if it cannot work on this model; called before anything expensive.
+
+        Args:
+            num_layers: of the pruned model; None when that is not known before the merge.
+        """
+        ...
 
     def data_identity(self, data_dir: Path | None) -> dict[str, str]:
         """What the training data are, as JSON for the stage's key; cheap, without torch.
@@ -46,31 +83,8 @@ class Recovery(Protocol):
         """
         ...
 
-    def run(
-        self,
-        *,
-        teacher: Callable[[], PreTrainedModel],
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        plan: Plan,
-        out: Path,
-        base_path: str,
-        seed: int,
-        data_dir: Path | None,
-        log: Callable[[dict[str, float], int], None],
-    ) -> RecoveryResult:
-        """Train ``model``, which is changed in place.
-
-        Args:
-            teacher: loads the dense model.
-            model: the pruned model, on its device.
-            plan: how the pruned model came out of the dense one.
-            out: where checkpoints and results go. It survives a kill: called again with the same ``out``, the training
-                goes on from its last complete checkpoint and ends as if it had not been interrupted.
-            base_path: where the pruned model will be found; adapters record it.
-            seed: of everything random.
-            data_dir: where relative data paths are looked up; None: the working directory.
-            log: called with metrics and the optimizer step for every training and validation loss.
+    def run(self, problem: RecoveryProblem) -> RecoveryResult:
+        """Train.
 
         Raises:
             UserError: too little data, or a loss that is not finite.

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slm_pipeline.artifacts import write_json
 from slm_pipeline.errors import UserError
-from slm_pipeline.recovery.base import RecoveryResult, TrainingOptions
+from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
+    from slm_pipeline.models.source import ModelSource
 
 
 @dataclass
@@ -47,80 +41,30 @@ class Lora(TrainingOptions):
         if self.target_modules == []:
             raise UserError("recovery.target_modules=[] trains nothing; name layers, or null for all")
 
-    def run(
-        self,
-        *,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        out: Path,
-        base_path: str,
-        seed: int,
-        data_dir: Path | None,
-        log: Callable[[dict[str, float], int], None],
-        **_: Any,
-    ) -> RecoveryResult:
-        """Train and merge; see `Recovery`. ``teacher`` and ``plan`` are not used.
+    def check(self, source: ModelSource, num_layers: int | None) -> None:
+        known = {path.rpartition(".")[2] for path in source.architecture.projections}
+        if unknown := sorted(set(self.target_modules or []) - known):
+            raise UserError(
+                f"recovery.target_modules: the blocks of a {source.model_type} model have no linear layer"
+                f" {unknown[0]!r}; they have {', '.join(sorted(known))}"
+            )
 
-        Leaves ``adapter/``, ``curve.json`` and, last of all, ``metrics.json`` in ``out``.
-        """
-        from peft import PeftModel
-
-        if not (out / "metrics.json").is_file():
-            self._train(model, tokenizer, out, base_path, seed, data_dir, log)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        adapted = PeftModel.from_pretrained(model, str(out / "adapter"), torch_device=str(model.device))
-        return RecoveryResult(
-            merge_adapter(adapted),
-            metrics=json.loads((out / "metrics.json").read_text(encoding="utf-8")),
-            curve=json.loads((out / "curve.json").read_text(encoding="utf-8")),
-        )
-
-    def _train(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        out: Path,
-        base_path: str,
-        seed: int,
-        data_dir: Path | None,
-        log: Callable[[dict[str, float], int], None],
-    ) -> None:
+    def run(self, problem: RecoveryProblem) -> RecoveryResult:
+        """Train and merge; leaves ``adapter/`` in ``out``."""
         from peft import get_peft_model
         from transformers import set_seed
 
         from slm_pipeline.recovery import training
 
-        self._check_targets(model)
-        train, validation = self.tokenized_split(tokenizer, data_dir)
-        set_seed(seed)
-        adapted = get_peft_model(model, self._peft_config())
-        adapted.peft_config["default"].base_model_name_or_path = ""  # else every checkpoint looks for it on the hub
-        trainable, total = adapted.get_nb_trainable_parameters()
-        logger.info("LoRA trains %d of %d parameters on %d examples", trainable, total, len(train))
-        result = training.fit(
-            adapted,
-            train,
-            validation,
-            self,
-            folder=out / "checkpoints",
-            pad_token_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,  # masked: any token will do
-            seed=seed,
-            log=log,
-        )
-        adapted.load_adapter(str(result.best_checkpoint), "default", torch_device=str(model.device))
-        adapted.peft_config["default"].base_model_name_or_path = base_path
-        adapted.save_pretrained(str(out / "adapter"), save_embedding_layers=False)
-        adapted.unload()
-        write_json(out / "curve.json", result.curve)
-        metrics = {
-            **result.metrics,
-            "trainable_parameters": trainable,
-            "num_examples": len(train),
-            "num_validation_examples": len(validation),
-        }
-        write_json(out / "metrics.json", metrics)
+        train, validation = self.tokenized_split(problem.tokenizer, problem.data_dir)
+        set_seed(problem.seed)
+        adapted: Any = get_peft_model(problem.model, self._peft_config(silent_layers(problem)))
+        result = training.fit(adapted, train, validation, self, problem)
+        adapted.peft_config["default"].base_model_name_or_path = problem.base_path
+        adapted.save_pretrained(str(problem.out / "adapter"), save_embedding_layers=False)
+        return RecoveryResult(merge_adapter(adapted), result.metrics, result.curve)
 
-    def _peft_config(self) -> LoraConfig:
+    def _peft_config(self, left_out: list[str]) -> LoraConfig:
         from peft import LoraConfig
 
         return LoraConfig(
@@ -128,19 +72,30 @@ class Lora(TrainingOptions):
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=self.target_modules or "all-linear",  # all but the output head
+            exclude_modules=left_out or None,
             use_dora=self.use_dora,
             use_rslora=self.use_rslora,
             bias="none",
             task_type="CAUSAL_LM",
         )
 
-    def _check_targets(self, model: PreTrainedModel) -> None:
-        from torch import nn
 
-        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        if unknown := sorted(set(self.target_modules or []) - linear):
-            has = ", ".join(sorted(linear))
-            raise UserError(f"recovery.target_modules: the model has no linear layer {unknown[0]!r}; it has {has}")
+def silent_layers(problem: RecoveryProblem) -> list[str]:
+    """Full names of the linear layers of sublayers that the plan removed by zeroing: an adapter would revive them."""
+    from torch import nn
+
+    from slm_pipeline.models.view import ModelView
+
+    view = ModelView(problem.model)
+    silent = {
+        id(module)
+        for name, positions in (problem.plan.missing_positions() if problem.plan.export == "stock" else {}).items()
+        for position in positions
+        for child in view.sublayer(name)
+        for module in view.layers[position].get_submodule(child).modules()
+    }
+    modules = problem.model.named_modules()
+    return [name for name, module in modules if id(module) in silent and isinstance(module, nn.Linear)]
 
 
 def merge_adapter(adapted: PeftModel) -> PreTrainedModel:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -33,11 +34,12 @@ from transformers import (
 from slm_pipeline.artifacts import write_json
 from slm_pipeline.data.examples import IGNORED, LeftPadding
 from slm_pipeline.errors import UserError
-from slm_pipeline.recovery.base import TrainingOptions
+from slm_pipeline.recovery.base import RecoveryProblem, TrainingOptions
 
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
+TRAINED = "trained.safetensors"
 
 
 @dataclass
@@ -62,12 +64,10 @@ class Fit:
     """A finished training.
 
     Attributes:
-        best_checkpoint: folder with the weights of lowest validation loss.
         curve: as in `RecoveryResult`.
         metrics: what a recovery reports of it.
     """
 
-    best_checkpoint: Path
     curve: list[dict[str, float]]
     metrics: dict[str, Any]
 
@@ -77,26 +77,26 @@ def fit(
     train: Sequence[dict[str, list[int]]],
     validation: Sequence[dict[str, list[int]]],
     options: TrainingOptions,
-    *,
-    folder: Path,
-    pad_token_id: int,
-    seed: int,
-    log: Callable[[dict[str, float], int], None],
+    problem: RecoveryProblem,
 ) -> Fit:
-    """Train whatever in ``model`` requires gradients, from the last complete checkpoint in ``folder`` if there is one.
+    """Train whatever in ``model`` requires gradients, from the last complete checkpoint if there is one.
 
     Data order, dropout and learning rate go on where that checkpoint stood, so that an interrupted training ends with
-    the weights of an uninterrupted one. Afterwards ``model`` holds the last weights, not the best.
+    the weights of an uninterrupted one. Checkpoints, in ``problem.out/checkpoints``, hold what trains and nothing else.
 
     Args:
-        model: a transformers model or a peft wrapper around one; it ends on the device where it began.
+        model: a transformers model or a peft wrapper around one. It ends on the device where it began, in evaluation
+            mode, with the weights of the lowest validation loss.
         train, validation: rows of `tokenize_example`.
-        folder: of the checkpoints.
-        log: called with the metrics and the optimizer step of every logged loss.
 
     Raises:
         UserError: a loss or gradient that is not finite.
     """
+    folder = problem.out / "checkpoints"
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    logger.info("training %d of %d parameters on %d examples", trainable, total, len(train))
+    pad_token_id = problem.tokenizer.pad_token_id
     num_steps = options.num_steps(train)
     if options.warmup_steps >= num_steps:
         logger.warning(
@@ -111,7 +111,7 @@ def fit(
     if not progress.finished:
         device = model.device
         use_cache = model.config.use_cache  # the Trainer turns it off, for good
-        arguments = _arguments(options, folder, num_steps, seed, use_cpu=device.type == "cpu")
+        arguments = _arguments(options, folder, num_steps, problem.seed, use_cpu=device.type == "cpu")
         arguments.eval_on_start = checkpoint is None
         trainer = _Trainer(
             progress,
@@ -120,8 +120,8 @@ def fit(
             args=arguments,
             train_dataset=train,
             eval_dataset=validation,
-            data_collator=LeftPadding(pad_token_id),
-            callbacks=[_Watch(folder, progress, options, log)],
+            data_collator=LeftPadding(0 if pad_token_id is None else pad_token_id),  # masked: any token will do
+            callbacks=[_Watch(folder, progress, options, problem.log)],
         )
         trainer.remove_callback(PrinterCallback)  # our own log lines instead
         if options.gradient_checkpointing:
@@ -137,7 +137,26 @@ def fit(
             model.to(device)  # type: ignore[arg-type]
         checkpoint = last_complete_checkpoint(folder)
     assert checkpoint is not None
-    return _summarize(checkpoint, progress)
+    best, curve, metrics = _summarize(checkpoint, progress)
+    load_trained(model, best)
+    model.eval()
+    sizes = {"trainable_parameters": trainable, "num_examples": len(train), "num_validation_examples": len(validation)}
+    return Fit(curve, {**metrics, **sizes})
+
+
+def save_trained(model: nn.Module, folder: Path) -> None:
+    """Keep the parameters that require gradients."""
+    trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    save_file(trained, folder / TRAINED)
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Put the parameters of `save_trained` back in their places."""
+    kept = load_file(folder / TRAINED)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(kept[name])
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
@@ -213,7 +232,8 @@ def _arguments(
     return arguments
 
 
-def _summarize(checkpoint: Path, progress: Progress) -> Fit:
+def _summarize(checkpoint: Path, progress: Progress) -> tuple[Path, list[dict[str, float]], dict[str, Any]]:
+    """The checkpoint of the lowest validation loss, the curve, and the metrics, of a training that is over."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     assert state.best_model_checkpoint is not None  # the last step is always evaluated
     kept = ("step", "loss", "learning_rate", "eval_loss")
@@ -231,7 +251,7 @@ def _summarize(checkpoint: Path, progress: Progress) -> Fit:
         "num_label_tokens": progress.num_label_tokens,
         "seconds": round(progress.seconds, 3),
     }
-    return Fit(Path(state.best_model_checkpoint), curve, metrics)
+    return checkpoint.parent / Path(state.best_model_checkpoint).name, curve, metrics
 
 
 def _require_finite(value: Tensor | float, what: str, step: int, options: TrainingOptions) -> None:
@@ -249,6 +269,16 @@ class _Trainer(Trainer):
         self.progress = progress
         self.options = options
         super().__init__(**arguments)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Only what trains: of a large model with a small adapter the rest would be written again and again."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_trained(self.accelerator.unwrap_model(self.model), folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        assert self.model is not None
+        load_trained(self.model, Path(resume_from_checkpoint))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         self.progress.num_tokens += int(inputs["attention_mask"].sum())

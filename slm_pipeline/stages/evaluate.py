@@ -110,16 +110,14 @@ class Evaluate(Stage):
         tracker.log(metrics, stage=self.name)
 
     def _load(self, job: Job, results: Mapping[str, Artifact]) -> tuple[Any, Any]:
-        from slm_pipeline.models.loading import load_checkpoint, load_dense
+        from slm_pipeline.models.loading import load_checkpoint, load_dense, load_tokenizer
 
         if self.target == "dense":
             return load_dense(job.source)
         if self.target == "pruned":
             return load_pruned(job, results["merge"])
-        from transformers import AutoTokenizer
-
         folder = results["recover"].path / "model"
-        return load_checkpoint(folder, job.config.model), AutoTokenizer.from_pretrained(folder)
+        return load_checkpoint(folder, job.config.model), load_tokenizer(folder)
 
 
 def _finished(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from slm_pipeline.artifacts import Artifact, digest, write_text
 from slm_pipeline.job import Job, ParameterCounts
+from slm_pipeline.report import sublayer_lines
 from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.calibrate import load_samples, load_statistics
 from slm_pipeline.surgery.mergekit import to_mergekit
@@ -124,14 +125,12 @@ def load_plan(artifact: Artifact) -> Plan:
 
 def load_pruned(job: Job, artifact: Artifact) -> tuple[Any, Any]:
     """The pruned model of a finished merge and its tokenizer; rebuilt from the plan when no weights were kept."""
-    from slm_pipeline.models.loading import load_checkpoint, load_dense
+    from slm_pipeline.models.loading import load_checkpoint, load_dense, load_tokenizer
     from slm_pipeline.surgery.apply import apply
 
     if (artifact.path / "model").is_dir():
-        from transformers import AutoTokenizer
-
         folder = artifact.path / "model"
-        return load_checkpoint(folder, job.config.model), AutoTokenizer.from_pretrained(folder)
+        return load_checkpoint(folder, job.config.model), load_tokenizer(folder)
     model, tokenizer = load_dense(job.source)
     return apply(load_plan(artifact), model), tokenizer
 
@@ -139,6 +138,7 @@ def load_pruned(job: Job, artifact: Artifact) -> tuple[Any, Any]:
 def save_pruned(plan: Plan, model: Any, tokenizer: Any, folder: Path, job: Job) -> None:
     """Apply ``plan`` to ``model`` and keep the result in ``folder``, verified; ``model`` is used up."""
     from slm_pipeline.models import checkpoint
+    from slm_pipeline.models.view import ModelView
     from slm_pipeline.surgery.apply import apply
 
     dense = plan.model["name"]
@@ -147,6 +147,7 @@ def save_pruned(plan: Plan, model: Any, tokenizer: Any, folder: Path, job: Job) 
         + (f", similarity threshold {plan.threshold}" if plan.threshold is not None else "")
         + f".\n\nLayers, by the original layers merged into each: `{format_groups(plan.layer_groups)}`"
         + (f"; dropped: {plan.dropped}" if plan.dropped else "")
+        + "".join(f"; {line}" for line in sublayer_lines(_missing_sublayers(plan, ModelView(model))))
         + _measured(plan)
         + ".\n\nThe whole decision, replayable with `slm method=from_plan`, is in `plan.json`."
     )
@@ -169,7 +170,8 @@ def _measured(plan: Plan) -> str:
         return (
             f".\n\nSimilarity to the dense model on {num_tokens} calibration tokens: {accepted[-1]['similarity']:.4f}"
         )
-    if rounds := plan.scores.get("rounds"):
+    rounds = plan.scores.get("rounds")
+    if rounds and "loss" in rounds[-1]:
         return f".\n\nLoss on {num_tokens} calibration tokens: {rounds[-1]['loss']:.4f} nats a token"
     return ""
 

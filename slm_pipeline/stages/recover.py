@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from slm_pipeline.artifacts import Artifact, write_json
 from slm_pipeline.job import Job
+from slm_pipeline.recovery.base import RecoveryProblem
+from slm_pipeline.report import sublayer_lines
 from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.merge import load_plan, load_pruned
 from slm_pipeline.tracking import Tracker
@@ -41,36 +44,49 @@ class Recover(Stage):
         }
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
+        if not (out / "model").is_dir():  # else an attempt was interrupted after its model was safe
+            self._train(job, results["merge"], out, tracker)
+        load_plan(results["merge"]).write(out / "model" / "plan.json")
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        return metrics
+
+    def _train(self, job: Job, merge: Artifact, out: Path, tracker: Tracker) -> None:
         from slm_pipeline.models import checkpoint
         from slm_pipeline.models.loading import load_dense
+        from slm_pipeline.surgery.apply import silence_missing
 
         assert job.recovery is not None
-        plan = load_plan(results["merge"])
-        model, tokenizer = load_pruned(job, results["merge"])
-        result = job.recovery.run(
+        plan = load_plan(merge)
+        missing = merge.record()["result"].get("sublayers", {})
+        model, tokenizer = load_pruned(job, merge)
+        problem = RecoveryProblem(
             teacher=lambda: load_dense(job.source)[0],
             model=model,
             tokenizer=tokenizer,
             plan=plan,
             out=out,
-            base_path=str(results["merge"].path / "model"),
+            base_path=str(merge.path / "model"),
             seed=job.config.seed,
             data_dir=job.data_dir,
             log=lambda metrics, step: tracker.log(metrics, stage=self.name, step=step),
         )
+        result = job.recovery.run(problem)
         write_json(out / "curve.json", result.curve)
+        write_json(out / "metrics.json", result.metrics)
         card = checkpoint.card(
             title=f"{plan.model['name']}, {plan.num_layers} layers ({plan.method}, {job.recovery.name})",
             base=job.config.model.repo or plan.model["name"],
             licence_note="The base model's licence applies.",
             body=f"Pruned with `{plan.method}` (see `plan.json`), then trained with `{job.recovery.name}`: "
             + ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in _numbers(result.metrics).items())
+            + "".join(f"; {line}" for line in sublayer_lines(missing))
             + ".",
             command=job.command,
         )
+        if plan.export == "stock":  # whatever trained, what the plan removed stays removed
+            silence_missing(plan, result.model)
         checkpoint.save(result.model, tokenizer, out / "model", card=card, config=job.config.model)
-        plan.write(out / "model" / "plan.json")
-        return result.metrics
 
     def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
         if reused:  # a curve that is being trained was logged as it went

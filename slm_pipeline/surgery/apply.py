@@ -12,7 +12,7 @@ from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.concatenate import concatenate
 from slm_pipeline.surgery.fold import fold
 from slm_pipeline.surgery.merge_rules import merge, weighted
-from slm_pipeline.surgery.plan import SUBLAYERS, Plan
+from slm_pipeline.surgery.plan import Plan
 
 
 @torch.no_grad()
@@ -32,13 +32,19 @@ def apply(plan: Plan, model: Any) -> Any:
             module.get_parameter(name).copy_(value)
     bodies = [block.body for block in blocks]
     view.rebuild([view.layers[body] for body in bodies], bodies)
-    missing = {name: [i for i, block in enumerate(blocks) if name in block.without] for name in SUBLAYERS}
     if plan.export == "custom":
-        view.cut_out(missing)
-    for name, positions in missing.items():
-        for position in positions if plan.export == "stock" else ():
-            view.silence(position, name)
+        view.cut_out(plan.missing_positions())
+    elif plan.export == "stock":
+        silence_missing(plan, model)
     return model
+
+
+def silence_missing(plan: Plan, model: Any) -> None:
+    """Set the last projections of the sublayers that ``plan`` removed to zero in ``model``, the pruned one."""
+    view = ModelView(model)
+    for name, positions in plan.missing_positions().items():
+        for position in positions:
+            view.silence(position, name)
 
 
 def planned_blocks(plan: Plan, view: ModelView) -> list[Block]:

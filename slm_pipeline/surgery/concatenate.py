@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from slm_pipeline.errors import UserError
 from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.merge_rules import weighted_sum
 
@@ -59,11 +60,14 @@ def concatenate(
 def folded(view: ModelView, block: Block) -> Block:
     """The same function, with the gain of each input norm in the projections that read it and a gain of one instead.
 
-    Only for architectures with ``input_rms_norms``.
+    Raises:
+        UserError: the norms are no RMS norms right before the projections.
     """
     import torch
 
     architecture = view.architecture
+    if not architecture.input_rms_norms:
+        raise UserError(f"the norms of a {view.config.model_type} model cannot be folded: they are no input RMS norms")
     replaced = dict(block.replaced)
     pairs = (
         (architecture.attention_norms, architecture.attention_inputs),

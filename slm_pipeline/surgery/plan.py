@@ -70,6 +70,11 @@ class Plan:
         ops = [op for op in self.ops if op["op"] == "drop_sublayer"]
         return {name: sorted(op["layers"][0] for op in ops if op["sublayer"] == name) for name in SUBLAYERS}
 
+    def missing_positions(self) -> dict[str, list[int]]:
+        """The same as positions in the pruned model."""
+        position = {group[0]: index for index, group in enumerate(self.layer_groups)}
+        return {name: [position[layer] for layer in layers] for name, layers in self.missing_sublayers().items()}
+
     @property
     def export(self) -> str | None:
         """How a checkpoint says that sublayers are missing; None when none is.
@@ -137,11 +142,19 @@ class Plan:
     def _check_ops(self, where: str, layers: list[int]) -> None:
         """Raise `UserError` unless the ops are complete and lead to the layer groups."""
         groups = {layer: [layer] for layer in layers}  # by the lowest layer of each
+        cut: set[int] = set()  # layers that lost a sublayer: nothing else may happen to them
+        exports = {op.get("export") for op in self.ops if op.get("op") == "drop_sublayer"}
+        if len(exports) > 1:
+            raise UserError(f"{where}: missing sublayers are written in one way, not as {', '.join(map(str, exports))}")
         for number, op in enumerate(self.ops):
             name = f"{where}: op {number}"
             if op.get("op") not in OPS:
                 raise UserError(f"{name} is {op.get('op')!r}; this version knows {', '.join(OPS)}")
             members = sorted(set(op.get("layers", [])))
+            if cut.intersection(members):
+                raise UserError(f"{name}: layers={members} have lost a sublayer already, which is the last that may be")
+            if op["op"] == "drop_sublayer":
+                cut |= set(members)
             if op["op"] in ("drop_sublayer", "fold"):
                 self._check_in_layer(name, op, groups)
                 continue

@@ -78,10 +78,10 @@ def test_it_equals_the_plain_loop(architecture, objective, input_ids, monkeypatc
     plan = FinerCut(objective=objective).plan(problem)
     assert [row["removed"] for row in plan.scores["rounds"]] == [f"{layer}.{part}" for layer, part in removed]
     for row, expected in zip(plan.scores["rounds"], values, strict=True):
-        measured = {name: value for name, value in row["losses"].items() if value is not None}
+        measured = {name: value for name, value in row["distances"].items() if value is not None}
         named = {f"{layer}.{part}": value for (layer, part), value in expected.items()}
         assert measured == pytest.approx({name: named[name] for name in measured}, rel=1e-3, abs=2e-5)
-        assert all(named[name] >= row["loss"] * 0.999 for name in named.keys() - measured.keys())
+        assert all(named[name] >= row["distance"] * 0.999 for name in named.keys() - measured.keys())
     expected = silenced(problem.view.model, removed)(input_ids=input_ids, use_cache=False).logits
     logits = apply(plan, problem.view.model)(input_ids=input_ids, use_cache=False).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_source
 from omegaconf import OmegaConf
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -23,8 +24,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from slm_pipeline.config import CONF_DIR, build
 from slm_pipeline.errors import UserError
 from slm_pipeline.recovery import training
+from slm_pipeline.recovery.base import RecoveryProblem
 from slm_pipeline.recovery.lora import Lora, merge_adapter
+from slm_pipeline.surgery.apply import apply
+from slm_pipeline.surgery.plan import Plan
 
+PLAN = Plan(
+    model={"name": "tiny", "fingerprint": "x", "num_layers": 4},
+    method="none",
+    options={},
+    calibration={},
+    layer_groups=[[0], [1], [2], [3]],
+    ops=[],
+)
 OPTIONS = {
     "source": "file",
     "path": "alpaca.json",
@@ -78,19 +90,20 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, out, log=lambda metrics, step: None, model=None, seed=1234, **changes):
+def run(folder, out, log=lambda metrics, step: None, model=None, seed=1234, plan=None, **changes):
     out.mkdir(parents=True, exist_ok=True)
-    return Lora(**{**OPTIONS, **changes}).run(
+    problem = RecoveryProblem(
         teacher=None,
         model=model or AutoModelForCausalLM.from_pretrained(folder / "model"),
         tokenizer=AutoTokenizer.from_pretrained(folder / "model"),
-        plan=None,
+        plan=plan or PLAN,
         out=out,
         base_path=str(folder / "model"),
         seed=seed,
         data_dir=folder,
         log=log,
     )
+    return Lora(**{**OPTIONS, **changes}).run(problem)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +176,7 @@ def test_train_loss_is_the_mean_over_steps(undisturbed):
 
 def test_only_adapters_get_gradients(folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    adapted = get_peft_model(model, Lora(**OPTIONS)._peft_config())
+    adapted = get_peft_model(model, Lora(**OPTIONS)._peft_config([]))
     ids = torch.arange(10)[None]
     adapted(ids, labels=ids).loss.backward()
     touched = {name.split(".")[-2] for name, weight in adapted.named_parameters() if weight.grad is not None}
@@ -192,7 +205,7 @@ def test_merging_rounds_once(folder):
     """bfloat16 weight + float32 product, rounded once: not the sum of two rounded ones."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
     base = {name: weight.clone() for name, weight in model.named_parameters()}
-    adapted = get_peft_model(model, Lora(**OPTIONS)._peft_config())
+    adapted = get_peft_model(model, Lora(**OPTIONS)._peft_config([]))
     layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
     torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
     delta = (16 / 4) * layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach()
@@ -221,11 +234,10 @@ run(Path(sys.argv[1]), Path(sys.argv[2]), log)
 def test_killed_and_run_again_ends_as_undisturbed(folder, undisturbed, caplog):
     """The kill is in the second epoch, the last checkpoint in the first."""
     out = folder / "killed"
-    paths = os.pathsep.join([str(Path(__file__).parent), str(CONF_DIR.parent)])
+    paths = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1], CONF_DIR.parent)))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED, str(folder), str(out)]
     assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
-    assert not (out / "metrics.json").exists()
     logged = []
     with caplog.at_level(logging.INFO):
         result = run(folder, out, log=lambda metrics, step: logged.append(step))
@@ -236,7 +248,6 @@ def test_killed_and_run_again_ends_as_undisturbed(folder, undisturbed, caplog):
     assert result.curve == expected.curve
     for name, weight in expected.model.state_dict().items():
         assert torch.equal(result.model.state_dict()[name], weight), name
-    assert not (out / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(("save_steps", "stop", "resumed_from"), [(5, 6, 5), (4, 9, 8)])
@@ -381,9 +392,25 @@ def test_bad_options(changes, message):
         Lora(**{**OPTIONS, **changes})
 
 
-def test_unknown_target_modules(folder, tmp_path):
-    with pytest.raises(UserError, match="the model has no linear layer 'w1'; it has down_proj, gate_proj, k_proj"):
-        run(folder, tmp_path, target_modules=["q_proj", "w1"])
+def test_unknown_target_modules():
+    with pytest.raises(UserError, match="blocks of a llama model have no linear layer 'w1'; they have down_proj"):
+        Lora(target_modules=["q_proj", "w1"]).check(random_source(), 4)
+    Lora(target_modules=["fc1", "out_proj"]).check(random_source("opt"), 4)
+
+
+def test_a_zeroed_sublayer_gets_no_adapter(folder, tmp_path):
+    """FinerCut's stock export: an adapter on a projection that was set to zero would bring the sublayer back."""
+    removed = [(1, "mlp"), (2, "attention")]
+    ops = [{"op": "drop_sublayer", "layers": [i], "sublayer": part, "export": "stock"} for i, part in removed]
+    plan = dataclasses.replace(PLAN, ops=ops)
+    model = apply(plan, AutoModelForCausalLM.from_pretrained(folder / "model"))
+    result = run(folder, tmp_path, model=model, plan=plan, max_steps=4)
+    layers = result.model.model.layers
+    assert layers[1].mlp.down_proj.weight.count_nonzero() == 0
+    assert layers[2].self_attn.o_proj.weight.count_nonzero() == 0
+    before = AutoModelForCausalLM.from_pretrained(folder / "model").model.layers
+    assert torch.equal(layers[1].mlp.up_proj.weight, before[1].mlp.up_proj.weight)
+    assert not torch.equal(layers[2].mlp.down_proj.weight, before[2].mlp.down_proj.weight)
 
 
 def test_missing_data_are_found_without_training(folder):
