@@ -67,6 +67,12 @@ REFUSED = {
         ["method=none", "threshold=fixed", "threshold.value=0.8"], ["method=none has no threshold", "threshold=auto"]),
     "missing file": (["calibration.path=nowhere.txt"], ["calibration.path='nowhere.txt'", "does not exist"]),
     "text too short": (["calibration.num_samples=1000"], ["bytes", "calibration.num_samples=1000", "needs 16000"]),
+    "no next token": (
+        ["method=sleb", "calibration.seq_len=1"], ["calibration.seq_len=1", "at least 2", "method=sleb"]),
+    "a map that cannot be folded": (
+        ["method=replaceme", "model.architecture=gemma3_text"], ["method=replaceme", "a norm follows"]),
+    "unknown target module": (
+        ["recovery=lora", "recovery.target_modules=[w1]"], ["recovery.target_modules", "'w1'", "down_proj"]),
     "unknown architecture": (["model.architecture=rwkv"], ["'rwkv'", "supported", "llama"]),
     "impossible sizes": (["model.num_kv_heads=3"], ["model.num_kv_heads=3", "model.num_heads=4"]),
     "negative learning rate": (

@@ -279,3 +279,27 @@ def test_a_removal_is_given_to_mergekit_and_taken_back(job, tmp_path):
     assert outcome.status == 0, outcome.err
     (summary,) = (tmp_path / "runs" / "back").glob("*/summary.json")
     assert json.loads(summary.read_text())["dropped"] == [3, 4]
+
+
+@pytest.mark.parametrize("export", ["stock", "custom"])
+def test_missing_sublayers_stay_missing_through_the_whole_pipeline(export, job, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run a checkpoint's code"))
+    overrides = [*job, "method=finercut", f"method.export={export}", "method.protect_first=1", "pruning_ratio=r30"]
+    outcome = run_slm(*overrides, f"output_dir={tmp_path}")
+    assert outcome.status == 0, outcome.err
+    (file,) = tmp_path.glob("runs/slm/*/summary.json")
+    summary = json.loads(file.read_text())
+    missing = summary["sublayers"]
+    assert missing["attention"] or missing["mlp"]
+    assert {"dense", "pruned", "recovered"} == summary["metrics"].keys()
+    card = (Path(summary["checkpoint"]) / "README.md").read_text()
+    weights = load_file(Path(summary["checkpoint"]) / "model.safetensors")
+    position = {group[0]: index for index, group in enumerate(summary["layer_groups"])}
+    names = [f"model.layers.{position[layer]}.self_attn.o_proj.weight" for layer in missing["attention"]]
+    names += [f"model.layers.{position[layer]}.mlp.down_proj.weight" for layer in missing["mlp"]]
+    if export == "stock":
+        assert all(weights[name].count_nonzero() == 0 for name in names)
+        assert "zeroed projections" in card
+    else:
+        assert not weights.keys() & set(names)
+        assert "trust_remote_code=True" in card

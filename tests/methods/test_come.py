@@ -216,3 +216,12 @@ def test_folding_norms_needs_rms_norms():
     with pytest.raises(UserError, match="is a opt model, which has none"):
         Come(fold_norm=True).check(random_source("opt"))
     Come(fold_norm=True).check(random_source("gemma3_text"))
+
+
+def test_protected_layers_are_never_merged(input_ids):
+    source = random_source(num_layers=8)
+    plan = Come(protect_first=2, protect_last=3).plan(
+        problem_for(load_dense(source)[0], source, input_ids, num_remove=1)
+    )
+    assert [group for group in plan.layer_groups if len(group) > 1] in ([[2, 3]], [[3, 4]])
+    assert Come(protect_first=2, protect_last=3).num_protected == 5

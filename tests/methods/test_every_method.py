@@ -54,3 +54,29 @@ def test_its_checkpoint_reloads(name, architecture, input_ids, tmp_path):
     reloaded = checkpoint.save(pruned, tokenizer, tmp_path / "model", card="", config=source.config)
     assert type(reloaded) is type(pruned) is type(load_dense(source)[0])
     torch.testing.assert_close(reloaded(input_ids=input_ids, use_cache=False).logits, expected, rtol=0, atol=0)
+
+
+READ_STATES = sorted(set(METHODS) - {"shortened_magnitude", "reverse", "shortened_taylor"})
+
+
+@pytest.mark.parametrize("name", READ_STATES)
+def test_a_damaged_model_is_an_error(name, input_ids):
+    source = random_source(num_layers=8)
+    model, _ = load_dense(source)
+    view = ModelView(model)
+    statistics = collect(view, input_ids)
+    for tensor in (statistics.cosine, statistics.angle, statistics.angle_last):
+        tensor.fill_(float("nan"))
+    with torch.no_grad():
+        for layer in view.layers:  # whatever goes, something damaged is left
+            layer.mlp.down_proj.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite|is nan|overflows"):
+        method_of(name).plan(PruningProblem(source, view, input_ids, statistics, 2, None, 5, False, {}))
+
+
+def test_the_calibration_pass_names_the_first_damaged_layer(input_ids):
+    view = ModelView(load_dense(random_source(num_layers=4))[0])
+    with torch.no_grad():
+        view.layers[2].mlp.down_proj.weight[0, 0] = float("inf")
+    with pytest.raises(UserError, match="the states after layer 2 are not finite"):
+        collect(view, input_ids)

@@ -226,6 +226,9 @@ def test_a_bound_on_the_loss_changes_no_decision(num_likely, monkeypatch):
     view = ModelView(model)
     problem = PruningProblem(source, view, input_ids, collect(view, input_ids), 3, None, 5, False, {})
     removed, losses = naive_sleb(model, input_ids, 3)
+    bounded = []
+    least_loss = blocks.BlockRunner.least_loss
+    monkeypatch.setattr(blocks.BlockRunner, "least_loss", lambda *a: bounded.append(1) or least_loss(*a))
     plan = Sleb().plan(problem)
     assert plan.scores["order"] == removed
     num_given_up = 0
@@ -235,6 +238,7 @@ def test_a_bound_on_the_loss_changes_no_decision(num_likely, monkeypatch):
         complete = {int(layer): loss for layer, loss in found["losses"].items() if loss is not None}
         assert complete == pytest.approx({layer: expected[layer] for layer in complete}, rel=1e-5)
     assert num_given_up > 0 or num_likely < 3000  # with all of the vocabulary the bound is the loss itself
+    assert sum(bounded) > 0  # the bound was asked
 
 
 def test_a_shortlist_measures_no_more_than_it_says(problem, input_ids, monkeypatch):

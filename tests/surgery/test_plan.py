@@ -69,3 +69,23 @@ def test_groups_in_one_line():
     assert format_groups(groups_of_windows([(22, 24), (17, 18)], 30)) == "0-16 {17-18} 19-21 {22-24} 25-29"
     assert format_groups([[0], [2], [3], [5]]) == "0 2-3 5"
     assert format_groups([[0, 1], [2]]) == "{0-1} 2"
+
+
+LOST = {"op": "drop_sublayer", "layers": [2], "sublayer": "mlp", "export": "stock"}
+
+
+@pytest.mark.parametrize(
+    ("ops", "message"),
+    [
+        (
+            [LOST, {"op": "merge", "layers": [2, 3, 4], "rule": "mean"}],
+            r"op 1: layers=\[2, 3, 4\] have lost a sublayer",
+        ),
+        ([LOST, {"op": "drop", "layers": [2]}], "op 1: .* have lost a sublayer"),
+        ([LOST, {**LOST, "sublayer": "attention"}], "op 1: .* have lost a sublayer"),
+        ([LOST, {**LOST, "layers": [0], "export": "custom"}], "written in one way, not as"),
+    ],
+)
+def test_nothing_follows_the_loss_of_a_sublayer(ops, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, ops=ops)

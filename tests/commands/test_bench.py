@@ -1,0 +1,52 @@
+"""Every published loop decides as our search does, and the benchmark says so."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stdout
+
+import pytest
+
+from slm_pipeline.commands import bench
+from slm_pipeline.errors import UserError
+
+TINY = [
+    "model=random",
+    "model.num_layers=12",
+    "calibration.source=text_file",
+    f"calibration.path={__file__}",
+    "calibration.num_samples=3",
+    "calibration.seq_len=16",
+]
+
+
+def rows_of(*words):
+    """The table's cells, row by row."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        bench.methods([*words, *TINY])
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_all_loops_decide_alike():
+    rows = rows_of("pruning_ratio=layers", "pruning_ratio.num_layers=10")
+    assert [row[0] for row in rows] == list(bench.METHODS)
+    for name, _, _, _, _, blocks_theirs, blocks_ours, _, _, same in rows:
+        assert name in ("slm", "laco") or same == "yes"  # those look for a threshold in their own way
+        assert float(blocks_ours) <= float(blocks_theirs)
+
+
+@pytest.mark.parametrize("name", ["slm", "laco"])
+def test_at_a_given_threshold_slm_and_laco_decide_alike_too(name):
+    rows = rows_of(name, "threshold=fixed", "threshold.value=0.9", "pruning_ratio=none")
+    assert [(row[0], row[-1]) for row in rows] == [(name, "yes")]
+
+
+def test_parameters_may_be_counted():
+    assert rows_of("sleb", "pruning_ratio=r20", "pruning_ratio.of=parameters")[0][-1] == "yes"
+
+
+def test_unknown_names():
+    with pytest.raises(UserError, match="'mka' has no published loop to compare with; there are: slm, laco"):
+        bench.methods(["mka"])
