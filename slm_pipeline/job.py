@@ -7,6 +7,7 @@ import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from slm_pipeline import config as options
 from slm_pipeline.artifacts import check_store_format
@@ -15,10 +16,16 @@ from slm_pipeline.data import calibration
 from slm_pipeline.data.tasks import task_fingerprint
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation import efficiency, perplexity, zero_shot
-from slm_pipeline.methods.base import Method, num_layers_to_remove
+from slm_pipeline.methods.base import Method, PruningProblem, num_layers_to_remove
 from slm_pipeline.models.source import ModelSource, describe
 from slm_pipeline.recovery.base import Recovery
 from slm_pipeline.tracking import check_tracker
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_pipeline.engine.statistics import Statistics
+    from slm_pipeline.models.view import ModelView
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,25 @@ class Job:
             num_protected=self.method.num_protected,
         )
 
-    def num_parameters_to_remove(self, counts: ParameterCounts) -> int:
-        """For ``of: parameters`` the least number of parameters to remove; 0 when layers are counted."""
+    def pruning_problem(
+        self, view: ModelView, input_ids: Tensor, statistics: Statistics, calibration: dict[str, Any]
+    ) -> PruningProblem:
+        """What the method gets; see `PruningProblem`."""
+        counts = ParameterCounts.of(view)
         ratio = self.config.pruning_ratio
-        return math.ceil(ratio.ratio * counts.total) if ratio.of == "parameters" and ratio.ratio is not None else 0
+        by_parameters = ratio.of == "parameters" and ratio.ratio is not None
+        return PruningProblem(
+            source=self.source,
+            view=view,
+            input_ids=input_ids,
+            statistics=statistics,
+            num_remove=None if self.threshold is not None else self.num_layers_to_remove(view.num_layers, counts),
+            threshold=self.threshold,
+            refine=self.config.threshold.refine,
+            exhaustive=self.config.threshold.exhaustive,
+            calibration=calibration,
+            num_parameters=math.ceil((ratio.ratio or 0) * counts.total) if by_parameters else 0,
+        )
 
 
 @dataclass(frozen=True)
@@ -86,6 +108,10 @@ class ParameterCounts:
 
     total: int
     blocks: list[int]
+
+    @classmethod
+    def of(cls, view: ModelView) -> ParameterCounts:
+        return cls(view.num_parameters(), [view.block_parameters(layer) for layer in range(view.num_layers)])
 
     def layers_for(self, ratio: float, num_layers: int, num_protected: int) -> int:
         """Fewest layers whose removal takes away at least ``ratio`` of all parameters, embeddings included."""

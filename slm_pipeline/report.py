@@ -381,10 +381,15 @@ def study_table(rows: Sequence[Mapping[str, Any]], sort_by: str | None = None) -
     Args:
         rows: what `read_runs` returns.
         sort_by: a column; the best run first, that is the highest average, else the lowest number; runs without a
-            number last. None keeps the order, as does a column of which no run has a number yet.
+            number last. None keeps the order, and so does any column while no run has finished.
+
+    Raises:
+        UserError: no such column.
     """
     measures = [_measures(run["summary"]) if run["summary"] else {} for run in rows]
     names = _in_order(name for found in measures for name in found)
+    if sort_by is not None and names and sort_by not in names:
+        raise UserError(f"sort_by={sort_by!r} is not a column of this table; columns: {', '.join(names)}")
     finished = [found for found in measures if found]
     first = rows[0]["overrides"] if len(rows) > 1 else []
     shared = [item for item in first if all(item in run["overrides"] for run in rows)]
@@ -405,9 +410,7 @@ def study_table(rows: Sequence[Mapping[str, Any]], sort_by: str | None = None) -
         cells.append([run["job"], overrides, *values, status])
     above = [f"All jobs: `{' '.join(shared)}`"] if shared else []
     above += ["Dense model: " + ", ".join(_dense_measure(name, finished[0][name]) for name in same)] if same else []
-    if sort_by is not None:
-        known = f"; no run has {sort_by!r}: columns are {', '.join(names)}" if names and sort_by not in names else ""
-        above.append(f"Sorted by {sort_by}, best first{known}")
+    above += [f"Sorted by {sort_by}, best first"] if sort_by in names else []
     above += _small_limit(run["summary"] for run in rows if run["summary"])
     return "".join(f"{line}\n\n" for line in above) + Table(["job", "overrides", *columns, "status"], cells).markdown()
 
@@ -416,7 +419,7 @@ def write_study(directory: Path, sort_by: str | None = None) -> str:
     """Write ``<directory>/summary.md``, the table of all jobs of a sweep, and return it.
 
     Raises:
-        UserError: nothing there has run.
+        UserError: nothing there has run, or there is no column ``sort_by``.
     """
     runs = read_runs(directory)
     if not runs:

@@ -143,8 +143,17 @@ def run_job(composed: DictConfig) -> None:
     finally:
         logging.getLogger("slm_pipeline").removeHandler(warnings)
         if multirun and not composed.dry_run:
-            report.write_study(Path(hydra.sweep.dir), composed.study.sort_by)
+            _write_study(Path(hydra.sweep.dir), composed.study.sort_by)
         _free_memory()
+
+
+def _write_study(directory: Path, sort_by: str | None) -> None:
+    """The table of the study so far; a finished job is not lost to a column that does not exist."""
+    try:
+        report.write_study(directory, sort_by)
+    except UserError as error:
+        log.warning("study.%s; the table is in the order of the jobs", error)
+        report.write_study(directory)
 
 
 def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> dict[str, Any]:

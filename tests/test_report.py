@@ -266,12 +266,13 @@ def test_study_sorts_the_best_first_and_the_failed_last(sweep):
     runs = read_runs(sweep)
     order = {name: [row[0] for row in cells(study_table(runs, name))[1:]] for name in ("average pruned", "layers")}
     assert order == {"average pruned": ["0", "2", "1", "10"], "layers": ["2", "0", "1", "10"]}
-    text = study_table(runs, "accuracy")
-    assert "no run has 'accuracy': columns are layers, parameters, perplexity bundled" in text
-    assert [row[0] for row in cells(text)[1:]] == ["0", "1", "2", "10"]
+    with pytest.raises(UserError, match="sort_by='accuracy' is not a column .* layers, parameters, perplexity bundled"):
+        study_table(runs, "accuracy")
+    assert "Sorted by layers, best first" in study_table(runs, "layers")
 
 
 def test_a_study_of_failures_alone_is_a_table_and_an_empty_one_an_error(sweep, tmp_path):
+    assert study_table(read_runs(sweep)[1:2], "layers") == study_table(read_runs(sweep)[1:2])
     assert cells(study_table(read_runs(sweep)[1:2])) == [
         ["job", "overrides", "status"],
         ["1", "model=tiny pruning_ratio=r1", "FAILED: ratio=2 must be below 1"],

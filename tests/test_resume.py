@@ -292,6 +292,7 @@ def test_missing_sublayers_stay_missing_through_the_whole_pipeline(export, job, 
     missing = summary["sublayers"]
     assert missing["attention"] or missing["mlp"]
     assert {"dense", "pruned", "recovered"} == summary["metrics"].keys()
+    assert not (Path(summary["stages"]["recover"]["path"]) / "checkpoints").exists()
     card = (Path(summary["checkpoint"]) / "README.md").read_text()
     weights = load_file(Path(summary["checkpoint"]) / "model.safetensors")
     position = {group[0]: index for index, group in enumerate(summary["layer_groups"])}

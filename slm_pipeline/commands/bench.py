@@ -82,22 +82,10 @@ _COLUMNS = ("method", "tokens", "seconds theirs", "ours", "ratio", "blocks their
 
 def _problem(job: Job, view: ModelView, tokenizer: Any) -> PruningProblem:
     from slm_pipeline.data.calibration import sample
-    from slm_pipeline.job import ParameterCounts
 
-    counts = ParameterCounts(view.num_parameters(), [view.block_parameters(i) for i in range(view.num_layers)])
-    num_remove = None if job.threshold is not None else job.num_layers_to_remove(view.num_layers, counts)
-    return PruningProblem(
-        source=job.source,
-        view=view,
-        input_ids=sample(job.config.calibration, tokenizer, job.data_dir).input_ids,
-        statistics=None,  # type: ignore[arg-type]  # made, and timed, with the methods that read it
-        num_remove=num_remove,
-        threshold=job.threshold,
-        refine=job.config.threshold.refine,
-        exhaustive=job.config.threshold.exhaustive,
-        calibration={},
-        num_parameters=job.num_parameters_to_remove(counts),
-    )
+    input_ids = sample(job.config.calibration, tokenizer, job.data_dir).input_ids
+    no_statistics: Any = None  # made, and timed, with the methods that read them
+    return job.pruning_problem(view, input_ids, no_statistics, {})
 
 
 def _compare(job: Job, problem: PruningProblem) -> tuple[Measurement, Measurement]:

@@ -177,19 +177,19 @@ class RemovalWalk:
                 room, so that a second measurement need not walk again.
         """
         measure = measure or self._objective.measure
-        known = {} if known is None else known
         for index in tqdm(numbers, desc="candidates", unit="batch", disable=None, leave=False):
             walking = [candidate for candidate, total in totals.items() if total <= limit * self._num_terms]
-            states = {c: state for c, state in known.get(index, {}).items() if c in walking}
+            states = {c: state for c, state in (known or {}).get(index, {}).items() if c in walking}
             states |= self._walk(index, [candidate for candidate in walking if candidate not in states])
             if not states:
                 continue
             losses = measure(self._runners[index], list(states.values()), self._input_ids[index])
             for candidate, loss in zip(states, losses, strict=True):
                 totals[candidate] += loss if math.isfinite(loss) else math.inf
-            held = sum(state.nbytes for of_batch in known.values() for state in of_batch.values())
-            if held + sum(state.nbytes for state in states.values()) <= _KEPT_BYTES:
-                known[index] = states
+            if known is not None:
+                held = sum(state.nbytes for of_batch in known.values() for state in of_batch.values())
+                if held + sum(state.nbytes for state in states.values()) <= _KEPT_BYTES:
+                    known[index] = states
 
     def _means(self, totals: Mapping[Removal, float], limit: float) -> dict[Removal, float]:
         means = {candidate: total / self._num_terms for candidate, total in totals.items()}

@@ -50,11 +50,10 @@ class Merge(Stage):
 
         model, tokenizer = load_dense(job.source)
         view = ModelView(model)
-        counts = ParameterCounts(view.num_parameters(), [view.block_parameters(i) for i in range(view.num_layers)])
-        if not (
-            out / "plan.json"
-        ).is_file():  # else it was decided by an attempt that was interrupted, or kept no weights
-            self._plan(job, results["calibrate"], view, counts).write(out / "plan.json")
+        counts = ParameterCounts.of(view)
+        # Otherwise it was decided by an attempt that was interrupted, or that kept no weights.
+        if not (out / "plan.json").is_file():
+            self._plan(job, results["calibrate"], view).write(out / "plan.json")
         plan = Plan.read(out / "plan.json")
         if plan.ops and all(op["op"] == "drop" for op in plan.ops):
             model_name = job.config.model.repo or job.config.model.path or job.source.name
@@ -91,23 +90,9 @@ class Merge(Stage):
                 )
         tracker.log(metrics, stage=self.name)
 
-    def _plan(self, job: Job, calibration: Artifact, view: Any, counts: ParameterCounts) -> Plan:
-        from slm_pipeline.methods.base import PruningProblem
-
+    def _plan(self, job: Job, calibration: Artifact, view: Any) -> Plan:
         input_ids, identity = load_samples(calibration)
-        num_remove = job.num_layers_to_remove(view.num_layers, counts) if job.threshold is None else None
-        problem = PruningProblem(
-            source=job.source,
-            view=view,
-            input_ids=input_ids,
-            statistics=load_statistics(calibration),
-            num_remove=num_remove,
-            threshold=job.threshold,
-            refine=job.config.threshold.refine,
-            exhaustive=job.config.threshold.exhaustive,
-            calibration=identity,
-            num_parameters=job.num_parameters_to_remove(counts),
-        )
+        problem = job.pruning_problem(view, input_ids, load_statistics(calibration), identity)
         started = time.monotonic()
         plan = job.method.plan(problem)
         plan.scores["seconds"] = round(time.monotonic() - started, 3)

@@ -17,7 +17,7 @@ from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.merge import load_plan, load_pruned
 from slm_pipeline.tracking import Tracker
 
-VERSION = 1
+VERSION = 2  # 2: checkpoints hold what trains alone; zeroed sublayers stay zero
 
 
 class Recover(Stage):
