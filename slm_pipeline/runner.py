@@ -158,7 +158,9 @@ def _write_study(directory: Path, sort_by: str | None) -> None:
 
 def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> dict[str, Any]:
     """Run the job's steps, then write and print what they found."""
-    plan(job)
+    for step, known in plan(job):
+        if step.selected and (step.forced or known is None or not step.stage.is_whole(job, known)):
+            step.stage.preflight(job)
     if "evaluate" in job.config.stages and job.config.evaluation.of:
         for corpus in job.corpora_of_calibration():
             log.warning(

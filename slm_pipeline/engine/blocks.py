@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -161,6 +161,55 @@ def batches(input_ids: Tensor, max_tokens: int) -> list[Tensor]:
 
 class _Enough(Exception):
     """Stops a forward pass whose rest is not needed."""
+
+
+@torch.no_grad()
+def entering_and_leaving(
+    view: ModelView,
+    inputs: Mapping[str, Tensor],
+    enter: Collection[int],
+    leave: Collection[int],
+    arguments_of: Collection[int],
+) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """The residual streams that enter some blocks and leave some, and what else some blocks are given.
+
+    One forward pass, as far as the highest of these blocks.
+
+    Args:
+        inputs: of the model's decoder: input_ids [batch, length], attention_mask, position_ids.
+
+    Returns:
+        Three dicts by block: [batch, length, d] states, [batch, length, d] states, and the positional and keyword
+        arguments beside the state, for that batch alone.
+    """
+    entering: dict[int, Tensor] = {}
+    leaving: dict[int, Tensor] = {}
+    arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    last = max(*leave, *enter, *arguments_of)
+
+    def before(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entering[layer], arguments[layer] = args[0], (args[1:], kwargs)
+
+    def after(layer: int, output: Any) -> None:
+        leaving[layer] = output[0] if isinstance(output, tuple) else output
+        if layer == last:
+            raise _Enough
+
+    hooks = []
+    for layer in {*enter, *arguments_of}:
+        hook = partial(lambda layer, module, args, kwargs: before(layer, args, kwargs), layer)
+        hooks.append(view.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
+    for layer in {*leave, last}:
+        hooks.append(
+            view.layers[layer].register_forward_hook(partial(lambda layer, *call: after(layer, call[-1]), layer))
+        )
+    try:
+        with suppress(_Enough):
+            view.decoder(**inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return entering, leaving, arguments
 
 
 @torch.no_grad()

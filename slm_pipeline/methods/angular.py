@@ -33,14 +33,13 @@ class AngularDistance(LayerRemoval):
     name: ClassVar[str] = "angular"
 
     def plan(self, problem: PruningProblem) -> Plan:
-        removed, distances = self.closest_ends(problem, problem.statistics.angle_last)
+        assert problem.num_remove is not None
+        removed, distances = self.closest_ends(problem.statistics.angle_last, problem.num_remove)
         return self.removal_plan(problem, removed, {"distances": distances})
 
-    def closest_ends(self, problem: PruningProblem, distance: Tensor) -> tuple[list[int], list[float | None]]:
-        """The block of ``num_remove`` layers with the smallest ``distance`` ([L + 1, L + 1]) between its two ends."""
-        size = problem.num_remove
-        assert size is not None
-        num_layers = problem.view.num_layers
+    def closest_ends(self, distance: Tensor, size: int) -> tuple[list[int], list[float | None]]:
+        """The block of ``size`` layers with the smallest ``distance`` ([L + 1, L + 1]) between its two ends."""
+        num_layers = len(distance) - 1
         allowed = range(self.protect_first, num_layers - self.protect_last - size + 1)
         found = [float(distance[start, start + size]) if start in allowed else None for start in range(num_layers)]
         if not all(math.isfinite(found[start] or 0.0) for start in allowed):

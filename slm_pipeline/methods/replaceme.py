@@ -77,7 +77,8 @@ class ReplaceMe(AngularDistance):
     def plan(self, problem: PruningProblem) -> Plan:
         import torch
 
-        removed, distances = self.closest_ends(problem, problem.statistics.angle_last)
+        assert problem.num_remove is not None
+        removed, distances = self.closest_ends(problem.statistics.angle_last, problem.num_remove)
         if self.solver == "least_squares":
             transform = self._least_squares(problem, removed)
         else:

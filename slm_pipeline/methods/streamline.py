@@ -16,16 +16,22 @@ class Streamline(AngularDistance):
     between what enters and what leaves it, averaged over all tokens.
 
     Departures from the published code: a block that ends at the last layer is scored on its true output; no tokens x
-    tokens matrix; any architecture. The paper then puts one trained layer where the block was; that is a recovery.
+    tokens matrix; any architecture.
+
+    The paper then puts one trained layer where the block was. With ``replacement=true`` the block is one layer longer
+    and its first layer stays, to become that layer (``recovery=block_mse``); as many layers go either way.
 
     Scores in the plan: distances[l] = 1 - mean cosine for every allowed start l (null elsewhere).
     """
 
     protect_first: int = 0
+    replacement: bool = False
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(50, 2048))
 
     name: ClassVar[str] = "streamline"
 
     def plan(self, problem: PruningProblem) -> Plan:
-        removed, distances = self.closest_ends(problem, 1 - problem.statistics.cosine)
-        return self.removal_plan(problem, removed, {"distances": distances})
+        assert problem.num_remove is not None
+        kept = int(self.replacement)
+        block, distances = self.closest_ends(1 - problem.statistics.cosine, problem.num_remove + kept)
+        return self.removal_plan(problem, block[kept:], {"distances": distances})

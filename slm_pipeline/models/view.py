@@ -68,6 +68,17 @@ class ModelView:
         return cast(nn.Module, self.decoder.get_submodule(self.architecture.final_norm))
 
     @property
+    def head(self) -> nn.Module:
+        """The projection to the vocabulary."""
+        return cast(nn.Module, self.model.get_output_embeddings())
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether the head's weight is the embedding's."""
+        embedding = self.decoder.get_submodule(self.architecture.embedding)
+        return cast(Any, self.head).weight is embedding.weight
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go in: the device of the embedding."""
         return cast(torch.device, self.decoder.get_submodule(self.architecture.embedding).weight.device)
@@ -75,7 +86,7 @@ class ModelView:
     @property
     def dtype(self) -> torch.dtype:
         """Of the head, in which logits are computed."""
-        return cast(torch.dtype, self.model.get_output_embeddings().weight.dtype)
+        return cast(torch.dtype, self.head.weight.dtype)
 
     def num_parameters(self) -> int:
         """All parameters, tied ones counted once."""
@@ -202,14 +213,14 @@ class ModelView:
 
     def head_parameters(self) -> int:
         """Parameters of the projection to the vocabulary, tied or not."""
-        return int(self.model.get_output_embeddings().weight.numel())
+        return int(cast(Any, self.head).weight.numel())
 
     def logits(self, normed: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Next-token logits of final-normed states: [..., d] -> [..., vocabulary], as the model's own forward does.
 
         ``tokens``: indices of a part of the vocabulary; then only their logits, in that order.
         """
-        head = self.model.get_output_embeddings()
+        head: Any = self.head
         if tokens is None:
             logits = head(normed.to(head.weight.device))
         else:

@@ -83,6 +83,10 @@ class Recovery(Protocol):
         """
         ...
 
+    def preflight(self, source: ModelSource, data_dir: Path | None) -> None:
+        """Raise `UserError` for what tokenizer and model configuration tell; called before the first stage runs."""
+        ...
+
     def run(self, problem: RecoveryProblem) -> RecoveryResult:
         """Train.
 
@@ -94,7 +98,7 @@ class Recovery(Protocol):
 
 @dataclass
 class TrainingOptions:
-    """Data and schedule of a recovery that trains on instruction examples.
+    """Data, schedule and budget, the same for every recovery.
 
     The defaults are the settings of the SLM authors (LLM-Pruner's Alpaca recipe), for one GPU: AdamW, linear decay
     after the warm-up, gradients clipped to norm 1, loss on the output only, the checkpoint with the lowest validation
@@ -109,10 +113,15 @@ class TrainingOptions:
     validation_size: int = 2000  # examples held out
     split_seed: int = 42
     learning_rate: float = 1e-4
+    schedule: str = "linear"  # linear | cosine | constant, all after a linear warm-up
+    final_learning_rate: float = 0.0  # cosine: where it ends, as a share of learning_rate
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
     num_epochs: float = 2.0  # training ends at the first of this and the next three
     max_steps: int | None = None  # optimizer steps
     budget_tokens: int | None = None  # input tokens without padding, turned into steps by their mean number per step
     max_minutes: float | None = None  # of training, over all attempts
+    early_stopping: int | None = None  # validations in a row without a better loss that end the training
     batch_size: int = 64  # examples per optimizer step
     micro_batch_size: int = 4  # examples at a time
     warmup_steps: int = 100
@@ -124,18 +133,30 @@ class TrainingOptions:
     dtype: str = "bfloat16"  # bfloat16 (autocast) | float32
 
     def __post_init__(self) -> None:
-        for name, allowed in (("source", examples.SOURCES), ("dtype", ("bfloat16", "float32"))):
+        for name, allowed in (
+            ("source", examples.SOURCES),
+            ("dtype", ("bfloat16", "float32")),
+            ("schedule", ("linear", "cosine", "constant")),
+        ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"recovery.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         for name in ("num_examples", "validation_size", "max_steps", "budget_tokens", "batch_size", "micro_batch_size",
-                     "cutoff_len", "eval_steps", "save_steps", "logging_steps"):  # fmt: skip
+                     "cutoff_len", "eval_steps", "save_steps", "logging_steps", "early_stopping"):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"recovery.{name}={value} must be at least 1")
-        for name in ("learning_rate", "num_epochs", "max_minutes"):
+        for name in ("learning_rate", "num_epochs", "max_minutes", "max_grad_norm"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise UserError(f"recovery.{name}={value} must be a positive number")
-        if self.warmup_steps < 0:
-            raise UserError(f"recovery.warmup_steps={self.warmup_steps} must be at least 0")
+        for name in ("warmup_steps", "weight_decay"):
+            if (value := getattr(self, name)) < 0:
+                raise UserError(f"recovery.{name}={value} must be at least 0")
+        if not 0 <= self.final_learning_rate < 1:
+            raise UserError(f"recovery.final_learning_rate={self.final_learning_rate} must be in [0, 1)")
+        if self.final_learning_rate and self.schedule != "cosine":
+            raise UserError(
+                f"recovery.final_learning_rate={self.final_learning_rate} needs recovery.schedule=cosine,"
+                f" not {self.schedule}"
+            )
         if self.max_steps is not None and self.warmup_steps >= self.max_steps:
             raise UserError(
                 f"recovery.warmup_steps={self.warmup_steps} is not below recovery.max_steps={self.max_steps}"
@@ -144,6 +165,15 @@ class TrainingOptions:
             raise UserError(
                 f"recovery.micro_batch_size={self.micro_batch_size} must divide recovery.batch_size={self.batch_size}"
             )
+
+    def check(self, source: ModelSource, num_layers: int | None) -> None:
+        """Any supported model will do; see `Recovery`."""
+
+    def preflight(self, source: ModelSource, data_dir: Path | None) -> None:
+        """Some example of each split bears a loss; see `Recovery`."""
+        from slm_pipeline.models.loading import load_dense_tokenizer
+
+        self.check_tokens(load_dense_tokenizer(source), data_dir)
 
     def data_identity(self, data_dir: Path | None) -> dict[str, str]:
         """What the training data are; see `Recovery`."""

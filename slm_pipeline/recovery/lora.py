@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
+from slm_pipeline.recovery.trainable import silent_modules
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -58,7 +59,7 @@ class Lora(TrainingOptions):
 
         train, validation = self.tokenized_split(problem.tokenizer, problem.data_dir)
         set_seed(problem.seed)
-        adapted: Any = get_peft_model(problem.model, self._peft_config(silent_layers(problem)))
+        adapted: Any = get_peft_model(problem.model, self._peft_config(list(silent_modules(problem))))
         result = training.fit(adapted, train, validation, self, problem)
         adapted.peft_config["default"].base_model_name_or_path = problem.base_path
         adapted.save_pretrained(str(problem.out / "adapter"), save_embedding_layers=False)
@@ -78,24 +79,6 @@ class Lora(TrainingOptions):
             bias="none",
             task_type="CAUSAL_LM",
         )
-
-
-def silent_layers(problem: RecoveryProblem) -> list[str]:
-    """Full names of the linear layers of sublayers that the plan removed by zeroing: an adapter would revive them."""
-    from torch import nn
-
-    from slm_pipeline.models.view import ModelView
-
-    view = ModelView(problem.model)
-    silent = {
-        id(module)
-        for name, positions in (problem.plan.missing_positions() if problem.plan.export == "stock" else {}).items()
-        for position in positions
-        for child in view.sublayer(name)
-        for module in view.layers[position].get_submodule(child).modules()
-    }
-    modules = problem.model.named_modules()
-    return [name for name, module in modules if id(module) in silent and isinstance(module, nn.Linear)]
 
 
 def merge_adapter(adapted: PeftModel) -> PreTrainedModel:

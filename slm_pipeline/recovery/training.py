@@ -11,7 +11,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,14 @@ from transformers import (
 from slm_pipeline.artifacts import write_json
 from slm_pipeline.data.examples import IGNORED, LeftPadding
 from slm_pipeline.errors import UserError
-from slm_pipeline.recovery.base import RecoveryProblem, TrainingOptions
+from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
+from slm_pipeline.recovery.trainable import train_only
 
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
 TRAINED = "trained.safetensors"
+_SCHEDULES = {"linear": "linear", "cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}
 
 
 @dataclass
@@ -59,6 +62,15 @@ class Progress:
     finished: bool = False
 
 
+def tune(options: TrainingOptions, problem: RecoveryProblem, modules: Iterable[nn.Module]) -> RecoveryResult:
+    """Train these parts of the pruned model, and nothing else, on the language-model loss."""
+    train, validation = options.tokenized_split(problem.tokenizer, problem.data_dir)
+    train_only(problem, modules)
+    result = fit(problem.model, train, validation, options, problem)
+    problem.model.requires_grad_(True)
+    return RecoveryResult(problem.model, result.metrics, result.curve)
+
+
 @dataclass(frozen=True)
 class Fit:
     """A finished training.
@@ -72,76 +84,148 @@ class Fit:
     metrics: dict[str, Any]
 
 
+class Objective(nn.Module):
+    """A loss of our own in the form that the Trainer takes: a module whose output has ``loss``.
+
+    Its forward takes a batch of `LeftPadding` and ``num_items_in_batch``, the number of labelled tokens in the whole
+    optimizer step, to which the losses of its batches add up as a mean. The token that a state predicts decides
+    whether the state counts: ``labels[:, t + 1]`` is about the state at t, as in a language model's own loss.
+
+    Args:
+        student: the model of which something trains.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, student: PreTrainedModel):
+        super().__init__()
+        self.student = student
+        if device_map := getattr(student, "hf_device_map", None):
+            self.hf_device_map = device_map  # tells the Trainer to leave a model alone that lies on several devices
+
+    def parts(self) -> list[list[nn.Parameter]]:
+        """The trained parameters in groups whose losses do not depend on one another: each is clipped by itself."""
+        return [[parameter for parameter in self.parameters() if parameter.requires_grad]]
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device
+
+    @property
+    def config(self) -> Any:
+        return self.student.config
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        self.student.gradient_checkpointing_enable(**options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.student.gradient_checkpointing_disable()
+
+
 def fit(
-    model: PreTrainedModel | PeftModel,
+    model: PreTrainedModel | PeftModel | Objective,
     train: Sequence[dict[str, list[int]]],
     validation: Sequence[dict[str, list[int]]],
     options: TrainingOptions,
     problem: RecoveryProblem,
+    *,
+    folder: str = "checkpoints",
+    share: float = 1.0,
+    keep: str = "best",
 ) -> Fit:
     """Train whatever in ``model`` requires gradients, from the last complete checkpoint if there is one.
 
     Data order, dropout and learning rate go on where that checkpoint stood, so that an interrupted training ends with
-    the weights of an uninterrupted one. Checkpoints, in ``problem.out/checkpoints``, hold what trains and nothing else.
+    the weights of an uninterrupted one. What trains does so in float32, whatever its dtype before and after: bfloat16
+    would round small updates away. Checkpoints hold what trains and nothing else.
 
     Args:
-        model: a transformers model or a peft wrapper around one. It ends on the device where it began, in evaluation
-            mode, with the weights of the lowest validation loss.
-        train, validation: rows of `tokenize_example`.
+        model: it ends on the device where it began, in evaluation mode.
+        train, validation: rows of `tokenize_examples`.
+        folder: where in ``problem.out`` the checkpoints go; its own for each of several trainings.
+        share: of the steps and minutes that ``options`` allow.
+        keep: the weights of the ``best`` validation loss, or the ``last``.
 
     Raises:
         UserError: a loss or gradient that is not finite.
     """
-    folder = problem.out / "checkpoints"
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     logger.info("training %d of %d parameters on %d examples", trainable, total, len(train))
-    pad_token_id = problem.tokenizer.pad_token_id
-    num_steps = options.num_steps(train)
+    with _in_float32(model, everything=options.dtype == "float32"):
+        last, progress = _train(model, train, validation, options, problem, problem.out / folder, share)
+        kept, curve, metrics = _summarize(last, progress, keep)
+        load_trained(model, kept)
+    model.eval()
+    sizes = {"trainable_parameters": trainable, "num_examples": len(train), "num_validation_examples": len(validation)}
+    return Fit(curve, {**metrics, **sizes})
+
+
+def _train(
+    model: PreTrainedModel | PeftModel | Objective,
+    train: Sequence[dict[str, list[int]]],
+    validation: Sequence[dict[str, list[int]]],
+    options: TrainingOptions,
+    problem: RecoveryProblem,
+    folder: Path,
+    share: float,
+) -> tuple[Path, Progress]:
+    """Train to the end; the last checkpoint and what was counted."""
+    checkpoint = last_complete_checkpoint(folder)
+    progress = Progress() if checkpoint is None else read_progress(checkpoint)
+    if checkpoint is not None:
+        logger.info("recovery goes on from %s", checkpoint)
+        if progress.finished:
+            return checkpoint, progress
+    num_steps = max(1, round(share * options.num_steps(train)))
     if options.warmup_steps >= num_steps:
         logger.warning(
             "recovery.warmup_steps=%d is not below the %d steps of training: the learning rate never reaches %g",
             options.warmup_steps, num_steps, options.learning_rate,
         )  # fmt: skip
+    device = model.device
+    use_cache = model.config.use_cache  # the Trainer turns it off, for good
+    arguments = _arguments(options, folder, num_steps, problem.seed, use_cpu=device.type == "cpu")
+    arguments.eval_on_start = checkpoint is None
+    pad_token_id = problem.tokenizer.pad_token_id
+    watch = _Watch(model, folder, progress, options, share, problem.log)
+    trainer = _Trainer(
+        watch,
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=LeftPadding(0 if pad_token_id is None else pad_token_id),  # masked: any token will do
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)  # our own log lines instead
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        model.config.use_cache = use_cache
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    if model.device != device:
+        logger.warning("trained on %s, the first GPU in sight; CUDA_VISIBLE_DEVICES chooses another", model.device)
+        model.to(device)  # type: ignore[arg-type]
     checkpoint = last_complete_checkpoint(folder)
-    progress = Progress()
-    if checkpoint is not None:
-        progress = read_progress(checkpoint)
-        logger.info("recovery goes on from %s", checkpoint)
-    if not progress.finished:
-        device = model.device
-        use_cache = model.config.use_cache  # the Trainer turns it off, for good
-        arguments = _arguments(options, folder, num_steps, problem.seed, use_cpu=device.type == "cpu")
-        arguments.eval_on_start = checkpoint is None
-        trainer = _Trainer(
-            progress,
-            options,
-            model=model,
-            args=arguments,
-            train_dataset=train,
-            eval_dataset=validation,
-            data_collator=LeftPadding(0 if pad_token_id is None else pad_token_id),  # masked: any token will do
-            callbacks=[_Watch(folder, progress, options, problem.log)],
-        )
-        trainer.remove_callback(PrinterCallback)  # our own log lines instead
-        if options.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        finally:
-            model.config.use_cache = use_cache
-        if options.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
-        if model.device != device:
-            logger.warning("trained on %s, the first GPU in sight; CUDA_VISIBLE_DEVICES chooses another", model.device)
-            model.to(device)  # type: ignore[arg-type]
-        checkpoint = last_complete_checkpoint(folder)
     assert checkpoint is not None
-    best, curve, metrics = _summarize(checkpoint, progress)
-    load_trained(model, best)
-    model.eval()
-    sizes = {"trainable_parameters": trainable, "num_examples": len(train), "num_validation_examples": len(validation)}
-    return Fit(curve, {**metrics, **sizes})
+    return checkpoint, progress
+
+
+@contextmanager
+def _in_float32(model: nn.Module, *, everything: bool) -> Iterator[None]:
+    """What trains in float32 for a while, or every parameter."""
+    dtypes = {parameter: parameter.dtype for parameter in model.parameters() if everything or parameter.requires_grad}
+    for parameter in dtypes:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in dtypes.items():
+            parameter.data = parameter.data.to(dtype)
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
@@ -198,12 +282,16 @@ def _file_sizes(checkpoint: Path) -> dict[str, int]:
 def _arguments(
     options: TrainingOptions, folder: Path, num_steps: int, seed: int, *, use_cpu: bool
 ) -> TrainingArguments:
+    floor = {"min_lr_rate": options.final_learning_rate} if options.schedule == "cosine" else None
     arguments = TrainingArguments(
         output_dir=str(folder.absolute()),
         max_steps=num_steps,
         learning_rate=options.learning_rate,
         warmup_steps=options.warmup_steps,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=_SCHEDULES[options.schedule],
+        lr_scheduler_kwargs=floor,
+        weight_decay=options.weight_decay,
+        max_grad_norm=0,  # _Watch clips, each part by itself
         optim="adamw_torch",
         per_device_train_batch_size=options.micro_batch_size,
         per_device_eval_batch_size=options.micro_batch_size,
@@ -221,7 +309,7 @@ def _arguments(
         greater_is_better=False,
         logging_strategy="steps",
         logging_steps=options.logging_steps,
-        logging_nan_inf_filter=False,  # it would hide what _Trainer stops at
+        logging_nan_inf_filter=False,  # it would hide what _Watch stops at
         remove_unused_columns=False,
         dataloader_pin_memory=not use_cpu,
         disable_tqdm=not sys.stderr.isatty(),
@@ -232,42 +320,34 @@ def _arguments(
     return arguments
 
 
-def _summarize(checkpoint: Path, progress: Progress) -> tuple[Path, list[dict[str, float]], dict[str, Any]]:
-    """The checkpoint of the lowest validation loss, the curve, and the metrics, of a training that is over."""
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+def _summarize(last: Path, progress: Progress, keep: str) -> tuple[Path, list[dict[str, float]], dict[str, Any]]:
+    """The checkpoint to keep, the curve, and the metrics, of a training that is over."""
+    state = TrainerState.load_from_json(str(last / "trainer_state.json"))
     assert state.best_model_checkpoint is not None  # the last step is always evaluated
     kept = ("step", "loss", "learning_rate", "eval_loss")
     curve = [{name: row[name] for name in kept if name in row} for row in state.log_history]
     logged = [row for row in curve if "loss" in row]
+    validated = [row for row in curve if "eval_loss" in row]
     previous = [0.0] + [row["step"] for row in logged[:-1]]
     total = sum(row["loss"] * (row["step"] - before) for row, before in zip(logged, previous, strict=True))
     metrics = {
         "train_loss": total / state.global_step,
-        "initial_eval_loss": curve[0]["eval_loss"],
-        "eval_loss": state.best_metric,
-        "best_step": state.best_global_step,
+        "initial_eval_loss": validated[0]["eval_loss"],
+        "eval_loss": state.best_metric if keep == "best" else validated[-1]["eval_loss"],
+        "best_step": state.best_global_step if keep == "best" else state.global_step,
         "num_steps": state.global_step,
         "num_tokens": progress.num_tokens,
         "num_label_tokens": progress.num_label_tokens,
         "seconds": round(progress.seconds, 3),
     }
-    return checkpoint.parent / Path(state.best_model_checkpoint).name, curve, metrics
-
-
-def _require_finite(value: Tensor | float, what: str, step: int, options: TrainingOptions) -> None:
-    if not math.isfinite(value):
-        raise UserError(
-            f"recovery: the {what} is {float(value)} at step {step}; lower recovery.learning_rate"
-            f" ({options.learning_rate:g} now), or use bfloat16 or float32 for model.dtype if it is float16"
-        )
+    return last.parent / Path(state.best_model_checkpoint).name if keep == "best" else last, curve, metrics
 
 
 class _Trainer(Trainer):
-    """Counts what it trains on, stops at a loss that is not finite, and validates per token."""
+    """Has its ``watch`` count what it trains on, keeps what trains alone, and validates per token."""
 
-    def __init__(self, progress: Progress, options: TrainingOptions, **arguments: Any) -> None:
-        self.progress = progress
-        self.options = options
+    def __init__(self, watch: _Watch, **arguments: Any) -> None:
+        self.watch = watch
         super().__init__(**arguments)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -281,10 +361,9 @@ class _Trainer(Trainer):
         load_trained(self.model, Path(resume_from_checkpoint))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        self.progress.num_tokens += int(inputs["attention_mask"].sum())
-        self.progress.num_label_tokens += int((inputs["labels"] != IGNORED).sum())
+        num_tokens, num_labels = inputs["attention_mask"].sum(), (inputs["labels"] != IGNORED).sum()
         loss = super().training_step(model, inputs, *args, **kwargs)
-        _require_finite(loss, "training loss", self.state.global_step + 1, self.options)
+        self.watch.count(loss, num_tokens, num_labels)
         return loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -295,27 +374,49 @@ class _Trainer(Trainer):
         for batch in tqdm(self.get_eval_dataloader(), desc="validation", disable=None, leave=False):
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.model(**batch).loss
+                loss = self.model(**batch)["loss"]
             num_batch_labels = int((batch["labels"][:, 1:] != IGNORED).sum())
             total += float(loss) * num_batch_labels
             num_labels += num_batch_labels
         metrics = {"eval_loss": total / num_labels}
-        _require_finite(metrics["eval_loss"], "validation loss", self.state.global_step, self.options)
+        self.watch.require_finite(metrics["eval_loss"], "validation loss", self.state.global_step)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
 class _Watch(TrainerCallback):
-    """Decides when to save and to stop, marks checkpoints as complete, and passes on the losses."""
+    """Counts, clips gradients, decides when to save and to stop, marks checkpoints as complete, passes on the losses."""
 
     def __init__(
-        self, folder: Path, progress: Progress, options: TrainingOptions, log: Callable[[dict[str, float], int], None]
+        self,
+        model: PreTrainedModel | PeftModel | Objective,
+        folder: Path,
+        progress: Progress,
+        options: TrainingOptions,
+        share: float,
+        log: Callable[[dict[str, float], int], None],
     ) -> None:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.parts = model.parts() if isinstance(model, Objective) else [trained]
         self.folder = folder
         self.progress = progress
         self.options = options
+        self.max_seconds = math.inf if options.max_minutes is None else 60 * options.max_minutes * share
         self.log = log
+        self.counted: list[Tensor] = []
+
+    def count(self, loss: Tensor, num_tokens: Tensor, num_labels: Tensor) -> None:
+        """Note a micro-batch; the numbers stay on the device until its step is made, so as not to wait for it."""
+        self.counted.append(torch.stack([value.to(loss.device).double() for value in (loss, num_tokens, num_labels)]))
+
+    def require_finite(self, value: float, what: str, step: int) -> None:
+        """Raise `UserError` unless ``value`` is finite."""
+        if not math.isfinite(value):
+            raise UserError(
+                f"recovery: the {what} is {value} at step {step}; lower recovery.learning_rate"
+                f" ({self.options.learning_rate:g} now), or use bfloat16 or float32 for model.dtype if it is float16"
+            )
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.start = time.monotonic() - self.progress.seconds
@@ -323,14 +424,23 @@ class _Watch(TrainerCallback):
         self.first_second = self.progress.seconds
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        gradients = [parameter.grad for parameter in kwargs["model"].parameters() if parameter.grad is not None]
-        _require_finite(nn.utils.get_total_norm(gradients), "gradient", state.global_step + 1, self.options)
+        """Count the step's tokens, stop at a loss or gradient gone bad, and clip."""
+        norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in self.parts]
+        counts = torch.stack(self.counted).sum(dim=0)
+        self.counted.clear()
+        loss, num_tokens, num_labels, norm = [*counts.tolist(), float(torch.stack(norms).sum())]
+        self.require_finite(loss, "training loss", state.global_step + 1)
+        self.require_finite(norm, "gradient", state.global_step + 1)
+        for part, part_norm in zip(self.parts, norms, strict=True):
+            nn.utils.clip_grads_with_norm_(part, self.options.max_grad_norm, part_norm)
+        self.progress.num_tokens += int(num_tokens)
+        self.progress.num_label_tokens += int(num_labels)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.progress.seconds = time.monotonic() - self.start
-        if self.options.max_minutes is not None and self.progress.seconds >= 60 * self.options.max_minutes:
+        if self.progress.seconds >= self.max_seconds:
             logger.info("recovery.max_minutes=%g is over at step %d", self.options.max_minutes, state.global_step)
             control.should_training_stop = control.should_evaluate = control.should_save = True
         if control.should_save or control.should_evaluate:
@@ -343,6 +453,11 @@ class _Watch(TrainerCallback):
         logger.info(
             "step %d of %d: validation loss %.4f%s", state.global_step, state.max_steps, loss, self._time_left(state)
         )
+        losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
+        patience = self.options.early_stopping
+        if patience is not None and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience]):
+            logger.info("no better validation loss in the last %d: stopped at step %d", patience, state.global_step)
+            control.should_training_stop = control.should_save = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         names = ("loss", "learning_rate", "eval_loss")  # not the Trainer's last line, a summary of this attempt alone

@@ -29,6 +29,9 @@ class Stage(ABC):
     def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any] | None:
         """What the result depends on; None while that is not known before an earlier stage has run."""
 
+    def preflight(self, job: Job) -> None:  # noqa: B027
+        """Raise `UserError` for what is cheap to know and would end the stage; called before the first stage runs."""
+
     @abstractmethod
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         """Fill ``out``, which may hold what an earlier attempt left; returns what stage.json keeps as the result."""

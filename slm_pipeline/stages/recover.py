@@ -43,6 +43,10 @@ class Recover(Stage):
             "seed": job.config.seed,
         }
 
+    def preflight(self, job: Job) -> None:
+        assert job.recovery is not None
+        job.recovery.preflight(job.source, job.data_dir)
+
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         if not (out / "model").is_dir():  # else an attempt was interrupted after its model was safe
             self._train(job, results["merge"], out, tracker)

@@ -1,0 +1,128 @@
+"""CoMe's hierarchical distillation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from slm_pipeline.errors import UserError
+from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
+from slm_pipeline.recovery.spans import Span, changed_spans
+
+if TYPE_CHECKING:
+    from slm_pipeline.recovery.training import Fit
+
+log = logging.getLogger(__name__)
+
+STATE_LOSSES = ("mse", "cosine", "kl", "mse_cosine")
+ORDERS = ("joint", "blocks")
+
+
+@dataclass
+class Distill(TrainingOptions):
+    """Hierarchical distillation of CoMe, arXiv 2510.15304: a merged layer learns to do what its originals did.
+
+    The layer that stands for the originals l .. l + m gets the dense model's state that enters l, and its output is
+    compared with the dense model's state that leaves l + m. Only such layers train. The plan alone says which they
+    are, so any method's plan will do: a dropped layer belongs to the next kept one towards the output, a layer that
+    lost a sublayer stands for its whole self, and a plan that changes nothing trains nothing.
+
+    The paper's code has no distillation; its figure fixes states, layers and a KL loss. Ours are: KL of the softmax
+    over the features of each token, from teacher to student, temperature 1; the other losses; the states of all
+    tokens (``completion_only=false``); learning rate, budget and data; the last stage on logits.
+
+    ``order=joint`` (CoMe-sp) trains all layers at once on one forward pass of the teacher, their losses summed and
+    their gradients clipped each by itself; ``order=blocks`` (CoMe-mp) trains one after the other on the same data.
+    Both give the same weights for models without dropout. With ``logit_share`` the last part of the budget goes to
+    the same layers once more, on the KL divergence of the whole model's next-token distribution.
+
+    Metrics are those of the layers' losses, summed over the layers; tokens are those that each layer was trained on.
+    """
+
+    completion_only: bool = False
+    loss: str = "kl"  # mse | cosine | kl | mse_cosine
+    order: str = "joint"  # joint | blocks
+    logit_share: float = 0.0  # of the budget, in [0, 1): for the logits, at the end
+    gap: ClassVar[str] = "above"
+    name: ClassVar[str] = "distill"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (("loss", STATE_LOSSES), ("order", ORDERS)):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"recovery.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if not 0 <= self.logit_share < 1:
+            raise UserError(f"recovery.logit_share={self.logit_share} must be in [0, 1)")
+
+    def run(self, problem: RecoveryProblem) -> RecoveryResult:
+        """Train; leaves nothing in ``out`` but checkpoints."""
+        changed = changed_spans(problem.plan, self.gap)
+        if not changed:
+            log.warning("recovery=%s: the plan leaves every layer as it was, so nothing is trained", self.name)
+            return RecoveryResult(problem.model, {"num_steps": 0, "num_tokens": 0, "seconds": 0.0}, [])
+        log.info("layers to train: %s", ", ".join(f"{s.position} (for {s.first}..{s.last})" for s in changed))
+        metrics, curve = self._distill(problem, changed)
+        problem.model.requires_grad_(True)
+        return RecoveryResult(problem.model, metrics, curve)
+
+    def _distill(
+        self, problem: RecoveryProblem, changed: Sequence[Span]
+    ) -> tuple[dict[str, Any], list[dict[str, float]]]:
+        from slm_pipeline.models.view import ModelView
+        from slm_pipeline.recovery.distillation import LogitMatching, StateMatching
+        from slm_pipeline.recovery.trainable import train_only
+        from slm_pipeline.recovery.training import fit
+        from slm_pipeline.surgery.apply import planned_blocks
+
+        train, validation = self.tokenized_split(problem.tokenizer, problem.data_dir)
+        teacher = problem.teacher().requires_grad_(False)
+        bodies = [block.body for block in planned_blocks(problem.plan, ModelView(teacher))]
+        layers = ModelView(problem.model).layers
+        together = [list(changed)] if self.order == "joint" else [[span] for span in changed]
+        minutes = None if self.max_minutes is None else self.max_minutes / len(together)
+        fits: list[Fit] = []
+        for spans in together:
+            train_only(problem, [layers[span.position] for span in spans])
+            objective = StateMatching(teacher, problem.model, spans, bodies, self.loss)
+            folder = "checkpoints/" + "_".join(str(span.position) for span in spans)
+            fits.append(
+                fit(objective, train, validation, replace(self, max_minutes=minutes), _after(problem, fits),
+                    folder=folder, share=1 - self.logit_share, keep="last")
+            )  # fmt: skip
+        metrics = _sum_of_layers(fits)
+        if self.logit_share:
+            train_only(problem, [layers[span.position] for span in changed])
+            objective = LogitMatching(teacher, problem.model)
+            last = fit(objective, train, validation, self, _after(problem, fits),
+                       folder="checkpoints/logits", share=self.logit_share)  # fmt: skip
+            metrics |= {
+                "initial_logit_loss": last.metrics["initial_eval_loss"],
+                "logit_loss": last.metrics["eval_loss"],
+            }
+            metrics |= {name: metrics[name] + last.metrics[name] for name in ("num_steps", "num_tokens", "seconds")}
+            fits.append(last)
+        return metrics, _curve(fits)
+
+
+def _sum_of_layers(fits: Sequence[Fit]) -> dict[str, Any]:
+    """The metrics of trainings of different layers on the same data, as if they had been one training."""
+    summed = ("train_loss", "initial_eval_loss", "eval_loss", "trainable_parameters", "seconds")
+    return fits[0].metrics | {name: sum(fit.metrics[name] for fit in fits) for name in summed}
+
+
+def _after(problem: RecoveryProblem, fits: Sequence[Fit]) -> RecoveryProblem:
+    """The same problem, its steps counted on from those of the trainings before."""
+    offset = sum(fit.metrics["num_steps"] for fit in fits)
+    return replace(problem, log=lambda metrics, step: problem.log(metrics, step + offset))
+
+
+def _curve(fits: Sequence[Fit]) -> list[dict[str, float]]:
+    """Their curves one after the other."""
+    rows: list[dict[str, float]] = []
+    offset = 0
+    for fit in fits:
+        rows += [{**row, "step": row["step"] + offset} for row in fit.curve]
+        offset += fit.metrics["num_steps"]
+    return rows

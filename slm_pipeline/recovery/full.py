@@ -1,0 +1,25 @@
+"""Recovery by training every weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
+
+
+@dataclass
+class Full(TrainingOptions):
+    """Every parameter of the pruned model trains on the language-model loss, embedding and head among them.
+
+    Weights, gradients and AdamW's two moments are float32: 16 bytes a parameter, beside the activations.
+    """
+
+    learning_rate: float = 1e-5
+    name: ClassVar[str] = "full"
+
+    def run(self, problem: RecoveryProblem) -> RecoveryResult:
+        """Train; leaves nothing in ``out`` but checkpoints."""
+        from slm_pipeline.recovery.training import tune
+
+        return tune(self, problem, [problem.model])

@@ -1,0 +1,79 @@
+"""Recovery by training the top of the model alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from slm_pipeline.errors import UserError
+from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
+
+if TYPE_CHECKING:
+    from slm_pipeline.models.source import ModelSource
+
+
+@dataclass
+class PartialLayers(TrainingOptions):
+    """Partial-layer fine-tuning of "Reassessing Layer Pruning in LLMs", arXiv 2411.15558: the last blocks, the final
+    norm and the output head train, all below is frozen.
+
+    The published code trains the final norm too, which the paper does not say; ``final_norm=false`` leaves it. It
+    names models whose head is not the embedding; where it is (SmolLM2, Gemma), ``head=null`` leaves the head frozen,
+    since training it would train the embedding and with it the input of every frozen block.
+
+    The frozen blocks run without a graph and without a backward pass: nothing below the lowest trained block asks for
+    a gradient, so none of its activations is kept.
+    """
+
+    learning_rate: float = 1e-5
+    num_layers: int = 3
+    head: bool | None = None  # null: trained unless it is the embedding
+    final_norm: bool = True
+    name: ClassVar[str] = "partial_layers"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_layers < 0:
+            raise UserError(f"recovery.num_layers={self.num_layers} must be at least 0")
+        if self.num_layers == 0 and not self.final_norm and self.head is False:
+            raise UserError(
+                "recovery.num_layers=0 with recovery.head=false and recovery.final_norm=false trains nothing"
+            )
+
+    def check(self, source: ModelSource, num_layers: int | None) -> None:
+        if num_layers is not None and self.num_layers > num_layers:
+            raise UserError(
+                f"recovery.num_layers={self.num_layers} is more than the pruned model's {num_layers} layers"
+            )
+
+    def preflight(self, source: ModelSource, data_dir: Path | None) -> None:
+        from slm_pipeline.models.loading import ties_embeddings
+
+        if self.head and ties_embeddings(source):
+            raise UserError(
+                f"recovery.head=true: the output head of {source.name} is its embedding, below every frozen layer;"
+                " use recovery.head=null or false, or recovery=full"
+            )
+        super().preflight(source, data_dir)
+
+    def run(self, problem: RecoveryProblem) -> RecoveryResult:
+        """Train; leaves nothing in ``out`` but checkpoints.
+
+        Raises:
+            UserError: also when ``num_layers`` is more than the model has.
+        """
+        from slm_pipeline.models.view import ModelView
+        from slm_pipeline.recovery.training import tune
+
+        view = ModelView(problem.model)
+        if self.num_layers > view.num_layers:
+            raise UserError(
+                f"recovery.num_layers={self.num_layers} is more than the pruned model's {view.num_layers} layers"
+            )
+        modules = list(view.layers[view.num_layers - self.num_layers :])
+        if self.final_norm:
+            modules.append(view.final_norm)
+        if self.head or (self.head is None and not view.ties_embeddings):
+            modules.append(view.head)
+        return tune(self, problem, modules)

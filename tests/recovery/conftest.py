@@ -1,0 +1,86 @@
+"""A tiny Llama on disk, examples of one easy rule, and a plan that merges two of its layers and drops one."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from conftest import random_source
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from slm_pipeline.models.loading import byte_tokenizer, load_dense
+from slm_pipeline.recovery.base import RecoveryProblem
+from slm_pipeline.surgery.apply import apply
+from slm_pipeline.surgery.plan import Plan
+
+BUDGET = {
+    "source": "file",
+    "path": "alpaca.json",
+    "validation_size": 6,
+    "max_steps": 6,
+    "num_epochs": 9.0,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "warmup_steps": 1,
+    "cutoff_len": 220,
+    "eval_steps": 3,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "dtype": "float32",
+}
+
+
+def make_plan(num_layers=6, **decision):
+    model = {"name": "tiny", "fingerprint": "x", "num_layers": num_layers}
+    defaults = {"layer_groups": [[layer] for layer in range(num_layers)], "ops": []}
+    return Plan(model=model, method="test", options={}, calibration={}, **{**defaults, **decision})
+
+
+MERGED = make_plan(
+    layer_groups=[[0], [1, 2], [3], [5]],
+    dropped=[4],
+    ops=[{"op": "merge", "layers": [1, 2], "rule": "mean"}, {"op": "drop", "layers": [4]}],
+)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder with alpaca.json: 26 examples."""
+    folder = tmp_path_factory.mktemp("data")
+    letters = random.Random(0).sample("abcdefghijklmnopqrstuvwxyz", 26)
+    rows = [
+        {"instruction": "Repeat.", "input": letter, "output": letter * (3 + row % 4)}
+        for row, letter in enumerate(letters)
+    ]
+    (folder / "alpaca.json").write_text(json.dumps(rows))
+    return folder
+
+
+def teacher(architecture="llama", tied=False):
+    """Six layers with weights large enough that layers differ in what they do."""
+    if architecture == "llama":
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+            num_key_value_heads=2, initializer_range=0.1, tie_word_embeddings=tied,
+        )  # fmt: skip
+        return LlamaForCausalLM(config).eval()
+    return load_dense(random_source(architecture))[0]
+
+
+def problem(data, out, plan=MERGED, log=lambda metrics, step: None, seed=1234, architecture="llama", **options):
+    """The pruned model of ``plan`` as a recovery gets it."""
+    out.mkdir(parents=True, exist_ok=True)
+    return RecoveryProblem(
+        teacher=lambda: teacher(architecture, **options),
+        model=apply(plan, teacher(architecture, **options)),
+        tokenizer=byte_tokenizer(),
+        plan=plan,
+        out=out,
+        base_path="base",
+        seed=seed,
+        data_dir=data,
+        log=log,
+    )
