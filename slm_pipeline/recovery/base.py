@@ -94,7 +94,7 @@ class Recovery(Protocol):
 
 @dataclass
 class TrainingOptions:
-    """Data and schedule of a recovery that trains on instruction examples.
+    """Data and schedule of a recovery that trains on instructions, chats or texts; see `examples`.
 
     The defaults are the settings of the SLM authors (LLM-Pruner's Alpaca recipe), for one GPU: AdamW, linear decay
     after the warm-up, gradients clipped to norm 1, loss on the output only, the checkpoint with the lowest validation
@@ -102,8 +102,8 @@ class TrainingOptions:
     """
 
     source: str = "bundled"  # bundled | hub | file
-    path: str | None = None  # file: Alpaca-format .json or .jsonl
-    repo: str = "yahma/alpaca-cleaned"  # hub: a data set with Alpaca columns, or a local folder in the hub's layout
+    path: str | None = None  # file: .json, .jsonl or .txt, or a folder of them: instructions, chats or texts
+    repo: str = "yahma/alpaca-cleaned"  # hub: a data set of the same, or a local folder in the hub's layout
     revision: str = "main"  # hub: commit, tag or branch
     num_examples: int | None = None  # examples to train on; None: all that validation leaves
     validation_size: int = 2000  # examples held out

@@ -162,13 +162,124 @@ def test_files(tmp_path, monkeypatch, caplog, name):
     (tmp_path / name).write_text(text, encoding="utf-8")
     expected = [EXAMPLE, {"instruction": "Greet.", "input": "", "output": "Hi\u2028there"}]
     assert load("file", path=name, data_dir=tmp_path) == expected
-    assert "1 of 3 examples dropped: their output is empty" in caplog.text
+    assert "1 of 3 examples dropped: their output, text or assistant's part is empty" in caplog.text
     monkeypatch.chdir(tmp_path)
     assert load("file", path=name) == expected
     before = fingerprint("file", path=name)
     assert fingerprint("file", path=str(tmp_path / name)) == before
     (tmp_path / name).write_text(text.replace("Greet", "Wave"), encoding="utf-8")
     assert fingerprint("file", path=name) != before
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1 + 1?"},
+    {"role": "assistant", "content": "2"},
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "example"),
+    [
+        ({**EXAMPLE, "text": "all of it in one template"}, EXAMPLE),  # tatsu-lab/alpaca
+        (
+            {"instruction": "Add.", "context": "1 + 1", "response": "2", "category": "closed_qa"},  # databricks-dolly
+            EXAMPLE,
+        ),
+        (
+            {"instruction": "Greet.", "input": None, "output": "Hi"},
+            {"instruction": "Greet.", "input": "", "output": "Hi"},
+        ),
+        ({"messages": CHAT, "instruction": None}, {"messages": CHAT}),
+        ({"messages": [{**turn, "name": None} for turn in CHAT], "text": "a"}, {"messages": CHAT}),
+        (
+            {
+                "id": "x",
+                "conversations": [
+                    {"from": "system", "value": "Be brief."},
+                    {"from": "human", "value": "1 + 1?"},
+                    {"from": "gpt", "value": "2"},
+                ],
+            },
+            {"messages": CHAT},
+        ),
+        ({"text": "A page.", "url": "https://"}, {"text": "A page."}),
+        ("A page.", {"text": "A page."}),
+    ],
+)
+def test_the_columns_say_which_kind_a_row_is(tmp_path, row, example):
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert load("file", path="rows.json", data_dir=tmp_path) == [example]
+    assert load("file", path="rows.jsonl", data_dir=tmp_path) == [example]
+
+
+def test_chats_and_texts_with_nothing_to_learn_are_dropped(tmp_path, caplog):
+    rows = [{"messages": CHAT[:2]}, {"messages": []}, {"messages": CHAT}, {"text": " \n"}, "", {"text": "A page."}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert load("file", path="rows.json", data_dir=tmp_path) == [{"messages": CHAT}, {"text": "A page."}]
+    assert "4 of 6 examples dropped" in caplog.text
+
+
+def test_a_book_is_cut_at_blank_lines(tmp_path):
+    """Paragraphs of 900 characters: three reach 2000; one of 2500 does alone; what is left over is the last."""
+    paragraphs = [letter * 900 for letter in "abc"] + ["d" * 2500, "e" * 10, "f" * 10]
+    (tmp_path / "book.txt").write_bytes(b"\r\n" + "\r\n \r\n\r\n".join(paragraphs).encode() + b"\r\n")
+    assert load("file", path="book.txt", data_dir=tmp_path) == [
+        {"text": "\n\n".join(paragraphs[:3])},
+        {"text": paragraphs[3]},
+        {"text": "\n\n".join(paragraphs[4:])},
+    ]
+    assert examples.passages("a" * 1999) == ["a" * 1999]
+    assert examples.passages("a" * 2000 + "\n\nb") == ["a" * 2000, "b"]
+
+
+def test_a_folder_is_read_by_name_and_every_file_counts(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "b.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
+    (tmp_path / "mine" / "c.txt").write_text("A page.\n")
+    (tmp_path / "mine" / "a.json").write_text(json.dumps([{"messages": CHAT}]))
+    (tmp_path / "mine" / "notes.md").write_text("not data")
+    assert load("file", path="mine", data_dir=tmp_path) == [{"messages": CHAT}, EXAMPLE, {"text": "A page."}]
+    seen = {fingerprint("file", path="mine", data_dir=tmp_path)}
+    for name, content in (("c.txt", "A leaf.\n"), ("a.json", "[]"), ("d.txt", "")):
+        (tmp_path / "mine" / name).write_text(content)
+        seen.add(fingerprint("file", path="mine", data_dir=tmp_path))
+    (tmp_path / "mine" / "notes.md").unlink()
+    seen.add(fingerprint("file", path="mine", data_dir=tmp_path))
+    assert len(seen) == 4
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty has no .json, .jsonl, .txt file"):
+        fingerprint("file", path="empty", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "a", "answer": "b"},
+            "row 2: expected instruction and output, or .*; its columns are prompt, answer",
+        ),
+        ({"messages": "a"}, "row 2: messages must be a list of {role, content}, got 'a'"),
+        ({"messages": ["a"]}, "row 2: messages must be a list of"),
+        ({"messages": [{"role": "human", "content": "a"}]}, "role 'human' is not one of system, user, assistant"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "row 2: messages: role 'tool' is not one of"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, r"messages: content must be a string, got \['a'\]"),
+        (
+            {"conversations": [{"from": "bing", "value": "a"}]},
+            "conversations: from 'bing' is not one of human, gpt, system, user, assistant",
+        ),
+        ({"conversations": [{"role": "user", "content": "a"}]}, "conversations: from None is not one of"),
+        ({"text": 3}, "row 2: text must be a string, got 3"),
+        (None, "row 2: expected an object or a string, got None"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_file(tmp_path, row, message):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
+    (tmp_path / "mine" / "b.json").write_text(json.dumps([EXAMPLE, row]))
+    with pytest.raises(UserError, match=f"mine/b.json, {message}" if "row 2" in message else message):
+        fingerprint("file", path="mine", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +308,7 @@ def test_a_bad_line_is_named(tmp_path):
 def test_missing_files(tmp_path):
     with pytest.raises(UserError, match="there is no file .*/gone.json"):
         fingerprint("file", path="gone.json", data_dir=tmp_path)
-    with pytest.raises(UserError, match="neither .json nor .jsonl"):
+    with pytest.raises(UserError, match="neither a folder nor a .json, .jsonl, .txt file"):
         fingerprint("file", path="alpaca.csv", data_dir=tmp_path)
     with pytest.raises(UserError, match="needs recovery.path"):
         fingerprint("file")
@@ -213,6 +324,14 @@ def test_a_folder_in_the_hubs_layout(tmp_path, monkeypatch):
     assert before == fingerprint("hub", repo=str(folder))
     (folder / "train.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
     assert fingerprint("hub", repo="alpaca", data_dir=tmp_path) != before
+
+
+def test_chats_in_the_hubs_layout(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "chats").mkdir()
+    rows = [{"messages": CHAT, "text": None}, {"messages": None, "text": "A page."}]
+    (tmp_path / "chats" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load("hub", repo="chats", data_dir=tmp_path) == [{"messages": CHAT}, {"text": "A page."}]
 
 
 def test_an_unreachable_hub(monkeypatch):
