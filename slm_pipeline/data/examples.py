@@ -224,8 +224,26 @@ def tokenize_examples(
         log.warning("%d of %d examples dropped: no output within cutoff_len=%d", dropped, len(rows_of), cutoff_len)
     rows = [row for rows in rows_of for row in rows]
     if not rows:
-        raise UserError(f"recovery.cutoff_len={cutoff_len} leaves no output in any of the {len(rows_of)} examples")
+        raise _nothing_left(cutoff_len, len(rows_of))
     return rows
+
+
+def check_tokens(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], cutoff_len: int, *, completion_only: bool = True
+) -> None:
+    """Tokenize examples up to the first that bears loss.
+
+    Raises:
+        UserError: none does, or there is none, or as `tokenize_example`.
+    """
+    for example in examples:
+        if tokenize_example(tokenizer, example, cutoff_len, completion_only=completion_only):
+            return
+    raise _nothing_left(cutoff_len, len(examples))
+
+
+def _nothing_left(cutoff_len: int, num_examples: int) -> UserError:
+    return UserError(f"recovery.cutoff_len={cutoff_len} leaves no output in any of the {num_examples} examples")
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, example: Example, completion_only: bool) -> list[tuple[str, bool]]:
