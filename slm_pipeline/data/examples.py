@@ -1,7 +1,15 @@
-"""Instruction examples for recovery training: where they come from and how they become tokens.
+"""Examples for recovery training: where they come from and how they become tokens.
 
-An example is a dict of three strings: ``instruction``, ``input`` (may be empty) and ``output``. Importing this module
-stays cheap: no torch.
+An example is a dict of one of three kinds:
+
+- an instruction: ``instruction``, ``input`` (may be empty) and ``output``, three strings;
+- a chat: ``messages``, a list of {role, content}, two strings, the role system, user or assistant;
+- a text: ``text``, a string.
+
+Which one a row of a file or data set is, its columns say, in this order: ``instruction`` (with ``output``, and
+``input`` or nothing; databricks-dolly's ``response`` and ``context`` are read as these two), ``messages``,
+``conversations`` (ShareGPT's {from, value}), ``text``. A column that is null is not there. Importing this module stays
+cheap: no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +19,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +36,11 @@ log = logging.getLogger(__name__)
 
 SOURCES = ("bundled", "hub", "file")
 BUNDLED_TEXTS = ("lambada", "squad", "drop", "sciq")  # neither an evaluation task nor the perplexity corpus
+SUFFIXES = (".json", ".jsonl", ".txt")
 IGNORED = -100  # label of a token that bears no loss
+PASSAGE_LEN = 2000  # characters; a book is cut into passages of that many, so that some of it can be held out
+ROLES = {role: role for role in ("system", "user", "assistant")}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **ROLES}
 
 # The templates of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca, train.py).
 PROMPT_WITH_INPUT = (
@@ -44,51 +56,67 @@ PROMPT_WITHOUT_INPUT = (
 
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+")
 _WORD_END = re.compile(r"\s+")
+_BLANK_LINES = re.compile(r"\n\s*\n")
+
+Example = dict[str, Any]
+Row = dict[str, list[int]]
 
 
-def load_examples(
-    source: str, *, path: str | None, repo: str, revision: str, data_dir: Path | None
-) -> list[dict[str, str]]:
-    """All examples of a source, in its own order, without those whose output is empty.
+def load_examples(source: str, *, path: str | None, repo: str, revision: str, data_dir: Path | None) -> list[Example]:
+    """All examples of a source, in its own order, without those in which there is nothing to learn.
 
     Args:
         source: ``bundled`` (passages to continue), ``file`` or ``hub``.
-        path: ``file``: Alpaca-format JSON (one list of objects) or JSONL (one object a line).
-        repo: ``hub``: a data set whose ``train`` split has the Alpaca columns, or a folder in the hub's layout.
+        path: ``file``: a .json (one list of rows), a .jsonl (one row a line), a .txt (see `passages`), or a folder, of
+            which all such files are read in the order of their names. A row is an object of one of the three kinds or
+            a string, which is a text.
+        repo: ``hub``: a data set with a ``train`` split of such rows, or a folder in the hub's layout.
         revision: ``hub``: commit, tag or branch.
         data_dir: where relative paths are looked up; None: the working directory.
 
     Raises:
-        UserError: nothing there, not the Alpaca format (the message gives the row, counted from 1), or no example.
+        UserError: nothing there, a row of no known kind (the message gives its number, counted from 1), or no example.
     """
     if source == "bundled":
         rows = _bundled_examples()
     elif source == "file":
-        rows = _read_file(_find_file(path, data_dir))
+        rows = [row for file in _find_files(path, data_dir) for row in _read_file(file)]
     else:
         rows = _read_hub(repo, revision, data_dir)
-    examples = [example for example in rows if example["output"].strip()]
+    examples = [example for example in rows if any(text.strip() for text in _to_learn(example))]
     if dropped := len(rows) - len(examples):
-        log.warning("%d of %d examples dropped: their output is empty", dropped, len(rows))
+        log.warning("%d of %d examples dropped: their output, text or assistant's part is empty", dropped, len(rows))
     if not examples:
-        raise UserError(f"recovery.source={source}: none of the {len(rows)} examples has an output")
+        raise UserError(
+            f"recovery.source={source}: none of the {len(rows)} examples has an output, a text or an assistant's part"
+        )
     return examples
+
+
+def _to_learn(example: Example) -> list[str]:
+    """An instruction's output, the assistant's part of a chat, or the text."""
+    if "messages" in example:
+        return [message["content"] for message in example["messages"] if message["role"] == "assistant"]
+    return [example["text"] if "text" in example else example["output"]]
 
 
 def examples_fingerprint(source: str, *, path: str | None, repo: str, revision: str, data_dir: Path | None) -> str:
     """Short text that changes when the examples do. Takes the arguments of `load_examples`.
 
-    A file is read, so that a mistake in it is found here, before anything expensive.
+    Files are read, so that a mistake in them is found here, before anything expensive.
 
     Raises:
-        UserError: the file is missing or malformed, or the hub cannot be reached.
+        UserError: a file is missing or malformed, or the hub cannot be reached.
     """
     if source == "bundled":
         return "bundled:" + digest({name: assets.texts_fingerprint(name) for name in BUNDLED_TEXTS})
     if source == "file":
-        file = _find_file(path, data_dir)
-        _read_file(file)
-        return f"sha256:{_sha256(file)}"
+        found = _find_files(path, data_dir)
+        for file in found:
+            _read_file(file)
+        if len(found) == 1:
+            return f"sha256:{_sha256(found[0])}"
+        return "files:" + digest({file.name: _sha256(file) for file in found})
     if folder := _local_repo(repo, data_dir):
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         return "folder:" + digest({file.relative_to(folder).as_posix(): _sha256(file) for file in files})
@@ -96,8 +124,8 @@ def examples_fingerprint(source: str, *, path: str | None, repo: str, revision: 
 
 
 def split_examples(
-    examples: Sequence[dict[str, str]], *, validation_size: int, num_examples: int | None, seed: int
-) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    examples: Sequence[Example], *, validation_size: int, num_examples: int | None, seed: int
+) -> tuple[list[Example], list[Example]]:
     """Shuffle and cut into training and validation examples that share nothing.
 
     Args:
@@ -109,7 +137,7 @@ def split_examples(
     Raises:
         UserError: too few examples.
     """
-    unique = list({tuple(example.items()): example for example in examples}.values())
+    unique = list({json.dumps(example): example for example in examples}.values())
     if repeated := len(examples) - len(unique):
         log.warning("%d of %d examples dropped: they repeat another one", repeated, len(examples))
     if validation_size >= len(unique):
@@ -126,60 +154,157 @@ def split_examples(
     return train[:num_examples], validation
 
 
-def prompt(example: dict[str, str]) -> str:
-    """The Alpaca prompt of an example, up to where the output begins."""
+def prompt(example: Example) -> str:
+    """The Alpaca prompt of an instruction, up to where the output begins."""
     template = PROMPT_WITH_INPUT if example["input"] else PROMPT_WITHOUT_INPUT
     return template.format(instruction=example["instruction"], input=example["input"])
 
 
 def tokenize_example(
-    tokenizer: PreTrainedTokenizerBase, example: dict[str, str], cutoff_len: int
-) -> dict[str, list[int]]:
-    """Tokens of prompt and output, with labels on the output only.
+    tokenizer: PreTrainedTokenizerBase, example: Example, cutoff_len: int, *, completion_only: bool = True
+) -> list[Row]:
+    """An example as rows of tokens: one, or several of a long text, or none if no token would bear loss.
 
-    BOS comes first if the tokenizer itself puts it there, EOS last if it fits. No token straddles the boundary: where
-    the tokenizer would join the end of the prompt with the start of the output, the two are tokenized apart, which is
-    what the model sees when it generates.
+    An instruction is its Alpaca prompt and its output, a chat what the tokenizer's own template makes of it; both end
+    at ``cutoff_len``. A text is cut into pieces instead, and only a last piece of a single token is lost. BOS comes
+    first if the tokenizer itself puts it there, EOS last if it fits; in a chat both are the template's affair.
+
+    With ``completion_only`` loss is on the output and its EOS, or on the turns of the assistant as far as the template
+    ends them; an assistant who speaks first answers nothing and bears none. Else it is on the prompts too. A text has
+    no prompt: it bears loss either way. The first token of a row never does, as nothing predicts it.
+
+    No token straddles a boundary: where the tokenizer would join the end of a prompt with the start of the output, the
+    two are tokenized apart, which is what the model sees when it generates.
 
     Returns:
-        ``input_ids``, ``labels`` (`IGNORED` on the prompt) and ``attention_mask``: equally long lists, at most
-        ``cutoff_len`` tokens.
+        ``input_ids``, ``labels`` (`IGNORED` where there is no loss) and ``attention_mask`` of each row: equally long
+        lists, of 2 to ``cutoff_len`` tokens.
+
+    Raises:
+        UserError: a chat, and the tokenizer has no template for it or one that hides which tokens are the assistant's.
     """
-    begin = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
-    question, answer = prompt(example), example["output"]
-    prompt_ids = tokenizer(question, add_special_tokens=False)["input_ids"]
-    ids = tokenizer(question + answer, add_special_tokens=False)["input_ids"]
-    if ids[: len(prompt_ids)] != prompt_ids:
-        ids = prompt_ids + tokenizer(answer, add_special_tokens=False)["input_ids"]
-    ids = begin + ids
-    if tokenizer.eos_token_id is not None:
-        ids = [*ids, tokenizer.eos_token_id]
-    ids = ids[:cutoff_len]
-    num_prompt = min(len(begin) + len(prompt_ids), len(ids))
-    return {
-        "input_ids": ids,
-        "labels": [IGNORED] * num_prompt + ids[num_prompt:],
-        "attention_mask": [1] * len(ids),
-    }
+    ids: list[int] = []
+    labels: list[int] = []
+    pieces = _pieces(tokenizer, example, completion_only)
+    begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if begins_with_bos and "messages" not in example:
+        ids, labels = [tokenizer.bos_token_id], [IGNORED]
+    for (_, learned), tokens in zip(pieces, _tokenize_pieces(tokenizer, [text for text, _ in pieces]), strict=True):
+        ids += tokens
+        labels += tokens if learned else [IGNORED] * len(tokens)
+    if tokenizer.eos_token_id is not None and "messages" not in example:
+        ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+    end = len(ids) if "text" in example else 1
+    rows = [
+        {
+            "input_ids": ids[start : start + cutoff_len],
+            "labels": [IGNORED, *labels[start + 1 : start + cutoff_len]],
+            "attention_mask": [1] * len(ids[start : start + cutoff_len]),
+        }
+        for start in range(0, end, cutoff_len)
+    ]
+    return [row for row in rows if any(label != IGNORED for label in row["labels"])]
 
 
 def tokenize_examples(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, str]], cutoff_len: int
-) -> list[dict[str, list[int]]]:
-    """`tokenize_example` of each, without those whose prompt alone reaches the cut-off.
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], cutoff_len: int, *, completion_only: bool = True
+) -> list[Row]:
+    """The rows of all examples, see `tokenize_example`; says how many examples have none.
 
     Raises:
-        UserError: no example is left.
+        UserError: no row is left, or as `tokenize_example`.
     """
     from tqdm import tqdm
 
-    rows = [tokenize_example(tokenizer, example, cutoff_len) for example in tqdm(examples, "tokenize", disable=None)]
-    kept = [row for row in rows if row["labels"][-1] != IGNORED]
-    if dropped := len(rows) - len(kept):
-        log.warning("%d of %d examples dropped: prompt longer than cutoff_len=%d", dropped, len(rows), cutoff_len)
-    if not kept:
-        raise UserError(f"recovery.cutoff_len={cutoff_len} leaves no output in any of the {len(rows)} examples")
-    return kept
+    rows_of = [
+        tokenize_example(tokenizer, example, cutoff_len, completion_only=completion_only)
+        for example in tqdm(examples, "tokenize", disable=None)
+    ]
+    if dropped := rows_of.count([]):
+        log.warning("%d of %d examples dropped: no output within cutoff_len=%d", dropped, len(rows_of), cutoff_len)
+    rows = [row for rows in rows_of for row in rows]
+    if not rows:
+        raise _nothing_left(cutoff_len, len(rows_of))
+    return rows
+
+
+def check_tokens(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], cutoff_len: int, *, completion_only: bool = True
+) -> None:
+    """Tokenize examples up to the first that bears loss.
+
+    Raises:
+        UserError: none does, or there is none, or as `tokenize_example`.
+    """
+    for example in examples:
+        if tokenize_example(tokenizer, example, cutoff_len, completion_only=completion_only):
+            return
+    raise _nothing_left(cutoff_len, len(examples))
+
+
+def _nothing_left(cutoff_len: int, num_examples: int) -> UserError:
+    return UserError(f"recovery.cutoff_len={cutoff_len} leaves no output in any of the {num_examples} examples")
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, example: Example, completion_only: bool) -> list[tuple[str, bool]]:
+    """An example as consecutive pieces of text, each with whether it bears loss."""
+    if "text" in example:
+        return [(example["text"], True)]
+    if "messages" not in example:
+        return [(prompt(example), not completion_only), (example["output"], True)]
+    messages = example["messages"]
+    chat = _render(tokenizer, messages)
+    if not completion_only:
+        return [(chat, True)]
+    pieces = []
+    done = 0
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" or number == 0:
+            continue
+        before = _render(tokenizer, messages[:number], add_generation_prompt=True)
+        after = _render(tokenizer, messages[: number + 1])
+        if not (chat.startswith(after) and after.startswith(before)):
+            raise UserError(
+                "the chat template of the tokenizer rewrites earlier turns when later ones follow, so that the"
+                " assistant's tokens cannot be told apart; recovery.completion_only=false puts the loss on all tokens"
+            )
+        pieces += [(chat[done : len(before)], False), (chat[len(before) : len(after)], True)]
+        done = len(after)
+    return [*pieces, (chat[done:], False)]
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
+) -> str:
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the recovery's data has chats, but the model's tokenizer has no chat template; take a model that has one,"
+            " or instructions or texts"
+        )
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(f"the chat template of the tokenizer refuses a chat of {roles}: {error}") from error
+    assert isinstance(rendered, str)
+    return rendered
+
+
+def _tokenize_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[list[int]]:
+    """Tokens of each piece of a text, together those of the text unless one would straddle a boundary."""
+    found: list[list[int]] = []
+    text = ""
+    ids: list[int] = []
+    for piece in pieces:
+        text += piece
+        longer: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if longer[: len(ids)] != ids:
+            longer = ids + tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        found.append(longer[len(ids) :])
+        ids = longer
+    return found
 
 
 @dataclass(frozen=True)
@@ -200,7 +325,7 @@ class LeftPadding:
         }
 
 
-def _bundled_examples() -> list[dict[str, str]]:
+def _bundled_examples() -> list[Example]:
     halves = [split_passage(text) for name in BUNDLED_TEXTS for text in assets.bundled_texts(name)]
     return [
         {"instruction": "Continue the passage.", "input": first, "output": second}
@@ -223,20 +348,42 @@ def split_passage(text: str) -> tuple[str, str] | None:
     return text[:cut].rstrip(), text[cut:]
 
 
-def _find_file(path: str | None, data_dir: Path | None) -> Path:
+def passages(text: str) -> list[str]:
+    """A long text cut at blank lines: whole paragraphs, as many as make `PASSAGE_LEN` characters; the last is shorter.
+
+    Paragraphs stay apart by one blank line. A text without blank lines is one passage.
+    """
+    found: list[str] = []
+    paragraphs: list[str] = []
+    for paragraph in _BLANK_LINES.split(text.strip()):
+        paragraphs.append(paragraph)
+        if sum(map(len, paragraphs)) >= PASSAGE_LEN:
+            found.append("\n\n".join(paragraphs))
+            paragraphs = []
+    return [*found, "\n\n".join(paragraphs)] if paragraphs else found
+
+
+def _find_files(path: str | None, data_dir: Path | None) -> list[Path]:
     if not path:
-        raise UserError("recovery.source=file needs recovery.path=FILE, Alpaca-format .json or .jsonl")
-    file = (data_dir or Path()) / Path(path).expanduser()
-    if file.suffix not in (".json", ".jsonl"):
-        raise UserError(f"recovery.path={path!r} is neither .json nor .jsonl")
-    if not file.is_file():
-        raise UserError(f"recovery.path={path!r}: there is no file {file.absolute()}")
-    return file
+        raise UserError(f"recovery.source=file needs recovery.path=, a {', '.join(SUFFIXES)} file or a folder of them")
+    given = (data_dir or Path()) / Path(path).expanduser()
+    if given.is_dir():
+        files = sorted(file for file in given.iterdir() if file.suffix in SUFFIXES and file.is_file())
+        if not files:
+            raise UserError(f"recovery.path={path!r}: the folder {given.absolute()} has no {', '.join(SUFFIXES)} file")
+        return files
+    if given.suffix not in SUFFIXES:
+        raise UserError(f"recovery.path={path!r} is neither a folder nor a {', '.join(SUFFIXES)} file")
+    if not given.is_file():
+        raise UserError(f"recovery.path={path!r}: there is no file {given.absolute()}")
+    return [given]
 
 
-def _read_file(file: Path) -> list[dict[str, str]]:
+def _read_file(file: Path) -> list[Example]:
     try:
-        if file.suffix == ".json":
+        if file.suffix == ".txt":
+            rows = passages(file.read_text(encoding="utf-8"))
+        elif file.suffix == ".json":
             rows = json.loads(file.read_text(encoding="utf-8"))
         else:
             rows = _read_lines(file)
@@ -244,7 +391,7 @@ def _read_file(file: Path) -> list[dict[str, str]]:
         raise UserError(f"{file} is not valid {file.suffix[1:].upper()}: {error}") from error
     if not isinstance(rows, list):
         raise UserError(f"{file} holds a JSON {type(rows).__name__}, not a list of examples")
-    return [_check_row(row, number, str(file)) for number, row in enumerate(rows, start=1)]
+    return [_example(row, f"{file}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
 def _read_lines(file: Path) -> list[Any]:
@@ -257,7 +404,7 @@ def _read_lines(file: Path) -> list[Any]:
     return rows[:-1] if rows[-1] is None else rows
 
 
-def _read_hub(repo: str, revision: str, data_dir: Path | None) -> list[dict[str, str]]:
+def _read_hub(repo: str, revision: str, data_dir: Path | None) -> list[Example]:
     from datasets import load_dataset
 
     folder = _local_repo(repo, data_dir)
@@ -267,19 +414,48 @@ def _read_hub(repo: str, revision: str, data_dir: Path | None) -> list[dict[str,
         raise _unreachable(repo, error) from error
     if "train" not in rows:
         raise UserError(f"recovery.repo={repo!r} has no train split; it has {', '.join(map(str, rows))}")
-    return [_check_row(row, number, repo) for number, row in enumerate(rows["train"], start=1)]
+    return [_example(row, f"{repo}, row {number}") for number, row in enumerate(rows["train"], start=1)]
 
 
-def _check_row(row: Any, number: int, where: str) -> dict[str, str]:
+def _example(row: Any, where: str) -> Example:
+    if isinstance(row, str):
+        return {"text": row}
     if not isinstance(row, dict):
-        raise UserError(f"{where}, row {number}: expected an object with instruction and output, got {row!r:.80}")
-    example: dict[str, Any] = {name: row.get(name) for name in ("instruction", "input", "output")}
-    if example["input"] is None:
-        example["input"] = ""
-    for name, value in example.items():
+        raise UserError(f"{where}: expected an object or a string, got {row!r:.80}")
+    row = {name: value for name, value in row.items() if value is not None}
+    if "instruction" in row:
+        found = {
+            "instruction": row["instruction"],
+            "input": row.get("input", row.get("context", "")),
+            "output": row.get("output", row.get("response")),
+        }
+    elif "messages" in row:
+        return {"messages": _messages(row["messages"], "role", "content", ROLES, f"{where}: messages")}
+    elif "conversations" in row:
+        return {"messages": _messages(row["conversations"], "from", "value", SHAREGPT_ROLES, f"{where}: conversations")}
+    elif "text" in row:
+        found = {"text": row["text"]}
+    else:
+        raise UserError(
+            f"{where}: expected instruction and output, or messages, or conversations, or text; its columns are"
+            f" {', '.join(map(str, row)) or 'empty'}"
+        )
+    for name, value in found.items():
         if not isinstance(value, str):
-            raise UserError(f"{where}, row {number}: {name} must be a string, got {value!r:.80}")
-    return example
+            raise UserError(f"{where}: {name} must be a string, got {value!r:.80}")
+    return found
+
+
+def _messages(turns: Any, who: str, what: str, roles: Mapping[str, str], where: str) -> list[dict[str, str]]:
+    """The turns of a chat as {role, content}; ``who`` and ``what`` are the names that the row has for these."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise UserError(f"{where} must be a list of {{{who}, {what}}}, got {turns!r:.80}")
+    for turn in turns:
+        if turn.get(who) not in list(roles):
+            raise UserError(f"{where}: {who} {turn.get(who)!r} is not one of {', '.join(roles)}")
+        if not isinstance(turn.get(what), str):
+            raise UserError(f"{where}: {what} must be a string, got {turn.get(what)!r:.80}")
+    return [{"role": roles[turn[who]], "content": turn[what]} for turn in turns]
 
 
 def _local_repo(repo: str, data_dir: Path | None) -> Path | None:

@@ -98,7 +98,7 @@ class Recovery(Protocol):
 
 @dataclass
 class TrainingOptions:
-    """Data, schedule and budget, the same for every recovery.
+    """Data (see `examples`), schedule and budget, the same for every recovery.
 
     The defaults are the settings of the SLM authors (LLM-Pruner's Alpaca recipe), for one GPU: AdamW, linear decay
     after the warm-up, gradients clipped to norm 1, loss on the output only, the checkpoint with the lowest validation
@@ -106,8 +106,8 @@ class TrainingOptions:
     """
 
     source: str = "bundled"  # bundled | hub | file
-    path: str | None = None  # file: Alpaca-format .json or .jsonl
-    repo: str = "yahma/alpaca-cleaned"  # hub: a data set with Alpaca columns, or a local folder in the hub's layout
+    path: str | None = None  # file: .json, .jsonl or .txt, or a folder of them: instructions, chats or texts
+    repo: str = "yahma/alpaca-cleaned"  # hub: a data set of the same, or a local folder in the hub's layout
     revision: str = "main"  # hub: commit, tag or branch
     num_examples: int | None = None  # examples to train on; None: all that validation leaves
     validation_size: int = 2000  # examples held out
@@ -126,6 +126,7 @@ class TrainingOptions:
     micro_batch_size: int = 4  # examples at a time
     warmup_steps: int = 100
     cutoff_len: int = 256  # tokens
+    completion_only: bool = True  # loss on outputs and on the assistant's turns only; else on prompts too
     eval_steps: int = 100
     save_steps: int = 200  # each new best is saved besides
     logging_steps: int = 10
@@ -181,20 +182,34 @@ class TrainingOptions:
             self.source, path=self.path, repo=self.repo, revision=self.revision, data_dir=data_dir
         )
         if self.source == "file":
-            self._split(data_dir)  # too few examples are found now, not after the merge
+            self.examples(data_dir)  # too few examples are found now, not after the merge
         return {"source": self.source, "fingerprint": fingerprint}
 
     def tokenized_split(
         self, tokenizer: PreTrainedTokenizerBase, data_dir: Path | None
     ) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
         """Training and validation rows of `examples.tokenize_example`."""
-        train, validation = self._split(data_dir)
-        return (
-            examples.tokenize_examples(tokenizer, train, self.cutoff_len),
-            examples.tokenize_examples(tokenizer, validation, self.cutoff_len),
+        train, validation = (
+            examples.tokenize_examples(tokenizer, part, self.cutoff_len, completion_only=self.completion_only)
+            for part in self.examples(data_dir)
         )
+        return train, validation
 
-    def _split(self, data_dir: Path | None) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    def check_tokens(self, tokenizer: PreTrainedTokenizerBase, data_dir: Path | None) -> None:
+        """Find out whether there is anything to train on; one example of each part is tokenized if the first is good.
+
+        Raises:
+            UserError: no training example, or no validation example, bears loss within ``cutoff_len``; or no data.
+        """
+        for part in self.examples(data_dir):
+            examples.check_tokens(tokenizer, part, self.cutoff_len, completion_only=self.completion_only)
+
+    def examples(self, data_dir: Path | None) -> tuple[list[examples.Example], list[examples.Example]]:
+        """Training and validation examples, which share nothing.
+
+        Raises:
+            UserError: the data are missing, malformed or too few.
+        """
         everything = examples.load_examples(
             self.source, path=self.path, repo=self.repo, revision=self.revision, data_dir=data_dir
         )

@@ -15,7 +15,7 @@ class Span:
 
     Attributes:
         position: in the pruned model.
-        first, last: the run's ends, both included. The layer's task: what enters ``first`` in, what leaves ``last`` out.
+        first, last: the run's ends, both included. Its task: what enters ``first`` in, what leaves ``last`` out.
     """
 
     position: int

@@ -386,7 +386,7 @@ class _Trainer(Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Counts, clips gradients, decides when to save and to stop, marks checkpoints as complete, passes on the losses."""
+    """Counts, clips gradients, decides when to save and to stop, marks checkpoints as complete, passes losses on."""
 
     def __init__(
         self,

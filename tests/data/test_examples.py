@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 
@@ -14,6 +15,11 @@ from slm_pipeline.data import examples
 from slm_pipeline.errors import UserError
 
 EXAMPLE = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1 + 1?"},
+    {"role": "assistant", "content": "2"},
+]
 
 
 def byte_tokenizer(merges=(), *, bos_first=False):
@@ -54,15 +60,15 @@ def test_the_alpaca_prompts():
 def test_only_the_output_and_eos_bear_loss():
     tokenizer = byte_tokenizer()
     num_prompt = len(examples.prompt(EXAMPLE))
-    row = examples.tokenize_example(tokenizer, EXAMPLE, cutoff_len=512)
+    (row,) = examples.tokenize_example(tokenizer, EXAMPLE, cutoff_len=512)
     assert row["labels"] == [-100] * num_prompt + [tokenizer.convert_tokens_to_ids("2"), 257]
     assert tokenizer.decode(row["input_ids"]) == examples.prompt(EXAMPLE) + "2</s>"
     assert row["attention_mask"] == [1] * (num_prompt + 2)
 
 
 def test_bos_only_where_the_tokenizer_puts_it():
-    plain = examples.tokenize_example(byte_tokenizer(), EXAMPLE, 512)
-    with_bos = examples.tokenize_example(byte_tokenizer(bos_first=True), EXAMPLE, 512)
+    (plain,) = examples.tokenize_example(byte_tokenizer(), EXAMPLE, 512)
+    (with_bos,) = examples.tokenize_example(byte_tokenizer(bos_first=True), EXAMPLE, 512)
     assert with_bos["input_ids"] == [256, *plain["input_ids"]]
     assert with_bos["labels"] == [-100, *plain["labels"]]
 
@@ -79,7 +85,7 @@ def test_the_cut_off_takes_eos_first_then_the_output():
     example = {**EXAMPLE, "output": "abc"}
     abc = tokenizer("abc")["input_ids"]
     for cutoff_len, kept in ((num_prompt + 4, [*abc, 257]), (num_prompt + 3, abc), (num_prompt + 1, abc[:1])):
-        row = examples.tokenize_example(tokenizer, example, cutoff_len)
+        (row,) = examples.tokenize_example(tokenizer, example, cutoff_len)
         assert row["labels"][num_prompt:] == kept
         assert len(row["input_ids"]) == len(row["labels"]) == len(row["attention_mask"]) == cutoff_len
 
@@ -89,10 +95,112 @@ def test_an_example_without_labels_is_dropped(caplog):
     long = {**EXAMPLE, "instruction": "Add up."}
     with caplog.at_level(logging.WARNING):
         rows = examples.tokenize_examples(tokenizer, [EXAMPLE, long], cutoff_len=num_prompt + 2)
-    assert rows == [examples.tokenize_example(tokenizer, EXAMPLE, num_prompt + 2)]
+    assert rows == examples.tokenize_example(tokenizer, EXAMPLE, num_prompt + 2)
     assert "1 of 2 examples dropped" in caplog.text
     with pytest.raises(UserError, match="cutoff_len=20 leaves no output in any of the 2"):
         examples.tokenize_examples(tokenizer, [EXAMPLE, long], cutoff_len=20)
+
+
+def test_the_prompt_bears_loss_too_but_not_its_first_token():
+    for tokenizer in (byte_tokenizer(), byte_tokenizer(bos_first=True)):
+        (row,) = examples.tokenize_example(tokenizer, EXAMPLE, 512, completion_only=False)
+        (masked,) = examples.tokenize_example(tokenizer, EXAMPLE, 512)
+        assert row["input_ids"] == masked["input_ids"]
+        assert row["labels"] == [-100, *row["input_ids"][1:]]
+
+
+# The form of ChatML. REWRITING drops what the assistant said in all turns but the last, as reasoning models' do.
+CHATML = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+REWRITING = CHATML.replace(
+    "{{ message.content }}",
+    "{% if loop.last or message.role == 'user' %}{{ message.content }}{% else %}...{% endif %}",
+)
+
+
+def chat_tokenizer(template=CHATML, **options):
+    tokenizer = byte_tokenizer(**options)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def said(tokenizer, row):
+    """The text that bears loss, with a bar where something between does not."""
+    runs = itertools.groupby(row["labels"], lambda label: label == -100)
+    return "|".join(tokenizer.decode(list(labels)) for masked, labels in runs if not masked)
+
+
+TWO_TURNS = [*CHAT, {"role": "user", "content": "And 3?"}, {"role": "assistant", "content": "5"}]
+
+
+def test_only_the_assistant_bears_loss():
+    tokenizer = chat_tokenizer(bos_first=True)  # the template writes no BOS, so there is none
+    text = "<|system|>Be brief.\n<|user|>1 + 1?\n<|assistant|>2\n<|user|>And 3?\n<|assistant|>5\n"
+    (row,) = examples.tokenize_example(tokenizer, {"messages": TWO_TURNS}, 512)
+    assert tokenizer.decode(row["input_ids"]) == text
+    assert said(tokenizer, row) == "2\n|5\n"
+    start = text.index("2\n")
+    assert row["labels"][: start + 2] == [-100] * start + row["input_ids"][start : start + 2]
+    assert len(row["input_ids"]) == len(row["labels"]) == len(row["attention_mask"]) == len(text)
+    (row,) = examples.tokenize_example(tokenizer, {"messages": TWO_TURNS}, 512, completion_only=False)
+    assert said(tokenizer, row) == text[1:]
+    (row,) = examples.tokenize_example(tokenizer, {"messages": TWO_TURNS}, start + 1)
+    assert said(tokenizer, row) == "2"
+    assert examples.tokenize_example(tokenizer, {"messages": TWO_TURNS}, start) == []
+
+
+def test_turns_that_answer_nothing_bear_no_loss():
+    tokenizer = chat_tokenizer()
+    greeting, question, answer = ({"role": role, "content": role[0]} for role in ("assistant", "user", "assistant"))
+    (row,) = examples.tokenize_example(tokenizer, {"messages": [greeting, question, answer, question]}, 512)
+    assert tokenizer.decode(row["input_ids"]) == "<|assistant|>a\n<|user|>u\n<|assistant|>a\n<|user|>u\n"
+    assert said(tokenizer, row) == "a\n"
+    assert examples.tokenize_example(tokenizer, {"messages": [greeting, question]}, 512) == []
+
+
+def test_no_token_straddles_the_turns():
+    merged = chat_tokenizer(merges=[(">", "2"), ("5", "\u010a")])
+    assert len(merged(">2")["input_ids"]) == 1
+    (row,) = examples.tokenize_example(merged, {"messages": TWO_TURNS}, 512)
+    assert said(merged, row) == "2\n|5\n"
+    assert len(row["input_ids"]) == len(merged.decode(row["input_ids"])) - 1  # "5\n" is one token, within its turn
+
+
+def test_templates_that_cannot_be_used():
+    with pytest.raises(UserError, match="tokenizer has no chat template"):
+        examples.tokenize_example(byte_tokenizer(), {"messages": CHAT}, 512)
+    rewriting = chat_tokenizer(REWRITING)
+    assert len(examples.tokenize_example(rewriting, {"messages": CHAT}, 512)) == 1
+    with pytest.raises(UserError, match="rewrites earlier turns .* recovery.completion_only=false"):
+        examples.tokenize_example(rewriting, {"messages": TWO_TURNS}, 512)
+    (row,) = examples.tokenize_example(rewriting, {"messages": TWO_TURNS}, 512, completion_only=False)
+    assert rewriting.decode(row["input_ids"]).count("...") == 2
+    refusing = chat_tokenizer("{{ raise_exception('no system turn, please') }}")
+    with pytest.raises(UserError, match="refuses a chat of system, user, assistant: no system turn, please"):
+        examples.tokenize_example(refusing, {"messages": CHAT}, 512)
+
+
+def test_a_text_is_cut_into_pieces_and_nothing_is_lost():
+    tokenizer = byte_tokenizer(bos_first=True)
+    a, b, c, d, e = tokenizer("abcde", add_special_tokens=False)["input_ids"]
+    for completion_only in (True, False):
+        rows = examples.tokenize_example(tokenizer, {"text": "abcde"}, 4, completion_only=completion_only)
+        assert [row["input_ids"] for row in rows] == [[256, a, b, c], [d, e, 257]]
+        assert [row["labels"] for row in rows] == [[-100, a, b, c], [-100, e, 257]]
+        assert [row["attention_mask"] for row in rows] == [[1, 1, 1, 1], [1, 1, 1]]
+    rows = examples.tokenize_example(tokenizer, {"text": "abcde"}, 3)  # seven tokens: EOS would be alone
+    assert [row["input_ids"] for row in rows] == [[256, a, b], [c, d, e]]
+    assert [len(row["input_ids"]) for row in examples.tokenize_example(byte_tokenizer(), {"text": "abcde"}, 9)] == [6]
+
+
+def test_kinds_may_be_mixed(caplog):
+    tokenizer = chat_tokenizer()
+    mixed = [{"messages": CHAT}, {"text": "a" * 300}, {**EXAMPLE, "instruction": "b" * 300}, EXAMPLE]
+    rows = examples.tokenize_examples(tokenizer, mixed, 260, completion_only=True)
+    assert [len(row["input_ids"]) for row in rows] == [50, 260, 41, len(examples.prompt(EXAMPLE)) + 2]
+    assert "1 of 4 examples dropped: no output within cutoff_len=260" in caplog.text
 
 
 def test_left_padding():
@@ -162,13 +270,117 @@ def test_files(tmp_path, monkeypatch, caplog, name):
     (tmp_path / name).write_text(text, encoding="utf-8")
     expected = [EXAMPLE, {"instruction": "Greet.", "input": "", "output": "Hi\u2028there"}]
     assert load("file", path=name, data_dir=tmp_path) == expected
-    assert "1 of 3 examples dropped: their output is empty" in caplog.text
+    assert "1 of 3 examples dropped: their output, text or assistant's part is empty" in caplog.text
     monkeypatch.chdir(tmp_path)
     assert load("file", path=name) == expected
     before = fingerprint("file", path=name)
     assert fingerprint("file", path=str(tmp_path / name)) == before
     (tmp_path / name).write_text(text.replace("Greet", "Wave"), encoding="utf-8")
     assert fingerprint("file", path=name) != before
+
+
+@pytest.mark.parametrize(
+    ("row", "example"),
+    [
+        ({**EXAMPLE, "text": "all of it in one template"}, EXAMPLE),  # tatsu-lab/alpaca
+        (
+            {"instruction": "Add.", "context": "1 + 1", "response": "2", "category": "closed_qa"},  # databricks-dolly
+            EXAMPLE,
+        ),
+        (
+            {"instruction": "Greet.", "input": None, "output": "Hi"},
+            {"instruction": "Greet.", "input": "", "output": "Hi"},
+        ),
+        ({"messages": CHAT, "instruction": None}, {"messages": CHAT}),
+        ({"messages": [{**turn, "name": None} for turn in CHAT], "text": "a"}, {"messages": CHAT}),
+        (
+            {
+                "id": "x",
+                "conversations": [
+                    {"from": "system", "value": "Be brief."},
+                    {"from": "human", "value": "1 + 1?"},
+                    {"from": "gpt", "value": "2"},
+                ],
+            },
+            {"messages": CHAT},
+        ),
+        ({"text": "A page.", "url": "https://"}, {"text": "A page."}),
+        ("A page.", {"text": "A page."}),
+    ],
+)
+def test_the_columns_say_which_kind_a_row_is(tmp_path, row, example):
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert load("file", path="rows.json", data_dir=tmp_path) == [example]
+    assert load("file", path="rows.jsonl", data_dir=tmp_path) == [example]
+
+
+def test_chats_and_texts_with_nothing_to_learn_are_dropped(tmp_path, caplog):
+    rows = [{"messages": CHAT[:2]}, {"messages": []}, {"messages": CHAT}, {"text": " \n"}, "", {"text": "A page."}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert load("file", path="rows.json", data_dir=tmp_path) == [{"messages": CHAT}, {"text": "A page."}]
+    assert "4 of 6 examples dropped" in caplog.text
+
+
+def test_a_book_is_cut_at_blank_lines(tmp_path):
+    """Paragraphs of 900 characters: three reach 2000; one of 2500 does alone; what is left over is the last."""
+    paragraphs = [letter * 900 for letter in "abc"] + ["d" * 2500, "e" * 10, "f" * 10]
+    (tmp_path / "book.txt").write_bytes(b"\r\n" + "\r\n \r\n\r\n".join(paragraphs).encode() + b"\r\n")
+    assert load("file", path="book.txt", data_dir=tmp_path) == [
+        {"text": "\n\n".join(paragraphs[:3])},
+        {"text": paragraphs[3]},
+        {"text": "\n\n".join(paragraphs[4:])},
+    ]
+    assert examples.passages("a" * 1999) == ["a" * 1999]
+    assert examples.passages("a" * 2000 + "\n\nb") == ["a" * 2000, "b"]
+
+
+def test_a_folder_is_read_by_name_and_every_file_counts(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "b.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
+    (tmp_path / "mine" / "c.txt").write_text("A page.\n")
+    (tmp_path / "mine" / "a.json").write_text(json.dumps([{"messages": CHAT}]))
+    (tmp_path / "mine" / "notes.md").write_text("not data")
+    assert load("file", path="mine", data_dir=tmp_path) == [{"messages": CHAT}, EXAMPLE, {"text": "A page."}]
+    seen = {fingerprint("file", path="mine", data_dir=tmp_path)}
+    for name, content in (("c.txt", "A leaf.\n"), ("a.json", "[]"), ("d.txt", "")):
+        (tmp_path / "mine" / name).write_text(content)
+        seen.add(fingerprint("file", path="mine", data_dir=tmp_path))
+    (tmp_path / "mine" / "notes.md").unlink()
+    seen.add(fingerprint("file", path="mine", data_dir=tmp_path))
+    assert len(seen) == 4
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty has no .json, .jsonl, .txt file"):
+        fingerprint("file", path="empty", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "a", "answer": "b"},
+            "row 2: expected instruction and output, or .*; its columns are prompt, answer",
+        ),
+        ({"messages": "a"}, "row 2: messages must be a list of {role, content}, got 'a'"),
+        ({"messages": ["a"]}, "row 2: messages must be a list of"),
+        ({"messages": [{"role": "human", "content": "a"}]}, "role 'human' is not one of system, user, assistant"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "row 2: messages: role 'tool' is not one of"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, r"messages: content must be a string, got \['a'\]"),
+        (
+            {"conversations": [{"from": "bing", "value": "a"}]},
+            "conversations: from 'bing' is not one of human, gpt, system, user, assistant",
+        ),
+        ({"conversations": [{"role": "user", "content": "a"}]}, "conversations: from None is not one of"),
+        ({"text": 3}, "row 2: text must be a string, got 3"),
+        (None, "row 2: expected an object or a string, got None"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_file(tmp_path, row, message):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
+    (tmp_path / "mine" / "b.json").write_text(json.dumps([EXAMPLE, row]))
+    with pytest.raises(UserError, match=f"mine/b.json, {message}" if "row 2" in message else message):
+        fingerprint("file", path="mine", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +409,7 @@ def test_a_bad_line_is_named(tmp_path):
 def test_missing_files(tmp_path):
     with pytest.raises(UserError, match="there is no file .*/gone.json"):
         fingerprint("file", path="gone.json", data_dir=tmp_path)
-    with pytest.raises(UserError, match="neither .json nor .jsonl"):
+    with pytest.raises(UserError, match="neither a folder nor a .json, .jsonl, .txt file"):
         fingerprint("file", path="alpaca.csv", data_dir=tmp_path)
     with pytest.raises(UserError, match="needs recovery.path"):
         fingerprint("file")
@@ -213,6 +425,14 @@ def test_a_folder_in_the_hubs_layout(tmp_path, monkeypatch):
     assert before == fingerprint("hub", repo=str(folder))
     (folder / "train.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
     assert fingerprint("hub", repo="alpaca", data_dir=tmp_path) != before
+
+
+def test_chats_in_the_hubs_layout(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "chats").mkdir()
+    rows = [{"messages": CHAT, "text": None}, {"messages": None, "text": "A page."}]
+    (tmp_path / "chats" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load("hub", repo="chats", data_dir=tmp_path) == [{"messages": CHAT}, {"text": "A page."}]
 
 
 def test_an_unreachable_hub(monkeypatch):

@@ -223,7 +223,7 @@ def test_interrupted_and_run_again_ends_as_undisturbed(data, tmp_path, caplog, o
 
 
 def test_small_updates_of_bfloat16_weights_are_not_rounded_away(data, tmp_path):
-    """The weights train in float32 and are rounded once: a run of steps each too small for bfloat16 still moves them."""
+    """The weights train in float32 and are rounded once: steps each too small for bfloat16 still move them."""
     task = problem(data, tmp_path)
     task = dataclasses.replace(task, model=task.model.bfloat16(), teacher=lambda: teacher().bfloat16())
     before = task.model.model.layers[1].mlp.up_proj.weight.detach().clone()

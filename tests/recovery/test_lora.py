@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_source
-from omegaconf import OmegaConf
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from slm_pipeline.config import CONF_DIR, build
+from slm_pipeline.config import CONF_DIR
+from slm_pipeline.data import examples
 from slm_pipeline.errors import UserError
 from slm_pipeline.recovery import training
 from slm_pipeline.recovery.base import RecoveryProblem
@@ -234,7 +234,7 @@ run(Path(sys.argv[1]), Path(sys.argv[2]), log)
 def test_killed_and_run_again_ends_as_undisturbed(folder, undisturbed, caplog):
     """The kill is in the second epoch, the last checkpoint in the first."""
     out = folder / "killed"
-    paths = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1], CONF_DIR.parent)))
+    paths = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parent, CONF_DIR.parent)))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED, str(folder), str(out)]
     assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
@@ -418,6 +418,33 @@ def test_missing_data_are_found_without_training(folder):
     assert options.data_identity(folder)["fingerprint"].startswith("sha256:")
     with pytest.raises(UserError, match="there is no file"):
         options.data_identity(folder / "elsewhere")
+
+
+def test_tokens_are_checked_without_tokenizing_everything(folder, monkeypatch):
+    """One example of each part where the first is good; all where none is."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    seen = []
+    tokenize = examples.tokenize_example
+    monkeypatch.setattr(examples, "tokenize_example", lambda *a, **k: seen.append(a[1]) or tokenize(*a, **k))
+    options = Lora(**OPTIONS)
+    options.check_tokens(tokenizer, folder)
+    train, validation = options.examples(folder)
+    assert seen == [train[0], validation[0]]
+    seen.clear()
+    with pytest.raises(UserError, match="cutoff_len=100 leaves no output in any of the 20 examples"):
+        Lora(**{**OPTIONS, "cutoff_len": 100}).check_tokens(tokenizer, folder)
+    assert seen == train
+    Lora(**{**OPTIONS, "cutoff_len": 100, "completion_only": False}).check_tokens(tokenizer, folder)
+
+
+def test_loss_on_prompts_on_request(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    (masked, _), (whole, _) = (
+        Lora(**OPTIONS, completion_only=value).tokenized_split(tokenizer, folder) for value in (True, False)
+    )
+    assert [row["input_ids"] for row in whole] == [row["input_ids"] for row in masked]
+    assert all(row["labels"] == [-100, *row["input_ids"][1:]] for row in whole)
+    assert all(row["labels"].count(-100) > 100 for row in masked)
 
 
 def test_published_settings():

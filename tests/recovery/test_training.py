@@ -87,14 +87,18 @@ def test_full_leaves_a_zeroed_sublayer_alone(data, tmp_path):
 def test_one_step_is_adamws(data, tmp_path):
     """Against torch's own optimizer and clipping on the whole batch at once: accumulation must not show."""
     task = problem(data, tmp_path)
-    setup = options(Full, max_steps=1, warmup_steps=0, batch_size=20, micro_batch_size=2, max_grad_norm=0.05, weight_decay=0.1)  # fmt: skip
+    setup = options(
+        Full, max_steps=1, warmup_steps=0, batch_size=20, micro_batch_size=2, max_grad_norm=0.05, weight_decay=0.1
+    )
     result = setup.run(task)
     model = problem(data, tmp_path).model
     train, _ = setup.tokenized_split(task.tokenizer, data)
     assert len(train) == 20
     decayed = [p for name, p in model.named_parameters() if "norm" not in name]
     others = [p for name, p in model.named_parameters() if "norm" in name]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-3)  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-3
+    )
     logits, labels = [], []
     for row in train:
         logits.append(model(torch.tensor([row["input_ids"]])).logits[0, :-1])
