@@ -113,6 +113,10 @@ def test_plug_in_keys_and_values_are_those_of_the_code(file):
     """Keys that have a default in the code have the same in YAML, so that help and code cannot drift apart."""
     values = yaml.safe_load(file.read_text())
     values = values.get(file.parent.name, values)  # some are written from the top
+    for shared in values.pop("defaults", []):
+        if shared != "_self_":
+            file_of_shared = file.parent / f"{shared.partition('@')[0]}.yaml"
+            values = {**yaml.safe_load(file_of_shared.read_text()), **values}
     if not values:
         assert file.stem == "none"
         return

@@ -187,22 +187,19 @@ def entering_and_leaving(
     arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     last = max(*leave, *enter, *arguments_of)
 
-    def before(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entering[layer], arguments[layer] = args[0], (args[1:], kwargs)
 
-    def after(layer: int, output: Any) -> None:
+    def after(layer: int, module: nn.Module, args: Any, output: Any) -> None:
         leaving[layer] = output[0] if isinstance(output, tuple) else output
         if layer == last:
             raise _Enough
 
-    hooks = []
-    for layer in {*enter, *arguments_of}:
-        hook = partial(lambda layer, module, args, kwargs: before(layer, args, kwargs), layer)
-        hooks.append(view.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
-    for layer in {*leave, last}:
-        hooks.append(
-            view.layers[layer].register_forward_hook(partial(lambda layer, *call: after(layer, call[-1]), layer))
-        )
+    hooks = [
+        view.layers[layer].register_forward_pre_hook(partial(before, layer), with_kwargs=True)
+        for layer in {*enter, *arguments_of}
+    ]
+    hooks += [view.layers[layer].register_forward_hook(partial(after, layer)) for layer in {*leave, last}]
     try:
         with suppress(_Enough):
             view.decoder(**inputs, use_cache=False)

@@ -94,8 +94,8 @@ class Distill(TrainingOptions):
         metrics = _sum_of_layers(fits)
         if self.logit_share:
             train_only(problem, [layers[span.position] for span in changed])
-            objective = LogitMatching(teacher, problem.model)
-            last = fit(objective, train, validation, self, _after(problem, fits),
+            end_to_end = LogitMatching(teacher, problem.model)
+            last = fit(end_to_end, train, validation, self, _after(problem, fits),
                        folder="checkpoints/logits", share=self.logit_share)  # fmt: skip
             metrics |= {
                 "initial_logit_loss": last.metrics["initial_eval_loss"],

@@ -8,11 +8,8 @@ import logging
 import pytest
 import torch
 from conftest import random_source
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from recovery.conftest import BUDGET, make_plan, problem, teacher
 
-from slm_pipeline.config import CONF_DIR, build
 from slm_pipeline.data.examples import LeftPadding
 from slm_pipeline.errors import UserError
 from slm_pipeline.recovery.block_mse import BlockMse
@@ -178,14 +175,6 @@ def test_gradient_checkpointing_changes_nothing_but_memory(data, tmp_path, name)
     for parameter, weight in plain.model.state_dict().items():
         assert torch.allclose(kept.model.state_dict()[parameter], weight, atol=1e-6), parameter
     assert not any(getattr(module, "gradient_checkpointing", False) for module in kept.model.modules())
-
-
-@pytest.mark.parametrize("name", sorted(RECOVERIES))
-def test_yaml_holds_every_option_and_its_default(name):
-    with initialize_config_dir(str(CONF_DIR), version_base=None):
-        values = OmegaConf.to_container(compose(f"recovery/{name}").recovery)
-    assert set(values) == {"_target_", *(option.name for option in dataclasses.fields(RECOVERIES[name]))}
-    assert build(values, group="recovery") == RECOVERIES[name]()
 
 
 def test_more_layers_than_there_are(data, tmp_path):
