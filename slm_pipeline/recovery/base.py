@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from slm_pipeline.data import examples
+from slm_pipeline.data import batches, examples
 from slm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ class TrainingOptions:
     micro_batch_size: int = 4  # examples at a time
     warmup_steps: int = 100
     cutoff_len: int = 256  # tokens
+    packing: bool = False  # several examples in a row, none sees another; a packed row then counts as one example
     completion_only: bool = True  # loss on outputs and on the assistant's turns only; else on prompts too
     eval_steps: int = 100
     save_steps: int = 200  # each new best is saved besides
@@ -146,6 +147,14 @@ class TrainingOptions:
                 f"recovery.micro_batch_size={self.micro_batch_size} must divide recovery.batch_size={self.batch_size}"
             )
 
+    def check(self, source: ModelSource, num_layers: int | None) -> None:
+        """Whether the model can be trained with these options; see `Recovery`."""
+        if self.packing and not source.architecture.packs:
+            raise UserError(
+                f"recovery.packing=true: a {source.model_type} model in transformers lets packed examples see each"
+                " other; use recovery.packing=false"
+            )
+
     def data_identity(self, data_dir: Path | None) -> dict[str, str]:
         """What the training data are; see `Recovery`."""
         fingerprint = examples.examples_fingerprint(
@@ -158,11 +167,13 @@ class TrainingOptions:
     def tokenized_split(
         self, tokenizer: PreTrainedTokenizerBase, data_dir: Path | None
     ) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
-        """Training and validation rows of `examples.tokenize_example`."""
+        """Training and validation rows of `examples.tokenize_example`, or of `batches.pack`."""
         train, validation = (
             examples.tokenize_examples(tokenizer, part, self.cutoff_len, completion_only=self.completion_only)
             for part in self.examples(data_dir)
         )
+        if self.packing:
+            return batches.pack(train, self.cutoff_len), batches.pack(validation, self.cutoff_len)
         return train, validation
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase, data_dir: Path | None) -> None:

@@ -32,7 +32,8 @@ from transformers import (
 )
 
 from slm_pipeline.artifacts import write_json
-from slm_pipeline.data.examples import IGNORED, LeftPadding
+from slm_pipeline.data.batches import Collator, num_tokens
+from slm_pipeline.data.examples import IGNORED
 from slm_pipeline.errors import UserError
 from slm_pipeline.recovery.base import RecoveryProblem, TrainingOptions
 
@@ -87,7 +88,7 @@ def fit(
     Args:
         model: a transformers model or a peft wrapper around one. It ends on the device where it began, in evaluation
             mode, with the weights of the lowest validation loss.
-        train, validation: rows of `tokenize_example`.
+        train, validation: rows of `tokenize_example` or of `pack`.
 
     Raises:
         UserError: a loss or gradient that is not finite.
@@ -120,7 +121,7 @@ def fit(
             args=arguments,
             train_dataset=train,
             eval_dataset=validation,
-            data_collator=LeftPadding(0 if pad_token_id is None else pad_token_id),  # masked: any token will do
+            data_collator=Collator(0 if pad_token_id is None else pad_token_id),  # masked: any token will do
             callbacks=[_Watch(folder, progress, options, problem.log)],
         )
         trainer.remove_callback(PrinterCallback)  # our own log lines instead
@@ -281,7 +282,7 @@ class _Trainer(Trainer):
         load_trained(self.model, Path(resume_from_checkpoint))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        self.progress.num_tokens += int(inputs["attention_mask"].sum())
+        self.progress.num_tokens += num_tokens(inputs)
         self.progress.num_label_tokens += int((inputs["labels"] != IGNORED).sum())
         loss = super().training_step(model, inputs, *args, **kwargs)
         _require_finite(loss, "training loss", self.state.global_step + 1, self.options)
