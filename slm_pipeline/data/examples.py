@@ -20,7 +20,6 @@ import logging
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,6 @@ from slm_pipeline.artifacts import digest
 from slm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -305,24 +303,6 @@ def _tokenize_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) 
         found.append(longer[len(ids) :])
         ids = longer
     return found
-
-
-@dataclass(frozen=True)
-class LeftPadding:
-    """Collator: rows of `tokenize_example` as a batch, padded on the left to the longest."""
-
-    pad_token_id: int
-
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """``input_ids``, ``labels`` and ``attention_mask``, each [rows, longest] int64."""
-        import torch
-
-        longest = max(len(row["input_ids"]) for row in rows)
-        padding = {"input_ids": self.pad_token_id, "labels": IGNORED, "attention_mask": 0}
-        return {
-            name: torch.tensor([[value] * (longest - len(row[name])) + row[name] for row in rows])
-            for name, value in padding.items()
-        }
 
 
 def _bundled_examples() -> list[Example]:

@@ -166,7 +166,7 @@ class _Enough(Exception):
 @torch.no_grad()
 def entering_and_leaving(
     view: ModelView,
-    inputs: Mapping[str, Tensor],
+    inputs: Mapping[str, Any],
     enter: Collection[int],
     leave: Collection[int],
     arguments_of: Collection[int],
@@ -202,7 +202,7 @@ def entering_and_leaving(
     hooks += [view.layers[layer].register_forward_hook(partial(after, layer)) for layer in {*leave, last}]
     try:
         with suppress(_Enough):
-            view.decoder(**inputs, use_cache=False)
+            view.decoder(**{**inputs, "use_cache": False})
     finally:
         for hook in hooks:
             hook.remove()

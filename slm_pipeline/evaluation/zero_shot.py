@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import logging
 import sys
 import tempfile
@@ -77,21 +78,15 @@ def score_task(
         UserError: unknown task, missing or unusable data, or the batch does not fit into memory.
     """
     check(limit, batch_size)
-    source = task_source(data, task, data_dir)
-
-    import torch
-
-    with _contained(), tempfile.TemporaryDirectory(prefix="slm_task_", ignore_cleanup_errors=True) as folder:
+    with _loaded(task, data, data_dir) as loaded:
         import lm_eval
+        import torch
         from lm_eval.evaluator import evaluate
 
-        lm_eval_log = logging.getLogger("lm_eval")
-        lm_eval_log.setLevel(logging.ERROR)  # it warns that a loaded model is not a path, and of its own task files
-        loaded = _load_task(task, source, Path(folder))
         num_examples = len(loaded["tasks"][task].eval_docs)
         log.info("%s: %d of %d examples", task, min(limit or num_examples, num_examples), num_examples)
         wrapped = _wrap(model, tokenizer, batch_size)
-        lm_eval_log.setLevel(logging.WARNING)
+        logging.getLogger("lm_eval").setLevel(logging.WARNING)
         try:
             results = evaluate(wrapped, loaded, limit=limit, log_samples=False)
         except torch.OutOfMemoryError as error:
@@ -123,6 +118,25 @@ def score_task(
     }
 
 
+def task_documents(task: str, *, data: str, limit: int | None, data_dir: Path | None = None) -> list[str]:
+    """The texts of the examples that `score_task` reads: passage, question and answer options, one below the other.
+
+    Raises:
+        UserError: as `score_task`.
+    """
+    with _loaded(task, data, data_dir) as loaded:
+        *columns, _ = COLUMNS[task]  # the last one is the answer
+        docs = itertools.islice(loaded["tasks"][task].eval_docs, limit)
+        return ["\n".join(text for column in columns for text in _texts(doc[column])) for doc in docs]
+
+
+def _texts(value: Any) -> list[str]:
+    """A column of an example: a text, a list of them, or options with their labels."""
+    if isinstance(value, dict):
+        value = value["text"]
+    return [value] if isinstance(value, str) else list(value)
+
+
 def check(limit: int | None, batch_size: int) -> None:
     """Check the settings of ``score_task`` without a model.
 
@@ -138,6 +152,18 @@ def check(limit: int | None, batch_size: int) -> None:
 def average(scores: dict[str, float]) -> float:
     """Plain mean of the tasks' scores, as the papers report it."""
     return sum(scores.values()) / len(scores)
+
+
+@contextmanager
+def _loaded(task: str, data: str, data_dir: Path | None) -> Iterator[Any]:
+    """lm-eval's task on the data asked for, while lm-eval keeps quiet and the temporary files are there."""
+    source = task_source(data, task, data_dir)
+    with _contained(), tempfile.TemporaryDirectory(prefix="slm_task_", ignore_cleanup_errors=True) as folder:
+        import lm_eval  # noqa: F401  # sets its level
+
+        # it warns that a loaded model is not a path, and of its own task files
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        yield _load_task(task, source, Path(folder))
 
 
 def _load_task(task: str, source: Path | None, folder: Path) -> Any:

@@ -38,6 +38,7 @@ class Architecture:
     mlp: tuple[str, ...] = ("mlp",)
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_output: str = "mlp.down_proj"
+    packs: bool = True  # its attention masks keep sequences apart whose position_ids start again in one row
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -73,6 +74,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         output_norms=True,
     ),
     "opt": Architecture(
+        packs=False,  # its position_ids do not reach the mask
         decoder="model.decoder",
         final_norm="final_layer_norm",
         attention_norms=("self_attn_layer_norm",),

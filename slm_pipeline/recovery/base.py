@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from slm_pipeline.data import examples
+from slm_pipeline.data import batches, examples
 from slm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ class TrainingOptions:
     micro_batch_size: int = 4  # examples at a time
     warmup_steps: int = 100
     cutoff_len: int = 256  # tokens
+    packing: bool = False  # several examples in a row, none sees another; a packed row then counts as one example
     completion_only: bool = True  # loss on outputs and on the assistant's turns only; else on prompts too
     eval_steps: int = 100
     save_steps: int = 200  # each new best is saved besides
@@ -168,7 +169,12 @@ class TrainingOptions:
             )
 
     def check(self, source: ModelSource, num_layers: int | None) -> None:
-        """Any supported model will do; see `Recovery`."""
+        """Whether the model can be trained with these options; see `Recovery`."""
+        if self.packing and not source.architecture.packs:
+            raise UserError(
+                f"recovery.packing=true: a {source.model_type} model in transformers lets packed examples see each"
+                " other; use recovery.packing=false"
+            )
 
     def preflight(self, source: ModelSource, data_dir: Path | None) -> None:
         """Some example of each split bears a loss; see `Recovery`."""
@@ -188,11 +194,13 @@ class TrainingOptions:
     def tokenized_split(
         self, tokenizer: PreTrainedTokenizerBase, data_dir: Path | None
     ) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
-        """Training and validation rows of `examples.tokenize_example`."""
+        """Training and validation rows of `examples.tokenize_example`, or of `batches.pack`."""
         train, validation = (
             examples.tokenize_examples(tokenizer, part, self.cutoff_len, completion_only=self.completion_only)
             for part in self.examples(data_dir)
         )
+        if self.packing:
+            return batches.pack(train, self.cutoff_len), batches.pack(validation, self.cutoff_len)
         return train, validation
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase, data_dir: Path | None) -> None:

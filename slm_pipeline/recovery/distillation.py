@@ -74,7 +74,7 @@ class StateMatching(Objective):
         layers = [self.layers[span.position] for span in self.spans]
         return [[parameter for parameter in layer.parameters() if parameter.requires_grad] for layer in layers]
 
-    def forward(self, labels: Tensor, num_items_in_batch: Any = None, **inputs: Tensor) -> dict[str, Tensor]:
+    def forward(self, labels: Tensor, num_items_in_batch: Any = None, **inputs: Any) -> dict[str, Tensor]:
         """Sum over the spans of the mean loss over the counted tokens; see `Objective`."""
         firsts, lasts = [span.first for span in self.spans], [span.last for span in self.spans]
         entering, leaving, arguments = entering_and_leaving(self.teacher, inputs, firsts, lasts, self.bodies)
@@ -107,7 +107,7 @@ class LogitMatching(Objective):
         super().__init__(student)
         self.teacher = ModelView(teacher)
 
-    def forward(self, labels: Tensor, num_items_in_batch: Any = None, **inputs: Tensor) -> dict[str, Tensor]:
+    def forward(self, labels: Tensor, num_items_in_batch: Any = None, **inputs: Any) -> dict[str, Tensor]:
         """Mean over the counted tokens, in nats; see `Objective`."""
         counted = labels[:, 1:] != IGNORED
         with torch.no_grad():
@@ -117,9 +117,9 @@ class LogitMatching(Objective):
         return {"loss": losses.sum() / _num_items(counted, num_items_in_batch)}
 
 
-def _logits(view: ModelView, inputs: dict[str, Tensor], counted: Tensor) -> Tensor:
+def _logits(view: ModelView, inputs: dict[str, Any], counted: Tensor) -> Tensor:
     """[counted tokens, vocabulary]; the others never meet the head."""
-    states = view.decoder(**inputs, use_cache=False).last_hidden_state
+    states = view.decoder(**{**inputs, "use_cache": False}).last_hidden_state
     return view.logits(states[:, :-1][counted.to(states.device)])
 
 

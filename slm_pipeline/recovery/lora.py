@@ -43,6 +43,7 @@ class Lora(TrainingOptions):
             raise UserError("recovery.target_modules=[] trains nothing; name layers, or null for all")
 
     def check(self, source: ModelSource, num_layers: int | None) -> None:
+        super().check(source, num_layers)
         known = {path.rpartition(".")[2] for path in source.architecture.projections}
         if unknown := sorted(set(self.target_modules or []) - known):
             raise UserError(

@@ -42,6 +42,7 @@ class PartialLayers(TrainingOptions):
             )
 
     def check(self, source: ModelSource, num_layers: int | None) -> None:
+        super().check(source, num_layers)
         if num_layers is not None and self.num_layers > num_layers:
             raise UserError(
                 f"recovery.num_layers={self.num_layers} is more than the pruned model's {num_layers} layers"

@@ -33,7 +33,8 @@ from transformers import (
 )
 
 from slm_pipeline.artifacts import write_json
-from slm_pipeline.data.examples import IGNORED, LeftPadding
+from slm_pipeline.data.batches import Collator, num_tokens
+from slm_pipeline.data.examples import IGNORED
 from slm_pipeline.errors import UserError
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
 from slm_pipeline.recovery.trainable import train_only
@@ -87,7 +88,7 @@ class Fit:
 class Objective(nn.Module):
     """A loss of our own in the form that the Trainer takes: a module whose output has ``loss``.
 
-    Its forward takes a batch of `LeftPadding` and ``num_items_in_batch``, the number of labelled tokens in the whole
+    Its forward takes a batch of `Collator` and ``num_items_in_batch``, the number of labelled tokens in the whole
     optimizer step, to which the losses of its batches add up as a mean. The token that a state predicts decides
     whether the state counts: ``labels[:, t + 1]`` is about the state at t, as in a language model's own loss.
 
@@ -141,7 +142,7 @@ def fit(
 
     Args:
         model: it ends on the device where it began, in evaluation mode.
-        train, validation: rows of `tokenize_examples`.
+        train, validation: rows of `tokenize_examples` or of `pack`.
         folder: where in ``problem.out`` the checkpoints go; its own for each of several trainings.
         share: of the steps and minutes that ``options`` allow.
         keep: the weights of the ``best`` validation loss, or the ``last``.
@@ -195,7 +196,7 @@ def _train(
         args=arguments,
         train_dataset=train,
         eval_dataset=validation,
-        data_collator=LeftPadding(0 if pad_token_id is None else pad_token_id),  # masked: any token will do
+        data_collator=Collator(0 if pad_token_id is None else pad_token_id),  # masked: any token will do
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)  # our own log lines instead
@@ -361,9 +362,9 @@ class _Trainer(Trainer):
         load_trained(self.model, Path(resume_from_checkpoint))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        num_tokens, num_labels = inputs["attention_mask"].sum(), (inputs["labels"] != IGNORED).sum()
+        tokens, labels = num_tokens(inputs), (inputs["labels"] != IGNORED).sum()
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self.watch.count(loss, num_tokens, num_labels)
+        self.watch.count(loss, tokens, labels)
         return loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

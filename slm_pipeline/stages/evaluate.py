@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from slm_pipeline.artifacts import Artifact, write_json
+from slm_pipeline.data.overlap import RUN, overlaps, word_passages
 from slm_pipeline.errors import UserError
 from slm_pipeline.job import Job
+from slm_pipeline.recovery.base import TrainingOptions
 from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.merge import load_pruned
 from slm_pipeline.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 
@@ -81,7 +86,28 @@ class Evaluate(Stage):
             options = dataclasses.asdict(settings.efficiency)
             del options["enabled"]
             scores["efficiency"] = _finished(out / "efficiency.json", lambda: efficiency(model, tokenizer, **options))
+        scored = settings.tasks or settings.perplexity.corpora
+        if scored and self.target == "recovered" and isinstance(job.recovery, TrainingOptions):
+            scores["overlap"] = _finished(out / "overlap.json", lambda: self._overlap(job, tokenizer))
         return {kind: values for kind, values in scores.items() if values}
+
+    def _overlap(self, job: Job, tokenizer: Any) -> dict[str, dict[str, int]]:
+        """Evaluation documents that are found in the recovery's training data; see `overlaps`."""
+        from slm_pipeline.evaluation.perplexity import corpus_tokens
+        from slm_pipeline.evaluation.zero_shot import task_documents
+
+        assert isinstance(job.recovery, TrainingOptions)
+        settings, text = job.config.evaluation, job.config.evaluation.perplexity
+        documents = {
+            task: task_documents(task, data=settings.data, limit=settings.limit, data_dir=job.data_dir)
+            for task in settings.tasks
+        }
+        for corpus in text.corpora:
+            input_ids, _ = corpus_tokens(tokenizer, corpus, window=text.window, data_dir=job.data_dir)
+            scored = tokenizer.decode(input_ids[: text.max_tokens], clean_up_tokenization_spaces=False)
+            documents[f"perplexity/{corpus}"] = word_passages(scored)
+        train, _ = job.recovery.examples(job.data_dir)
+        return overlaps(documents, train)
 
     def _perplexity(self, job: Job, model: Any, tokenizer: Any, corpus: str) -> dict[str, Any]:
         from slm_pipeline.evaluation.perplexity import corpus_tokens, perplexity
@@ -108,6 +134,11 @@ class Evaluate(Stage):
         for corpus, result in scores.get("perplexity", {}).items():
             metrics[f"perplexity/{corpus}"] = result["perplexity"]
         tracker.log(metrics, stage=self.name)
+        for name, found in scores.get("overlap", {}).items():
+            log.warning(
+                "%s: %d of %d documents share %d words in a row with the recovery's training data",
+                name, found["documents"], found["of"], RUN,
+            )  # fmt: skip
 
     def _load(self, job: Job, results: Mapping[str, Artifact]) -> tuple[Any, Any]:
         from slm_pipeline.models.loading import load_checkpoint, load_dense, load_tokenizer

@@ -203,17 +203,6 @@ def test_kinds_may_be_mixed(caplog):
     assert "1 of 4 examples dropped: no output within cutoff_len=260" in caplog.text
 
 
-def test_left_padding():
-    rows = [
-        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 1]},
-        {"input_ids": [8], "labels": [8], "attention_mask": [1]},
-    ]
-    batch = examples.LeftPadding(pad_token_id=3)(rows)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [3, 3, 8]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, 8]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-
-
 def numbered(count):
     return [{"instruction": "Say.", "input": "", "output": str(number)} for number in range(count)]
 

@@ -10,7 +10,7 @@ import torch
 from recovery.conftest import BUDGET, MERGED, make_plan, problem, teacher
 from torch.nn.functional import cosine_similarity
 
-from slm_pipeline.data.examples import LeftPadding
+from slm_pipeline.data.batches import Collator, pack
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.recovery.block_mse import BlockMse
@@ -55,7 +55,7 @@ def batch(architecture_vocabulary=256):
     for length in (9, 6):
         ids = torch.randint(0, architecture_vocabulary, (length,), generator=generator).tolist()
         rows.append({"input_ids": ids, "labels": [-100] * 3 + ids[3:], "attention_mask": [1] * length})
-    return rows, LeftPadding(0)(rows)
+    return rows, Collator(0)(rows)
 
 
 def naive_losses(dense, pruned, rows, kind):
@@ -106,8 +106,20 @@ def test_batches_of_a_step_add_up_to_its_mean():
     dense, pruned = teacher(), apply(MERGED, teacher())
     rows, together = batch()
     objective = StateMatching(dense, pruned, SPANS, BODIES, "mse")
-    parts = [objective(**LeftPadding(0)([row]), num_items_in_batch=torch.tensor(6 + 3))["loss"] for row in rows]
+    parts = [objective(**Collator(0)([row]), num_items_in_batch=torch.tensor(6 + 3))["loss"] for row in rows]
     assert float(sum(parts)) == pytest.approx(float(objective(**together)["loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["states", "logits"])
+def test_packed_rows_have_the_loss_of_single_ones(objective):
+    dense, pruned = teacher(), apply(MERGED, teacher())
+    rows, together = batch()
+    packed = Collator(0)([*pack(rows, 16), *pack(rows[:1], 16)])
+    module = (
+        StateMatching(dense, pruned, SPANS, BODIES, "kl") if objective == "states" else LogitMatching(dense, pruned)
+    )
+    alone = [float(module(**Collator(0)([row]), num_items_in_batch=1)["loss"]) for row in [*rows, rows[0]]]
+    assert float(module(**packed, num_items_in_batch=1)["loss"]) == pytest.approx(sum(alone), rel=1e-5)
 
 
 def test_the_logit_loss_is_the_divergence_from_the_teacher():
@@ -189,7 +201,7 @@ def test_the_last_weights_are_kept_and_their_loss_is_told(data, tmp_path):
     train, validation = distill().tokenized_split(task.tokenizer, data)
     objective = StateMatching(teacher(), result.model, SPANS, BODIES, "mse")
     with torch.no_grad():
-        loss = float(objective(**LeftPadding(0)(validation))["loss"])
+        loss = float(objective(**Collator(0)(validation))["loss"])
     assert result.metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
 
@@ -248,7 +260,7 @@ def test_block_mse_trains_the_layer_below_the_gap(data, tmp_path):
     options = BlockMse(**{**BUDGET, "warmup_steps": 0})
     task = problem(data, tmp_path / "states", plan=plan)
     train, validation = options.tokenized_split(task.tokenizer, data)
-    inputs = LeftPadding(0)(validation)
+    inputs = Collator(0)(validation)
     dense = teacher()
     with torch.no_grad():
         states = dense(

@@ -349,6 +349,19 @@ def test_variants(folder, tmp_path, undisturbed, changes):
         assert result.metrics["eval_loss"] == pytest.approx(plain.metrics["eval_loss"], abs=1e-5)
 
 
+def test_packed_examples_train_alike(folder, tmp_path):
+    """Two examples fit in a row: the same loss before training, and every token counted once an epoch."""
+    options = {"cutoff_len": 600, "max_steps": None, "num_epochs": 2.0, "batch_size": 2, "learning_rate": 1e-3}
+    plain = run(folder, tmp_path / "plain", **options)
+    packed = run(folder, tmp_path / "packed", **options, packing=True)
+    assert (plain.metrics["num_examples"], packed.metrics["num_examples"]) == (20, 10)
+    assert packed.metrics["num_steps"] == 10
+    for name in ("num_tokens", "num_label_tokens"):
+        assert packed.metrics[name] == plain.metrics[name]
+    assert packed.metrics["initial_eval_loss"] == pytest.approx(plain.metrics["initial_eval_loss"], abs=1e-5)
+    assert packed.metrics["eval_loss"] < packed.metrics["initial_eval_loss"]
+
+
 def test_time_limit_ends_with_a_validated_checkpoint(folder, tmp_path):
     result = run(folder, tmp_path, max_minutes=1e-6)
     assert result.metrics["num_steps"] == result.metrics["best_step"] == 1

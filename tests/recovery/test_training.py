@@ -10,7 +10,7 @@ import torch
 from conftest import random_source
 from recovery.conftest import BUDGET, make_plan, problem, teacher
 
-from slm_pipeline.data.examples import LeftPadding
+from slm_pipeline.data.batches import Collator
 from slm_pipeline.errors import UserError
 from slm_pipeline.recovery.block_mse import BlockMse
 from slm_pipeline.recovery.distill import Distill
@@ -144,7 +144,7 @@ def test_the_weights_of_the_best_validation_loss_come_back(data, tmp_path):
     losses = [row["eval_loss"] for row in result.curve if "eval_loss" in row]
     assert result.metrics["eval_loss"] == min(losses[1:]) < losses[-1]
     _, validation = setup.tokenized_split(task.tokenizer, data)
-    inputs = LeftPadding(0)(validation)
+    inputs = Collator(0)(validation)
     with torch.no_grad():
         loss = result.model(**inputs).loss
     assert float(loss) == pytest.approx(result.metrics["eval_loss"], rel=1e-5)
