@@ -445,16 +445,20 @@ def _measures(summary: Summary) -> dict[str, float]:
             found[f"average {target}"] = metrics["zero_shot"]["average"]
     if "plan_seconds" in summary:
         found["plan seconds"] = summary["plan_seconds"]
+    if "recovery" in summary:
+        found["tokens"] = summary["recovery"]["num_tokens"]
+        found["recovery seconds"] = summary["recovery"]["seconds"]
+        found["recovery GB"] = summary["stages"]["recover"]["peak_memory_gb"]
     found["seconds"] = sum(stage["seconds"] for stage in summary["stages"].values() if not stage["reused"])
     return found
 
 
 def _shown_measure(name: str, value: float) -> str:
-    if name == "parameters":
+    if name in ("parameters", "tokens"):
         return _count(int(value))
     if name.startswith("perplexity"):
         return _perplexity(value)
-    return f"{value:.1f}" if name.startswith(("average", "plan seconds")) else f"{value:.0f}"
+    return f"{value:.1f}" if name.startswith(("average", "plan seconds", "recovery GB")) else f"{value:.0f}"
 
 
 def _dense_measure(name: str, value: float) -> str:

@@ -163,5 +163,6 @@ def _draw(summary: Mapping[str, Any], results: Mapping[str, Artifact], run_dir: 
     if "recover" in results:
         curve = json.loads((results["recover"].path / "curve.json").read_text(encoding="utf-8"))
         if curve:
-            drawn += pictures.loss_curve(curve, run_dir / "recovery_loss", title=title)
+            loss = summary["recovery"]["loss"]
+            drawn += pictures.loss_curve(curve, run_dir / "recovery_loss", title=title, loss=loss)
     return drawn

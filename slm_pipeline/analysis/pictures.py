@@ -137,13 +137,16 @@ def committed_windows(steps: Sequence[Mapping[str, Any]]) -> list[int]:
     return sorted(longest.values())
 
 
-def loss_curve(curve: Sequence[Mapping[str, float]], path_stem: Path, *, title: str) -> list[Path]:
+def loss_curve(
+    curve: Sequence[Mapping[str, float]], path_stem: Path, *, title: str, loss: str = "nats per answer token"
+) -> list[Path]:
     """Training and validation loss of a recovery, with the best validation loss marked.
 
     Args:
-        curve: in order of time, ``{"step", "loss", ...}`` and ``{"step", "eval_loss", ...}``; nats per answer token.
+        curve: in order of time, ``{"step", "loss", ...}`` and ``{"step", "eval_loss", ...}``.
         path_stem: where to write, without ``.png`` and ``.svg``.
         title: the picture's title.
+        loss: what the numbers are.
 
     Returns:
         The files written.
@@ -160,7 +163,7 @@ def loss_curve(curve: Sequence[Mapping[str, float]], path_stem: Path, *, title: 
         if validation := [(entry["eval_loss"], entry["step"]) for entry in curve if "eval_loss" in entry]:
             best, step = min(validation)
             axes.axhline(best, color=COLORS["reference"], lw=0.8, ls=":", label=f"best {best:.3f} at step {step:g}")
-        axes.set(title=title, xlabel="optimiser step", ylabel="loss (nats per answer token)")
+        axes.set(title=title, xlabel="optimiser step", ylabel=f"loss ({loss})")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.legend()
         return _save(figure, path_stem)

@@ -1,4 +1,6 @@
-"""``slm-bench methods``: each method's search beside the loop that its authors published, on one model in one run.
+"""``slm-bench``: ours beside theirs, in one run. ``slm-bench recovery --help`` is about training, this about searches.
+
+``slm-bench methods``: each method's search beside the loop that its authors published, on one model.
 
 slm-bench methods                                              all methods at the default ratio, SmolLM2
 slm-bench methods sleb come pruning_ratio=r35                  some of them, with overrides as for slm
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline import cli
+from slm_pipeline.commands import bench_recovery
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import PruningProblem
 from slm_pipeline.report import Table
@@ -219,14 +222,16 @@ def _peak_memory_gb() -> float:
 def main() -> None:
     """Console entry point."""
     arguments = sys.argv[1:]
+    benchmarks = {"methods": (methods, __doc__), "recovery": (bench_recovery.recovery, bench_recovery.__doc__)}
+    run, about = benchmarks.get(arguments[0] if arguments else "methods", (None, None))
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
+        print(about or __doc__)
         sys.exit(0 if arguments else 2)
-    if arguments[0] != "methods":
-        print(f"error: unknown benchmark {arguments[0]!r}; there is: methods", file=sys.stderr)
+    if run is None:
+        print(f"error: unknown benchmark {arguments[0]!r}; there are: {', '.join(benchmarks)}", file=sys.stderr)
         sys.exit(2)
     with cli.errors_in_one_line():
-        methods(arguments[1:])
+        run(arguments[1:])
 
 
 if __name__ == "__main__":

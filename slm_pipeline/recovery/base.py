@@ -24,9 +24,9 @@ class RecoveryResult:
 
     Attributes:
         model: of the same class, dtype and device as the pruned one.
-        metrics: what ``stage.json`` and the tables show, JSON values.
-        curve: ``{"step", "loss", "learning_rate"}`` and ``{"step", "eval_loss"}`` in the order logged; losses in nats
-            per answer token.
+        metrics: what ``stage.json`` and the tables show, JSON values; ``loss`` says what the losses are,
+            ``num_tokens`` and ``seconds`` what was spent.
+        curve: ``{"step", "loss", "learning_rate"}`` and ``{"step", "eval_loss"}`` in the order logged.
     """
 
     model: PreTrainedModel

@@ -91,7 +91,7 @@ class Distill(TrainingOptions):
                 fit(objective, train, validation, replace(self, max_minutes=minutes), _after(problem, fits),
                     folder=folder, share=1 - self.logit_share, keep="last")
             )  # fmt: skip
-        metrics = _sum_of_layers(fits)
+        metrics = {**_sum_of_layers(fits), "loss": f"{self.loss} of states, sum over {len(changed)} layers"}
         if self.logit_share:
             train_only(problem, [layers[span.position] for span in changed])
             end_to_end = LogitMatching(teacher, problem.model)

@@ -332,6 +332,7 @@ def _summarize(last: Path, progress: Progress, keep: str) -> tuple[Path, list[di
     previous = [0.0] + [row["step"] for row in logged[:-1]]
     total = sum(row["loss"] * (row["step"] - before) for row, before in zip(logged, previous, strict=True))
     metrics = {
+        "loss": "nats per answer token",
         "train_loss": total / state.global_step,
         "initial_eval_loss": validated[0]["eval_loss"],
         "eval_loss": state.best_metric if keep == "best" else validated[-1]["eval_loss"],
@@ -368,7 +369,7 @@ class _Trainer(Trainer):
         return loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss in nats per answer token; the Trainer's own average over batches depends on how they are cut."""
+        """Mean loss over the labelled tokens; the Trainer's own average over batches depends on how they are cut."""
         assert self.model is not None
         self.model.eval()
         total, num_labels = 0.0, 0

@@ -1,0 +1,191 @@
+"""``slm-bench recovery``: our training beside a bare peft and Trainer script, and distillation beside its two halves.
+
+slm-bench recovery                                             the published LoRA settings, SmolLM2
+slm-bench recovery model=llama2_7b recovery.max_steps=20       another model, shorter
+
+The model is pruned to four fifths of its layers by averaging pairs. All sides train on the same rows in the same
+batches; each runs twice in turn after a run to warm up, and its faster run counts. Whatever ours does besides
+(counting, checking, validating on 8 examples before and after, writing the last checkpoint) is in its time.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slm_pipeline import cli
+from slm_pipeline.recovery.base import RecoveryProblem, TrainingOptions
+from slm_pipeline.recovery.distill import Distill
+from slm_pipeline.recovery.lora import Lora
+from slm_pipeline.recovery.spans import changed_spans
+from slm_pipeline.surgery.plan import Plan, groups_of_windows
+
+if TYPE_CHECKING:
+    from slm_pipeline.data.examples import Row
+    from slm_pipeline.job import Job
+    from slm_pipeline.models.source import ModelSource
+
+_DEFAULTS = [
+    *("recovery=lora", "recovery.max_steps=40", "recovery.warmup_steps=5", "recovery.num_examples=2560"),
+    *("recovery.validation_size=8", "evaluation=none", "tracker=jsonl"),
+]
+
+
+def recovery(words: list[str]) -> None:
+    """Measure and print; ``words`` is the command line: overrides as for slm."""
+    job = cli.compose_job(["slm-bench", "recovery"], words, _DEFAULTS)
+    lora = job.recovery
+    assert isinstance(lora, Lora)
+    distill = Distill(**{name: getattr(lora, name) for name in TrainingOptions.__dataclass_fields__})
+    bench = Bench(job)
+    print(f"{job.source.name}, {bench.plan.num_layers} of {bench.plan.model['num_layers']} layers", flush=True)
+    ours, bare = _best_of_two(lambda: bench.ours(lora), lambda: bench.bare_lora(lora))
+    print(
+        f"LoRA: {bench.num_tokens / ours:.0f} tokens/s, a bare peft and Trainer script {bench.num_tokens / bare:.0f}"
+        f" tokens/s: {bare / ours:.3f} of its speed, {bench.num_tokens} tokens",
+        flush=True,
+    )
+    ours, halves = _best_of_two(lambda: bench.ours(distill), lambda: bench.teacher_and_layers(distill))
+    print(
+        f"distillation of {len(changed_spans(bench.plan))} merged layers: {bench.num_tokens / ours:.0f} tokens/s,"
+        f" {ours / halves:.2f} times a forward pass of the teacher and a forward and backward pass of those layers"
+    )
+
+
+class Bench:
+    """The same rows for everybody, and a fresh pruned model for each run.
+
+    Attributes:
+        num_tokens: of the last run of ours, without padding.
+    """
+
+    job: Job
+    teacher: Any
+    tokenizer: Any
+    plan: Plan
+    rows: list[Row]
+    num_tokens: int
+
+    def __init__(self, job: Job):
+        from slm_pipeline.models.loading import load_dense
+
+        assert isinstance(job.recovery, TrainingOptions)
+        self.job = job
+        self.teacher, self.tokenizer = load_dense(job.source)
+        self.teacher, self.tokenizer = load_dense(job.source)
+        self.teacher.requires_grad_(False)
+        self.plan = _pairs(job.source, self.teacher.config.num_hidden_layers)
+        self.rows = job.recovery.tokenized_split(self.tokenizer, job.data_dir)[0]
+        self.num_tokens = 0
+
+    def ours(self, options: Lora | Distill) -> float:
+        """Seconds of training, everything in it."""
+        out = Path(tempfile.mkdtemp())
+        problem = RecoveryProblem(
+            teacher=lambda: self.teacher,
+            model=self._pruned(),
+            tokenizer=self.tokenizer,
+            plan=self.plan,
+            out=out,
+            base_path="pruned",
+            seed=self.job.config.seed,
+            data_dir=self.job.data_dir,
+            log=lambda metrics, step: None,
+        )
+        try:
+            metrics = options.run(problem).metrics
+        finally:
+            shutil.rmtree(out)
+        self.num_tokens = metrics["num_tokens"]
+        return float(metrics["seconds"])
+
+    def bare_lora(self, options: Lora) -> float:
+        """Seconds of what a user would write: peft's adapters, transformers' Trainer, nothing else."""
+        from peft import LoraConfig, get_peft_model
+        from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+
+        from slm_pipeline.data.batches import Collator
+
+        seed = self.job.config.seed
+        set_seed(seed)
+        adapters = LoraConfig(
+            r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        model: Any = get_peft_model(self._pruned(), adapters)
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                output_dir=folder, max_steps=options.num_steps(self.rows), learning_rate=options.learning_rate,
+                warmup_steps=options.warmup_steps, per_device_train_batch_size=options.micro_batch_size,
+                gradient_accumulation_steps=options.batch_size // options.micro_batch_size,
+                bf16=options.dtype == "bfloat16", use_cpu=model.device.type == "cpu", seed=seed, data_seed=seed,
+                logging_steps=options.logging_steps, save_strategy="no", report_to="none", disable_tqdm=True,
+                remove_unused_columns=False,
+            )  # fmt: skip
+            arguments._n_gpu = min(arguments.n_gpu, 1)
+            collator = Collator(self.tokenizer.pad_token_id or 0)
+            trainer = Trainer(model=model, args=arguments, train_dataset=self.rows, data_collator=collator)
+            trainer.remove_callback(PrinterCallback)
+            started = time.perf_counter()
+            trainer.train()
+            return time.perf_counter() - started
+
+    def teacher_and_layers(self, options: Distill) -> float:
+        """Seconds for one forward pass of the teacher, and one forward and backward pass of the merged layers, on as
+        many batches: no optimizer, no Trainer."""
+        import torch
+
+        from slm_pipeline.data.batches import Collator
+        from slm_pipeline.engine.blocks import entering_and_leaving
+        from slm_pipeline.models.view import ModelView
+
+        view = ModelView(self.teacher)
+        spans = changed_spans(self.plan)
+        layers = [ModelView(self._pruned()).layers[span.position].float() for span in spans]
+        firsts, lasts = [span.first for span in spans], [span.last for span in spans]
+        collator = Collator(self.tokenizer.pad_token_id or 0)
+        num_batches = options.num_steps(self.rows) * options.batch_size // options.micro_batch_size
+        size = options.micro_batch_size
+        started = time.perf_counter()
+        for number in range(num_batches):
+            start = number * size % (len(self.rows) - size + 1)
+            batch = {name: value.to(view.device) for name, value in collator(self.rows[start : start + size]).items()}
+            del batch["labels"]
+            with torch.autocast(view.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+                states, _, arguments = entering_and_leaving(view, batch, firsts, [view.num_layers - 1], lasts)
+                for span, layer in zip(spans, layers, strict=True):
+                    args, kwargs = arguments[span.last]
+                    output = layer(states[span.first], *args, **kwargs)
+                    (output[0] if isinstance(output, tuple) else output).float().square().mean().backward()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def _pruned(self) -> Any:
+        from slm_pipeline.models.loading import load_dense
+        from slm_pipeline.surgery.apply import apply
+
+        return apply(self.plan, load_dense(self.job.source)[0])
+
+
+def _pairs(source: ModelSource, num_layers: int) -> Plan:
+    """A fifth of the layers gone, by averaging pairs from layer 2 up: what is in the weights does not matter here."""
+    pairs = [(2 + 2 * pair, 3 + 2 * pair) for pair in range(round(num_layers / 5))]
+    return Plan(
+        model={"name": source.name, "fingerprint": source.fingerprint, "num_layers": num_layers},
+        method="pairs",
+        options={},
+        calibration={},
+        layer_groups=groups_of_windows(pairs, num_layers),
+        ops=[{"op": "merge", "layers": list(pair), "rule": "mean"} for pair in pairs],
+    )
+
+
+def _best_of_two(ours: Callable[[], float], theirs: Callable[[], float]) -> tuple[float, float]:
+    ours(), theirs()  # kernels are chosen, files are in memory
+    runs = [(ours(), theirs()) for _ in range(2)]
+    return min(run[0] for run in runs), min(run[1] for run in runs)
