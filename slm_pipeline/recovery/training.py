@@ -206,6 +206,7 @@ def _train(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         model.config.use_cache = use_cache
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else its forward pass stays under autocast
     if options.gradient_checkpointing:
         model.gradient_checkpointing_disable()
     if model.device != device:

@@ -213,3 +213,13 @@ def test_tied_weights_stay_tied(data, tmp_path):
     result = options(Full).run(problem(data, tmp_path, tied=True))
     assert result.model.lm_head.weight is result.model.model.embed_tokens.weight
     assert not torch.equal(result.model.lm_head.weight, teacher(tied=True).lm_head.weight)
+
+
+@pytest.mark.parametrize("recovery", [Full, PartialLayers, Distill])
+def test_the_trained_model_computes_as_it_did_before_not_under_autocast(data, tmp_path, recovery):
+    result = options(recovery, max_steps=2, dtype="bfloat16").run(problem(data, tmp_path))
+    plain = problem(data, tmp_path).model
+    plain.load_state_dict(result.model.state_dict())
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(result.model(ids).logits, plain(ids).logits)
