@@ -21,6 +21,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -30,12 +31,14 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 
 from slm_pipeline.artifacts import write_json
-from slm_pipeline.data.batches import Collator, num_tokens
-from slm_pipeline.data.examples import IGNORED
+from slm_pipeline.data.batches import Collator, blank, num_tokens
+from slm_pipeline.data.examples import IGNORED, Row
 from slm_pipeline.errors import UserError
+from slm_pipeline.recovery import collective
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
 from slm_pipeline.recovery.trainable import train_only
 
@@ -140,6 +143,9 @@ def fit(
     the weights of an uninterrupted one. What trains does so in float32, whatever its dtype before and after: bfloat16
     would round small updates away. Checkpoints hold what trains and nothing else.
 
+    In a process of `workers.train`, every process trains on its part of each step's examples. Which examples a step
+    has does not depend on how many processes there are; what dropout leaves out does.
+
     Args:
         model: it ends on the device where it began, in evaluation mode.
         train, validation: rows of `tokenize_examples` or of `pack`.
@@ -194,12 +200,14 @@ def _train(
         watch,
         model=model,
         args=arguments,
-        train_dataset=train,
-        eval_dataset=validation,
+        train_dataset=[*train, blank(train[0])],
+        eval_dataset=_share(validation),
         data_collator=Collator(0 if pad_token_id is None else pad_token_id),  # masked: any token will do
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)  # our own log lines instead
+    if collective.rank():  # each its own dropout; the Trainer has just given all the same seed
+        set_seed(problem.seed + collective.rank())
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
@@ -246,14 +254,17 @@ def load_trained(model: nn.Module, folder: Path) -> None:
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written whole; those that were not are deleted."""
-    complete = []
+    if collective.rank() == 0:
+        _delete_incomplete(folder)
+    collective.wait()
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def _delete_incomplete(folder: Path) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
-        if _is_complete(checkpoint):
-            complete.append(checkpoint)
-        else:
+        if not _is_complete(checkpoint):
             logger.warning("%s is incomplete, an earlier attempt was stopped while writing it: deleted", checkpoint)
             shutil.rmtree(checkpoint)
-    return max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 def mark_complete(checkpoint: Path, progress: Progress) -> None:
@@ -296,7 +307,7 @@ def _arguments(
         optim="adamw_torch",
         per_device_train_batch_size=options.micro_batch_size,
         per_device_eval_batch_size=options.micro_batch_size,
-        gradient_accumulation_steps=options.batch_size // options.micro_batch_size,
+        gradient_accumulation_steps=options.batch_size // (options.micro_batch_size * collective.count()),
         bf16=options.dtype == "bfloat16",
         use_cpu=use_cpu,
         seed=seed,
@@ -312,7 +323,7 @@ def _arguments(
         logging_steps=options.logging_steps,
         logging_nan_inf_filter=False,  # it would hide what _Watch stops at
         remove_unused_columns=False,
-        dataloader_pin_memory=not use_cpu,
+        ddp_find_unused_parameters=False,
         disable_tqdm=not sys.stderr.isatty(),
         report_to="none",
     )
@@ -344,12 +355,46 @@ def _summarize(last: Path, progress: Progress, keep: str) -> tuple[Path, list[di
     return last.parent / Path(state.best_model_checkpoint).name if keep == "best" else last, curve, metrics
 
 
+def _share(rows: Sequence[Row]) -> list[Row]:
+    """This process's part of the rows, as many as every other process has: blank ones may be among them."""
+    n = collective.count()
+    return [*rows, *[blank(rows[0])] * (-len(rows) % n)][collective.rank() :: n]
+
+
+class _MicroBatches(Sampler[list[int]]):
+    """What this process trains on in an epoch: every n-th of the micro-batches that the shuffled rows are cut into.
+
+    So a step has the same rows however many processes there are. If the micro-batches do not go round, the last ones
+    are blank rows, of which there is one behind the others.
+    """
+
+    def __init__(self, num_rows: int, size: int, seed: int) -> None:
+        self.num_rows = num_rows
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return math.ceil(math.ceil(self.num_rows / self.size) / collective.count())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        parts = [order[start : start + self.size] for start in range(0, self.num_rows, self.size)]
+        parts += [[self.num_rows]] * (len(self) * collective.count() - len(parts))
+        yield from parts[collective.rank() :: collective.count()]
+
+
 class _Trainer(Trainer):
     """Has its ``watch`` count what it trains on, keeps what trains alone, and validates per token."""
 
     def __init__(self, watch: _Watch, **arguments: Any) -> None:
         self.watch = watch
         super().__init__(**arguments)
+
+    def get_train_dataloader(self) -> DataLoader:
+        rows: Any = self.train_dataset
+        order = _MicroBatches(len(rows) - 1, self.args.per_device_train_batch_size, self.args.seed)
+        return DataLoader(rows, batch_sampler=order, collate_fn=self.data_collator)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Only what trains: of a large model with a small adapter the rest would be written again and again."""
@@ -371,14 +416,18 @@ class _Trainer(Trainer):
         """Mean loss in nats per answer token; the Trainer's own average over batches depends on how they are cut."""
         assert self.model is not None
         self.model.eval()
+        rows: Any = self.eval_dataset
+        batches = DataLoader(rows, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
         total, num_labels = 0.0, 0
-        for batch in tqdm(self.get_eval_dataloader(), desc="validation", disable=None, leave=False):
+        for batch in tqdm(batches, desc="validation", disable=True if collective.rank() else None, leave=False):
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.model(**batch)["loss"]
-            num_batch_labels = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += float(loss) * num_batch_labels
-            num_labels += num_batch_labels
+            if num_batch_labels := int((batch["labels"][:, 1:] != IGNORED).sum()):  # else they are all blank
+                total += float(loss) * num_batch_labels
+                num_labels += num_batch_labels
+        counts = torch.tensor([total, num_labels], dtype=torch.float64, device=self.args.device)
+        total, num_labels = collective.summed(counts).tolist()
         metrics = {"eval_loss": total / num_labels}
         self.watch.require_finite(metrics["eval_loss"], "validation loss", self.state.global_step)
         self.log(metrics)
@@ -424,12 +473,17 @@ class _Watch(TrainerCallback):
         self.first_step = state.global_step
         self.first_second = self.progress.seconds
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kwargs["train_dataloader"].batch_sampler.epoch = int(state.epoch or 0)
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Count the step's tokens, stop at a loss or gradient gone bad, and clip."""
         norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in self.parts]
-        counts = torch.stack(self.counted).sum(dim=0)
+        counts = collective.summed(torch.stack(self.counted).sum(dim=0))
         self.counted.clear()
         loss, num_tokens, num_labels, norm = [*counts.tolist(), float(torch.stack(norms).sum())]
         self.require_finite(loss, "training loss", state.global_step + 1)
@@ -440,7 +494,7 @@ class _Watch(TrainerCallback):
         self.progress.num_label_tokens += int(num_labels)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.progress.seconds = time.monotonic() - self.start
+        self.progress.seconds = collective.of_first(time.monotonic() - self.start, args.device)
         if self.progress.seconds >= self.max_seconds:
             logger.info("recovery.max_minutes=%g is over at step %d", self.options.max_minutes, state.global_step)
             control.should_training_stop = control.should_evaluate = control.should_save = True
@@ -468,7 +522,9 @@ class _Watch(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.progress.seconds = time.monotonic() - self.start
         self.progress.finished = control.should_training_stop
-        mark_complete(self.folder / f"checkpoint-{state.global_step}", self.progress)
+        collective.wait()  # until each process has written its part
+        if collective.rank() == 0:
+            mark_complete(self.folder / f"checkpoint-{state.global_step}", self.progress)
 
     def _time_left(self, state: TrainerState) -> str:
         done = state.global_step - self.first_step
