@@ -135,6 +135,7 @@ class TrainingOptions:
     gradient_checkpointing: bool = False
     dtype: str = "bfloat16"  # bfloat16 (autocast) | float32
     num_processes: int = 1  # that train, each on a GPU of its own, on equal parts of every batch
+    sharding: bool = False  # FSDP: each process holds a part of weights, gradients, moments; not distill, block_mse
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -175,6 +176,9 @@ class TrainingOptions:
                 f"recovery.micro_batch_size={self.micro_batch_size} for each of"
                 f" recovery.num_processes={self.num_processes} must divide recovery.batch_size={self.batch_size}"
             )
+
+        if self.sharding and self.num_processes == 1:
+            raise UserError("recovery.sharding=true spreads the model over recovery.num_processes, which is 1")
 
     def check(self, source: ModelSource, num_layers: int | None) -> None:
         """Whether the model can be trained with these options; see `Recovery`."""

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor, distributed
 
 
+class Trained(Exception):
+    """Ends a process when the finished checkpoints lie on disk and it has nothing more to give."""
+
+
 def count() -> int:
     """Processes that train together, at least 1."""
     return distributed.get_world_size() if distributed.is_initialized() else 1

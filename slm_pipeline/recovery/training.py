@@ -5,6 +5,7 @@ This module imports torch, so option classes import it only when they run.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -38,7 +39,8 @@ from slm_pipeline.artifacts import write_json
 from slm_pipeline.data.batches import Collator, blank, num_tokens
 from slm_pipeline.data.examples import IGNORED, Row
 from slm_pipeline.errors import UserError
-from slm_pipeline.recovery import collective
+from slm_pipeline.models.view import ModelView
+from slm_pipeline.recovery import collective, sharding
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
 from slm_pipeline.recovery.trainable import train_only
 
@@ -46,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
 TRAINED = "trained.safetensors"
+SCHEDULER = "scheduler.pt"
 _SCHEDULES = {"linear": "linear", "cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}
 
 
@@ -144,7 +147,8 @@ def fit(
     would round small updates away. Checkpoints hold what trains and nothing else.
 
     In a process of `workers.train`, every process trains on its part of each step's examples. Which examples a step
-    has does not depend on how many processes there are; what dropout leaves out does.
+    has does not depend on how many processes there are; what dropout leaves out does. With ``options.sharding`` the
+    model is of no use there afterwards, and `collective.Trained` is raised: the checkpoints are what is left.
 
     Args:
         model: it ends on the device where it began, in evaluation mode.
@@ -160,7 +164,12 @@ def fit(
     total = sum(parameter.numel() for parameter in model.parameters())
     logger.info("training %d of %d parameters on %d examples", trainable, total, len(train))
     with _in_float32(model, everything=options.dtype == "float32"):
+        sharded = options.sharding and collective.count() > 1
+        if sharded:
+            sharding.shard(model, ModelView(problem.model).layers)
         last, progress = _train(model, train, validation, options, problem, problem.out / folder, share)
+        if sharded:
+            raise collective.Trained
         kept, curve, metrics = _summarize(last, progress, keep)
         load_trained(model, kept)
     model.eval()
@@ -198,6 +207,7 @@ def _train(
     watch = _Watch(model, folder, progress, options, share, problem.log)
     trainer = _Trainer(
         watch,
+        options.sharding and collective.count() > 1,
         model=model,
         args=arguments,
         train_dataset=[*train, blank(train[0])],
@@ -227,20 +237,27 @@ def _train(
 @contextmanager
 def _in_float32(model: nn.Module, *, everything: bool) -> Iterator[None]:
     """What trains in float32 for a while, or every parameter."""
-    dtypes = {parameter: parameter.dtype for parameter in model.parameters() if everything or parameter.requires_grad}
-    for parameter in dtypes:
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if everything or p.requires_grad}
+    for name in dtypes:
+        parameter = model.get_parameter(name)
         parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        for parameter, dtype in dtypes.items():
-            parameter.data = parameter.data.to(dtype)
+    yield  # a model whose training failed stays as it is
+    for name, dtype in dtypes.items():
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(dtype)
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
-    """Keep the parameters that require gradients."""
-    trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(trained, folder / TRAINED)
+    """Keep the parameters that require gradients. All processes take part, the first one writes."""
+    trained = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = sharding.whole(parameter.detach())
+            if collective.rank() == 0:
+                trained[name] = value.cpu().contiguous()
+    if collective.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained, folder / TRAINED)
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
@@ -249,7 +266,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(kept[name])
+                parameter.copy_(sharding.spread_like(kept[name], parameter))
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
@@ -387,24 +404,50 @@ class _MicroBatches(Sampler[list[int]]):
 class _Trainer(Trainer):
     """Has its ``watch`` count what it trains on, keeps what trains alone, and validates per token."""
 
-    def __init__(self, watch: _Watch, **arguments: Any) -> None:
+    def __init__(self, watch: _Watch, sharded: bool, **arguments: Any) -> None:
         self.watch = watch
+        self.sharded = sharded
         super().__init__(**arguments)
+        if (
+            sharded
+        ):  # accelerate may set up autocast; the model is spread already, and is no copy that could be averaged
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def get_train_dataloader(self) -> DataLoader:
         rows: Any = self.train_dataset
         order = _MicroBatches(len(rows) - 1, self.args.per_device_train_batch_size, self.args.seed)
         return DataLoader(rows, batch_sampler=order, collate_fn=self.data_collator)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Only what trains: of a large model with a small adapter the rest would be written again and again."""
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_trained(self.accelerator.unwrap_model(self.model), folder)
+        assert self.model is not None
+        save_trained(self.model, Path(output_dir or str(self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         assert self.model is not None
         load_trained(self.model, Path(resume_from_checkpoint))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        model, optimizer, scheduler = self._prepared()
+        sharding.save_optimizer(model, optimizer, Path(output_dir))
+        if collective.rank() == 0:
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+        return None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        model, optimizer, scheduler = self._prepared()
+        sharding.load_optimizer(model, optimizer, Path(checkpoint))
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+        return None
+
+    def _prepared(self) -> tuple[Any, Any, Any]:
+        """Model, optimizer and scheduler; the optimizer without what accelerate put around it."""
+        optimizer: Any = self.optimizer
+        return self.model, optimizer.optimizer, self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         tokens, labels = num_tokens(inputs), (inputs["labels"] != IGNORED).sum()
@@ -482,7 +525,9 @@ class _Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Count the step's tokens, stop at a loss or gradient gone bad, and clip."""
-        norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in self.parts]
+        norms = [
+            sharding.whole(nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])) for part in self.parts
+        ]
         counts = collective.summed(torch.stack(self.counted).sum(dim=0))
         self.counted.clear()
         loss, num_tokens, num_labels, norm = [*counts.tolist(), float(torch.stack(norms).sum())]

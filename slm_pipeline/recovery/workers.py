@@ -13,6 +13,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -82,7 +83,8 @@ def _listen(processes: dict[Connection, SpawnProcess], log: Log) -> None:
                     error, where = content
                     if not isinstance(error, UserError):  # perhaps only the consequence of a process that was killed
                         for process in processes.values():
-                            _require_good_end(process)
+                            if (process.exitcode or 0) < 0:
+                                _require_good_end(process)
                     raise error from RuntimeError(f"in a training process:\n{where}")
 
 
@@ -108,11 +110,14 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
+        from slm_pipeline.recovery.collective import Trained
+
         _send_log_records(sender if rank == 0 else None, level)
         _become(rank, recovery.num_processes)
         problem = make_problem(lambda metrics, step: sender.send(("log", metrics, step)) if rank == 0 else None)
         _meet(problem.model.device.type, rank, recovery.num_processes, meeting_point)
-        recovery.run(problem)
+        with suppress(Trained):
+            recovery.run(problem)
     except BaseException as error:
         sender.send(("error", _portable(error), traceback.format_exc()))
         sys.stderr.flush()

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.recovery import workers
+from slm_pipeline.recovery.collective import Trained
 from slm_pipeline.recovery.distill import Distill
 from slm_pipeline.recovery.full import Full
 from slm_pipeline.recovery.lora import Lora
@@ -40,6 +42,10 @@ RECOVERIES = {
     "blocks": Distill(**OPTIONS, order="blocks"),
     "stopped": Full(**{**OPTIONS, "learning_rate": 0.3}, early_stopping=1),
     "short": Full(**OPTIONS, max_minutes=1e-6),
+}
+SHARDED = {
+    f"sharded_{name}": dataclasses.replace(RECOVERIES[name], num_processes=2, sharding=True)
+    for name in ("full", "lora", "partial_layers")
 }
 DROPOUT = Lora(**{**OPTIONS, "learning_rate": 1e-2}, dropout=0.3, num_processes=2)
 
@@ -61,9 +67,13 @@ class InTurn:
 
     def run(self, task):
         return {
-            name: recovery.run(problem(self.data, task.out / name, log=task.log))
+            name: self._run(recovery, problem(self.data, task.out / name, log=task.log))
             for name, recovery in self.recoveries.items()
         }
+
+    def _run(self, recovery, task):
+        with suppress(Trained):
+            return recovery.run(task)
 
 
 def make(data, out, log):
@@ -92,7 +102,7 @@ def trained_here(metrics, step):
 def in_two(data, tmp_path_factory):
     """Results by name, and all that was logged."""
     out = tmp_path_factory.mktemp("two")
-    several = InTurn({**RECOVERIES, "dropout": DROPOUT}, data)
+    several = InTurn({**RECOVERIES, **SHARDED, "dropout": DROPOUT}, data)
     logged = []
     workers.train(
         several, functools.partial(make, data, out), lambda metrics, step: logged.append({"step": step, **metrics})
@@ -100,10 +110,10 @@ def in_two(data, tmp_path_factory):
     return several.run(problem(data, out, log=trained_here)), logged
 
 
-@pytest.mark.parametrize("name", [name for name in RECOVERIES if name not in ("stopped", "short")])
+@pytest.mark.parametrize("name", [name for name in [*RECOVERIES, *SHARDED] if name not in ("stopped", "short")])
 def test_two_processes_end_as_one(in_two, data, tmp_path, name):
     found = in_two[0][name]
-    expected = RECOVERIES[name].run(problem(data, tmp_path))
+    expected = RECOVERIES[name.removeprefix("sharded_")].run(problem(data, tmp_path))
     assert expected.metrics["eval_loss"] < 0.99 * expected.metrics["initial_eval_loss"]
     assert found.metrics == pytest.approx({**expected.metrics, "seconds": found.metrics["seconds"]}, rel=1e-5)
     for row, wanted in zip(found.curve, expected.curve, strict=True):
