@@ -124,7 +124,7 @@ class TrainingOptions:
     max_minutes: float | None = None  # of training, over all attempts
     early_stopping: int | None = None  # validations in a row without a better loss that end the training
     batch_size: int = 64  # examples per optimizer step
-    micro_batch_size: int = 4  # examples at a time
+    micro_batch_size: int = 4  # examples at a time in each process
     warmup_steps: int = 100
     cutoff_len: int = 256  # tokens
     packing: bool = False  # several examples in a row, none sees another; a packed row then counts as one example

@@ -12,7 +12,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -238,10 +238,12 @@ def _train(
 def _in_float32(model: nn.Module, *, everything: bool) -> Iterator[None]:
     """What trains in float32 for a while, or every parameter."""
     dtypes = {name: p.dtype for name, p in model.named_parameters() if everything or p.requires_grad}
-    for name in dtypes:
-        parameter = model.get_parameter(name)
-        parameter.data = parameter.data.float()
+    _cast(model, dict.fromkeys(dtypes, torch.float32))
     yield  # a model whose training failed stays as it is
+    _cast(model, dtypes)
+
+
+def _cast(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     for name, dtype in dtypes.items():
         parameter = model.get_parameter(name)
         parameter.data = parameter.data.to(dtype)

@@ -19,9 +19,13 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.recovery.base import Recovery, RecoveryProblem
+
+if TYPE_CHECKING:
+    import torch
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -91,10 +95,13 @@ def _listen(processes: dict[Connection, SpawnProcess], log: Log) -> None:
 def _require_good_end(process: SpawnProcess) -> None:
     """Raise `UserError` if the process has ended and said nothing of an error."""
     if process.exitcode:
-        how = f"signal {-process.exitcode}" if process.exitcode < 0 else f"status {process.exitcode}"
+        if process.exitcode < 0:
+            how = f"signal {-process.exitcode}, which is how a system that lacks memory ends processes"
+        else:
+            how = f"status {process.exitcode}, for the reason printed above"
         raise UserError(
-            f"recovery: the training process {process.name} ended with {how}, as one does that the system stops for"
-            " lack of memory; the same command goes on from the last checkpoint"
+            f"recovery: the training process {process.name} ended with {how}; the same command goes on from the last"
+            " checkpoint"
         )
 
 
@@ -110,14 +117,17 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
+        from torch import distributed
+
         from slm_pipeline.recovery.collective import Trained
 
         _send_log_records(sender if rank == 0 else None, level)
         _become(rank, recovery.num_processes)
         problem = make_problem(lambda metrics, step: sender.send(("log", metrics, step)) if rank == 0 else None)
-        _meet(problem.model.device.type, rank, recovery.num_processes, meeting_point)
+        _meet(problem.model.device, rank, recovery.num_processes, meeting_point)
         with suppress(Trained):
             recovery.run(problem)
+        distributed.destroy_process_group()
     except BaseException as error:
         sender.send(("error", _portable(error), traceback.format_exc()))
         sys.stderr.flush()
@@ -158,16 +168,17 @@ def _become(rank: int, count: int) -> None:
         torch.cuda.set_device(rank)
 
 
-def _meet(device: str, rank: int, count: int, meeting_point: Path) -> None:
+def _meet(device: torch.device, rank: int, count: int, meeting_point: Path) -> None:
     """Through a file, not a port that another job could take."""
     from torch import distributed
 
     distributed.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
+        "nccl" if device.type == "cuda" else "gloo",
         init_method=f"file://{meeting_point}",
         rank=rank,
         world_size=count,
         timeout=timedelta(days=1),  # a process that ends is noticed by the parent; one that writes slowly is no error
+        device_id=device if device.type == "cuda" else None,
     )
 
 

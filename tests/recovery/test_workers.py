@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import os
 import random
 import signal
@@ -48,6 +49,11 @@ SHARDED = {
     for name in ("full", "lora", "partial_layers")
 }
 DROPOUT = Lora(**{**OPTIONS, "learning_rate": 1e-2}, dropout=0.3, num_processes=2)
+DROPOUTS = {"dropout": DROPOUT, "sharded_dropout": dataclasses.replace(DROPOUT, sharding=True)}
+MIXED = {  # float32 adapters among bfloat16 weights; an embedding that is the head too
+    "bfloat16": dataclasses.replace(SHARDED["sharded_lora"], dtype="bfloat16"),
+    "tied": SHARDED["sharded_full"],
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -67,13 +73,20 @@ class InTurn:
 
     def run(self, task):
         return {
-            name: self._run(recovery, problem(self.data, task.out / name, log=task.log))
+            name: self._run(recovery, mixed_problem(self.data, task.out / name, name, log=task.log))
             for name, recovery in self.recoveries.items()
         }
 
     def _run(self, recovery, task):
         with suppress(Trained):
             return recovery.run(task)
+
+
+def mixed_problem(data, out, name, **options):
+    task = problem(data, out, tied=name == "tied", **options)
+    if name == "bfloat16":
+        task.model.bfloat16()
+    return task
 
 
 def make(data, out, log):
@@ -102,7 +115,7 @@ def trained_here(metrics, step):
 def in_two(data, tmp_path_factory):
     """Results by name, and all that was logged."""
     out = tmp_path_factory.mktemp("two")
-    several = InTurn({**RECOVERIES, **SHARDED, "dropout": DROPOUT}, data)
+    several = InTurn({**RECOVERIES, **SHARDED, **MIXED, **DROPOUTS}, data)
     logged = []
     workers.train(
         several, functools.partial(make, data, out), lambda metrics, step: logged.append({"step": step, **metrics})
@@ -122,6 +135,19 @@ def test_two_processes_end_as_one(in_two, data, tmp_path, name):
         assert torch.allclose(found.model.state_dict()[weight_name], weight, atol=1e-5), weight_name
 
 
+@pytest.mark.parametrize("name", MIXED)
+def test_sharded_models_of_mixed_parameters(in_two, data, tmp_path, name):
+    found = in_two[0][name]
+    expected = dataclasses.replace(MIXED[name], sharding=False, num_processes=1).run(
+        mixed_problem(data, tmp_path, name)
+    )
+    assert found.metrics["eval_loss"] == pytest.approx(expected.metrics["eval_loss"], rel=2e-3)
+    assert expected.metrics["eval_loss"] < 0.99 * expected.metrics["initial_eval_loss"]
+    for weight_name, weight in expected.model.state_dict().items():
+        assert found.model.state_dict()[weight_name].dtype == weight.dtype
+        assert torch.allclose(found.model.state_dict()[weight_name], weight, atol=1e-5 if name == "tied" else 0.02)
+
+
 def test_every_loss_is_logged_once_where_the_training_was_started(in_two):
     results, logged = in_two
     assert logged == [row for result in results.values() for row in result.curve]
@@ -134,8 +160,10 @@ def test_all_processes_stop_at_the_same_step(in_two):
     assert in_two[0]["stopped"].metrics["num_steps"] == 2
 
 
-def test_interrupted_and_run_again_ends_as_undisturbed(in_two, data, tmp_path):
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_interrupted_and_run_again_ends_as_undisturbed(in_two, data, tmp_path, name):
     """With dropout, different in each process."""
+    recovery = DROPOUTS[name]
     logged = []
 
     def interrupt(metrics, step):
@@ -144,13 +172,13 @@ def test_interrupted_and_run_again_ends_as_undisturbed(in_two, data, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        workers.train(DROPOUT, functools.partial(make, data, tmp_path), interrupt)
+        workers.train(recovery, functools.partial(make, data, tmp_path), interrupt)
     assert logged[-1][0] == 5
     workers.train(
-        DROPOUT, functools.partial(make, data, tmp_path), lambda metrics, step: logged.append((step, *metrics))
+        recovery, functools.partial(make, data, tmp_path), lambda metrics, step: logged.append((step, *metrics))
     )
-    result = DROPOUT.run(problem(data, tmp_path, log=trained_here))
-    expected = in_two[0]["dropout"]
+    result = recovery.run(problem(data, tmp_path, log=trained_here))
+    expected = in_two[0][name]
     assert {**result.metrics, "seconds": 0} == {**expected.metrics, "seconds": 0}
     assert result.curve == expected.curve
     assert set(logged) == {(row["step"], *(name for name in row if name != "step")) for row in expected.curve}
@@ -172,7 +200,8 @@ def test_an_error_of_the_training_comes_out_as_it_is(data, tmp_path):
     assert "at step 3; lower recovery.learning_rate" in str(alone.value)
 
 
-def test_a_process_that_is_killed_ends_the_training(data, tmp_path):
+def test_a_process_that_is_killed_ends_the_training(data, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "slm_pipeline")
     logged = []
     recovery = Full(**OPTIONS, num_processes=2)
     with pytest.raises(
@@ -182,6 +211,7 @@ def test_a_process_that_is_killed_ends_the_training(data, tmp_path):
             recovery, functools.partial(make_mortal, data, tmp_path), lambda metrics, step: logged.append(step)
         )
     assert 0 < max(logged) < 6
+    assert caplog.text.count("step 0 of 6: validation loss") == 1  # of one process
 
 
 @pytest.mark.parametrize(
@@ -192,11 +222,17 @@ def test_a_process_that_is_killed_ends_the_training(data, tmp_path):
             {"num_processes": 4},
             "recovery.micro_batch_size=2 for each of recovery.num_processes=4 must divide recovery.batch_size=12",
         ),
+        ({"sharding": True}, "recovery.sharding=true spreads the model over recovery.num_processes, which is 1"),
     ],
 )
 def test_bad_options(changes, message):
     with pytest.raises(UserError, match=message):
         Full(**OPTIONS, **changes)
+
+
+def test_distillation_is_not_sharded():
+    with pytest.raises(UserError, match="recovery.sharding=true: recovery=distill needs every layer whole"):
+        Distill(**OPTIONS, num_processes=2, sharding=True)
 
 
 def on(device):
