@@ -176,7 +176,6 @@ class TrainingOptions:
                 f"recovery.micro_batch_size={self.micro_batch_size} for each of"
                 f" recovery.num_processes={self.num_processes} must divide recovery.batch_size={self.batch_size}"
             )
-
         if self.sharding and self.num_processes == 1:
             raise UserError("recovery.sharding=true spreads the model over recovery.num_processes, which is 1")
 
