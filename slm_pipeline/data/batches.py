@@ -83,6 +83,12 @@ class Collator:
         return {**batch, "use_cache": False} if packed else batch
 
 
+def blank(like: Row) -> Row:
+    """A row of nothing but padding, packed if ``like`` is: it has no tokens and no loss."""
+    values = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0, "position_ids": 0}
+    return {name: [values[name]] * 2 for name in like}
+
+
 def num_tokens(batch: Mapping[str, Any]) -> Tensor:
     """Tokens of a batch of `Collator` without its padding: a number on the batch's device."""
     if "attention_mask" in batch:

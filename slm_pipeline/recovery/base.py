@@ -66,6 +66,7 @@ class Recovery(Protocol):
     """What the recover stage asks of an option of ``conf/recovery``."""
 
     name: ClassVar[str]
+    num_processes: int  # that train together; more than one: started by `workers.train`
 
     def check(self, source: ModelSource, num_layers: int | None) -> None:
         """Raise `UserError` if it cannot work on this model; called before anything expensive.
@@ -123,7 +124,7 @@ class TrainingOptions:
     max_minutes: float | None = None  # of training, over all attempts
     early_stopping: int | None = None  # validations in a row without a better loss that end the training
     batch_size: int = 64  # examples per optimizer step
-    micro_batch_size: int = 4  # examples at a time
+    micro_batch_size: int = 4  # examples at a time in each process
     warmup_steps: int = 100
     cutoff_len: int = 256  # tokens
     packing: bool = False  # several examples in a row, none sees another; a packed row then counts as one example
@@ -133,6 +134,8 @@ class TrainingOptions:
     logging_steps: int = 10
     gradient_checkpointing: bool = False
     dtype: str = "bfloat16"  # bfloat16 (autocast) | float32
+    num_processes: int = 1  # that train, each on a GPU of its own, on equal parts of every batch
+    sharding: bool = False  # FSDP: each process holds a part of weights, gradients, moments; not distill, block_mse
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -143,7 +146,8 @@ class TrainingOptions:
             if getattr(self, name) not in allowed:
                 raise UserError(f"recovery.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         for name in ("num_examples", "validation_size", "max_steps", "budget_tokens", "batch_size", "micro_batch_size",
-                     "cutoff_len", "eval_steps", "save_steps", "logging_steps", "early_stopping"):  # fmt: skip
+                     "cutoff_len", "eval_steps", "save_steps", "logging_steps", "early_stopping",
+                     "num_processes"):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"recovery.{name}={value} must be at least 1")
         for name in ("learning_rate", "num_epochs", "max_minutes", "max_grad_norm"):
@@ -167,6 +171,13 @@ class TrainingOptions:
             raise UserError(
                 f"recovery.micro_batch_size={self.micro_batch_size} must divide recovery.batch_size={self.batch_size}"
             )
+        if self.batch_size % (self.micro_batch_size * self.num_processes):
+            raise UserError(
+                f"recovery.micro_batch_size={self.micro_batch_size} for each of"
+                f" recovery.num_processes={self.num_processes} must divide recovery.batch_size={self.batch_size}"
+            )
+        if self.sharding and self.num_processes == 1:
+            raise UserError("recovery.sharding=true spreads the model over recovery.num_processes, which is 1")
 
     def check(self, source: ModelSource, num_layers: int | None) -> None:
         """Whether the model can be trained with these options; see `Recovery`."""
@@ -175,11 +186,24 @@ class TrainingOptions:
                 f"recovery.packing=true: a {source.model_type} model in transformers lets packed examples see each"
                 " other; use recovery.packing=false"
             )
+        if self.num_processes > 1 and source.config.device not in ("auto", "cuda", "cpu"):
+            raise UserError(
+                f"recovery.num_processes={self.num_processes}: each process takes a GPU of its own, so model.device="
+                f"{source.config.device} cannot be; use model.device=auto, cuda or cpu"
+            )
 
     def preflight(self, source: ModelSource, data_dir: Path | None) -> None:
-        """Some example of each split bears a loss; see `Recovery`."""
-        from slm_pipeline.models.loading import load_dense_tokenizer
+        """Some example of each split bears a loss, and there are GPUs for all processes; see `Recovery`."""
+        from slm_pipeline.models.loading import load_dense_tokenizer, resolve_device
 
+        if self.num_processes > 1 and resolve_device(source.config.device) == "cuda":
+            from torch.cuda import device_count
+
+            if self.num_processes > device_count():
+                raise UserError(
+                    f"recovery.num_processes={self.num_processes}: each process needs a GPU of its own, and this"
+                    f" machine has {device_count()}"
+                )
         self.check_tokens(load_dense_tokenizer(source), data_dir)
 
     def data_identity(self, data_dir: Path | None) -> dict[str, str]:

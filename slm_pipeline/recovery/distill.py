@@ -53,6 +53,10 @@ class Distill(TrainingOptions):
         for name, allowed in (("loss", STATE_LOSSES), ("order", ORDERS)):
             if getattr(self, name) not in allowed:
                 raise UserError(f"recovery.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if self.sharding:
+            raise UserError(
+                f"recovery.sharding=true: recovery={self.name} needs every layer whole; use recovery.sharding=false"
+            )
         if not 0 <= self.logit_share < 1:
             raise UserError(f"recovery.logit_share={self.logit_share} must be in [0, 1)")
 

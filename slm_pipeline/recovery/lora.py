@@ -56,14 +56,15 @@ class Lora(TrainingOptions):
         from peft import get_peft_model
         from transformers import set_seed
 
-        from slm_pipeline.recovery import training
+        from slm_pipeline.recovery import collective, training
 
         train, validation = self.tokenized_split(problem.tokenizer, problem.data_dir)
         set_seed(problem.seed)
         adapted: Any = get_peft_model(problem.model, self._peft_config(list(silent_modules(problem))))
         result = training.fit(adapted, train, validation, self, problem)
         adapted.peft_config["default"].base_model_name_or_path = problem.base_path
-        adapted.save_pretrained(str(problem.out / "adapter"), save_embedding_layers=False)
+        if collective.rank() == 0:
+            adapted.save_pretrained(str(problem.out / "adapter"), save_embedding_layers=False)
         return RecoveryResult(merge_adapter(adapted), result.metrics, result.curve)
 
     def _peft_config(self, left_out: list[str]) -> LoraConfig:

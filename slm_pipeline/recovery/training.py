@@ -5,13 +5,14 @@ This module imports torch, so option classes import it only when they run.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -30,12 +32,15 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 
 from slm_pipeline.artifacts import write_json
-from slm_pipeline.data.batches import Collator, num_tokens
-from slm_pipeline.data.examples import IGNORED
+from slm_pipeline.data.batches import Collator, blank, num_tokens
+from slm_pipeline.data.examples import IGNORED, Row
 from slm_pipeline.errors import UserError
+from slm_pipeline.models.view import ModelView
+from slm_pipeline.recovery import collective, sharding
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
 from slm_pipeline.recovery.trainable import train_only
 
@@ -43,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
 TRAINED = "trained.safetensors"
+SCHEDULER = "scheduler.pt"
 _SCHEDULES = {"linear": "linear", "cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}
 
 
@@ -140,6 +146,10 @@ def fit(
     the weights of an uninterrupted one. What trains does so in float32, whatever its dtype before and after: bfloat16
     would round small updates away. Checkpoints hold what trains and nothing else.
 
+    In a process of `workers.train`, every process trains on its part of each step's examples. Which examples a step
+    has does not depend on how many processes there are; what dropout leaves out does. With ``options.sharding`` the
+    model is of no use there afterwards, and `collective.Trained` is raised: the checkpoints are what is left.
+
     Args:
         model: it ends on the device where it began, in evaluation mode.
         train, validation: rows of `tokenize_examples` or of `pack`.
@@ -154,7 +164,12 @@ def fit(
     total = sum(parameter.numel() for parameter in model.parameters())
     logger.info("training %d of %d parameters on %d examples", trainable, total, len(train))
     with _in_float32(model, everything=options.dtype == "float32"):
+        sharded = options.sharding and collective.count() > 1
+        if sharded:
+            sharding.shard(model, ModelView(problem.model).layers)
         last, progress = _train(model, train, validation, options, problem, problem.out / folder, share)
+        if sharded:
+            raise collective.Trained
         kept, curve, metrics = _summarize(last, progress, keep)
         load_trained(model, kept)
     model.eval()
@@ -192,14 +207,17 @@ def _train(
     watch = _Watch(model, folder, progress, options, share, problem.log)
     trainer = _Trainer(
         watch,
+        options.sharding and collective.count() > 1,
         model=model,
         args=arguments,
-        train_dataset=train,
-        eval_dataset=validation,
+        train_dataset=[*train, blank(train[0])],
+        eval_dataset=_share(validation),
         data_collator=Collator(0 if pad_token_id is None else pad_token_id),  # masked: any token will do
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)  # our own log lines instead
+    if collective.rank():  # each its own dropout; the Trainer has just given all the same seed
+        set_seed(problem.seed + collective.rank())
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
@@ -220,20 +238,29 @@ def _train(
 @contextmanager
 def _in_float32(model: nn.Module, *, everything: bool) -> Iterator[None]:
     """What trains in float32 for a while, or every parameter."""
-    dtypes = {parameter: parameter.dtype for parameter in model.parameters() if everything or parameter.requires_grad}
-    for parameter in dtypes:
-        parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        for parameter, dtype in dtypes.items():
-            parameter.data = parameter.data.to(dtype)
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if everything or p.requires_grad}
+    _cast(model, dict.fromkeys(dtypes, torch.float32))
+    yield  # a model whose training failed stays as it is
+    _cast(model, dtypes)
+
+
+def _cast(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    for name, dtype in dtypes.items():
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(dtype)
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
-    """Keep the parameters that require gradients."""
-    trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(trained, folder / TRAINED)
+    """Keep the parameters that require gradients. All processes take part, the first one writes."""
+    trained = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = sharding.whole(parameter.detach())
+            if collective.rank() == 0:
+                trained[name] = value.cpu().contiguous()
+    if collective.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained, folder / TRAINED)
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
@@ -242,19 +269,22 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(kept[name])
+                parameter.copy_(sharding.spread_like(kept[name], parameter))
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written whole; those that were not are deleted."""
-    complete = []
+    if collective.rank() == 0:
+        _delete_incomplete(folder)
+    collective.wait()
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def _delete_incomplete(folder: Path) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
-        if _is_complete(checkpoint):
-            complete.append(checkpoint)
-        else:
+        if not _is_complete(checkpoint):
             logger.warning("%s is incomplete, an earlier attempt was stopped while writing it: deleted", checkpoint)
             shutil.rmtree(checkpoint)
-    return max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 def mark_complete(checkpoint: Path, progress: Progress) -> None:
@@ -297,7 +327,7 @@ def _arguments(
         optim="adamw_torch",
         per_device_train_batch_size=options.micro_batch_size,
         per_device_eval_batch_size=options.micro_batch_size,
-        gradient_accumulation_steps=options.batch_size // options.micro_batch_size,
+        gradient_accumulation_steps=options.batch_size // (options.micro_batch_size * collective.count()),
         bf16=options.dtype == "bfloat16",
         use_cpu=use_cpu,
         seed=seed,
@@ -313,7 +343,7 @@ def _arguments(
         logging_steps=options.logging_steps,
         logging_nan_inf_filter=False,  # it would hide what _Watch stops at
         remove_unused_columns=False,
-        dataloader_pin_memory=not use_cpu,
+        ddp_find_unused_parameters=False,
         disable_tqdm=not sys.stderr.isatty(),
         report_to="none",
     )
@@ -346,22 +376,82 @@ def _summarize(last: Path, progress: Progress, keep: str) -> tuple[Path, list[di
     return last.parent / Path(state.best_model_checkpoint).name if keep == "best" else last, curve, metrics
 
 
+def _share(rows: Sequence[Row]) -> list[Row]:
+    """This process's part of the rows, as many as every other process has: blank ones may be among them."""
+    n = collective.count()
+    return [*rows, *[blank(rows[0])] * (-len(rows) % n)][collective.rank() :: n]
+
+
+class _MicroBatches(Sampler[list[int]]):
+    """What this process trains on in an epoch: every n-th of the micro-batches that the shuffled rows are cut into.
+
+    So a step has the same rows however many processes there are. If the micro-batches do not go round, the last ones
+    are blank rows, of which there is one behind the others.
+    """
+
+    def __init__(self, num_rows: int, size: int, seed: int) -> None:
+        self.num_rows = num_rows
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return math.ceil(math.ceil(self.num_rows / self.size) / collective.count())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        parts = [order[start : start + self.size] for start in range(0, self.num_rows, self.size)]
+        parts += [[self.num_rows]] * (len(self) * collective.count() - len(parts))
+        yield from parts[collective.rank() :: collective.count()]
+
+
 class _Trainer(Trainer):
     """Has its ``watch`` count what it trains on, keeps what trains alone, and validates per token."""
 
-    def __init__(self, watch: _Watch, **arguments: Any) -> None:
+    def __init__(self, watch: _Watch, sharded: bool, **arguments: Any) -> None:
         self.watch = watch
+        self.sharded = sharded
         super().__init__(**arguments)
+        if (
+            sharded
+        ):  # accelerate may set up autocast; the model is spread already, and is no copy that could be averaged
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def get_train_dataloader(self) -> DataLoader:
+        rows: Any = self.train_dataset
+        order = _MicroBatches(len(rows) - 1, self.args.per_device_train_batch_size, self.args.seed)
+        return DataLoader(rows, batch_sampler=order, collate_fn=self.data_collator)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Only what trains: of a large model with a small adapter the rest would be written again and again."""
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_trained(self.accelerator.unwrap_model(self.model), folder)
+        assert self.model is not None
+        save_trained(self.model, Path(output_dir or str(self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         assert self.model is not None
         load_trained(self.model, Path(resume_from_checkpoint))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        model, optimizer, scheduler = self._prepared()
+        sharding.save_optimizer(model, optimizer, Path(output_dir))
+        if collective.rank() == 0:
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+        return None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        model, optimizer, scheduler = self._prepared()
+        sharding.load_optimizer(model, optimizer, Path(checkpoint))
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+        return None
+
+    def _prepared(self) -> tuple[Any, Any, Any]:
+        """Model, optimizer and scheduler; the optimizer without what accelerate put around it."""
+        optimizer: Any = self.optimizer
+        return self.model, optimizer.optimizer, self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         tokens, labels = num_tokens(inputs), (inputs["labels"] != IGNORED).sum()
@@ -373,14 +463,18 @@ class _Trainer(Trainer):
         """Mean loss over the labelled tokens; the Trainer's own average over batches depends on how they are cut."""
         assert self.model is not None
         self.model.eval()
+        rows: Any = self.eval_dataset
+        batches = DataLoader(rows, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
         total, num_labels = 0.0, 0
-        for batch in tqdm(self.get_eval_dataloader(), desc="validation", disable=None, leave=False):
+        for batch in tqdm(batches, desc="validation", disable=True if collective.rank() else None, leave=False):
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.model(**batch)["loss"]
-            num_batch_labels = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += float(loss) * num_batch_labels
-            num_labels += num_batch_labels
+            if num_batch_labels := int((batch["labels"][:, 1:] != IGNORED).sum()):  # else they are all blank
+                total += float(loss) * num_batch_labels
+                num_labels += num_batch_labels
+        counts = torch.tensor([total, num_labels], dtype=torch.float64, device=self.args.device)
+        total, num_labels = collective.summed(counts).tolist()
         metrics = {"eval_loss": total / num_labels}
         self.watch.require_finite(metrics["eval_loss"], "validation loss", self.state.global_step)
         self.log(metrics)
@@ -426,12 +520,19 @@ class _Watch(TrainerCallback):
         self.first_step = state.global_step
         self.first_second = self.progress.seconds
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kwargs["train_dataloader"].batch_sampler.epoch = int(state.epoch or 0)
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Count the step's tokens, stop at a loss or gradient gone bad, and clip."""
-        norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in self.parts]
-        counts = torch.stack(self.counted).sum(dim=0)
+        norms = [
+            sharding.whole(nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])) for part in self.parts
+        ]
+        counts = collective.summed(torch.stack(self.counted).sum(dim=0))
         self.counted.clear()
         loss, num_tokens, num_labels, norm = [*counts.tolist(), float(torch.stack(norms).sum())]
         self.require_finite(loss, "training loss", state.global_step + 1)
@@ -442,7 +543,7 @@ class _Watch(TrainerCallback):
         self.progress.num_label_tokens += int(num_labels)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.progress.seconds = time.monotonic() - self.start
+        self.progress.seconds = collective.of_first(time.monotonic() - self.start, args.device)
         if self.progress.seconds >= self.max_seconds:
             logger.info("recovery.max_minutes=%g is over at step %d", self.options.max_minutes, state.global_step)
             control.should_training_stop = control.should_evaluate = control.should_save = True
@@ -470,7 +571,9 @@ class _Watch(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.progress.seconds = time.monotonic() - self.start
         self.progress.finished = control.should_training_stop
-        mark_complete(self.folder / f"checkpoint-{state.global_step}", self.progress)
+        collective.wait()  # until each process has written its part
+        if collective.rank() == 0:
+            mark_complete(self.folder / f"checkpoint-{state.global_step}", self.progress)
 
     def _time_left(self, state: TrainerState) -> str:
         done = state.global_step - self.first_step

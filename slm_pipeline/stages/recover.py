@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from slm_pipeline.artifacts import Artifact, write_json
 from slm_pipeline.job import Job
+from slm_pipeline.recovery import workers
 from slm_pipeline.recovery.base import RecoveryProblem
 from slm_pipeline.report import sublayer_lines
 from slm_pipeline.stages.base import Stage
@@ -57,25 +59,20 @@ class Recover(Stage):
 
     def _train(self, job: Job, merge: Artifact, out: Path, tracker: Tracker) -> None:
         from slm_pipeline.models import checkpoint
-        from slm_pipeline.models.loading import load_dense
         from slm_pipeline.surgery.apply import silence_missing
 
         assert job.recovery is not None
         plan = load_plan(merge)
         missing = merge.record()["result"].get("sublayers", {})
-        model, tokenizer = load_pruned(job, merge)
-        problem = RecoveryProblem(
-            teacher=lambda: load_dense(job.source)[0],
-            model=model,
-            tokenizer=tokenizer,
-            plan=plan,
-            out=out,
-            base_path=str(merge.path / "model"),
-            seed=job.config.seed,
-            data_dir=job.data_dir,
-            log=lambda metrics, step: tracker.log(metrics, stage=self.name, step=step),
-        )
-        result = job.recovery.run(problem)
+        make_problem = functools.partial(recovery_problem, job, merge, out)
+
+        def log(metrics: dict[str, float], step: int) -> None:
+            tracker.log(metrics, stage=self.name, step=step)
+
+        if job.recovery.num_processes > 1:
+            workers.train(job.recovery, make_problem, log)
+        problem = make_problem(log)
+        result = job.recovery.run(problem)  # after `workers.train` it finds nothing left to train
         write_json(out / "curve.json", result.curve)
         write_json(out / "metrics.json", result.metrics)
         card = checkpoint.card(
@@ -90,7 +87,7 @@ class Recover(Stage):
         )
         if plan.export == "stock":  # whatever trained, what the plan removed stays removed
             silence_missing(plan, result.model)
-        checkpoint.save(result.model, tokenizer, out / "model", card=card, config=job.config.model)
+        checkpoint.save(result.model, problem.tokenizer, out / "model", card=card, config=job.config.model)
 
     def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
         if reused:  # a curve that is being trained was logged as it went
@@ -99,6 +96,26 @@ class Recover(Stage):
                     {key: value for key, value in row.items() if key != "step"}, stage=self.name, step=row["step"]
                 )
         tracker.log(_numbers(artifact.record()["result"]), stage=self.name)
+
+
+def recovery_problem(
+    job: Job, merge: Artifact, out: Path, log: Callable[[dict[str, float], int], None]
+) -> RecoveryProblem:
+    """What the job's recovery gets; ``merge`` is the finished stage, ``out`` where the recovery may write."""
+    from slm_pipeline.models.loading import load_dense
+
+    model, tokenizer = load_pruned(job, merge)
+    return RecoveryProblem(
+        teacher=lambda: load_dense(job.source)[0],
+        model=model,
+        tokenizer=tokenizer,
+        plan=load_plan(merge),
+        out=out,
+        base_path=str(merge.path / "model"),
+        seed=job.config.seed,
+        data_dir=job.data_dir,
+        log=log,
+    )
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import random_source
 
-from slm_pipeline.data.batches import Collator, num_tokens, pack
+from slm_pipeline.data.batches import Collator, blank, num_tokens, pack
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.architectures import ARCHITECTURES
 from slm_pipeline.recovery.lora import Lora
@@ -133,6 +133,19 @@ def test_packed_rows_cost_what_the_examples_cost(any_model, architecture, use_ca
     total = sum(part for part, _ in expected)
     assert abs(blind - total) > 1e-2
     assert (abs(loss - total) < 1e-4) == ARCHITECTURES[architecture].packs
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_blank_rows_teach_nothing(any_model, packed):
+    """Not even that a number is none: nothing may be attended to, which is where NaN would come from."""
+    rows = rows_of([5, 7])
+    batch = Collator(0)([blank(row) for row in (pack(rows, 12) if packed else rows)])
+    assert int(num_tokens(batch)) == 0
+    loss = any_model.train()(**batch, num_items_in_batch=torch.tensor(3)).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(float(p.grad.abs().sum()) == 0 for p in any_model.parameters() if p.grad is not None)
+    assert any(p.grad is not None for p in any_model.parameters())
 
 
 def test_packing_is_refused_where_the_mask_would_be_wrong():
