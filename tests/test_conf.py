@@ -33,6 +33,11 @@ NEEDS = {
     ("pruning_ratio", "layers"): ["pruning_ratio.num_layers=24"],
     ("pruning_ratio", "none"): ["threshold=fixed", "threshold.value=0.8"],
     ("method", "from_plan"): ["method.path=plan.json"],
+    ("experiment", "streamline_replacement"): [
+        "recovery.path=text.txt",
+        "recovery.num_examples=null",
+        "recovery.validation_size=1",
+    ],
 }
 
 
@@ -41,7 +46,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a text, a model and a plan of 30 layers; hub models have their usual depth."""
     monkeypatch.chdir(tmp_path)
     cli.set_search_path()
-    (tmp_path / "text.txt").write_text("The river runs past the mill and the tree.\n" * 40)
+    (tmp_path / "text.txt").write_text(
+        "The river runs past the mill and the tree.\n" * 60 + "\n" + "The mill stood still.\n" * 120
+    )
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 32}))
     (tmp_path / "model" / "model.safetensors").write_bytes(len(b"{}").to_bytes(8, "little") + b"{}")
@@ -56,6 +63,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             random_source(num_layers=32), config=options, fingerprint=f"hub:{options.repo}"
         ),
     )
+    monkeypatch.setattr("slm_pipeline.data.examples._hub_commit", lambda repo, revision: "0" * 40)
     monkeypatch.setattr("slm_pipeline.tracking._has_api_key", lambda: True)
     return tmp_path
 

@@ -15,7 +15,7 @@ from slm_pipeline.data.examples import IGNORED
 from slm_pipeline.engine.blocks import entering_and_leaving
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.recovery.spans import Span
-from slm_pipeline.recovery.training import Objective
+from slm_pipeline.recovery.trainer import Objective
 
 
 def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:

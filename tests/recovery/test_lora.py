@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from slm_pipeline.config import CONF_DIR
 from slm_pipeline.data import examples
 from slm_pipeline.errors import UserError
-from slm_pipeline.recovery import training
+from slm_pipeline.recovery import checkpoints, training
 from slm_pipeline.recovery.base import RecoveryProblem
 from slm_pipeline.recovery.lora import Lora, merge_adapter
 from slm_pipeline.surgery.apply import apply
@@ -296,15 +296,15 @@ def test_checkpoints_half_written_or_half_deleted_are_not_taken(tmp_path):
         checkpoint.mkdir()
         (checkpoint / "weights").write_text("0123")
         (checkpoint / "optimizer").write_text("4567")
-    progress = training.Progress(num_tokens=5, num_label_tokens=3, seconds=1.5, finished=True)
-    training.mark_complete(whole, progress)
-    training.mark_complete(torn, progress)
+    progress = checkpoints.Progress(num_tokens=5, num_label_tokens=3, seconds=1.5, finished=True)
+    checkpoints.mark_complete(whole, progress)
+    checkpoints.mark_complete(torn, progress)
     (torn / "optimizer").unlink()
-    assert training.last_complete_checkpoint(tmp_path) == whole
+    assert checkpoints.last_complete_checkpoint(tmp_path) == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-9"]
-    assert training.read_progress(whole) == progress
+    assert checkpoints.read_progress(whole) == progress
     (whole / "weights").write_text("012")
-    assert training.last_complete_checkpoint(tmp_path) is None
+    assert checkpoints.last_complete_checkpoint(tmp_path) is None
 
 
 def test_loss_gone_bad_names_the_step(folder, tmp_path):
