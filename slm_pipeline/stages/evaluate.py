@@ -64,6 +64,11 @@ class Evaluate(Stage):
         settings = job.config.evaluation
         model, tokenizer = self._load(job, results)
         scores: dict[str, Any] = {"zero_shot": {}, "perplexity": {}}
+        for number, corpus in enumerate(settings.perplexity.corpora):  # two files may have the same name
+            scores["perplexity"][corpus] = _finished(
+                out / f"perplexity_{number}_{Path(corpus).stem}.json",
+                lambda corpus=corpus: self._perplexity(job, model, tokenizer, corpus),  # type: ignore[misc]
+            )
         for task in settings.tasks:
             scores["zero_shot"][task] = _finished(
                 out / f"{task}.json",
@@ -76,11 +81,6 @@ class Evaluate(Stage):
                     batch_size=settings.batch_size,
                     data_dir=job.data_dir,
                 ),
-            )
-        for number, corpus in enumerate(settings.perplexity.corpora):  # two files may have the same name
-            scores["perplexity"][corpus] = _finished(
-                out / f"perplexity_{number}_{Path(corpus).stem}.json",
-                lambda corpus=corpus: self._perplexity(job, model, tokenizer, corpus),  # type: ignore[misc]
             )
         if settings.efficiency.enabled:
             options = dataclasses.asdict(settings.efficiency)
