@@ -76,7 +76,6 @@ class Bench:
         assert isinstance(job.recovery, TrainingOptions)
         self.job = job
         self.teacher, self.tokenizer = load_dense(job.source)
-        self.teacher, self.tokenizer = load_dense(job.source)
         self.teacher.requires_grad_(False)
         self.plan = _pairs(job.source, self.teacher.config.num_hidden_layers)
         self.rows = job.recovery.tokenized_split(self.tokenizer, job.data_dir)[0]
