@@ -28,7 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from slm_pipeline import config, help_page
+from slm_pipeline import config, gpus, help_page
 from slm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _hydra_main(composed: DictConfig) -> None:
 
 def main() -> None:
     """Console entry point. Exit status 0, 2 for a user's error (one ``error:`` line), 1 for anything else."""
-    set_search_path()
+    set_environment()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach us instead of being printed by Hydra
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
@@ -91,11 +91,13 @@ def errors_in_one_line() -> Iterator[None]:
         _fail("interrupted; the same command goes on from here", status=130)
 
 
-def set_search_path() -> None:
-    """Tell conf/config.yaml where sweeps/ are: the user's own folder, then the ones shipped with the package."""
+def set_environment() -> None:
+    """Set what conf/ reads from the environment: where sweeps/ are (the user's own folder, then the ones shipped with
+    the package), and how many GPUs this host has."""
     shipped = str(config.SWEEPS_ROOT)
     os.environ["SLM_SHIPPED_SWEEPS"] = shipped
     os.environ["SLM_USER_SWEEPS"] = str(Path.cwd()) if Path("sweeps").is_dir() else shipped
+    os.environ["SLM_NUM_GPUS"] = str(len(gpus.visible()))
 
 
 def _only_asks_hydra(arguments: Namespace) -> bool:
@@ -118,6 +120,8 @@ def _check_before_hydra(arguments: Namespace) -> bool:
             raise UserError(f"{item.input_line} asks for several jobs; add -m: slm -m {item.input_line}")
         _check_group(item)
     composed = _compose(arguments, [_first_value(item) for item in overrides])
+    if multirun and composed.hydra.runtime.choices["hydra/launcher"] == "gpus":
+        gpus.check()
     from slm_pipeline.job import make_output_root
     from slm_pipeline.runner import describe_plan, plan
 
@@ -153,7 +157,7 @@ def compose_job(program: Sequence[str], overrides: Sequence[str], defaults: Sequ
     Raises:
         UserError: for anything that can be known without loading the model.
     """
-    set_search_path()
+    set_environment()
     for item in _parse(overrides):
         if item.is_sweep_override():
             raise UserError(f"{item.input_line} asks for several jobs; {' '.join(program)} runs one")

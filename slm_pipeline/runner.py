@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from slm_pipeline import provenance, report, summary
+from slm_pipeline import gpus, provenance, report, summary
 from slm_pipeline.artifacts import Artifact, check_store, write_json, write_text
 from slm_pipeline.config import TARGETS, to_config
 from slm_pipeline.errors import UserError
@@ -109,6 +109,8 @@ def run_job(composed: DictConfig) -> None:
     run_dir = Path(hydra.runtime.output_dir)
     multirun = hydra.mode == RunMode.MULTIRUN
     command = shlex.join(["slm", *(hydra.overrides.task if multirun else sys.argv[1:])])
+    if multirun and hydra.runtime.choices["hydra/launcher"] == "gpus":
+        gpus.take_one(hydra.launcher.n_jobs)
     warnings = _WarningCollector()
     logging.getLogger("slm_pipeline").addHandler(warnings)
     try:

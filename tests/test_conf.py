@@ -45,7 +45,7 @@ NEEDS = {
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a text, a model and a plan of 30 layers; hub models have their usual depth."""
     monkeypatch.chdir(tmp_path)
-    cli.set_search_path()
+    cli.set_environment()
     (tmp_path / "text.txt").write_text(
         "The river runs past the mill and the tree.\n" * 60 + "\n" + "The mill stood still.\n" * 120
     )

@@ -2,6 +2,7 @@
 
 slm-bench recovery                                             the published LoRA settings, SmolLM2
 slm-bench recovery model=llama2_7b recovery.max_steps=20       another model, shorter
+slm-bench recovery recovery.num_processes=2                    instead: one GPU beside two
 
 The model is pruned to four fifths of its layers by averaging pairs. All sides train on the same rows in the same
 batches; each runs twice in turn after a run to warm up, and its faster run counts. Whatever ours does besides
@@ -10,6 +11,7 @@ batches; each runs twice in turn after a run to warm up, and its faster run coun
 
 from __future__ import annotations
 
+import functools
 import shutil
 import tempfile
 import time
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline import cli
+from slm_pipeline.recovery import workers
 from slm_pipeline.recovery.base import RecoveryProblem, TrainingOptions
 from slm_pipeline.recovery.distill import Distill
 from slm_pipeline.recovery.lora import Lora
@@ -40,6 +43,14 @@ def recovery(words: list[str]) -> None:
     job = cli.compose_job(["slm-bench", "recovery"], words, _DEFAULTS)
     lora = job.recovery
     assert isinstance(lora, Lora)
+    if lora.num_processes > 1:
+        _scaling(job, lora)
+    else:
+        _side_by_side(job, lora)
+
+
+def _side_by_side(job: Job, lora: Lora) -> None:
+    """Print our speed over a bare script's, and what distillation costs over its two halves."""
     distill = Distill(**{name: getattr(lora, name) for name in TrainingOptions.__dataclass_fields__})
     bench = Bench(job)
     print(f"{job.source.name}, {bench.plan.num_layers} of {bench.plan.model['num_layers']} layers", flush=True)
@@ -53,6 +64,20 @@ def recovery(words: list[str]) -> None:
     print(
         f"distillation of {len(changed_spans(bench.plan))} merged layers: {bench.num_tokens / ours:.0f} tokens/s,"
         f" {ours / halves:.2f} times a forward pass of the teacher and a forward and backward pass of those layers"
+    )
+
+
+def _scaling(job: Job, options: Lora) -> None:
+    """Print how much faster several processes train than one. Theirs are new each time, one's is warm."""
+    lora = Lora(**{**vars(options), "num_processes": 1})
+    bench = Bench(job)
+    bench.ours(lora)
+    one = min(bench.ours(lora) for _ in range(2))
+    tokens, n = bench.num_tokens, options.num_processes
+    several = min(bench.ours(options) for _ in range(2))
+    print(
+        f"{job.source.name}, LoRA: {tokens / one:.0f} tokens/s on one GPU, {bench.num_tokens / several:.0f} on {n}:"
+        f" {bench.num_tokens / several / (tokens / one):.2f} times as many, {tokens} tokens"
     )
 
 
@@ -84,19 +109,11 @@ class Bench:
     def ours(self, options: Lora | Distill) -> float:
         """Seconds of training, everything in it."""
         out = Path(tempfile.mkdtemp())
-        problem = RecoveryProblem(
-            teacher=lambda: self.teacher,
-            model=self._pruned(),
-            tokenizer=self.tokenizer,
-            plan=self.plan,
-            out=out,
-            base_path="pruned",
-            seed=self.job.config.seed,
-            data_dir=self.job.data_dir,
-            log=lambda metrics, step: None,
-        )
+        make_problem = functools.partial(_problem, self.job, self.plan, out)
         try:
-            metrics = options.run(problem).metrics
+            if options.num_processes > 1:
+                workers.train(options, make_problem, _forget)
+            metrics = options.run(make_problem(_forget)).metrics
         finally:
             shutil.rmtree(out)
         self.num_tokens = metrics["num_tokens"]
@@ -169,6 +186,28 @@ class Bench:
         from slm_pipeline.surgery.apply import apply
 
         return apply(self.plan, load_dense(self.job.source)[0])
+
+
+def _problem(job: Job, plan: Plan, out: Path, log: workers.Log) -> RecoveryProblem:
+    from slm_pipeline.models.loading import load_dense
+    from slm_pipeline.surgery.apply import apply
+
+    model, tokenizer = load_dense(job.source)
+    return RecoveryProblem(
+        teacher=lambda: load_dense(job.source)[0],
+        model=apply(plan, model),
+        tokenizer=tokenizer,
+        plan=plan,
+        out=out,
+        base_path="pruned",
+        seed=job.config.seed,
+        data_dir=job.data_dir,
+        log=log,
+    )
+
+
+def _forget(metrics: dict[str, float], step: int) -> None:
+    """The losses are not what is measured."""
 
 
 def _pairs(source: ModelSource, num_layers: int) -> Plan:

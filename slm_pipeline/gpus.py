@@ -1,0 +1,71 @@
+"""One GPU for each process of a multirun: what ``hydra/launcher=gpus`` does. Imports no torch.
+
+The launcher's worker processes run one job after another. Each takes a GPU before its first job and keeps it until it
+ends: a lock file for every place on a GPU, released by the kernel however the process ends. So no two workers share a
+place, nor do those of another study of the same user on this host.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from slm_pipeline.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_place: FileLock | None = None  # held until this process ends
+
+
+def visible() -> list[str]:
+    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them; empty where there are none."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1")]
+    return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+
+
+def check() -> None:
+    """Raise `UserError` unless there is a GPU to run on."""
+    if not visible():
+        raise UserError("hydra/launcher=gpus runs a job on each GPU, and this machine shows none; use joblib or basic")
+
+
+def take_one(num_workers: int) -> str:
+    """Let this process see a single GPU, the least taken one, for the rest of its life; waits for a free place.
+
+    Args:
+        num_workers: processes that run at a time, at least 1; more than there are GPUs share them evenly.
+
+    Returns:
+        The GPU's name, which is now ``CUDA_VISIBLE_DEVICES``.
+    """
+    global _place
+    if _place is not None:
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+    names = visible()
+    folder = Path(tempfile.gettempdir()) / f"slm_pipeline_gpus_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    places = list(product(range(math.ceil(num_workers / len(names))), names))
+    waited = False
+    while True:
+        for number, name in places:
+            lock = FileLock(folder / f"{name}.{number}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            _place = lock
+            os.environ["CUDA_VISIBLE_DEVICES"] = name
+            return name
+        if not waited:
+            log.info("all GPUs are taken by other studies; waiting")
+            waited = True
+        time.sleep(1)
