@@ -59,7 +59,11 @@ def pack(rows: Sequence[Row], cutoff_len: int) -> list[Row]:
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows as a batch, padded to the longest: on the left, or packed rows on the right."""
+    """Rows as a batch, padded on the right to the longest.
+
+    The published recipe pads on the left, which changes no loss and no gradient: padding is masked, and positions are
+    relative. But there the padding's own queries see nothing at all, which attention kernels may answer with NaN.
+    """
 
     pad_token_id: int
 
@@ -79,19 +83,26 @@ class Collator:
         for name, value in padding.items():
             fill = [[value] * (longest - len(row[name])) for row in rows]
             pairs = zip(rows, fill, strict=True)
-            batch[name] = torch.tensor([row[name] + more if packed else more + row[name] for row, more in pairs])
+            batch[name] = torch.tensor([row[name] + more for row, more in pairs])
         return {**batch, "use_cache": False} if packed else batch
 
 
 def blank(like: Row) -> Row:
-    """A row of nothing but padding, packed if ``like`` is: it has no tokens and no loss."""
-    values = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0, "position_ids": 0}
-    return {name: [values[name]] * 2 for name in like}
+    """A row without loss that counts no token, packed if ``like`` is.
+
+    Unpacked it has one token in sight: a row without any would be queries that see nothing, see `Collator`.
+    """
+    values = {"input_ids": [0, 0], "labels": [IGNORED] * 2, "attention_mask": [1, 0], "position_ids": [0, 0]}
+    return {name: values[name] for name in like}
 
 
 def num_tokens(batch: Mapping[str, Any]) -> Tensor:
-    """Tokens of a batch of `Collator` without its padding: a number on the batch's device."""
+    """Tokens of a batch of `Collator` without its padding: a number on the batch's device.
+
+    A row of one token is blank: nothing can be learnt from one.
+    """
     if "attention_mask" in batch:
-        return cast("Tensor", batch["attention_mask"].sum())
+        lengths = batch["attention_mask"].sum(dim=1)
+        return cast("Tensor", (lengths * (lengths > 1)).sum())
     positions = batch["position_ids"]  # a row that was packed has one token at 1 and so one at 0; padding only has 0
     return cast("Tensor", (positions > 0).sum() + (positions == 1).sum())

@@ -167,6 +167,8 @@ class RecoveryTrainer(Trainer):
         load_trained(self.model, Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.control.should_training_stop:
+            return None  # twice the size of what trains, and nobody goes on from here
         if not self.sharded:
             return super()._save_optimizer_and_scheduler(output_dir)
         model, optimizer, scheduler = self._prepared()

@@ -69,16 +69,16 @@ def test_rows_that_cannot_be_packed(length):
         pack(rows_of([3]) + [{"input_ids": [0] * length, "labels": [0] * length}], 7)
 
 
-def test_left_padding():
+def test_padding_on_the_right():
     rows = [
         {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 1]},
-        {"input_ids": [8], "labels": [8], "attention_mask": [1]},
+        {"input_ids": [8, 9], "labels": [8, 9], "attention_mask": [1, 1]},
     ]
-    batch = Collator(pad_token_id=3)(rows)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [3, 3, 8]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, 8]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert num_tokens(batch) == 4
+    batch = Collator(pad_token_id=3)([*rows, blank(rows[0])])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 3], [0, 0, 3]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, 9, -100], [-100, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]  # the first token always sees itself
+    assert num_tokens(batch) == 5
     assert len(batch) == 3
 
 
