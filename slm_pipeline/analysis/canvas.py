@@ -21,6 +21,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "legend.frameon": False,
     "svg.hashsalt": "slm_pipeline",
+    "text.parse_math": False,  # a $ in a path is a $
 }
 WIDTH = 6.9  # inches, both columns of a paper
 DPI = 200

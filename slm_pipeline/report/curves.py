@@ -29,7 +29,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points that belong together. A faint one is a second view of another: hollow markers, a thin line."""
+    """Points that belong together. A faint one goes with another: hollow markers, a thin line, not in the legend."""
 
     label: str
     look: Look
@@ -91,7 +91,7 @@ def _draw(axes: Axes, curve: Curve) -> None:
     style: dict[str, Any] = {"color": curve.look.color, "ls": curve.look.line, "lw": 1.3, "marker": curve.look.marker}
     style |= {"ms": 4.5, "label": curve.label, "zorder": 3}
     if curve.faint:
-        style |= {"lw": 0.7, "mfc": "white", "zorder": 2}
+        style |= {"lw": 0.7, "mfc": "white", "label": None, "zorder": 2}
     xs, ys = [point.x for point in points], [point.y for point in points]
     if any(point.error for point in points):
         bars = [point.error or 0.0 for point in points]
@@ -210,7 +210,7 @@ class Trace:
 def search_traces(
     traces: Sequence[Trace], path_stem: Path, *, title: str, legend: str = "", note: str = ""
 ) -> list[Path]:
-    """The similarity at each step of several searches, over the upper layer of the window that it looked at.
+    """The similarity at each step of several searches, over each other.
 
     Returns:
         The files written.
@@ -280,8 +280,10 @@ def training_curves(trainings: Sequence[Training], path_stem: Path, *, title: st
             axes.set_title(name, loc="left")
             axes.set(xlabel="optimiser step", ylabel=f"loss ({members[0].loss})")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], nbins=5))
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=6.5)
+            handles, labels = axes.get_legend_handles_labels()
+            first = dict(reversed([*zip(labels, handles, strict=True)]))  # of each label
+            if first and set(first) != {""}:
+                axes.legend([first[label] for label in sorted(first)], sorted(first), fontsize=6.5)
         figure.suptitle(title, x=0.01, ha="left", size=9)
         _note(figure, note)
         return save(figure, path_stem)

@@ -14,7 +14,7 @@ def markdown(study: Study) -> str:
     title = f"# {study.question}\n\n{study.counts()}\n" if study.question else f"# {study.counts()}\n"
     columns = study.shown_columns()
     parts = [title, *(f"{line}\n" for line in study.remarks()), study.table(columns).markdown()]
-    if averages := study.averages(columns):
+    if averages := study.averages(study.shown_columns(costs=False)):
         parts += [f"## {study.averages_title()}\n", averages.markdown()]
     if measured := study.measured():
         parts += ["## How it was measured\n", Lines(measured).markdown()]
@@ -27,7 +27,7 @@ def text(study: Study) -> str:
     title = [study.question] if study.question else []
     remarks = [line.replace("`", "").replace("; the best is bold", "") for line in study.remarks()]
     parts = ["".join(wrapped(line, "") for line in (*title, study.counts(), *remarks)), study.table(columns).text()]
-    if averages := study.averages(columns):
+    if averages := study.averages(study.shown_columns(costs=False)):
         parts.append(f"{study.averages_title()}\n{averages.text()}")
     if measured := study.measured():
         parts.append(f"How it was measured\n{Lines(measured).text()}")

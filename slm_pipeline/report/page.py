@@ -18,7 +18,7 @@ from slm_pipeline.report.tables import Table, in_order
 from slm_pipeline.surgery.plan import format_groups
 
 _HERE = Path(__file__).resolve().parent
-_MOST = 16  # columns up to which the tasks are shown one by one from the start
+_MOST = 12  # columns up to which the tasks are shown one by one from the start
 
 
 def html(study: Study, pictures: Sequence[Picture]) -> str:
@@ -35,16 +35,13 @@ def html(study: Study, pictures: Sequence[Picture]) -> str:
     body = [
         f"<header><h1>{escape(title)}</h1><p class=quiet>{escape(study.counts())}</p></header>",
         _facts(study),
+        _notes(study),
         _section("Runs", _tools(study) + _runs(study)),
     ]
-    if averages := study.averages(study.shown_columns()):
-        body.append(_section(study.averages_title().replace("+-", "\N{PLUS-MINUS SIGN}"), _plain(averages)))
-    if remarks := [line.replace("`", "") for line in study.remarks()]:
-        body.append(_section("What all runs share", _lines(remarks)))
-    if measured := study.measured():
-        body.append(_section("How it was measured", _lines(measured)))
+    if averages := study.averages(study.shown_columns(costs=False)):
+        body.append(_section(study.averages_title(), _plain(averages)))
     if pictures:
-        body.append(_section("Plots", "".join(map(_figure, pictures))))
+        body.append(_section("Plots", f"<div class=plots>\n{''.join(map(_figure, pictures))}</div>"))
     body.append("<footer>Made by slm-report. A row opens to show a run's command, layers and warnings.</footer>")
     return (
         '<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n<meta name=viewport content="width=device-width">\n'
@@ -56,12 +53,18 @@ def html(study: Study, pictures: Sequence[Picture]) -> str:
 
 
 def _section(title: str, content: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>"
+    return f"<section>\n<h2>{_text(title)}</h2>\n{content}\n</section>"
 
 
-def _lines(lines: Sequence[str]) -> str:
-    items = "".join(f"<li>{_text(line)}</li>" for line in lines)
-    return f"<ul class=plain>{items}</ul>"
+def _notes(study: Study) -> str:
+    """What is to be known before the table is read, in small print."""
+    remarks = [line.replace("`", "") for line in study.remarks()]
+    parts = [
+        f"<section><h2>{title}</h2><ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul></section>"
+        for title, lines in (("About these runs", remarks), ("How it was measured", study.measured()))
+        if lines
+    ]
+    return f"<div class=notes>{''.join(parts)}</div>" if parts else ""
 
 
 def _text(text: str) -> str:

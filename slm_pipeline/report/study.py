@@ -147,16 +147,27 @@ class Study:
         """Mean and standard deviation over the runs that differ in seeds alone; empty unless there are such."""
         if not self.repeated:
             return Table([], [])
-        rows, means = [], []
-        for values, members in self.groups(self.varied).items():
+        groups = self.groups(self.varied)
+
+        def mean(members: Sequence[int], column: str | None) -> float | None:
+            numbers = [self.measures[i][column] for i in members if column in self.measures[i]] if column else []
+            return statistics.fmean(numbers) if numbers else None
+
+        def rank(values: tuple[Value | None, ...]) -> tuple[bool, float]:
+            value = mean(groups[values], self.sort_by)
+            return value is None, (value or 0.0) * (-1 if higher_is_better(self.sort_by or "") else 1)
+
+        order = sorted(groups, key=rank)
+        rows = []
+        for values in order:
+            members = groups[values]
             row = [*map(text_of, values), f"{sum(bool(self.measures[i]) for i in members)} of {len(members)}"]
             for name in columns:
                 numbers = [self.measures[i][name] for i in members if name in self.measures[i]]
-                row.append(shown(name, *mean_and_deviation(numbers)) if numbers else "")
+                row.append(_shown_mean(name, numbers) if numbers else "")
             rows.append(row)
-            numbers = [self.measures[i][self.metric] for i in members if self.metric in self.measures[i]]
-            means.append(statistics.fmean(numbers) if numbers else None)
         head = [*self.varied, "runs done"]
+        means = [mean(groups[values], self.metric) for values in order]
         return Table([*head, *columns], rows, self._bold(columns, len(head), means))
 
     def averages_title(self) -> str:
@@ -299,6 +310,12 @@ def _best(values: Sequence[float | None], column: str | None) -> int | None:
 def mean_and_deviation(numbers: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation; the latter None of a single number."""
     return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None
+
+
+def _shown_mean(column: str, numbers: Sequence[float]) -> str:
+    mean, deviation = mean_and_deviation(numbers)
+    counted = column in ("layers", "parameters", "tokens")
+    return shown(column, mean, None if counted and not deviation else deviation)
 
 
 def text_of(value: Value | None) -> str:

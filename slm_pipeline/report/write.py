@@ -61,9 +61,9 @@ def write_report(study: Study, out: Path, formats: Sequence[str] = FORMATS) -> W
         write_text(out / name, function(study))
         files.append(out / name)
     if "html" in formats:
-        from slm_pipeline.report import page, plots
+        from slm_pipeline.report import page, per_run, plots
 
-        pictures = plots.draw(study, out / "plots")
+        pictures = [*plots.draw(study, out / "plots"), *per_run.draw(study, out / "plots")]
         write_text(out / "report.html", page.html(study, pictures))
         files += [out / "report.html", *(path for picture in pictures for path in picture.files)]
     return Written(columns, rows, files)

@@ -1,98 +1,63 @@
-"""A run's summary small enough to check by hand, and studies made of such."""
+"""A run, and sweeps of a few jobs."""
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from studies import dense_only, finished, write_run
 
-
-def task(score: float, stderr: float | None, limit: int | None = 20) -> dict[str, Any]:
-    return {
-        "metric": "acc",
-        "score": score,
-        "stderr": stderr,
-        "num_examples": limit or 3270,
-        "limit": limit,
-        "batch_size": 16,
-        "lm_eval_version": "0.4.13",
-    }
-
-
-def perplexity(value: float, **changes: Any) -> dict[str, Any]:
-    return {"perplexity": value, "num_tokens": 8184, "window": 1024, "stride": None, "bos": False, **changes}
+from slm_pipeline.report import curves, per_run
 
 
 @pytest.fixture
-def summary(tmp_path) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "name": "first",
-        "command": "slm name=first pruning_ratio=r20 'model.path=/a b'",
-        "model": "smollm2_135m",
-        "method": "slm",
-        "threshold": 0.81,
-        "seed": 7,
-        "num_layers": {"dense": 30, "pruned": 24},
-        "parameters": {"dense": 134515008, "pruned": 113276160},
-        "layer_groups": [[i] for i in range(20)] + [[20, 21, 22, 23]] + [[24], [25]] + [[29]],
-        "dropped": [26, 27, 28],
-        "metrics": {
-            "dense": {
-                "zero_shot": {"boolq": 60.0, "piqa": 70.0, "average": 65.0},
-                "perplexity": {"bundled": perplexity(15.234)},
-            },
-            "pruned": {"perplexity": {"bundled": perplexity(123456.0)}},
-        },
-        "details": {"evaluate_dense": {"zero_shot": {"boolq": task(60.0, 11.2), "piqa": task(70.0, 6.0)}}},
-        "stages": {
-            "calibrate": {"seconds": 3.21, "reused": True, "peak_memory_gb": 1.5, "path": str(tmp_path / "c")},
-            "merge": {"seconds": 30.0, "reused": False, "peak_memory_gb": 2.25, "path": str(tmp_path / "m")},
-            "evaluate_dense": {"seconds": 12.0, "reused": False, "peak_memory_gb": 1.0, "path": str(tmp_path / "e")},
-        },
-        "checkpoint": str(tmp_path / "m" / "model"),
-        "warnings": ["the calibration text is also an evaluation corpus"],
-        "pictures": ["layers.png", "layers.svg"],
-    }
+def summary(tmp_path: Path) -> dict[str, Any]:
+    return dense_only(tmp_path)
 
 
 @pytest.fixture
-def finished(summary) -> Callable[..., dict[str, Any]]:
-    """The summary of a run with so many layers and these numbers of its pruned model."""
-
-    def make(layers: int, value: float, boolq: float = 50.0, piqa: float = 60.0, **changes: Any) -> dict[str, Any]:
-        done = copy.deepcopy(summary)
-        done["num_layers"]["pruned"] = layers
-        done["parameters"]["pruned"] = 100_000_000 + layers
-        done["layer_groups"] = [[i] for i in range(layers - 1)] + [list(range(layers - 1, 30))]
-        done["dropped"] = []
-        scores = {"boolq": boolq, "piqa": piqa, "average": (boolq + piqa) / 2}
-        done["metrics"]["pruned"] = {"zero_shot": scores, "perplexity": {"bundled": perplexity(value)}}
-        done["details"]["evaluate_pruned"] = {"zero_shot": {"boolq": task(boolq, 4.0), "piqa": task(piqa, 3.0)}}
-        return {**done, **changes}
-
-    return make
+def sweep(tmp_path: Path) -> Path:
+    """Jobs 0, 1, 2 and 10: finished twice, failed, unfinished."""
+    directory = tmp_path / "ratio"
+    results = {
+        10: None,
+        2: finished(tmp_path, 24, 20.25, 40.0, 50.0),
+        1: "ratio=2 must be\nbelow 1",
+        0: finished(tmp_path, 27, 30.5, 50.0, 60.0),
+    }
+    for job, result in results.items():
+        write_run(directory / str(job), ["model=tiny", f"pruning_ratio=r{job}"], result)
+        (directory / str(job) / "store" / ".hydra").mkdir(parents=True)  # no run of its own
+    return directory
 
 
-def write_run(
-    folder: Path,
-    overrides: Sequence[str],
-    result: Mapping[str, Any] | str | None,
-    *,
-    config: Mapping[str, Any] | None = None,
-    choices: Mapping[str, str | None] | None = None,
-) -> None:
-    """A run's folder as a job leaves it; ``result`` is its summary, why it failed, or None if it is unfinished."""
-    (folder / ".hydra").mkdir(parents=True)
-    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
-    (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(dict(config or {})))
-    (folder / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump({"hydra": {"runtime": {"choices": choices or {}}}}))
-    if isinstance(result, str):
-        (folder / "failure.json").write_text(json.dumps({"error": result, "type": "UserError"}))
-    elif result is not None:
-        (folder / "summary.json").write_text(json.dumps(result))
+@pytest.fixture
+def seeds(tmp_path: Path) -> Path:
+    """Two methods with three seeds each; one job failed. slm's perplexities are 20 and 26, laco's 30, 31 and 35."""
+    directory = tmp_path / "seeds"
+    results = [("slm", 20.0), ("slm", 26.0), ("slm", None), ("laco", 30.0), ("laco", 31.0), ("laco", 35.0)]
+    study = {"question": "How sure is it?", "metric": "perplexity bundled pruned", "x": "layers", "series": ["method"]}
+    for job, (method, value) in enumerate(results):
+        layers = 24 if method == "slm" else 20
+        result = "loss is nan" if value is None else finished(tmp_path, layers, value, method=method)
+        overrides = [f"method={method}", f"seed={job % 3}", "sweeps=seeds"]
+        config = {"name": "seeds", "seed": job % 3, "study": {**study, "sort_by": None}}
+        write_run(directory / str(job), overrides, result, config=config, choices={"method": method})
+    return directory
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Calls of the drawing functions, by the name of the picture, instead of pictures."""
+    calls: dict[str, dict[str, Any]] = {}
+
+    def record(*arguments: Any, **options: Any) -> list[Path]:
+        *given, path_stem = arguments
+        calls[path_stem.name] = {"arguments": given, **options}
+        return [path_stem]
+
+    for name in ("against", "ranked", "front", "search_traces", "training_curves"):
+        monkeypatch.setattr(curves, name, record)
+    monkeypatch.setattr(per_run, "layer_strips", record)
+    return calls
