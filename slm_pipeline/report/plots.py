@@ -199,6 +199,8 @@ def _note(study: Study, column: str, members: Sequence[Sequence[int]], x: str | 
     if any(len(runs) > 1 for runs in members):
         over = [name for name in study.options if name not in (x, *study.series)]
         words.append(f"points: mean over {', '.join(over) or 'equal runs'}; bars: standard deviation")
+        if any(len(runs) == 1 and column in study.errors[runs[0]] for runs in members):
+            words[-1] += ", one standard error where there is one run"
     elif any(column in study.errors[i] for i in drawn):
         words.append("bars: one standard error")
     missing = [run for i, run in enumerate(study.runs) if i not in drawn]

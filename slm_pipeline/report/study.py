@@ -93,8 +93,9 @@ class Study:
         return f"{self.name}: {jobs}, " + ", ".join(f"{n} {status}" for status, n in counts.items() if n)
 
     def shared(self) -> list[str]:
-        """The overrides that all runs have."""
-        first = self.runs[0].overrides
+        """The overrides that all runs have, but for those that say where things go; the study's own name stays."""
+        aside = set(_ASIDE) - {"sweeps"}
+        first = [item for item in self.runs[0].overrides if _group(item) not in aside]
         return [item for item in first if all(item in run.overrides for run in self.runs)]
 
     def remarks(self) -> list[str]:
@@ -270,9 +271,14 @@ def _differing(runs: Sequence[Run]) -> list[str]:
     names = in_order(name for run in runs for name in run.overridden)
     if any(one != named[0] for one in named):
         names = in_order(["name", *names, *(group for run in runs for group in run.choices)])
-    names = [name for name in names if name.split(".")[0] not in _ASIDE]
+    names = [name for name in names if _group(name) not in _ASIDE]
     values = {name: {run.option(name) for run in runs} - {None} for name in names}
     return [name for name in names if len(values[name]) > 1]
+
+
+def _group(override: str) -> str:
+    """``+hydra.sweep.dir=x`` -> ``hydra``"""
+    return override.lstrip("+~").partition("=")[0].partition(".")[0]
 
 
 def _sorted(runs: list[Run], sort_by: str | None, columns: Iterable[str]) -> list[Run]:

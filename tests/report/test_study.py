@@ -152,3 +152,17 @@ def test_ties_for_the_best_are_all_bold_and_a_score_is_best_when_high(sweep):
     assert "**40.0" not in text
     tied = documents.markdown(read_study(sweep, metric="seconds"))
     assert [row[6] for row in cells(tied)[1:]] == ["**42**", "", "**42**", ""]
+
+
+def test_where_things_go_is_nothing_that_runs_share_or_differ_in(tmp_path):
+    for job in range(2):
+        overrides = [
+            f"seed={job}",
+            "sweeps=seeds",
+            "+output_dir=/a",
+            f"hydra.sweep.dir=/b/{job}",
+            "evaluation.limit=20",
+        ]
+        write_run(tmp_path / "s" / str(job), [*overrides, "tracker=jsonl"], finished(tmp_path, 24, 20.0))
+    study = read_study(tmp_path / "s")
+    assert (study.options, study.shared()) == (["seed"], ["sweeps=seeds", "evaluation.limit=20"])
