@@ -135,7 +135,7 @@ class StudyConfig:
     """What a multirun asks, and how its table and its plot answer; see sweeps/."""
 
     question: str | None = None  # in words, the title of its report
-    metric: str | None = None  # the column that answers it, e.g. "perplexity bundled pruned"; drawn upwards
+    metric: str | None = None  # the column that answers it, e.g. "perplexity bundled pruned"
     x: str | None = None  # what it is drawn against: a column such as layers, or an option such as threshold.value
     series: list[str] = field(default_factory=list)  # options whose values name the curves, e.g. [method]
     sort_by: str | None = None  # a column of the table, best first; null: in the order of the jobs

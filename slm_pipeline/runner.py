@@ -19,11 +19,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from slm_pipeline import gpus, provenance, report, summary
+from slm_pipeline import gpus, provenance, summary
 from slm_pipeline.artifacts import Artifact, check_store, write_json, write_text
 from slm_pipeline.config import TARGETS, to_config
 from slm_pipeline.errors import UserError
 from slm_pipeline.job import Job, prepare
+from slm_pipeline.report.write import write_summary
 from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.calibrate import Calibrate
 from slm_pipeline.stages.evaluate import Evaluate
@@ -145,17 +146,8 @@ def run_job(composed: DictConfig) -> None:
     finally:
         logging.getLogger("slm_pipeline").removeHandler(warnings)
         if multirun and not composed.dry_run:
-            _write_study(Path(hydra.sweep.dir), composed.study.sort_by)
+            write_summary(Path(hydra.sweep.dir))
         _free_memory()
-
-
-def _write_study(directory: Path, sort_by: str | None) -> None:
-    """The table of the study so far; a finished job is not lost to a column that does not exist."""
-    try:
-        report.write_study(directory, sort_by)
-    except UserError as error:
-        log.warning("study.%s; the table is in the order of the jobs", error)
-        report.write_study(directory)
 
 
 def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> dict[str, Any]:

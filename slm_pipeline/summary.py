@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline import provenance, report
+from slm_pipeline import provenance
 from slm_pipeline.artifacts import Artifact, write_json
 from slm_pipeline.config import TARGETS
 from slm_pipeline.evaluation.zero_shot import average
 from slm_pipeline.job import Job
+from slm_pipeline.report.run import flat_metrics, score_table, write_summary_md
 from slm_pipeline.stages.merge import load_plan
 from slm_pipeline.surgery.plan import Plan
 from slm_pipeline.tracking import Tracker
@@ -71,14 +72,14 @@ def write(summary: dict[str, Any], results: Mapping[str, Artifact], run_dir: Pat
     if "merge" in results:
         load_plan(results["merge"]).write(run_dir / "plan.json")
     write_json(run_dir / "summary.json", summary)
-    text = report.write_summary_md(run_dir, summary)
+    text = write_summary_md(run_dir, summary)
     for picture in pictures:
         if picture.suffix == ".png":
             tracker.image(picture.stem, picture)
-    columns, rows = report.score_table(summary)
+    columns, rows = score_table(summary)
     if rows:
         tracker.table("scores", columns, rows)
-    tracker.summary(report.flat_metrics(summary))
+    tracker.summary(flat_metrics(summary))
     print(text)
 
 

@@ -175,6 +175,20 @@ def test_every_sweep_is_jobs_that_pass_all_checks(file, here):
     assert sum(line.startswith("#") for line in outcome.out.splitlines()) == expected
 
 
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda path: path.stem)
+def test_every_sweep_declares_its_axes_its_metric_and_its_plot(file):
+    values = yaml.safe_load(file.read_text())
+    study = values["study"]
+    assert values["name"] == file.stem
+    assert study["question"] == file.read_text().splitlines()[1].removeprefix("# ")
+    target = study["metric"].split()[-1]
+    assert target in values.get("evaluation", {}).get("of", config.TARGETS)
+    swept = set(values["hydra"]["sweeper"]["params"])
+    drawn = {study["x"], *study.get("series", [])}
+    assert drawn <= swept | {"layers", "parameters"}
+    assert set(study) <= {field.name for field in dataclasses.fields(config.StudyConfig)}
+
+
 def test_help_lists_every_option_with_its_first_comment():
     text = run_slm("--help").out
     assert text.strip() == help_page.text().strip()

@@ -1,20 +1,16 @@
-"""Pictures of a run, from plain numbers: each as PNG to look at and as SVG for a paper.
-
-The same input gives the same bytes: no dates, fixed identifiers in the SVG, and none of the user's matplotlib settings.
-"""
+"""Pictures of a run, from plain numbers: each as PNG to look at and as SVG for a paper."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from slm_pipeline.analysis.canvas import WIDTH
+from slm_pipeline.analysis.canvas import new_figure as _figure
+from slm_pipeline.analysis.canvas import save as _save
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; one meaning each, in every picture.
 COLORS = {
@@ -30,16 +26,6 @@ COLORS = {
     "oracle": "#CC79A7",  # reddish purple
     "plan": "#F0E442",  # yellow
 }
-STYLE: dict[Any, Any] = {
-    "font.size": 8.0,
-    "axes.titlesize": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "svg.hashsalt": "slm_pipeline",
-}
-WIDTH = 6.9  # inches, both columns of a paper
-DPI = 200
 
 
 def similarity_map(
@@ -309,33 +295,3 @@ def _merged_runs(layer_groups: Sequence[Sequence[int]]) -> list[list[int]]:
 def _tick_spacing(count: int, most: int) -> int:
     """The smallest round number that leaves at most ``most`` ticks."""
     return next(spacing for spacing in (1, 2, 5, 10, 20, 50, 100, 200, 500) if count <= most * spacing)
-
-
-@contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches in our style, drawn without a display."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure
-
-
-def _save(figure: Figure, path_stem: Path) -> list[Path]:
-    path_stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-        path = path_stem.with_name(f"{path_stem.name}.{kind}")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            figure.savefig(temporary, format=kind, dpi=DPI, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        paths.append(path)
-    return paths

@@ -26,7 +26,7 @@ from slm_pipeline import cli
 from slm_pipeline.commands import bench_recovery
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import PruningProblem
-from slm_pipeline.report import Table
+from slm_pipeline.report.tables import Table
 
 if TYPE_CHECKING:
     from slm_pipeline.job import Job

@@ -10,7 +10,7 @@ from typing import Any
 
 from slm_pipeline.artifacts import Artifact, digest, write_text
 from slm_pipeline.job import Job, ParameterCounts
-from slm_pipeline.report import sublayer_lines
+from slm_pipeline.report.run import sublayer_lines
 from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.calibrate import load_samples, load_statistics
 from slm_pipeline.surgery.mergekit import to_mergekit

@@ -14,7 +14,7 @@ from slm_pipeline.artifacts import Artifact, write_json
 from slm_pipeline.job import Job
 from slm_pipeline.recovery import workers
 from slm_pipeline.recovery.base import RecoveryProblem
-from slm_pipeline.report import sublayer_lines
+from slm_pipeline.report.run import sublayer_lines
 from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.merge import load_plan, load_pruned
 from slm_pipeline.tracking import Tracker

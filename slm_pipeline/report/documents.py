@@ -1,0 +1,84 @@
+"""A study as text: Markdown, LaTeX, CSV, and plain for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slm_pipeline.report.columns import is_score
+from slm_pipeline.report.study import Study
+from slm_pipeline.report.tables import Lines, Table, csv_text, latex_escaped, wrapped
+
+
+def markdown(study: Study) -> str:
+    """Question, remarks, tables, how it was measured."""
+    title = f"# {study.question}\n\n{study.counts()}\n" if study.question else f"# {study.counts()}\n"
+    columns = study.shown_columns()
+    parts = [title, *(f"{line}\n" for line in study.remarks()), study.table(columns).markdown()]
+    if averages := study.averages(study.shown_columns(costs=False)):
+        parts += [f"## {study.averages_title()}\n", averages.markdown()]
+    if measured := study.measured():
+        parts += ["## How it was measured\n", Lines(measured).markdown()]
+    return "\n".join(parts)
+
+
+def text(study: Study) -> str:
+    """The same for the terminal."""
+    columns = study.shown_columns()
+    title = [study.question] if study.question else []
+    remarks = [line.replace("`", "").replace("; the best is bold", "") for line in study.remarks()]
+    parts = ["".join(wrapped(line, "") for line in (*title, study.counts(), *remarks)), study.table(columns).text()]
+    if averages := study.averages(study.shown_columns(costs=False)):
+        parts.append(f"{study.averages_title()}\n{averages.text()}")
+    if measured := study.measured():
+        parts.append(f"How it was measured\n{Lines(measured).text()}")
+    return "\n".join(parts)
+
+
+def latex(study: Study) -> str:
+    """A ``table`` for each table, to be read with ``\\input``; needs the package booktabs."""
+    columns = study.shown_columns(costs=False)
+    unique = len(study.groups(study.options)) == len(study.runs)
+    table = study.table(columns, job=not unique, status=any(run.status != "done" for run in study.runs))
+    caption = study.question or study.counts()
+    parts = ["% Needs \\usepackage{booktabs}\n", _latex_float(study, caption, "", table)]
+    if averages := study.averages(columns):
+        parts.append(_latex_float(study, f"{caption} {study.averages_title()}.", "-averaged", averages))
+    return "\n".join(parts)
+
+
+def _latex_float(study: Study, caption: str, label: str, table: Table) -> str:
+    below = [line for line in study.remarks() if line.startswith("Dense model")] + study.measured()
+    note = "; ".join(latex_escaped(line) for line in below)
+    name = "".join(character if character.isalnum() else "-" for character in study.name)
+    lines = [
+        "\\begin{table}",
+        "\\centering",
+        "\\small",
+        f"\\caption{{{latex_escaped(caption)}}}",
+        f"\\label{{tab:{name}{label}}}",
+        table.latex().rstrip(),
+        *(["", "\\smallskip", f"\\parbox{{\\linewidth}}{{\\footnotesize {note}.}}"] if note else []),
+        "\\end{table}",
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def values(study: Study) -> tuple[list[str], list[list[Any]]]:
+    """Columns and a row for each run, in full precision; None where there is no value."""
+    numbers = study.columns if study.chosen is None else study.shown_columns()
+    scores = {name for name in numbers if is_score(name)}
+    head = ["job", "status", "reason", *study.options]
+    for name in numbers:
+        head += [name, f"{name} stderr"] if name in scores else [name]
+    rows = []
+    for run, found, error in zip(study.runs, study.measures, study.errors, strict=True):
+        row: list[Any] = [run.job, run.status, run.reason or None, *(run.option(name) for name in study.options)]
+        for name in numbers:
+            row += [found.get(name), error.get(name)] if name in scores else [found.get(name)]
+        rows.append([*row, str(run.path)])
+    return [*head, "path"], rows
+
+
+def csv(study: Study) -> str:
+    """`values` for programs."""
+    return csv_text(*values(study))

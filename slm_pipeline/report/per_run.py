@@ -1,0 +1,115 @@
+"""What each run did on its way, over or beside each other: its search, its layers, its training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slm_pipeline.report import curves
+from slm_pipeline.report.curves import Trace, Training
+from slm_pipeline.report.looks import Look
+from slm_pipeline.report.plots import Picture, label_of, series_looks, telling_options
+from slm_pipeline.report.runs import Run
+from slm_pipeline.report.strips import Strip, layer_strips
+from slm_pipeline.report.study import Study, text_of
+
+MOST = 40  # strips or traces in one picture
+
+
+def draw(study: Study, folder: Path) -> list[Picture]:
+    """Every picture for which some run has left something, written into ``folder``."""
+    return [*_searches(study, folder), *_strips(study, folder), *_trainings(study, folder)]
+
+
+def _searches(study: Study, folder: Path) -> Iterator[Picture]:
+    plans = {i: _json(run.path / "plan.json") for i, run in enumerate(study.runs) if run.summary}
+    found = {i: plan["scores"]["steps"] for i, plan in plans.items() if plan and plan["scores"].get("steps")}
+    if not found:
+        return
+    distinct = _distinct(study, found, study.varied)
+    looks = _looks(study, [i for _, i in distinct], telling_options(study))
+    traces = [Trace(label, looks[i], found[i], plans[i].get("threshold")) for label, i in distinct[:MOST]]
+    title = "similarity at each step of the search"
+    note = "; ".join(["filled: accepted, hollow: rejected, dotted: the threshold", *_cut(distinct)])
+    files = curves.search_traces(traces, folder / "search_traces", title=f"{study.name}: {title}", note=note)
+    yield Picture(title, files)
+
+
+def _strips(study: Study, folder: Path) -> Iterator[Picture]:
+    found = {}
+    for i, run in enumerate(study.runs):
+        if run.summary and "layer_groups" in run.summary:
+            lost = run.summary.get("sublayers", {})
+            without = {name: lost.get(name, []) for name in ("attention", "mlp")}
+            depth = run.summary["num_layers"]["dense"]
+            found[i] = (run.summary["layer_groups"], run.summary["dropped"], depth, without)
+    if not found:
+        return
+    distinct = _distinct(study, found, study.varied)
+    strips = [Strip(label, *found[i]) for label, i in distinct[:MOST]]
+    title = "layers kept, merged and dropped"
+    note = "; ".join(_cut(distinct))
+    yield Picture(title, layer_strips(strips, folder / "layer_strips", title=f"{study.name}: {title}", note=note))
+
+
+def _trainings(study: Study, folder: Path) -> Iterator[Picture]:
+    found = {i: rows for i, run in enumerate(study.runs) if (rows := training_rows(run))}
+    if not found:
+        return
+    options = [name for name in study.varied if name != "recovery"]  # each recovery has a panel
+    distinct = _distinct(study, found, options)
+    looks = _looks(study, [i for _, i in distinct], options or ["recovery"])
+    trainings = []
+    for label, i in distinct:
+        recovery = (study.runs[i].summary or {})["recovery"]
+        loss = recovery.get("loss", "nats per answer token")
+        trainings.append(Training(recovery["name"], loss, label, looks[i], found[i]))
+    title = "training and validation loss"
+    note = "thin: training, with markers: validation"
+    files = curves.training_curves(trainings, folder / "training_loss", title=f"{study.name}: {title}", note=note)
+    yield Picture(title, files)
+
+
+def _looks(study: Study, runs: Sequence[int], options: Sequence[str]) -> dict[int, Look]:
+    keys = {i: tuple(text_of(study.runs[i].option(name)) for name in options) for i in runs}
+    looks = series_looks(study, options, list(dict.fromkeys(keys.values())))
+    return {i: looks[key] for i, key in keys.items()}
+
+
+def training_rows(run: Run) -> list[dict[str, float]]:
+    """A recovery's curve, as it is kept with its result or else as it was logged; empty without a recovery."""
+    stage = (run.summary or {}).get("stages", {}).get("recover")
+    if stage is None:
+        return []
+    for path in (Path(stage["path"]) / "curve.json", run.path / "recover" / "curve.json"):
+        if (found := _json(path)) is not None:
+            return list(found)
+    log = run.path / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if row["stage"] == "recover" and "step" in row]
+
+
+def _distinct(study: Study, found: Mapping[int, Any], options: Sequence[str]) -> list[tuple[str, int]]:
+    """A label and the first run for each different content, named by those of the options that it goes with."""
+    alike: dict[str, list[int]] = {}
+    for i, content in found.items():
+        alike.setdefault(json.dumps(content, sort_keys=True), []).append(i)
+    values = [[[text_of(study.runs[i].option(name)) for name in options] for i in runs] for runs in alike.values()]
+    telling = [place for place in range(len(options)) if all(len({row[place] for row in rows}) == 1 for rows in values)]
+    labels = [label_of([*filter(None, (rows[0][place] for place in telling))]) for rows in values]
+    if len(set(labels)) < len(labels) or not all(labels):  # then by all that its runs differ in
+        each = [list(dict.fromkeys(label_of([*filter(None, row)]) for row in rows)) for rows in values]
+        labels = [" | ".join(names if len(names) <= 3 else [*names[:2], f"{len(names) - 2} more"]) for names in each]
+    firsts = [runs[0] for runs in alike.values()]
+    return [(label or f"job {study.runs[first].job}", first) for label, first in zip(labels, firsts, strict=True)]
+
+
+def _cut(distinct: Sequence[Any]) -> list[str]:
+    return [f"the first {MOST} of {len(distinct)}"] if len(distinct) > MOST else []
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -1,0 +1,269 @@
+"""The plots that compare a study's runs, and the numbers in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from slm_pipeline.report import curves
+from slm_pipeline.report.columns import higher_is_better, is_score, parted, shown
+from slm_pipeline.report.curves import Axis, Curve, Point, pareto_front, spans_decades
+from slm_pipeline.report.looks import BLUE, Look, combined, looks_of
+from slm_pipeline.report.runs import Value
+from slm_pipeline.report.study import Study, mean_and_deviation, text_of
+
+_PLAIN = Look(BLUE, "o", "-")
+_LONGEST = 36  # characters of a value in a legend
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot on disk."""
+
+    title: str
+    files: Sequence[Path]  # PNG and SVG
+
+
+def draw(study: Study, folder: Path) -> list[Picture]:
+    """Every plot for which the study has numbers, written into ``folder``."""
+    return [*_metric(study, folder), *_layers(study, folder), *_speed(study, folder)]
+
+
+def _metric(study: Study, folder: Path) -> Iterator[Picture]:
+    if study.metric is None or study.x is None:
+        return
+    title = f"{study.metric} by {study.x}"
+    values = [run.option(study.x) for run in study.runs]
+    if study.x not in study.columns and any(isinstance(value, str) for value in values):
+        if files := _ranked(study, study.metric, study.x, folder / "metric", title):
+            yield Picture(title, files)
+    elif files := _against(study, study.metric, study.x, folder / "metric", title):
+        yield Picture(title, files)
+
+
+def _layers(study: Study, folder: Path) -> Iterator[Picture]:
+    score = _score(study)
+    if score is not None and (score, "layers") != (study.metric, study.x):
+        title = f"{score} by layers"
+        if files := _against(study, score, "layers", folder / "score_by_layers", title):
+            yield Picture(title, files)
+
+
+def _score(study: Study) -> str | None:
+    """The last model's average, else its perplexity."""
+    for start in ("average", "perplexity"):
+        found = [name for name in study.columns if name.startswith(f"{start} ")]
+        if found:
+            return found[-1]
+    return None
+
+
+def _against(study: Study, column: str, x: str, path_stem: Path, title: str) -> list[Path]:
+    found = [*_curves(study, column, x)]
+    before = _before(study, column)
+    if before is not None:
+        found += [Curve(c.label, c.look, c.points, faint=True) for c in _curves(study, before, x)]
+    ys = [point.y for curve in found for point in curve.points]
+    xs = [point.x for curve in found for point in curve.points]
+    if len(set(xs)) < 2:
+        return []  # a single place on the axis says nothing that the table does not
+    reference = _dense(study, column)
+    note = _note(study, column, [runs for row in _places(study, column, x).values() for runs in row.values()], x)
+    log_y = not is_score(column) and spans_decades([*ys, *([reference[1]] if reference else [])])
+    return curves.against(
+        found,
+        path_stem,
+        title=f"{study.name}: {title}",
+        x=Axis(x, log=x in study.options and spans_decades(xs)),
+        y=_axis(column, log=log_y),
+        reference=reference,
+        legend=", ".join(study.series),
+        note="; ".join(filter(None, ["hollow: before the recovery" if before else "", note])),
+    )
+
+
+def _ranked(study: Study, column: str, x: str, path_stem: Path, title: str) -> list[Path]:
+    """A row for each value of an option that is no number, the best on top."""
+    points: dict[tuple[Value, tuple[Value, ...]], Point] = {}
+    averaged = []
+    for (name, *others), members in study.groups([x, *study.series]).items():
+        done = [i for i in members if column in study.measures[i]]
+        if name is not None and done:
+            points[name, tuple(map(text_of, others))] = _point(study, column, 0.0, done)
+            averaged.append(done)
+    if not points:
+        return []
+    best: dict[Value, float] = {}
+    for (name, _), point in points.items():
+        value = -point.y if higher_is_better(column) else point.y
+        best[name] = min(best.get(name, math.inf), value)
+    rows = sorted(best, key=lambda name: best[name])
+    by_series = series_looks(study, study.series, list(dict.fromkeys(key for _, key in points))) if study.series else {}
+    by_name = looks_of(x, rows)
+    merged: dict[tuple[str, Look], list[Point]] = {}
+    for (name, key), point in points.items():
+        label, look = label_of(key), by_series.get(key) or by_name[name]
+        merged.setdefault((label, look), []).append(Point(float(rows.index(name)), point.y, point.error))
+    reference = _dense(study, column)
+    ys = [*(point.y for point in points.values()), *([reference[1]] if reference else [])]
+    return curves.ranked(
+        [label_of([name]) for name in rows],
+        [Curve(label, look, places) for (label, look), places in merged.items()],
+        path_stem,
+        title=f"{study.name}: {title}",
+        x=_axis(column, log=not is_score(column) and spans_decades(ys)),
+        reference=reference,
+        legend=", ".join(study.series),
+        note=_note(study, column, averaged, x),
+    )
+
+
+def _places(study: Study, column: str, x: str) -> dict[tuple[Value, ...], dict[float, list[int]]]:
+    """For each combination of the series' values and each place on the axis, the runs that are there."""
+    found: dict[tuple[Value, ...], dict[float, list[int]]] = {}
+    for i, run in enumerate(study.runs):
+        place = study.measures[i].get(x) if x in study.columns else run.option(x)
+        if column in study.measures[i] and isinstance(place, (int, float)):
+            key = tuple(text_of(run.option(name)) for name in study.series)
+            found.setdefault(key, {}).setdefault(float(place), []).append(i)
+    return found
+
+
+def _curves(study: Study, column: str, x: str) -> list[Curve]:
+    """A curve for each combination of the series' values; runs alike in these and in x are one point, their mean."""
+    groups = _places(study, column, x)
+    return [
+        Curve(
+            label_of(key) or parted(column)[1] or column,
+            look,
+            [_point(study, column, place, members) for place, members in sorted(groups[key].items())],
+        )
+        for key, look in series_looks(study, study.series, list(groups)).items()
+    ]
+
+
+def series_looks(
+    study: Study, options: Sequence[str], keys: Sequence[tuple[Value, ...]]
+) -> dict[tuple[Value, ...], Look]:
+    """A look for each combination of the options' values, in their order.
+
+    The first option decides the colour, the second marker and line.
+    """
+    if not options:
+        return dict.fromkeys(keys, _PLAIN)
+    tables = []
+    for place, option in enumerate(options[:2]):
+        wanted = {key[place] for key in keys}
+        values = {run.option(option) for run in study.runs}
+        named = [value for value in values if value is not None and text_of(value) in wanted]
+        order = sorted(named, key=lambda value: (isinstance(value, str), value))
+        looks = looks_of(option, order)
+        tables.append({text_of(value): looks[value] for value in order})
+    ranks = [list(table) for table in tables]
+    ordered = sorted(keys, key=lambda key: [rank.index(str(text)) for rank, text in zip(ranks, key, strict=False)])
+    if len(tables) == 1:
+        return {key: tables[0][str(key[0])] for key in ordered}
+    return {key: combined(tables[0][str(key[0])], tables[1][str(key[1])]) for key in ordered}
+
+
+def _point(study: Study, column: str, place: float, members: Sequence[int]) -> Point:
+    """The mean and, over several runs, their standard deviation; of one run its standard error."""
+    mean, deviation = mean_and_deviation([study.measures[i][column] for i in members])
+    return Point(place, mean, deviation if len(members) > 1 else study.errors[members[0]].get(column))
+
+
+def _before(study: Study, column: str) -> str | None:
+    """For a number after the recovery, the same number before it."""
+    quantity, target = parted(column)
+    before = f"{quantity} pruned"
+    return before if target == "recovered" and before in study.columns else None
+
+
+def _dense(study: Study, column: str) -> tuple[str, float] | None:
+    name = f"{parted(column)[0]} dense"
+    return (f"dense: {shown(name, study.dense[name])}", study.dense[name]) if name in study.dense else None
+
+
+def _axis(column: str, *, log: bool = False) -> Axis:
+    unit = " in percent" if is_score(column) else ""
+    direction = "higher" if higher_is_better(column) else "lower"
+    return Axis(f"{column}{unit} ({direction} is better)", log)
+
+
+def _note(study: Study, column: str, members: Sequence[Sequence[int]], x: str | None = None) -> str:
+    """Small print: what was averaged, what the error bars are, what is missing; ``members``: the runs of each point."""
+    words = []
+    drawn = [i for i, found in enumerate(study.measures) if column in found]
+    if any(len(runs) > 1 for runs in members):
+        over = [name for name in study.options if name not in (x, *study.series)]
+        words.append(f"points: mean over {', '.join(over) or 'equal runs'}; bars: standard deviation")
+        if any(len(runs) == 1 and column in study.errors[runs[0]] for runs in members):
+            words[-1] += ", one standard error where there is one run"
+    elif any(column in study.errors[i] for i in drawn):
+        words.append("bars: one standard error")
+    missing = [run for i, run in enumerate(study.runs) if i not in drawn]
+    if missing:
+        kinds = {run.status: sum(other.status == run.status for other in missing) for run in missing}
+        said = ", ".join(f"{n} {'done without it' if kind == 'done' else kind}" for kind, n in kinds.items())
+        words.append(f"left out: {len(missing)} of {len(study.runs)} jobs ({said})")
+    return "; ".join(words)
+
+
+def _speed(study: Study, folder: Path) -> Iterator[Picture]:
+    """Score against speed, or against what is left of the parameters where no speed was measured."""
+    score = _score(study)
+    if score is None:
+        return
+    target = parted(score)[1]
+    speed = f"tokens per second {target}"
+    measured = speed in study.columns
+    places: list[float | None] = []
+    for run, found in zip(study.runs, study.measures, strict=True):
+        left = None
+        if not measured and run.summary and "parameters" in run.summary:
+            left = 100 * run.summary["parameters"]["pruned"] / run.summary["parameters"]["dense"]
+        places.append(found.get(speed) if measured else left)
+    drawn = [i for i, place in enumerate(places) if place is not None and score in study.measures[i]]
+    if len({places[i] for i in drawn}) < 2:
+        return
+    options = study.series or telling_options(study)
+    keys = {i: tuple(text_of(study.runs[i].option(name)) for name in options) for i in drawn}
+    looks = series_looks(study, options, list(dict.fromkeys(keys.values())))
+    grouped: dict[tuple[Value, ...], list[Point]] = {}
+    for i in drawn:
+        at = Point(float(places[i] or 0), study.measures[i][score], study.errors[i].get(score))
+        grouped.setdefault(keys[i], []).append(at)
+    sign = (1 if measured else -1, 1 if higher_is_better(score) else -1)
+    goals = [(sign[0] * float(places[i] or 0), sign[1] * study.measures[i][score]) for i in drawn]
+    best = sorted((sign[0] * goals[i][0], sign[1] * goals[i][1]) for i in pareto_front(goals))
+    dense = study.dense.get(f"{parted(score)[0]} dense")
+    dense_place = study.dense.get("tokens per second dense") if measured else 100.0
+    reference = None if dense is None or dense_place is None else ("dense", Point(dense_place, dense))
+    ys = [study.measures[i][score] for i in drawn] + ([dense] if dense is not None else [])
+    title = f"{score} by {speed if measured else 'parameters left'}"
+    label = f"{speed} (higher is better)" if measured else "parameters left in percent (speed was not measured)"
+    files = curves.front(
+        [Curve(label_of(key) or "runs", looks[key], grouped[key]) for key in looks],
+        best,
+        folder / "score_by_speed",
+        title=f"{study.name}: {title}",
+        x=Axis(label),
+        y=_axis(score, log=not is_score(score) and spans_decades(ys)),
+        reference=reference,
+        legend=", ".join(options),
+        note=_note(study, score, []),
+    )
+    yield Picture(title, files)
+
+
+def label_of(values: Sequence[Value]) -> str:
+    """Values for a legend; of a long one, a path say, its end."""
+    texts = [text_of(value) for value in values]
+    return ", ".join(text if len(text) <= _LONGEST else f"...{text[3 - _LONGEST :]}" for text in texts)
+
+
+def telling_options(study: Study) -> list[str]:
+    """The options that tell runs apart in pictures without a given series: at most two, x first."""
+    return [name for name in dict.fromkeys([study.x or "", *study.varied]) if name in study.options][:2]

@@ -1,0 +1,334 @@
+"""Many runs as one study: what they share, where they differ, and their numbers side by side."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from slm_pipeline.errors import UserError
+from slm_pipeline.report.columns import (
+    errors,
+    higher_is_better,
+    is_cost,
+    is_detail,
+    measures,
+    parted,
+    shown,
+)
+from slm_pipeline.report.measurement import measurement, small_limit
+from slm_pipeline.report.runs import STATUSES, Run, Value, read_runs
+from slm_pipeline.report.tables import Table, in_order
+
+# Options that change no number: where things go, and what a study says of itself.
+_ASIDE = ("hydra", "study", "sweeps", "output_dir", "data_dir", "tracker", "dry_run", "keep", "local")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs in the order of their table, and what the table and the plots are to show. See `read_study`."""
+
+    name: str
+    question: str | None
+    runs: Sequence[Run]
+    options: Sequence[str]  # in which the runs differ
+    metric: str | None  # a column
+    x: str | None  # a column or an option
+    series: Sequence[str]  # options
+    sort_by: str | None  # a column or an option
+    chosen: Sequence[str] | None  # the columns to show; None for the usual ones
+    notes: Sequence[str]  # what of the study's wishes could not be met
+
+    @cached_property
+    def measures(self) -> list[dict[str, float]]:
+        """For each run its numbers by column; empty unless it is done."""
+        return [measures(run.summary) if run.summary else {} for run in self.runs]
+
+    @cached_property
+    def errors(self) -> list[dict[str, float]]:
+        """For each run the standard errors of its scores by column."""
+        return [errors(run.summary) if run.summary else {} for run in self.runs]
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """Every number that some run has."""
+        return in_order(name for found in sorted(self.measures, key=len, reverse=True) for name in found)
+
+    @cached_property
+    def dense(self) -> dict[str, float]:
+        """The dense model's numbers that all finished runs share: said once, above the table."""
+        finished = [found for found in self.measures if found]
+        shared = (name for name in self.columns if parted(name)[1] == "dense")
+        return {name: finished[0][name] for name in shared if len({found.get(name) for found in finished}) == 1}
+
+    @property
+    def repeated(self) -> list[str]:
+        """The seeds among the options, unless they are drawn: runs that differ in these alone are averaged."""
+        return [name for name in self.options if name.split(".")[-1] == "seed" and name not in (self.x, *self.series)]
+
+    @property
+    def varied(self) -> list[str]:
+        """The options that are no repetition."""
+        return [name for name in self.options if name not in self.repeated]
+
+    def groups(self, options: Sequence[str]) -> dict[tuple[Value | None, ...], list[int]]:
+        """Values of ``options`` -> the runs that have them, as indices."""
+        found: dict[tuple[Value | None, ...], list[int]] = {}
+        for i, run in enumerate(self.runs):
+            found.setdefault(tuple(run.option(name) for name in options), []).append(i)
+        return found
+
+    def best(self) -> int | None:
+        """The run with the best metric; None if no run has it."""
+        return _best([found.get(self.metric or "") for found in self.measures], self.metric)
+
+    def counts(self) -> str:
+        """``ratio: 4 jobs, 2 done, 1 FAILED``."""
+        counts = {status: sum(run.status == status for run in self.runs) for status in STATUSES}
+        jobs = f"{len(self.runs)} jobs" if len(self.runs) > 1 else "1 job"
+        return f"{self.name}: {jobs}, " + ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+
+    def shared(self) -> list[str]:
+        """The overrides that all runs have, but for those that say where things go; the study's own name stays."""
+        aside = set(_ASIDE) - {"sweeps"}
+        first = [item for item in self.runs[0].overrides if _group(item) not in aside]
+        return [item for item in first if all(item in run.overrides for run in self.runs)]
+
+    def remarks(self) -> list[str]:
+        """What is to be known before reading the table: what all runs share, the order, the metric."""
+        lines = [f"All jobs: `{' '.join(self.shared())}`"] if self.shared() else []
+        if self.dense:
+            dense = (name for name in self.dense if not is_detail(name))
+            lines.append("Dense model: " + ", ".join(f"{parted(n)[0]} {shown(n, self.dense[n])}" for n in dense))
+        if self.metric is not None and len(self.runs) > 1:
+            direction = "higher" if higher_is_better(self.metric) else "lower"
+            lines.append(f"Metric: {self.metric}, {direction} is better; the best is bold")
+        if self.sort_by is not None:
+            lines.append(f"Sorted by {self.sort_by}" + (", best first" if self.sort_by in self.columns else ""))
+        return [*lines, *self.notes]
+
+    def measured(self) -> list[str]:
+        """How the numbers were measured; a line says of which runs unless it holds for all that are done."""
+        said: dict[str, list[str]] = {}
+        finished = [run for run in self.runs if run.summary]
+        for run in finished:
+            for line in measurement(run.summary or {}):
+                said.setdefault(line, []).append(run.job)
+        lines = [line if len(jobs) == len(finished) else f"{_jobs(jobs)}: {line}" for line, jobs in said.items()]
+        return [*lines, *small_limit(run.summary for run in finished if run.summary)]
+
+    def shown_columns(self, *, details: bool = False, costs: bool = True) -> list[str]:
+        """The numbers that a table shows: the chosen ones, else all but what stands above it, details or costs."""
+        if self.chosen is not None:
+            return [name for name in self.chosen if name in self.columns]
+        wanted = (self.metric, self.sort_by)
+        return [
+            name
+            for name in self.columns
+            if name not in self.dense
+            and (name in wanted or ((details or not is_detail(name)) and (costs or not is_cost(name))))
+        ]
+
+    def table(self, columns: Sequence[str], *, job: bool = True, status: bool = True) -> Table:
+        """A row for each run: its folder, the options in which runs differ, the numbers, its state."""
+        head = [*(["job"] if job else []), *self.options]
+        rows = []
+        for run, found, error in zip(self.runs, self.measures, self.errors, strict=True):
+            row = [*([run.job] if job else []), *(text_of(run.option(name)) for name in self.options)]
+            row += [shown(name, found[name], error.get(name)) if name in found else "" for name in columns]
+            rows.append([*row, *([run.state] if status else [])])
+        values = [found.get(self.metric or "") for found in self.measures]
+        return Table([*head, *columns, *(["status"] if status else [])], rows, self._bold(columns, len(head), values))
+
+    def averages(self, columns: Sequence[str]) -> Table:
+        """Mean and standard deviation over the runs that differ in seeds alone; empty unless there are such."""
+        if not self.repeated:
+            return Table([], [])
+        groups = self.groups(self.varied)
+
+        def mean(members: Sequence[int], column: str | None) -> float | None:
+            numbers = [self.measures[i][column] for i in members if column in self.measures[i]] if column else []
+            return statistics.fmean(numbers) if numbers else None
+
+        def rank(values: tuple[Value | None, ...]) -> tuple[bool, float]:
+            value = mean(groups[values], self.sort_by)
+            return value is None, (value or 0.0) * (-1 if higher_is_better(self.sort_by or "") else 1)
+
+        order = sorted(groups, key=rank)
+        rows = []
+        for values in order:
+            members = groups[values]
+            row = [*map(text_of, values), f"{sum(bool(self.measures[i]) for i in members)} of {len(members)}"]
+            for name in columns:
+                numbers = [self.measures[i][name] for i in members if name in self.measures[i]]
+                row.append(_shown_mean(name, numbers) if numbers else "")
+            rows.append(row)
+        head = [*self.varied, "runs done"]
+        means = [mean(groups[values], self.metric) for values in order]
+        return Table([*head, *columns], rows, self._bold(columns, len(head), means))
+
+    def averages_title(self) -> str:
+        """What `averages` shows, in words."""
+        return f"Averaged over {' and '.join(self.repeated)}: mean +- standard deviation of the runs that are done"
+
+    def _bold(self, columns: Sequence[str], offset: int, values: Sequence[float | None]) -> frozenset[tuple[int, int]]:
+        best = _best(values, self.metric)
+        if best is None or self.metric is None or self.metric not in columns or len(values) < 2:
+            return frozenset()
+        column = offset + list(columns).index(self.metric)
+        return frozenset((row, column) for row, value in enumerate(values) if value == values[best])
+
+
+def read_study(
+    *directories: Path,
+    metric: str | None = None,
+    x: str | None = None,
+    series: Sequence[str] | None = None,
+    sort_by: str | None = None,
+    columns: Sequence[str] | None = None,
+) -> Study:
+    """The runs below the folders as one study.
+
+    What is not given is what the runs' configuration says under ``study``, as far as they agree; else the metric is
+    the last model's perplexity or average, drawn against layers, with a curve for each model, method and recovery.
+
+    Args:
+        directories: sweep folders, folders of runs, or trees of them.
+        metric: the column that answers the study's question.
+        x: a column or an option, what the metric is drawn against.
+        series: options whose values name the curves.
+        sort_by: a column or an option. The best run first, by an option in its order; runs without a value last.
+        columns: the numbers to show; None for all that a table has room for.
+
+    Raises:
+        UserError: no such folder, no runs in it, or no such column or option. One that the configuration names is a
+            note instead, and while no run is done every column may still come.
+    """
+    runs = read_runs(*directories)
+    options = _differing(runs)
+    declared = _declared(runs)
+    found = in_order(name for run in runs if run.summary for name in measures(run.summary))
+    notes: list[str] = []
+
+    def column(key: str, given: str | None, or_option: bool = False) -> str | None:
+        wanted = given or declared.get(key)
+        if wanted is None or not found and not given:
+            return None
+        if wanted in found or (or_option and any(run.option(wanted) is not None for run in runs)):
+            return str(wanted)
+        message = f"{key}={wanted!r} is not a column of this table; columns: {', '.join([*found, *options])}"
+        if given and found:
+            raise UserError(message)
+        notes.append(message if given is None else f"{key}={wanted!r}: no run is done yet")
+        return None
+
+    for name in columns or ():
+        column("columns", name)
+    given_series = series is not None
+    if series is None:
+        usual = [name for name in ("model", "method", "recovery") if name in options and name != x]
+        series = list(declared.get("series") or ([] if declared.get("metric") else usual))
+    if unknown := [name for name in series if all(run.option(name) is None for run in runs)]:
+        message = f"series={unknown[0]!r} is not an option of these runs; they differ in: {', '.join(options)}"
+        if given_series:
+            raise UserError(message)
+        notes.append(message)
+        series = [name for name in series if name not in unknown]
+    chosen_sort = column("sort_by", sort_by, or_option=True)
+    names = in_order(str(run.config["name"]) for run in runs if run.config.get("name"))
+    return Study(
+        name=", ".join(names) or ", ".join(directory.resolve().name for directory in directories),
+        question=declared.get("question"),
+        runs=_sorted(runs, chosen_sort, found),
+        options=options,
+        metric=column("metric", metric) or _usual_metric(found),
+        x=column("x", x, or_option=True) or ("layers" if "layers" in found else None),
+        series=series,
+        sort_by=chosen_sort,
+        chosen=columns,
+        notes=notes,
+    )
+
+
+def _declared(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the runs' configurations say under ``study``: each key on which all that have one agree."""
+    said = [run.config["study"] for run in runs if run.config.get("study")]
+    keys = ("question", "metric", "x", "series", "sort_by")
+    return {key: said[0].get(key) for key in keys if said and all(one.get(key) == said[0].get(key) for one in said)}
+
+
+def _differing(runs: Sequence[Run]) -> list[str]:
+    """The options that differ between runs, those of the command lines first.
+
+    Runs whose command lines name the same options differ in these alone; else also in the options of groups that a
+    study's file may have chosen. Where a command line is silent, the configuration says what held.
+    """
+    named = [set(run.overridden) for run in runs]
+    names = in_order(name for run in runs for name in run.overridden)
+    if any(one != named[0] for one in named):
+        names = in_order(["name", *names, *(group for run in runs for group in run.choices)])
+    names = [name for name in names if _group(name) not in _ASIDE]
+    values = {name: {run.option(name) for run in runs} - {None} for name in names}
+    return [name for name in names if len(values[name]) > 1]
+
+
+def _group(override: str) -> str:
+    """``+hydra.sweep.dir=x`` -> ``hydra``"""
+    return override.lstrip("+~").partition("=")[0].partition(".")[0]
+
+
+def _sorted(runs: list[Run], sort_by: str | None, columns: Iterable[str]) -> list[Run]:
+    if sort_by is None:
+        return runs
+    sign = -1 if higher_is_better(sort_by) else 1
+
+    def key(run: Run) -> tuple[Any, ...]:
+        if sort_by in columns:
+            value = measures(run.summary).get(sort_by) if run.summary else None
+            return (value is None, sign * (value or 0))
+        option = run.option(sort_by)
+        return (option is None, isinstance(option, str), option or 0)
+
+    return sorted(runs, key=key)
+
+
+def _usual_metric(columns: Sequence[str]) -> str | None:
+    """The last model's perplexity, else its average, else none."""
+    for start in ("perplexity", "average"):
+        found = [name for name in columns if name.startswith(f"{start} ")]
+        if found:
+            return found[-1]
+    return None
+
+
+def _best(values: Sequence[float | None], column: str | None) -> int | None:
+    known = [(value, i) for i, value in enumerate(values) if value is not None and math.isfinite(value)]
+    if not known or column is None:
+        return None
+    chosen = max(known, key=lambda pair: (pair[0], -pair[1])) if higher_is_better(column) else min(known)
+    return chosen[1]
+
+
+def mean_and_deviation(numbers: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; the latter None of a single number."""
+    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None
+
+
+def _shown_mean(column: str, numbers: Sequence[float]) -> str:
+    mean, deviation = mean_and_deviation(numbers)
+    counted = column in ("layers", "parameters", "tokens")
+    return shown(column, mean, None if counted and not deviation else deviation)
+
+
+def text_of(value: Value | None) -> str:
+    """An option's value for a table."""
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _jobs(jobs: Sequence[str]) -> str:
+    shown_jobs = ", ".join(jobs) if len(jobs) <= 8 else f"{', '.join(jobs[:6])} and {len(jobs) - 6} more"
+    return f"job {shown_jobs}" if len(jobs) == 1 else f"jobs {shown_jobs}"

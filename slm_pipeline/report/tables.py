@@ -1,0 +1,147 @@
+"""Tables and lists of text, as people read them on a terminal, in Markdown and in a paper; CSV for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+WIDTH = 100  # columns of the text for the terminal
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text. A column of numbers is set flush right.
+
+    ``bold`` holds the (row, column) of the cells to be marked in Markdown and LaTeX.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    bold: frozenset[tuple[int, int]] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+    def markdown(self) -> str:
+        """A pipe table, aligned in its source too."""
+        escaped = [[cell.replace("|", "\\|") for cell in row] for row in (self.columns, *self.rows)]
+        for row, column in self.bold:
+            escaped[row + 1][column] = f"**{escaped[row + 1][column]}**"
+        widths = self._widths(escaped)
+        right = self._flush_right()
+        rule = ["-" * (width - 1) + ":" if flush else "-" * width for width, flush in zip(widths, right, strict=True)]
+        return "".join(f"| {' | '.join(_pad(row, widths, right))} |\n" for row in (escaped[0], rule, *escaped[1:]))
+
+    def text(self) -> str:
+        """Aligned columns; those that do not fit in `WIDTH` follow below, the first column repeated."""
+        cells = [list(row) for row in (self.columns, *self.rows)]
+        widths, right = self._widths(cells), self._flush_right()
+        blocks: list[list[int]] = [[0]]
+        for column in range(1, len(widths)):
+            if len(blocks[-1]) > 1 and sum(widths[i] + 2 for i in [*blocks[-1], column]) > WIDTH:
+                blocks.append([0])
+            blocks[-1].append(column)
+        lines = []
+        for block in blocks:
+            for row in cells:
+                padded = _pad([row[i] for i in block], [widths[i] for i in block], [right[i] for i in block])
+                lines.append("  " + "  ".join(padded).rstrip())
+        return "".join(f"{line}\n" for line in lines if line.strip())
+
+    def latex(self) -> str:
+        """A ``tabular`` with booktabs' rules; "+-" becomes a plus-minus sign."""
+        rows = [[latex_escaped(cell) for cell in row] for row in self.rows]
+        for row, column in self.bold:
+            rows[row][column] = f"\\textbf{{{rows[row][column]}}}"
+        alignment = "".join("r" if flush else "l" for flush in self._flush_right())
+        lines = [
+            f"\\begin{{tabular}}{{{alignment}}}",
+            "\\toprule",
+            " & ".join(map(latex_escaped, self.columns)) + " \\\\",
+            "\\midrule",
+            *(" & ".join(row) + " \\\\" for row in rows),
+            "\\bottomrule",
+            "\\end{tabular}",
+        ]
+        return "".join(f"{line}\n" for line in lines)
+
+    @staticmethod
+    def _widths(cells: Sequence[Sequence[str]]) -> list[int]:
+        return [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+
+    def _flush_right(self) -> list[bool]:
+        if not self.rows:
+            return [False for _ in self.columns]
+        return [all(cell[0] in "+-0123456789" for cell in column if cell) for column in zip(*self.rows, strict=True)]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Some lines, each a fact of its own."""
+
+    lines: Sequence[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.lines)
+
+    def markdown(self) -> str:
+        return "".join(f"- {line}\n" for line in self.lines)
+
+    def text(self) -> str:
+        return "".join(wrapped(line, "  ") for line in self.lines)
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Values in full precision, an empty cell for None, lines that end in a newline alone."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+_LATEX = {
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "<": "\\textless{}",
+    ">": "\\textgreater{}",
+    "|": "\\textbar{}",
+    '"': "''",
+    "[": "{[}",  # after the end of a row, [ and * would be read as arguments of \\
+    "]": "{]}",
+    "*": "{*}",
+    "\n": " ",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+
+
+def latex_escaped(text: str) -> str:
+    """Plain text for LaTeX; "+-" becomes a plus-minus sign."""
+    return "$\\pm$".join("".join(_LATEX.get(character, character) for character in part) for part in text.split("+-"))
+
+
+def wrapped(line: str, indent: str) -> str:
+    """The line in lines of at most `WIDTH` columns, save for words that are longer; further ones are set in."""
+    lines = textwrap.wrap(
+        line,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "".join(f"{part}\n" for part in lines)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Each name once, in the order of first appearance."""
+    return list(dict.fromkeys(names))
+
+
+def _pad(row: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> list[str]:
+    return [c.rjust(width) if flush else c.ljust(width) for c, width, flush in zip(row, widths, right, strict=True)]

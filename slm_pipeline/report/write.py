@@ -1,0 +1,69 @@
+"""The report of a study on disk: tables, plots, and one page with all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slm_pipeline.artifacts import write_text
+from slm_pipeline.report import documents
+from slm_pipeline.report.study import Study, read_study
+
+FORMATS = ("md", "csv", "latex", "html")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A study's numbers, and the files that were made of them."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]  # for each run its values, None where there is none
+    files: Sequence[Path]  # the pictures too
+
+    @property
+    def pictures(self) -> list[Path]:
+        """The PNGs."""
+        return [path for path in self.files if path.suffix == ".png"]
+
+
+def write_summary(directory: Path) -> str:
+    """Write ``<directory>/summary.md``, the table of all jobs of a sweep so far, and return it. Draws nothing.
+
+    Raises:
+        UserError: there is no run.
+    """
+    text = documents.markdown(read_study(directory))
+    write_text(directory / "summary.md", text)
+    return text
+
+
+def write_study(directory: Path) -> Written:
+    """Write the whole report of a sweep into its folder, as its configuration wants it."""
+    return write_report(read_study(directory), directory)
+
+
+def write_report(study: Study, out: Path, formats: Sequence[str] = FORMATS) -> Written:
+    """Write summary.md, summary.csv, summary.tex and report.html into ``out``, and the plots into ``out``/plots.
+
+    Args:
+        formats: of `FORMATS`; the plots come with html.
+    """
+    columns, rows = documents.values(study)
+    texts = {
+        "md": ("summary.md", documents.markdown),
+        "csv": ("summary.csv", documents.csv),
+        "latex": ("summary.tex", documents.latex),
+    }
+    files = []
+    for name, function in (texts[kind] for kind in FORMATS if kind in formats and kind in texts):
+        write_text(out / name, function(study))
+        files.append(out / name)
+    if "html" in formats:
+        from slm_pipeline.report import page, per_run, plots
+
+        pictures = [*plots.draw(study, out / "plots"), *per_run.draw(study, out / "plots")]
+        write_text(out / "report.html", page.html(study, pictures))
+        files += [out / "report.html", *(path for picture in pictures for path in picture.files)]
+    return Written(columns, rows, files)

@@ -1,0 +1,96 @@
+"""Which plots compare the runs of a study, and what numbers they show."""
+
+from __future__ import annotations
+
+import pytest
+from studies import finished, perplexity, write_run
+
+from slm_pipeline.report import curves, plots
+from slm_pipeline.report.looks import METHODS
+from slm_pipeline.report.study import read_study
+
+
+def points(curve: curves.Curve) -> list[tuple[float, float, float | None]]:
+    return [(point.x, round(point.y, 4), point.error and round(point.error, 4)) for point in curve.points]
+
+
+def test_seeds_are_one_point_with_their_deviation_and_failures_are_said(seeds, drawn, tmp_path):
+    plots.draw(read_study(seeds), tmp_path)
+    found, note = drawn["metric"]["arguments"][0], drawn["metric"]["note"]
+    assert [curve.label for curve in found] == ["laco", "slm"]
+    assert points(found[0]) == [(20.0, 32.0, 2.6458)]
+    assert points(found[1]) == [(24.0, 23.0, 4.2426)]
+    assert (found[0].look, found[1].look) == (METHODS["laco"], METHODS["slm"])
+    assert drawn["metric"]["reference"] == ("dense: 15.23", 15.234)
+    assert note == "points: mean over seed; bars: standard deviation; left out: 1 of 6 jobs (1 FAILED)"
+    assert drawn["score_by_layers"]["y"].label == "average pruned in percent (higher is better)"
+
+
+def test_a_single_run_has_its_standard_error(sweep, drawn, tmp_path):
+    plots.draw(read_study(sweep, metric="boolq pruned", x="layers"), tmp_path)
+    (curve,) = drawn["metric"]["arguments"][0]
+    assert points(curve) == [(24.0, 40.0, 4.0), (27.0, 50.0, 4.0)]
+    assert drawn["metric"]["note"] == "bars: one standard error; left out: 2 of 4 jobs (1 FAILED, 1 unfinished)"
+
+
+def test_an_option_that_is_no_number_is_a_ranking(tmp_path, drawn):
+    for job, (method, value) in enumerate([("slm", 500.0), ("laco", 20.0), ("mka", 30.0)]):
+        write_run(tmp_path / "m" / str(job), [f"method={method}"], finished(tmp_path, 24, value))
+    plots.draw(read_study(tmp_path / "m", x="method"), tmp_path)
+    rows, found = drawn["metric"]["arguments"]
+    assert rows == ["laco", "mka", "slm"]
+    assert {curve.look: points(curve) for curve in found} == {
+        METHODS["slm"]: [(2.0, 500.0, None)],
+        METHODS["laco"]: [(0.0, 20.0, None)],
+        METHODS["mka"]: [(1.0, 30.0, None)],
+    }
+    assert drawn["metric"]["x"].log
+    assert "score_by_layers" not in drawn  # all have 24
+
+
+def test_before_the_recovery_is_drawn_beside_after_it(tmp_path, drawn):
+    for job, layers in enumerate((20, 24)):
+        result = finished(tmp_path, layers, 100.0 * (job + 1))
+        result["metrics"]["recovered"] = {"perplexity": {"bundled": perplexity(30.0 + job)}}
+        write_run(tmp_path / "r" / str(job), [f"pruning_ratio=r{job}"], result)
+    plots.draw(read_study(tmp_path / "r"), tmp_path)
+    after, before = drawn["metric"]["arguments"][0]
+    assert (points(after), after.faint) == ([(20.0, 30.0, None), (24.0, 31.0, None)], False)
+    assert (points(before), before.faint) == ([(20.0, 100.0, None), (24.0, 200.0, None)], True)
+    assert drawn["metric"]["y"].log
+    assert drawn["metric"]["note"].startswith("hollow: before the recovery")
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_speed_is_measured_or_the_parameters_left(measured, tmp_path, drawn):
+    for job, (speed, score) in enumerate([(50.0, 60.0), (60.0, 55.0), (45.0, 40.0)]):
+        result = finished(tmp_path, 24 - job, 20.0, score, score)
+        result["parameters"] = {"dense": 200, "pruned": 160 - 20 * job}
+        settings = {
+            "device": "cpu",
+            "dtype": "float32",
+            "batch_size": 1,
+            "output_len": 8,
+            "num_runs": 3,
+            "num_warmup": 1,
+        }
+        if measured:
+            result["efficiency"] = {
+                "dense": {"tokens_per_second": 40.0, **settings},
+                "pruned": {"tokens_per_second": speed, **settings},
+            }
+        write_run(tmp_path / "s" / str(job), [f"pruning_ratio=r{job}"], result)
+    plots.draw(read_study(tmp_path / "s"), tmp_path)
+    found, best = drawn["score_by_speed"]["arguments"]
+    reference = drawn["score_by_speed"]["reference"][1]
+    label = drawn["score_by_speed"]["x"].label
+    if measured:
+        assert [points(curve)[0][:2] for curve in found] == [(50.0, 60.0), (60.0, 55.0), (45.0, 40.0)]
+        assert best == [(50.0, 60.0), (60.0, 55.0)]
+        assert (reference.x, reference.y) == (40.0, 65.0)
+        assert label == "tokens per second pruned (higher is better)"
+    else:
+        assert [points(curve)[0][:2] for curve in found] == [(80.0, 60.0), (70.0, 55.0), (60.0, 40.0)]
+        assert best == [(60.0, 40.0), (70.0, 55.0), (80.0, 60.0)]  # fewer is better, so all three
+        assert (reference.x, reference.y) == (100.0, 65.0)
+        assert label == "parameters left in percent (speed was not measured)"

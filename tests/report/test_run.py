@@ -1,0 +1,133 @@
+"""summary.md and the terminal text of one run, from a summary small enough to check by hand."""
+
+from __future__ import annotations
+
+from studies import perplexity, task
+
+from slm_pipeline.report.run import flat_metrics, score_table, write_summary_md
+from slm_pipeline.report.tables import WIDTH
+
+
+def test_text_holds_the_run_in_lines_that_fit_a_terminal(tmp_path, summary, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "wandb" / "offline-run-1").mkdir(parents=True)
+    (tmp_path / "run" / "plan.json").write_text("{}")
+    text = write_summary_md(tmp_path / "run", summary)
+    assert text.splitlines()[:12] == [
+        "first: smollm2_135m, slm, threshold 0.81, seed 7",
+        "layers 30 -> 24 (-20.0%), parameters 134.5M -> 113.3M (-15.8%)",
+        "",
+        "Results (scores in percent, perplexity: lower is better)",
+        "  model    boolq   piqa  average  perplexity bundled",
+        "  dense     60.0   70.0     65.0               15.23",
+        "          +-11.2  +-6.0    +-6.4",
+        "  pruned                                    1.23e+05",
+        "",
+        "How it was measured",
+        "  dense: zero-shot: lm-eval 0.4.13, the first 20 examples of each task, batch size 16",
+        "  perplexity bundled: 8184 tokens scored, windows of 1024 tokens, not overlapping, no BOS",
+    ]
+    assert "0-19 {20-23} 24-25 29" in text
+    assert "dropped: 26, 27, 28" in text
+    assert "  merge              30.0  no         2.25  m\n" in text
+    assert "  calibrate           3.2  yes        1.50  c\n" in text
+    assert "checkpoint: m/model\n" in text
+    assert "plan: run/plan.json\n" in text
+    assert "pictures: layers.png, layers.svg\n" in text
+    assert "wandb sync run/wandb/offline-run-1\n" in text
+    assert summary["warnings"][0] in text
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert text.isascii()
+
+
+def test_markdown_has_the_same_and_the_details(tmp_path, summary):
+    write_summary_md(tmp_path, summary)
+    markdown = (tmp_path / "summary.md").read_text()
+    assert markdown.startswith("# first: smollm2_135m, slm, threshold 0.81, seed 7\n\nlayers 30 -> 24 (-20.0%)")
+    assert "| dense  |   60.0 |  70.0 |    65.0 |              15.23 |\n" in markdown
+    assert "| dense | boolq | 60.00 |  11.20 | acc    |       20 |\n" in markdown
+    assert f"```bash\n{summary['command']}\n```\n" in markdown
+    assert f"- checkpoint: {tmp_path}/m/model\n" in markdown
+
+
+def test_small_limits_are_called_out_and_whole_tasks_are_not(tmp_path, summary):
+    warning = "20 examples a task: +-11 points (one standard error) on a score; use evaluation=zero_shot"
+    assert warning in write_summary_md(tmp_path, summary)
+    summary["details"]["evaluate_dense"]["zero_shot"] = {"boolq": task(60.0, 0.9, limit=None)}
+    text = write_summary_md(tmp_path, summary)
+    assert "use evaluation=zero_shot" not in text
+    assert "dense: zero-shot: lm-eval 0.4.13, all examples, batch size 16" in text
+
+
+def test_settings_that_differ_are_said_for_each_model(tmp_path, summary):
+    summary["metrics"]["pruned"]["perplexity"]["bundled"] = perplexity(20.0, stride=512, bos=True, split="test")
+    text = write_summary_md(tmp_path, summary)
+    assert "dense: perplexity bundled: 8184 tokens scored, windows of 1024 tokens, not overlapping, no BOS" in text
+    scored = "windows of 1024 tokens, the last 512 tokens of each scored, BOS before each"
+    assert f"pruned: perplexity bundled (test): 8184 tokens scored, {scored}" in " ".join(text.split())
+
+
+def test_what_was_not_run_is_absent(tmp_path, summary):
+    for key in ("metrics", "details", "threshold", "num_layers", "parameters", "layer_groups", "dropped", "checkpoint"):
+        del summary[key]
+    text = write_summary_md(tmp_path, {**summary, "warnings": [], "pictures": []})
+    assert text.startswith("first: smollm2_135m, slm, seed 7\nnothing merged in this run\n\nStages\n")
+    for word in ("Results", "measured", "Layers", "Recovery", "Warnings", "checkpoint", "picture", "W&B", "Efficiency"):
+        assert word not in text
+        assert word not in (tmp_path / "summary.md").read_text()
+
+
+def test_a_threshold_that_may_not_be_the_highest_is_called_that(tmp_path, summary):
+    hint = "threshold 0.81 reaches the pruning ratio, but a higher one may too"
+    assert hint in write_summary_md(tmp_path, {**summary, "threshold_is_highest": False})
+    assert hint not in write_summary_md(tmp_path, {**summary, "threshold_is_highest": True})
+
+
+def test_recovery_lists_its_numbers(tmp_path, summary):
+    summary["recovery"] = {"name": "lora", "options": {}, "num_tokens": 123456, "eval_loss": 2.34567}
+    assert "Recovery\n  lora: num tokens 123456, eval loss 2.346\n" in write_summary_md(tmp_path, summary)
+
+
+def test_unknown_standard_errors_are_left_out(tmp_path, summary):
+    summary["details"]["evaluate_dense"]["zero_shot"]["piqa"]["stderr"] = None
+    lines = write_summary_md(tmp_path, summary).splitlines()
+    assert lines[lines.index("  dense     60.0  70.0     65.0               15.23") + 1] == "          +-11.2"
+    assert "| dense | piqa  | 70.00 |        | acc    |       20 |" in (tmp_path / "summary.md").read_text()
+
+
+def test_numbers_for_a_server_to_compare(summary):
+    columns, rows = score_table(summary)
+    assert columns == ["model", "task", "score", "stderr", "metric", "examples"]
+    assert rows == [["dense", "boolq", 60.0, 11.2, "acc", 20], ["dense", "piqa", 70.0, 6.0, "acc", 20]]
+    assert flat_metrics(summary) == {
+        "num_layers": 24,
+        "parameters": 113276160,
+        "dense/boolq": 60.0,
+        "dense/piqa": 70.0,
+        "dense/average": 65.0,
+        "dense/perplexity/bundled": 15.234,
+        "pruned/perplexity/bundled": 123456.0,
+    }
+
+
+def test_efficiency_has_a_row_for_each_model(tmp_path, summary):
+    settings = {
+        "device": "cpu",
+        "dtype": "float32",
+        "batch_size": 1,
+        "output_len": 128,
+        "num_runs": 30,
+        "num_warmup": 10,
+    }
+    speeds = {"dense": (3.2, 40.0), "pruned": (2.5, 51.25)}
+    summary["efficiency"] = {
+        target: {"latency_seconds": s, "tokens_per_second": n, "weights_gb": 0.538, "peak_memory_gb": None, **settings}
+        for target, (s, n) in speeds.items()
+    }
+    text = write_summary_md(tmp_path, summary)
+    assert (
+        "  model   latency in s  tokens per s  weights in GB  peak memory in GB\n"
+        "  dense            3.2            40          0.538\n"
+        "  pruned           2.5         51.25          0.538\n"
+    ) in text
+    assert "efficiency: cpu, float32, batch size 1, 128 new tokens, mean of 20 runs after 10 to warm up\n" in text

@@ -1,0 +1,72 @@
+"""Runs as they lie on disk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from studies import finished, write_run
+
+from slm_pipeline.errors import UserError
+from slm_pipeline.report.runs import read_runs
+
+
+def test_every_job_is_found_in_order(sweep):
+    runs = read_runs(sweep)
+    assert [(run.job, run.status) for run in runs] == [
+        ("0", "done"),
+        ("1", "FAILED"),
+        ("2", "done"),
+        ("10", "unfinished"),
+    ]
+    assert runs[1].state == "FAILED: ratio=2 must be below 1"
+    assert runs[2].overrides == ["model=tiny", "pruning_ratio=r2"]
+    assert runs[2].summary["num_layers"]["pruned"] == 24
+    assert [run.job for run in read_runs(sweep / "2")] == ["2"]
+
+
+def test_a_folder_without_runs_is_an_error(sweep, tmp_path):
+    with pytest.raises(UserError, match="is not a directory of runs"):
+        read_runs(sweep / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no runs in .*empty"):
+        read_runs(sweep, tmp_path / "empty")
+
+
+def test_jobs_that_have_no_folder_yet_are_queued(sweep):
+    jobs = [[f"pruning_ratio=r{i}"] for i in range(5)]
+    (sweep / "3").mkdir()  # made, but nothing in it yet
+    (sweep / "study.json").write_text(json.dumps({"format": 1, "command": "slm -m", "jobs": jobs}))
+    runs = read_runs(sweep)
+    assert [(run.job, run.status) for run in runs[2:]] == [
+        ("2", "done"),
+        ("3", "queued"),
+        ("4", "queued"),
+        ("10", "unfinished"),
+    ]
+    assert runs[3].option("pruning_ratio") == "r3"
+    (sweep / "study.json").write_text(json.dumps({"format": 1, "command": "slm -m", "jobs": None}))
+    assert len(read_runs(sweep)) == 4
+
+
+def test_runs_of_several_folders_are_named_from_what_these_have_in_common(sweep, seeds, tmp_path):
+    jobs = [run.job for run in read_runs(seeds, sweep)]
+    assert jobs[:2] == ["seeds/0", "seeds/1"]
+    assert jobs[-4:] == ["ratio/0", "ratio/1", "ratio/2", "ratio/10"]
+    assert len(read_runs(tmp_path, seeds)) == 10  # a run is there once, however often it is asked for
+
+
+def test_an_option_is_overridden_chosen_or_configured(tmp_path):
+    config = {"seed": 3, "recovery": {"learning_rate": 1e-4, "lora": {"r": 8}}, "data_dir": None, "stages": ["merge"]}
+    overrides = ["method=slm", "++recovery.learning_rate=2e-3", "model.path=null", "note=a=b"]
+    choices = {"method": "laco", "recovery": "lora", "experiment": None, "hydra/launcher": "basic"}
+    write_run(tmp_path / "run", overrides, finished(tmp_path, 24, 20.0), config=config, choices=choices)
+    (run,) = read_runs(tmp_path / "run")
+    assert (run.option("method"), run.option("recovery"), run.option("recovery.learning_rate")) == (
+        "slm",
+        "lora",
+        0.002,
+    )
+    assert (run.option("seed"), run.option("recovery.lora.r"), run.option("stages")) == (3, 8, "[merge]")
+    assert (run.option("model.path"), run.option("data_dir"), run.option("note")) == ("", "", "a=b")
+    assert (run.option("recovery.lora"), run.option("absent.key"), run.option("experiment")) == (None, None, None)

@@ -1,0 +1,168 @@
+"""Many runs side by side: what they share, where they differ, what is best and what is averaged."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from studies import finished, write_run
+
+from slm_pipeline.errors import UserError
+from slm_pipeline.report import documents
+from slm_pipeline.report.study import mean_and_deviation, read_study
+
+
+def cells(markdown: str, number: int = 0) -> list[list[str]]:
+    """The rows of the number-th table."""
+    blocks = [block for block in markdown.split("\n\n") if block.startswith("|")]
+    rows = blocks[number].splitlines()
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in [rows[0], *rows[2:]]]
+
+
+def test_a_study_has_a_row_for_each_job_and_says_shared_things_once(sweep):
+    text = documents.markdown(read_study(sweep))
+    assert text.startswith("# ratio: 4 jobs, 2 done, 1 FAILED, 1 unfinished\n")
+    assert "All jobs: `model=tiny`\n" in text
+    assert "Dense model: perplexity bundled 15.23, average 65.0\n" in text
+    assert "Metric: perplexity bundled pruned, lower is better; the best is bold\n" in text
+    numbers = ["layers", "parameters", "perplexity bundled pruned", "average pruned", "seconds"]
+    assert cells(text) == [
+        ["job", "pruning_ratio", *numbers, "status"],
+        ["0", "r0", "27", "100.0M", "30.50", "55.0 +-2.5", "42", "done"],
+        ["1", "r1", "", "", "", "", "", "FAILED: ratio=2 must be below 1"],
+        ["2", "r2", "24", "100.0M", "**20.25**", "45.0 +-2.5", "42", "done"],
+        ["10", "r10", "", "", "", "", "", "unfinished"],
+    ]
+    assert "- zero-shot: lm-eval 0.4.13, the first 20 examples of each task, batch size 16\n" in text
+    assert text.count("20 examples a task: +-11 points") == 1
+
+
+def test_the_best_stands_first_and_the_failed_last(sweep):
+    def order(column: str) -> list[str]:
+        return [run.job for run in read_study(sweep, sort_by=column).runs]
+
+    assert order("average pruned") == ["0", "2", "1", "10"]
+    assert order("layers") == ["2", "0", "1", "10"]
+    assert order("pruning_ratio") == ["0", "1", "10", "2"]
+    assert "Sorted by layers, best first" in documents.markdown(read_study(sweep, sort_by="layers"))
+
+
+@pytest.mark.parametrize("key", ["sort_by", "metric", "x"])
+def test_an_unknown_column_is_an_error_that_lists_the_columns(sweep, key):
+    allowed = "columns: layers, parameters, threshold, perplexity bundled dense, .*, average pruned, seconds"
+    with pytest.raises(UserError, match=f"{key}='accuracy' is not a column of this table; {allowed}"):
+        read_study(sweep, **{key: "accuracy"})
+    with pytest.raises(UserError, match="columns='accuracy' is not a column"):
+        read_study(sweep, columns=["layers", "accuracy"])
+    with pytest.raises(
+        UserError, match="series='method' is not an option of these runs; they differ in: pruning_ratio"
+    ):
+        read_study(sweep, series=["method"])
+
+
+def test_a_wish_of_the_configuration_that_cannot_be_met_is_a_note(tmp_path):
+    study = {"question": "Why?", "metric": "average recovered", "x": "layers", "series": ["recovery.rank"]}
+    for job in range(2):
+        config = {"name": "why", "study": {**study, "sort_by": "average recovered"}}
+        write_run(tmp_path / "why" / str(job), [f"seed={job}"], finished(tmp_path, 20, 20.0 + job), config=config)
+    found = read_study(tmp_path / "why")
+    assert (found.metric, found.sort_by, found.x, found.series) == ("perplexity bundled pruned", None, "layers", [])
+    text = documents.markdown(found)
+    assert text.startswith("# Why?\n\nwhy: 2 jobs, 2 done\n")
+    assert "sort_by='average recovered' is not a column of this table" in text
+    assert "metric='average recovered' is not a column of this table" in text
+    assert "series='recovery.rank' is not an option of these runs" in text
+
+
+def test_a_study_of_failures_alone_is_a_table(sweep):
+    for job in ("0", "2", "10"):
+        for path in (sweep / job).glob("summary.json"):
+            path.unlink()
+    text = documents.markdown(read_study(sweep, sort_by="layers"))
+    assert cells(text)[0] == ["job", "pruning_ratio", "status"]
+    assert [row[-1] for row in cells(text)[1:]] == [
+        "unfinished",
+        "FAILED: ratio=2 must be below 1",
+        *2 * ["unfinished"],
+    ]
+    assert "sort_by='layers': no run is done yet" in text
+    (sweep / "2" / "failure.json").write_text(json.dumps({"error": "killed", "type": "KeyboardInterrupt"}))
+    assert "4 jobs, 2 FAILED, 2 unfinished" in documents.markdown(read_study(sweep))
+
+
+def test_seeds_are_averaged_and_the_failed_one_is_counted(seeds):
+    study = read_study(seeds)
+    assert (study.options, study.repeated, study.varied) == (["method", "seed"], ["seed"], ["method"])
+    text = documents.markdown(study)
+    assert text.startswith("# How sure is it?\n\nseeds: 6 jobs, 5 done, 1 FAILED\n")
+    assert [row[3] for row in cells(text)[1:]] == ["24", "24", "", "20", "20", "20"]
+    assert "## Averaged over seed: mean +- standard deviation of the runs that are done\n" in text
+    deviation = math.sqrt((4 + 1 + 9) / 2)  # of 30, 31, 35 around 32
+    assert cells(text, 1) == [
+        ["method", "runs done", "layers", "parameters", "perplexity bundled pruned", "average pruned"],
+        ["slm", "2 of 3", "24", "100.0M", "**23.00 +-4.24**", "55.0 +-0.0"],
+        ["laco", "3 of 3", "20", "100.0M", f"32.00 +-{deviation:.2f}", "55.0 +-0.0"],
+    ]
+
+
+def test_a_seed_that_is_drawn_is_no_repetition(seeds):
+    assert read_study(seeds, x="seed").repeated == []
+    assert "Averaged" not in documents.markdown(read_study(seeds, x="seed"))
+
+
+def test_mean_and_deviation():
+    assert mean_and_deviation([1.0, 3.0]) == (2.0, math.sqrt(2.0))
+    assert mean_and_deviation([5.0]) == (5.0, None)
+
+
+def test_merged_studies_differ_in_what_their_files_chose(seeds, tmp_path):
+    """A study that fixed the method in its file, beside one that swept it on the command line."""
+    config = {"name": "other", "seed": 0, "study": {"question": "What else?", "metric": "average pruned"}}
+    for job, ratio in enumerate(("r10", "r20")):
+        overrides = [f"pruning_ratio={ratio}", "sweeps=other"]
+        choices = {"method": "come", "pruning_ratio": ratio, "sweeps": "other"}
+        write_run(
+            tmp_path / "other" / str(job), overrides, finished(tmp_path, 27, 18.0), config=config, choices=choices
+        )
+    study = read_study(seeds, tmp_path / "other")
+    assert study.name == "seeds, other"
+    assert study.options == ["name", "method", "seed", "pruning_ratio"]
+    assert [run.option("method") for run in study.runs] == [*3 * ["slm"], *3 * ["laco"], *2 * ["come"]]
+    assert (study.question, study.metric, study.series) == (None, "perplexity bundled pruned", ["method"])
+
+
+def test_settings_that_hold_for_some_jobs_name_them(tmp_path):
+    for job in range(3):
+        result = finished(tmp_path, 24, 20.0)
+        if job == 1:
+            result["metrics"]["pruned"]["perplexity"]["bundled"]["window"] = 2048
+        write_run(tmp_path / "s" / str(job), [f"seed={job}"], result)
+    lines = read_study(tmp_path / "s").measured()
+    assert "jobs 0, 2: perplexity bundled: 8184 tokens scored, windows of 1024 tokens, not overlapping, no BOS" in lines
+    assert "zero-shot: lm-eval 0.4.13, the first 20 examples of each task, batch size 16" in lines
+
+
+def test_ties_for_the_best_are_all_bold_and_a_score_is_best_when_high(sweep):
+    study = read_study(sweep, metric="boolq pruned")
+    assert study.best() == 0
+    assert "boolq pruned" in study.shown_columns()  # though it is a detail
+    text = documents.markdown(study)
+    assert "**50.0 +-4.0**" in text
+    assert "**40.0" not in text
+    tied = documents.markdown(read_study(sweep, metric="seconds"))
+    assert [row[6] for row in cells(tied)[1:]] == ["**42**", "", "**42**", ""]
+
+
+def test_where_things_go_is_nothing_that_runs_share_or_differ_in(tmp_path):
+    for job in range(2):
+        overrides = [
+            f"seed={job}",
+            "sweeps=seeds",
+            "+output_dir=/a",
+            f"hydra.sweep.dir=/b/{job}",
+            "evaluation.limit=20",
+        ]
+        write_run(tmp_path / "s" / str(job), [*overrides, "tracker=jsonl"], finished(tmp_path, 24, 20.0))
+    study = read_study(tmp_path / "s")
+    assert (study.options, study.shared()) == (["seed"], ["sweeps=seeds", "evaluation.limit=20"])
