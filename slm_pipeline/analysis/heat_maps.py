@@ -59,7 +59,7 @@ def heat_maps(
                     _outline(axes, plan["windows"], color)
                     states = [layer + 1 for layer in plan["dropped"]]
                     axes.scatter(states, states, marker="x", s=18 if large else 7, lw=1.0, color=color, zorder=4)
-                _label_layers(axes, len(values), most=8 if large else 4)
+                _label_layers(axes, len(values), most=8 if large else 5)
             together = [axes for axes, _ in chosen]
             figure.colorbar(image, ax=together, label=LABELS[metric], shrink=0.8 if large else 1.0)
         for axes in grid[:, 0]:
@@ -90,7 +90,9 @@ def _outline(axes: Axes, runs: Sequence[Sequence[int]], color: str, *, dashed: b
             corner, size = first + 0.5, last - first + 1  # layer 0's output is state 1
             for edge, width in (("black", 1.5 if dashed else 2.4), (color, 0.8 if dashed else 1.4)):
                 style = "--" if dashed and edge == color else "-"
-                axes.add_patch(Rectangle((corner, corner), size, size, fill=False, ec=edge, lw=width, ls=style))
+                axes.add_patch(
+                    Rectangle((corner, corner), size, size, fill=False, ec=edge, lw=width, ls=style, clip_on=False)
+                )
 
 
 def _label_layers(axes: Axes, num_states: int, most: int) -> None:

@@ -42,11 +42,12 @@ Schedule = list[tuple[int, ...]]
 of their outputs is the next state. The dense model is [(0,), (1,), ...]."""
 
 
-def middle(num_layers: int, keep_ends: int) -> list[range]:
-    """The ranges of middle layers that are changed, from the centre outwards, two layers more each time.
+def middle(num_layers: int, keep_ends: int, most: int = 8) -> list[range]:
+    """The ranges of middle layers that are changed, from the centre outwards.
 
     All are in the exact middle, so each has 2, 4, ... layers if ``num_layers`` is even and 3, 5, ... if it is odd; the
-    last one leaves ``keep_ends`` layers at each end.
+    last one leaves ``keep_ends`` layers at each end. If they are more than ``most``, only every second (third, ...) of
+    them, the last one included.
 
     Raises:
         UserError: there are fewer than two layers in the middle.
@@ -55,7 +56,8 @@ def middle(num_layers: int, keep_ends: int) -> list[range]:
     ranges = [layers for layers in reversed(ranges) if len(layers) > 1]
     if not ranges:
         raise UserError(f"--keep-ends={keep_ends} leaves fewer than 2 of {num_layers} layers in the middle")
-    return ranges
+    step = -(-len(ranges) // most)
+    return ranges[::-1][::step][::-1]
 
 
 def schedules(variant: str, layers: range, num_layers: int, *, loops: int, orders: int, seed: int) -> list[Schedule]:
@@ -95,7 +97,14 @@ def run_schedule(runner: BlockRunner, schedule: Schedule) -> Tensor:
 
 
 def measure(
-    view: ModelView, input_ids: Tensor, *, keep_ends: int = 1, loops: int = 3, orders: int = 3, seed: int = 1234
+    view: ModelView,
+    input_ids: Tensor,
+    *,
+    keep_ends: int = 1,
+    num_ranges: int = 8,
+    loops: int = 3,
+    orders: int = 3,
+    seed: int = 1234,
 ) -> dict[str, Any]:
     """Loss of the text under every variant, for every range of middle layers.
 
@@ -103,6 +112,7 @@ def measure(
         view: the dense model; never changed.
         input_ids: [N, T] int64, T at least 2.
         keep_ends: layers at each end that are never changed.
+        num_ranges: at most so many ranges, see `middle`.
         loops: of the variant ``looped``.
         orders: random orders of which ``random`` is the mean; drawn from ``seed``.
 
@@ -115,7 +125,7 @@ def measure(
         UserError: too few middle layers, or the dense model's own loss is not finite.
     """
     depth = view.num_layers
-    ranges = middle(depth, keep_ends)
+    ranges = middle(depth, keep_ends, num_ranges)
     options: dict[str, Any] = {"loops": loops, "orders": orders, "seed": seed}
     planned = {name: [schedules(name, layers, depth, **options) for layers in ranges] for name in VARIANTS}
     dense = 0.0

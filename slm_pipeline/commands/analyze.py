@@ -193,23 +193,27 @@ def painters(words: list[str]) -> None:
     parser = _Parser(
         "painters",
         "Loss when more and more of the middle layers are skipped, repeated, reversed, shuffled, swapped or run side"
-        " by side. Default text: calibration.num_samples=16 calibration.seq_len=128.",
+        " by side. Default text: calibration.num_samples=8 calibration.seq_len=128.",
     )
     parser.add_argument("--keep-ends", type=int, default=1, help="layers at each end that stay (default 1)")
+    parser.add_argument("--ranges", type=int, default=8, help="at most so many ranges of layers (default 8)")
     parser.add_argument("--loops", type=int, default=3, help="of the looped parallel variant (default 3)")
     parser.add_argument("--orders", type=int, default=3, help="random orders that are averaged (default 3)")
     parser.add_argument(
         "--corpus", metavar="NAME", help="a perplexity corpus (bundled, wikitext2, c4, ptb or a file) for the text"
     )
     options = parser.parse_intermixed_args(words)
-    for option, least in (("keep-ends", 0), ("loops", 1), ("orders", 1)):
+    for option, least in (("keep-ends", 0), ("ranges", 1), ("loops", 1), ("orders", 1)):
         _at_least(options, option, least)
-    job, _, out = _prepare("painters", options, num_samples=16, predicts=True)
+    job, _, out = _prepare("painters", options, num_samples=8, predicts=True)
     depth = job.source.num_layers
     if depth and depth - 2 * options.keep_ends < 2:
         raise UserError(f"--keep-ends={options.keep_ends} leaves fewer than 2 of {depth} layers in the middle")
     if options.corpus:
-        perplexity.corpus_fingerprint(options.corpus, job.data_dir)
+        try:
+            perplexity.corpus_fingerprint(options.corpus, job.data_dir)
+        except UserError as error:
+            raise UserError(str(error).replace("evaluation.perplexity.corpora", "--corpus")) from error
 
     from slm_pipeline.analysis import painters as analysis
     from slm_pipeline.analysis import pictures
@@ -229,6 +233,7 @@ def painters(words: list[str]) -> None:
         ModelView(model),
         input_ids,
         keep_ends=options.keep_ends,
+        num_ranges=options.ranges,
         loops=options.loops,
         orders=options.orders,
         seed=job.config.seed,
