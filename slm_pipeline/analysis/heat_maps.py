@@ -38,12 +38,13 @@ def heat_maps(
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     large = columns < 3
-    with new_figure(WIDTH if columns > 1 else 3.6, rows * (WIDTH - 0.8) / columns + 0.8) as figure:
+    metrics = list(dict.fromkeys(panel["metric"] for panel in panels))
+    with new_figure(WIDTH if columns > 1 else 3.6, rows * (WIDTH - 0.8 * len(metrics)) / columns + 0.8) as figure:
         figure.suptitle(title, fontsize=9)
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
-        for metric in dict.fromkeys(panel["metric"] for panel in panels):
+        for metric in metrics:
             chosen = [
                 (axes, panel) for axes, panel in zip(grid.flat, panels, strict=False) if panel["metric"] == metric
             ]
@@ -53,10 +54,10 @@ def heat_maps(
                 values = [[math.nan if x is None else x for x in row] for row in panel["matrix"]]
                 image = axes.imshow(values, origin="lower", cmap="cividis", vmin=lowest, vmax=1.0)
                 axes.set_title(panel["title"], fontsize=8)
-                _outline(axes, panel["patches"], "white", dashed=True)
+                _outline(axes, panel["patches"], "white", width=0.8 if large else 0.6, dashed=True)
                 for number, plan in enumerate(plans):
                     color = _PLAN_COLORS[number % len(_PLAN_COLORS)]
-                    _outline(axes, plan["windows"], color)
+                    _outline(axes, plan["windows"], color, width=1.4 if large else 0.8)
                     states = [layer + 1 for layer in plan["dropped"]]
                     axes.scatter(states, states, marker="x", s=18 if large else 7, lw=1.0, color=color, zorder=4)
                 _label_layers(axes, len(values), most=8 if large else 5)
@@ -81,18 +82,17 @@ def heat_maps(
         return save(figure, path_stem)
 
 
-def _outline(axes: Axes, runs: Sequence[Sequence[int]], color: str, *, dashed: bool = False) -> None:
+def _outline(axes: Axes, runs: Sequence[Sequence[int]], color: str, *, width: float, dashed: bool = False) -> None:
     """Squares around the outputs of each run of two layers or more, seen on light and on dark."""
     from matplotlib.patches import Rectangle
 
     for first, last in runs:
         if last > first:
             corner, size = first + 0.5, last - first + 1  # layer 0's output is state 1
-            for edge, width in (("black", 1.5 if dashed else 2.4), (color, 0.8 if dashed else 1.4)):
+            for edge, points in (("black", width + (0.7 if dashed else 1.0)), (color, width)):
                 style = "--" if dashed and edge == color else "-"
-                axes.add_patch(
-                    Rectangle((corner, corner), size, size, fill=False, ec=edge, lw=width, ls=style, clip_on=False)
-                )
+                looks: dict[str, Any] = {"fill": False, "ec": edge, "lw": points, "ls": style, "clip_on": False}
+                axes.add_patch(Rectangle((corner, corner), size, size, **looks))
 
 
 def _label_layers(axes: Axes, num_states: int, most: int) -> None:
