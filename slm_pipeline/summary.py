@@ -15,7 +15,7 @@ from slm_pipeline.evaluation.zero_shot import average
 from slm_pipeline.job import Job
 from slm_pipeline.report.run import flat_metrics, score_table, write_summary_md
 from slm_pipeline.stages.merge import load_plan
-from slm_pipeline.surgery.plan import Plan
+from slm_pipeline.surgery.plan import Plan, merged_windows
 from slm_pipeline.tracking import Tracker
 
 FORMAT = 1
@@ -138,19 +138,23 @@ def _checkpoint(results: Mapping[str, Artifact]) -> Path | None:
 
 def _draw(summary: Mapping[str, Any], results: Mapping[str, Artifact], run_dir: Path) -> list[Path]:
     from slm_pipeline.analysis import pictures
+    from slm_pipeline.analysis.heat_maps import LABELS, heat_maps
 
     drawn: list[Path] = []
     plan = load_plan(results["merge"]) if "merge" in results else None
     title = f"{summary['model']}, {summary['method']}"
     if "calibrate" in results:
         values = json.loads((results["calibrate"].path / "similarity.json").read_text(encoding="utf-8"))
-        groups = plan.layer_groups if plan else None
-        drawn += pictures.similarity_map(
-            values["cosine"],
-            run_dir / "layer_similarity",
-            title=f"{summary['model']}: layer similarity",
-            layer_groups=groups,
-        )
+        panels = [
+            {"title": LABELS[metric], "metric": metric, "matrix": values[metric], "patches": values["patches"][metric]}
+            for metric in ("cosine", "cka")
+        ]
+        done = []
+        if plan is not None:
+            windows = merged_windows(plan.layer_groups)
+            done = [{"name": plan.method, "windows": windows, "dropped": plan.dropped}]
+        about = f"{summary['model']}: layer similarity on the calibration text"
+        drawn += heat_maps(panels, run_dir / "layer_similarity", title=about, plans=done)
     if plan is not None and plan.scores.get("steps"):
         drawn += pictures.search_steps(plan.scores["steps"], plan.threshold, run_dir / "search_steps", title=title)
     if plan is not None and plan.ops:

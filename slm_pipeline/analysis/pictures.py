@@ -28,46 +28,6 @@ COLORS = {
 }
 
 
-def similarity_map(
-    matrix: Sequence[Sequence[float]],
-    path_stem: Path,
-    *,
-    title: str,
-    layer_groups: Sequence[Sequence[int]] | None = None,
-) -> list[Path]:
-    """Heat map of how alike the residual states are.
-
-    Args:
-        matrix: [L+1, L+1] cosine similarities in [-1, 1]; index 0 is the embeddings, i the output of layer i - 1.
-        path_stem: where to write, without ``.png`` and ``.svg``.
-        title: the picture's title.
-        layer_groups: a plan's groups; the outputs of layers merged into one are outlined.
-
-    Returns:
-        The files written.
-    """
-    from matplotlib.patches import Rectangle
-
-    with _figure(4.9, 4.1) as figure:
-        axes = figure.add_subplot()
-        lowest = min(min(row) for row in matrix)
-        image = axes.imshow(matrix, origin="lower", cmap="cividis", vmin=lowest, vmax=1.0, interpolation="nearest")
-        merged = _merged_runs(layer_groups or [])
-        for run in merged:
-            corner, size = run[0] + 0.5, len(run)
-            for color, linewidth in (("black", 2.4), ("white", 1.2)):  # seen on light and on dark
-                axes.add_patch(Rectangle((corner, corner), size, size, fill=False, ec=color, lw=linewidth))
-        spacing = _tick_spacing(len(matrix), most=10)
-        layers = range(spacing if spacing > 1 else 0, len(matrix) - 1, spacing)
-        ticks, labels = [0, *(layer + 1 for layer in layers)], ["emb.", *map(str, layers)]
-        axes.set_xticks(ticks, labels)
-        axes.set_yticks(ticks, labels)
-        note = " (outlined: merged into one)" if merged else ""
-        axes.set(title=title, xlabel=f"output of layer{note}", ylabel="output of layer")
-        figure.colorbar(image, ax=axes, label="cosine similarity")
-        return _save(figure, path_stem)
-
-
 def search_steps(
     steps: Sequence[Mapping[str, Any]], threshold: float | None, path_stem: Path, *, title: str
 ) -> list[Path]:
@@ -205,6 +165,41 @@ def dynamic_skip(found: Mapping[str, Any], path_stem: Path, *, title: str) -> li
         return _save(figure, path_stem)
 
 
+def painters(found: Mapping[str, Any], path_stem: Path, *, title: str) -> list[Path]:
+    """Loss against the number of middle layers that are run otherwise, one curve for each way.
+
+    Args:
+        found: what `slm_pipeline.analysis.painters.measure` returns.
+        path_stem: where to write, without ``.png`` and ``.svg``.
+        title: the picture's title.
+
+    Returns:
+        The files written.
+    """
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+    dense = found["dense"]["loss"]
+    numbers = [last - first + 1 for first, last in found["ranges"]]
+    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+    with _figure(WIDTH, 3.4) as figure:
+        axes = figure.add_subplot()
+        looks = zip(found["variants"].items(), itertools.cycle(colors), itertools.cycle("osD^vPX"), strict=False)
+        for (name, points), color, marker in looks:
+            losses = [dense, *(math.nan if point["loss"] is None else point["loss"] for point in points)]
+            axes.plot([0, *numbers], losses, color=color, lw=1.3, marker=marker, ms=3.5, label=name)
+        axes.axhline(dense, color=COLORS["reference"], lw=0.8, ls=":", label="whole model", zorder=1)
+        axes.set_title(title, loc="left")
+        axes.set(ylabel="loss (nats per token)", xlabel="layers in the middle that are run otherwise")
+        if axes.dataLim.y1 > 3 * axes.dataLim.y0:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=[1, 2, 3, 5, 7]))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        figure.legend(loc="outside right upper")
+        return _save(figure, path_stem)
+
+
 def layer_strip(
     layer_groups: Sequence[Sequence[int]],
     dropped: Sequence[int],
@@ -251,7 +246,11 @@ def layer_strip(
             for layer in (without or {}).get(name, []):
                 for row in (1.0, -0.5):
                     axes.add_patch(Rectangle((layer, row + bottom), 1, 0.5, **_looks(name)))
-        kinds = ["kept", *(["merged"] if _merged_runs(layer_groups) else []), *(["dropped"] if dropped else [])]
+        kinds = [
+            "kept",
+            *(["merged"] if any(len(group) > 1 for group in layer_groups) else []),
+            *(["dropped"] if dropped else []),
+        ]
         kinds += [name for name, layers in (without or {}).items() if layers]
         entries = [Patch(**_looks(kind), label=_KINDS.get(kind, kind)) for kind in kinds]
         figure.legend(handles=entries, loc="outside lower center", ncols=len(entries))
@@ -277,21 +276,3 @@ def _looks(kind: str) -> dict[str, Any]:
     if kind == "dropped":
         return {"fc": "white", "ec": COLORS["dropped"], "hatch": "/////", "lw": 0.5}
     return {"fc": COLORS[kind], "ec": "white", "lw": 0.8}
-
-
-def _merged_runs(layer_groups: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The runs of neighbouring layers in groups of more than one."""
-    runs: list[list[int]] = []
-    for group in layer_groups:
-        start = len(runs)
-        for layer in group if len(group) > 1 else []:
-            if len(runs) > start and runs[-1][-1] + 1 == layer:
-                runs[-1].append(layer)
-            else:
-                runs.append([layer])
-    return runs
-
-
-def _tick_spacing(count: int, most: int) -> int:
-    """The smallest round number that leaves at most ``most`` ticks."""
-    return next(spacing for spacing in (1, 2, 5, 10, 20, 50, 100, 200, 500) if count <= most * spacing)

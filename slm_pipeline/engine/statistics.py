@@ -6,6 +6,7 @@ residual streams are taken per token from the [layers + 1, layers + 1] Gram matr
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,14 @@ class Statistics:
 
 
 @torch.no_grad()
-def collect(view: ModelView, input_ids: Tensor) -> Statistics:
-    """Run the model once over ``input_ids`` ([N, T] int64) and reduce what it shows."""
+def collect(
+    view: ModelView, input_ids: Tensor, observe: Callable[[Sequence[Tensor]], None] | None = None
+) -> Statistics:
+    """Run the model once over ``input_ids`` ([N, T] int64) and reduce what it shows.
+
+    Args:
+        observe: is given the L + 1 states ([batch, T, d]) of each batch too, before the next one is run.
+    """
     depth = view.num_layers
     attention = [ChannelMoments() for _ in range(depth)]
     mlp = [ChannelMoments() for _ in range(depth)]
@@ -73,8 +80,10 @@ def collect(view: ModelView, input_ids: Tensor) -> Statistics:
     try:
         for batch in tqdm(batches(input_ids, MAX_BATCH_TOKENS), desc="calibration pass", disable=None):
             states = BlockRunner(view, batch).states
-            _check_finite(states)
-            cosines = _token_cosines(states)
+            check_finite(states)
+            if observe is not None:
+                observe(states)
+            cosines = token_cosines(states)
             angles = cosines.clamp(-1, 1).arccos() / torch.pi
             cosine += cosines.sum(dim=(0, 1), dtype=torch.float64).cpu()
             angle += angles.sum(dim=(0, 1), dtype=torch.float64).cpu()
@@ -95,16 +104,17 @@ def collect(view: ModelView, input_ids: Tensor) -> Statistics:
     )
 
 
-def _check_finite(states: list[Tensor]) -> None:
+def check_finite(states: Sequence[Tensor], text: str = "the calibration text") -> None:
+    """Raise `UserError` unless all of the L + 1 states are finite."""
     for layer, state in enumerate(states[1:]):
         if not bool(state.isfinite().all()):
             raise UserError(
-                f"the states after layer {layer} are not finite on the calibration text: the weights are damaged, or"
-                " the model overflows in its dtype; try model.dtype=bfloat16 or model.dtype=float32"
+                f"the states after layer {layer} are not finite on {text}: the weights are damaged, or the model"
+                " overflows in its dtype; try model.dtype=bfloat16 or model.dtype=float32"
             )
 
 
-def _token_cosines(states: list[Tensor]) -> Tensor:
+def token_cosines(states: Sequence[Tensor]) -> Tensor:
     """L + 1 states [batch, length, d] -> [batch, length, L + 1, L + 1] float32 cosines, token by token."""
     device = states[0].device
     stacked = torch.stack([torch.nn.functional.normalize(s.to(device).float(), dim=-1) for s in states], dim=2)

@@ -130,6 +130,20 @@ def task_documents(task: str, *, data: str, limit: int | None, data_dir: Path | 
         return ["\n".join(text for column in columns for text in _texts(doc[column])) for doc in docs]
 
 
+def task_requests(task: str, *, data: str, limit: int | None, data_dir: Path | None = None) -> list[str]:
+    """The texts that a model is given to score a task: each context with one answer option, in lm-eval's order.
+
+    The options of one question follow one another. ``limit``: the first so many texts, not documents.
+
+    Raises:
+        UserError: as `score_task`.
+    """
+    with _loaded(task, data, data_dir) as loaded:
+        loaded["tasks"][task].build_all_requests(limit=limit)
+        requests = itertools.islice(loaded["tasks"][task].instances, limit)
+        return ["".join(request.args) for request in requests]
+
+
 def _texts(value: Any) -> list[str]:
     """A column of an example: a text, a list of them, or options with their labels."""
     if isinstance(value, dict):

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
     from slm_pipeline.engine.statistics import Statistics
 
-VERSION = 1
+VERSION = 2  # 2: CKA and patches in similarity.json
 
 
 class Calibrate(Stage):
     """Leaves samples.safetensors (``input_ids`` [N, length] int64), samples.json, statistics.safetensors
-    (`slm_pipeline.engine.statistics.Statistics`) and similarity.json for the picture."""
+    (`slm_pipeline.engine.statistics.Statistics`) and similarity.json for the picture: ``cosine`` and ``cka``
+    [L + 1, L + 1] (null where undefined), their ``patches`` and CKA's ``settings``."""
 
     name = stage = "calibrate"
 
@@ -32,6 +33,7 @@ class Calibrate(Stage):
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         from safetensors.torch import save_file
 
+        from slm_pipeline.analysis.similarity import TokenAlignment, map_summary
         from slm_pipeline.data.calibration import sample
         from slm_pipeline.engine.statistics import collect
         from slm_pipeline.models.loading import load_dense
@@ -43,9 +45,18 @@ class Calibrate(Stage):
         write_json(
             out / "samples.json", {"mode": samples.mode, "fingerprint": samples.fingerprint, "samples": samples.ids}
         )
-        statistics = collect(ModelView(model), samples.input_ids)
+        alignment = TokenAlignment()
+        statistics = collect(ModelView(model), samples.input_ids, alignment.observe)
         statistics.save(out / "statistics.safetensors")
-        write_json(out / "similarity.json", {"cosine": statistics.cosine.tolist()})
+        maps = {"cosine": map_summary(statistics.cosine), "cka": map_summary(alignment.result())}
+        write_json(
+            out / "similarity.json",
+            {
+                **{metric: values["matrix"] for metric, values in maps.items()},
+                "patches": {metric: values["patches"] for metric, values in maps.items()},
+                "settings": alignment.settings(),
+            },
+        )
         return {
             "source": job.config.calibration.source,
             "mode": samples.mode,

@@ -205,6 +205,19 @@ def groups_of_windows(windows: Sequence[tuple[int, int]], num_layers: int, first
     return groups
 
 
+def merged_windows(layer_groups: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """First and last layer of what was merged into one: of groups of more than one layer the runs of neighbours."""
+    runs: list[list[int]] = []
+    for group in layer_groups:
+        start = len(runs)
+        for layer in group if len(group) > 1 else []:
+            if len(runs) > start and runs[-1][-1] + 1 == layer:
+                runs[-1].append(layer)
+            else:
+                runs.append([layer])
+    return [(run[0], run[-1]) for run in runs]
+
+
 def format_groups(groups: Sequence[Sequence[int]]) -> str:
     """One line: runs of untouched layers as ``0-21``, merged ones in braces: ``0-21 {22-24} 25-29``."""
 

@@ -1,19 +1,15 @@
-"""The study of dynamic layer selection against whole models that keep some layers, and its command."""
+"""The study of dynamic layer selection against whole models that keep some layers."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-import sys
-from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
 from slm_pipeline.analysis import dynamic_skip
-from slm_pipeline.commands import analyze
 from slm_pipeline.engine import blocks, keep_sets
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
@@ -173,97 +169,3 @@ def test_summary_of_a_table_made_by_hand():
     assert lines[4].split() == ["2", "2.4", "11.02", "1.733", "5.659", "1"]
     assert "2.3 of 4 on average (58.3%)" in lines[8]
     assert lines[-1].split() == ["by_hand", "4", "-", "-", "14.39", "3.794", "a/plan.json"]
-
-
-RANDOM = (
-    "model=random", "model.num_layers=6", "model.device=cpu", "calibration=text_file", "calibration.path=text.txt",
-    "calibration.num_samples=5", "calibration.seq_len=16",
-)  # fmt: skip
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("the mill stands by the river " * 20)
-    plan_for().write(Path("plan.json"))
-    return tmp_path
-
-
-def slm_analyze(*words: str) -> int:
-    """Exit status of ``slm-analyze words``."""
-    try:
-        with mock.patch.object(sys, "argv", ["slm-analyze", *words]):
-            analyze.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-def test_command(here, capsys):
-    assert slm_analyze("dynamic-skip", "--plan", "plan.json", *RANDOM, "--tolerance", "0.02", "seed=7") == 0
-    out = capsys.readouterr().out
-    folder = here / "outputs" / "analysis" / "dynamic_skip"
-    assert {file.name for file in folder.iterdir()} == {f"dynamic_skip.{kind}" for kind in ("json", "png", "svg")}
-    found = json.loads((folder / "dynamic_skip.json").read_text())
-    assert found["model"]["name"] == "random"
-    assert found["calibration"]["num_samples"] == 5
-    assert found["calibration"]["seed"] == 7
-    assert len(found["calibration"]["fingerprint"]) == 64
-    assert found["tolerance"] == 0.02
-    assert found["keep_sets"] == dynamic_skip.evenly_spaced(6)
-    assert [len(row) for row in found["losses"]] == [5] * 6
-    assert sum(found["oracle"]["counts"]) == 5
-    assert out.startswith("random, 5 x 16 tokens of text_file, float32\n")
-    assert f"{found['oracle']['mean_num_layers']:.1f} of 6 on average" in out
-    assert f"{found['static'][2]['perplexity']:.4g}" in out
-    assert f"{found['plans'][0]['perplexity']:.4g}" in out
-    assert not (here / "outputs" / "store").exists()
-
-    assert slm_analyze("dynamic-skip", *RANDOM, "seed=7", "--out", "elsewhere") == 0
-    again = json.loads(Path("elsewhere/dynamic_skip.json").read_text())
-    assert (again["losses"], again["plans"]) == (found["losses"], [])
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["skip"], "unknown analysis 'skip'; there is: dynamic-skip"),
-        (["dynamic-skip", "--tolerance=-0.1"], "--tolerance=-0.1 must be a number of at least 0"),
-        (["dynamic-skip", "--tolerance=nan"], "--tolerance=nan must be a number of at least 0"),
-        (
-            ["dynamic-skip", "--tolerance=x"],
-            "argument --tolerance: invalid float value: 'x'; see slm-analyze dynamic-skip --help",
-        ),
-        (["dynamic-skip", "--wrong"], "unrecognized arguments: --wrong; see slm-analyze dynamic-skip --help"),
-        (["dynamic-skip", "--plan", "none.json"], "cannot read the plan none.json: No such file or directory"),
-        (
-            ["dynamic-skip", "--plan", "plan.json", "model.num_layers=7"],
-            "plan.json is a plan for 6 layers; random has 7",
-        ),
-        (["dynamic-skip", "--out", "text.txt"], "--out='text.txt': {here}/text.txt is not a folder"),
-        (
-            ["dynamic-skip", "calibration.seq_len=1"],
-            "calibration.seq_len=1 leaves no token to predict; it must be at least 2",
-        ),
-        (["dynamic-skip", "seed=1,2"], "seed=1,2 asks for several jobs; slm-analyze dynamic-skip runs one"),
-        (
-            ["dynamic-skip", "calibration.wrong=1"],
-            "Could not override 'calibration.wrong'. See slm --cfg job for all keys."
-            " Key 'wrong' not in 'CalibrationConfig'",
-        ),
-    ],
-)
-def test_mistakes_are_one_line_and_found_before_the_model_is_loaded(words, message, here, capsys, monkeypatch):
-    monkeypatch.setattr("slm_pipeline.models.loading.load_dense", lambda source: pytest.fail("loaded"))
-    name, *rest = words
-    assert slm_analyze(name, *RANDOM, *rest) == 2
-    assert capsys.readouterr().err == f"error: {message.format(here=here)}\n"
-    assert not (here / "outputs").exists()
-
-
-def test_help(capsys):
-    assert slm_analyze() == 2
-    assert slm_analyze("--help") == 0
-    assert capsys.readouterr().out.count("slm-analyze dynamic-skip") == 4
-    assert slm_analyze("dynamic-skip", "--help") == 0
-    assert "--tolerance" in capsys.readouterr().out

@@ -13,13 +13,6 @@ from matplotlib.colors import to_hex
 
 from slm_pipeline.analysis import pictures
 
-MATRIX = [
-    [1.0, 0.2, 0.1, 0.1, 0.1],
-    [0.2, 1.0, 0.5, 0.4, 0.4],
-    [0.1, 0.5, 1.0, 0.8, 0.7],
-    [0.1, 0.4, 0.8, 1.0, 0.9],
-    [0.1, 0.4, 0.7, 0.9, 1.0],
-]
 STEPS = [
     {"low": 7, "high": 8, "similarity": 0.95, "accepted": True},
     {"low": 6, "high": 8, "similarity": 0.90, "accepted": True},
@@ -44,24 +37,6 @@ def figure(monkeypatch):
 def boxes(axes: Any) -> list[tuple[float, float, float]]:
     """(left, bottom, width) of the rectangles."""
     return [(patch.get_x(), patch.get_y(), patch.get_width()) for patch in axes.patches]
-
-
-def test_similarity_map_shows_the_matrix_and_outlines_the_outputs_of_merged_layers(figure):
-    axes, bar = figure(pictures.similarity_map, MATRIX, title="tiny", layer_groups=[[0], [1], [2, 3]]).axes
-    (image,) = axes.images
-    np.testing.assert_array_equal(image.get_array(), MATRIX)
-    assert image.get_clim() == (0.1, 1.0)
-    assert set(boxes(axes)) == {(2.5, 2.5, 2)}  # the outputs of layers 2 and 3 are states 3 and 4
-    ticks = dict(zip(axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()], strict=True))
-    assert ticks == {0: "emb.", 1: "0", 2: "1", 3: "2", 4: "3"}
-    assert (axes.get_title(), bar.get_ylabel()) == ("tiny", "cosine similarity")
-
-
-def test_similarity_map_of_a_deep_model_labels_every_tenth_layer(figure):
-    axes = figure(pictures.similarity_map, np.eye(81).tolist(), title="deep").axes[0]
-    assert list(axes.get_xticks()) == [0, 11, 21, 31, 41, 51, 61, 71]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["emb.", *map(str, range(10, 80, 10))]
-    assert boxes(axes) == []
 
 
 def test_committed_windows_are_the_longest_accepted_of_each_upper_end():
@@ -140,6 +115,23 @@ def test_dynamic_skip_leaves_out_what_is_not_finite(figure):
     above = figure(pictures.dynamic_skip, skip_study([None, 7.0, 2.0], None), title="skip").axes[0]
     np.testing.assert_array_equal(above.lines[0].get_ydata(), [np.nan, 7.0, 2.0])
     assert len(above.collections) == 1  # the star
+
+
+def test_painters_has_a_curve_for_each_way_that_starts_at_the_whole_model(figure):
+    found = {
+        "dense": {"loss": 2.0},
+        "ranges": [[2, 3], [1, 4]],
+        "variants": {"skip": [{"loss": 2.5}, {"loss": 9.0}], "swap": [{"loss": 2.1}, {"loss": None}]},
+    }
+    (axes,) = figure(pictures.painters, found, title="painters").axes
+    skip, swap, dense = axes.lines
+    assert skip.get_xydata().tolist() == [[0, 2.0], [2, 2.5], [4, 9.0]]
+    np.testing.assert_array_equal(swap.get_ydata(), [2.0, 2.1, np.nan])
+    assert [line.get_label() for line in axes.lines] == ["skip", "swap", "whole model"]
+    assert dense.get_ydata() == [2.0, 2.0]
+    assert skip.get_color() != swap.get_color()
+    assert skip.get_marker() != swap.get_marker()
+    assert axes.get_yscale() == "log"
 
 
 def test_layer_strip_puts_each_pruned_layer_below_the_middle_of_its_group(figure):
