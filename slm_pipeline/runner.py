@@ -118,6 +118,7 @@ def run_job(composed: DictConfig) -> None:
             print(describe_plan(job))
             return
         check_store(job.store)
+        (run_dir / "failure.json").unlink(missing_ok=True)  # of an earlier attempt in this folder: a requeued job
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
         choices = {
             group: choice
@@ -135,8 +136,9 @@ def run_job(composed: DictConfig) -> None:
         ) as tracker:
             execute(job, run_dir, tracker, warnings.messages)
     except BaseException as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        _write_failure(run_dir, {"error": first_line, "type": type(error).__name__, "command": command})
+        if not isinstance(error, SystemExit):  # that is how a cluster's job ends that is back in the queue
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            _write_failure(run_dir, {"error": first_line, "type": type(error).__name__, "command": command})
         if isinstance(error, UserError):
             log.error("error: %s", error) if multirun else log.debug("error: %s", error)
         raise
@@ -145,6 +147,23 @@ def run_job(composed: DictConfig) -> None:
         if multirun and not composed.dry_run:
             _write_study(Path(hydra.sweep.dir), composed.study.sort_by)
         _free_memory()
+
+
+def record_lost_job(composed: DictConfig, error: UserError) -> None:
+    """Leave a FAILED row of a multirun for a job that could not leave one itself: cancelled, killed, never started.
+
+    Args:
+        composed: the job's configuration with Hydra's own part, its number in it.
+        error: what became of it. Not written where the job did leave a result or a reason.
+    """
+    sweep_dir = Path(composed.hydra.sweep.dir)
+    run_dir = sweep_dir / str(composed.hydra.sweep.subdir)
+    overrides = list(composed.hydra.overrides.task)
+    if not any((run_dir / name).exists() for name in ("summary.json", "failure.json")):
+        write_text(run_dir / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+        command = shlex.join(["slm", *overrides])
+        _write_failure(run_dir, {"error": str(error), "type": type(error).__name__, "command": command})
+    _write_study(sweep_dir, composed.study.sort_by)
 
 
 def _write_study(directory: Path, sort_by: str | None) -> None:
