@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from slm_pipeline import provenance, report, summary
+from slm_pipeline import objective, provenance, report, summary
 from slm_pipeline.artifacts import Artifact, check_store, write_json, write_text
 from slm_pipeline.config import TARGETS, to_config
 from slm_pipeline.errors import UserError
@@ -103,8 +103,12 @@ def describe_plan(job: Job) -> str:
     return "\n".join(lines)
 
 
-def run_job(composed: DictConfig) -> None:
-    """Run one composed configuration inside Hydra. Leaves summary.json, or failure.json and an error."""
+def run_job(composed: DictConfig) -> float | None:
+    """Run one composed configuration inside Hydra. Leaves summary.json, or failure.json and an error.
+
+    Returns:
+        The job's objective, for a sweeper that searches.
+    """
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
     multirun = hydra.mode == RunMode.MULTIRUN
@@ -116,7 +120,7 @@ def run_job(composed: DictConfig) -> None:
         job = prepare(config, command)
         if config.dry_run:
             print(describe_plan(job))
-            return
+            return None
         check_store(job.store)
         (run_dir / "failure.json").unlink(missing_ok=True)  # of an earlier attempt in this folder: a requeued job
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
@@ -134,7 +138,8 @@ def run_job(composed: DictConfig) -> None:
             tags=[f"{group}={choice}" for group, choice in choices.items()],
             job_type=config.stages[-1] if config.stages else "none",
         ) as tracker:
-            execute(job, run_dir, tracker, warnings.messages)
+            found = execute(job, run_dir, tracker, warnings.messages)
+        return objective.value(config, found)
     except BaseException as error:
         if not isinstance(error, SystemExit):  # that is how a cluster's job ends that is back in the queue
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]

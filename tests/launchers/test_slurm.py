@@ -150,8 +150,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "model.hidden_size=32", "model.intermediate_size=48", "tracker=jsonl", f"data_dir={folder}",
         "calibration=text_file", "calibration.path=text.txt", "calibration.num_samples=2", "calibration.seq_len=32",
         "recovery=lora", "recovery.source=file", "recovery.path=alpaca.json", "recovery.validation_size=4",
-        "recovery.max_steps=100", "recovery.num_epochs=100", "recovery.batch_size=4", "recovery.micro_batch_size=2", "recovery.warmup_steps=1",
-        "recovery.eval_steps=10", "recovery.save_steps=10", "recovery.dtype=float32", "evaluation=perplexity",
+        "recovery.max_steps=60", "recovery.num_epochs=100", "recovery.batch_size=2", "recovery.micro_batch_size=2",
+        "recovery.warmup_steps=1", "recovery.eval_steps=10", "recovery.save_steps=10", "recovery.dtype=float32",
+        "evaluation=perplexity",
         "evaluation.of=[dense,pruned,recovered]", "evaluation.perplexity.corpora=[text.txt]",
         "evaluation.perplexity.window=64",
     ]  # fmt: skip
@@ -191,11 +192,17 @@ def test_a_study_on_slurm_survives_a_requeue_and_a_cancelled_job(slurm, study, t
         """The id of a job that is in its recovery, past the first checkpoint."""
         (job_id,) = (job_id for job_id in ids if job_id.endswith(f"_{number}"))
         metrics = f"cluster/sweeps/*/*/{number}/metrics.jsonl"
-        wait_for("a step", lambda: [path for path in tmp_path.glob(metrics) if '"step": 10' in path.read_text()])
+        step = '"stage": "recover", "step": 20'
+        wait_for("its step", lambda: [path for path in tmp_path.glob(metrics) if step in path.read_text()])
         return job_id
 
-    for number, signal in ((0, ["--signal=USR2"]), (1, [])):  # as a preemption does, and for good
-        subprocess.run(["scancel", *signal, job_in_training(number)], check=True)
+    first = job_in_training(0)
+    subprocess.run(["scancel", "--signal=USR2", first], check=True)  # as before a preemption
+    second = job_in_training(1)
+    subprocess.run(["scancel", "--signal=STOP", second], check=True)  # it would go on until Slurm kills it
+    subprocess.run(["scancel", second], check=True)
+    wait_for("the requeued job", lambda: first in told("squeue", "--array", "--states=PENDING", "--format=%i").split())
+    subprocess.run(["scontrol", "update", f"JobId={first}", "StartTime=now"], check=True)  # else in two minutes
 
     _, errors = launcher.communicate(timeout=300)
     assert launcher.returncode == 2, errors
@@ -206,16 +213,18 @@ def test_a_study_on_slurm_survives_a_requeue_and_a_cancelled_job(slurm, study, t
     assert "2 jobs, 1 done, 1 FAILED" in summary
     assert "ended without a result: CANCELLED" in summary
     log = (sweep / "0" / "slm.log").read_text()
-    assert log.count("recover: starts") == 1
     assert "recover: continues" in log  # the same job again, from its last checkpoint
+    assert log.count("step 0 of 60") == log.count("step 60 of 60") == 1
     assert json.loads((sweep / "0" / "summary.json").read_text())["stages"]["merge"]["reused"]
     assert [path.suffix for path in store.glob("recover/*") if path.is_dir()].count(".partial") == 1
 
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    (second,) = set((tmp_path / "cluster" / "sweeps").glob("*/*")) - {sweep}
-    assert "recover: continues" in (second / "1" / "slm.log").read_text()
-    reused = json.loads((second / "0" / "summary.json").read_text())["stages"]
+    (new,) = set((tmp_path / "cluster" / "sweeps").glob("*/*")) - {sweep}
+    log = (new / "1" / "slm.log").read_text()
+    assert "recover: continues" in log
+    assert "step 0 of 60" not in log
+    reused = json.loads((new / "0" / "summary.json").read_text())["stages"]
     assert all(stage["reused"] for stage in reused.values())
     assert not list(store.glob("*/*.partial"))
-    assert table(second) == expected
+    assert table(new) == expected
