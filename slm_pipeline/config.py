@@ -160,6 +160,7 @@ class Config:
     force: list[str] = field(default_factory=list)  # stages to run again, with everything after them
     keep: str = "model"  # model | plan: whether the pruned weights stay on disk or are rebuilt from the plan
     dry_run: bool = False
+    pictures: bool = True  # in the run's folder; without them a job of seconds in a large study takes half as long
     study: StudyConfig = field(default_factory=StudyConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     output_dir: str = "outputs"

@@ -206,7 +206,7 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
         if artifact.done:
             results[stage.name] = artifact
     found = summary.build(job, {name: results[name] for name in reused}, reused, warnings)
-    summary.write(found, results, run_dir, tracker)
+    summary.write(found, results, run_dir, tracker, draw=job.config.pictures)
     return found
 
 
@@ -226,7 +226,7 @@ def _produce(step: Step, artifact: Artifact, job: Job, results: Mapping[str, Art
         log.info("%s: reused, %s", stage.name, artifact.path)
     else:
         log.info("%s: done in %.1f s, %s", stage.name, time.monotonic() - started, artifact.path)
-    _free_memory()
+        _free_memory()  # looks at every object there is: not after a stage that made none
     return was_reused
 
 

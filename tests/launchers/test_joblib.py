@@ -29,7 +29,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
         "calibration.path=text.txt", "calibration.num_samples=2", "calibration.seq_len=8", "pruning_ratio=none",
         "threshold=fixed", f"threshold.value={thresholds}", "recovery=none", "keep=plan", "evaluation=perplexity",
         "evaluation.of=[dense,pruned]", "evaluation.perplexity.corpora=[text.txt]", "evaluation.perplexity.window=64",
-        "tracker=jsonl", "output_dir=out",
+        "tracker=jsonl", "pictures=false", "output_dir=out",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     memory: list[int] = []
@@ -44,3 +44,38 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
     assert parent.returncode == 0, (folder / "log").read_text()[-3000:]
     (sweep,) = folder.glob("out/sweeps/slm/*")
     return sweep, memory
+
+
+def test_no_result_is_lost_or_doubled(study):
+    sweep, _ = study
+    summaries = {path.parent.name: json.loads(path.read_text()) for path in sweep.glob("*/summary.json")}
+    assert sorted(summaries, key=int) == [str(number) for number in range(NUM_JOBS)]
+    thresholds = [summaries[str(number)]["threshold"] for number in range(NUM_JOBS)]
+    assert thresholds == pytest.approx([0.4 + 0.003 * number for number in range(NUM_JOBS)])
+    assert f"{NUM_JOBS} jobs, {NUM_JOBS} done" in (sweep / "summary.md").read_text()
+
+
+def test_what_jobs_share_is_computed_once_and_everything_is_whole(study):
+    sweep, _ = study
+    stages = [json.loads(path.read_text())["stages"] for path in sweep.glob("*/summary.json")]
+    everything = {stage["path"] for job in stages for stage in job.values()}
+    made = Counter(stage["path"] for job in stages for stage in job.values() if not stage["reused"])
+    assert made == dict.fromkeys(everything, 1)
+    plans = {str(json.loads(path.read_text())["layer_groups"]) for path in sweep.glob("*/summary.json")}
+    by_stage = Counter(Path(path).parent.name for path in everything)
+    assert by_stage == {"calibrate": 1, "merge": NUM_JOBS, "evaluate": len(plans)}  # one plan is the dense model
+
+    store = sweep.parent.parent.parent / "store"
+    folders = {str(path) for path in store.glob("*/*") if path.is_dir()}
+    assert folders == everything
+    for folder in map(Path, folders):
+        record = json.loads((folder / "stage.json").read_text())
+        assert (record["stage"], record["key"]) == (folder.parent.name, folder.name)
+
+
+def test_the_parent_does_not_grow_with_the_jobs(study):
+    """Hydra keeps what each job returned, some KB; two configurations of each would be 200 KB."""
+    _, memory = study
+    assert len(memory) >= 8
+    print(memory)
+    assert memory[-1] - memory[2] < 20 * NUM_JOBS
