@@ -151,7 +151,6 @@ def run_job(composed: DictConfig) -> float | None:
         logging.getLogger("slm_pipeline").removeHandler(warnings)
         if multirun and not composed.dry_run:
             _write_study(Path(hydra.sweep.dir), composed.study.sort_by)
-        _free_memory()
 
 
 def record_lost_job(composed: DictConfig, error: UserError) -> None:
@@ -226,7 +225,7 @@ def _produce(step: Step, artifact: Artifact, job: Job, results: Mapping[str, Art
         log.info("%s: reused, %s", stage.name, artifact.path)
     else:
         log.info("%s: done in %.1f s, %s", stage.name, time.monotonic() - started, artifact.path)
-        _free_memory()  # looks at every object there is: not after a stage that made none
+        free_memory()  # looks at every object there is: not after a stage that made none
     return was_reused
 
 
@@ -283,7 +282,8 @@ class _WarningCollector(logging.Handler):
             self.messages.append(message)
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
+    """Give back what nothing uses any more, GPU memory too."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
