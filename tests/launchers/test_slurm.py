@@ -200,9 +200,13 @@ def test_a_study_on_slurm_survives_a_requeue_and_a_cancelled_job(slurm, study, t
     first = job_in_training(0)
     subprocess.run(["scancel", "--signal=USR2", first], check=True)  # as before a preemption
     second = job_in_training(1)
-    for line in told("scontrol", "listpids", second).splitlines()[1:]:
-        os.kill(int(line.split()[0]), signal.SIGSTOP)  # else it trains on until Slurm kills it, seconds later
+    number = told("squeue", "--noheader", f"--jobs={second}", "--format=%A").strip()
+    processes = [line.split() for line in told("scontrol", "listpids", number).splitlines()[1:]]
+    assert processes
     subprocess.run(["scancel", second], check=True)
+    for process_id, _, step, *_ in processes:
+        if step == "0":  # Slurm itself kills it seconds later, when it may have ended
+            os.kill(int(process_id), signal.SIGKILL)
     wait_for("the requeued job", lambda: first in told("squeue", "--array", "--states=PENDING", "--format=%i").split())
     subprocess.run(["scontrol", "update", f"JobId={first}", "StartTime=now"], check=True)  # else in two minutes
 
