@@ -81,7 +81,7 @@ def slurm() -> Iterator[None]:
     if missing := [name for name, path in programs.items() if path is None]:
         pytest.fail(
             f"no {', '.join(missing)} here: tests marked slurm need Debian's packages slurmctld slurmd slurm-client"
-            " munge (make system-packages), or leave them out: -m 'not slurm'"
+            " munge (.ci/system-packages installs them), or leave them out: -m 'not slurm'"
         )
     # Not pytest's folder: munge wants one that everybody may enter, and sockets have short names.
     with tempfile.TemporaryDirectory(prefix="slm-slurm-") as name, pytest.MonkeyPatch.context() as environment:
