@@ -67,7 +67,8 @@ def main() -> None:
         arguments = get_args_parser().parse_args()
         if not _only_asks_hydra(arguments) and _check_before_hydra(arguments):
             return
-        _hydra_main()
+        with _fruitless_search_explained():
+            _hydra_main()
         if _error_of_single_run:
             raise _error_of_single_run.pop()
 
@@ -97,6 +98,17 @@ def set_search_path() -> None:
     shipped = str(config.SWEEPS_ROOT)
     os.environ["SLM_SHIPPED_SWEEPS"] = shipped
     os.environ["SLM_USER_SWEEPS"] = str(Path.cwd()) if Path("sweeps").is_dir() else shipped
+
+
+@contextmanager
+def _fruitless_search_explained() -> Iterator[None]:
+    """Optuna ends in an error of its own when no trial, of this call or an earlier one, has succeeded."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error) not in ("Record does not exist.", "No trials are completed yet."):
+            raise
+        raise UserError("no trial of the search has succeeded so far; each said why, above and in its table") from error
 
 
 def _only_asks_hydra(arguments: Namespace) -> bool:
