@@ -26,8 +26,8 @@ assets: install ## Fetch the bundled model and data (about 180 MB, once)
 run: assets ## The main job on the bundled model: calibrate, merge, LoRA, evaluate (minutes on two cores)
 	$(BIN)/slm experiment=two_cores
 
-test: install lint check-types ## Lint, type-check and run all tests, two files at a time
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+test: install lint check-types ## Lint, type-check and run all tests, two files at a time (as root: installs Slurm, Chromium)
+	markers=$$(.ci/system-packages) && $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "$$markers"
 
 lint: install ## Style
 	$(BIN)/ruff check .

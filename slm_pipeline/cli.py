@@ -21,7 +21,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from hydra.main import get_args_parser
 from hydra.types import RunMode
@@ -41,15 +41,16 @@ _error_of_single_run: list[UserError] = []
 
 
 @hydra.main(version_base="1.3", config_path=str(config.CONF_DIR), config_name="config")
-def _hydra_main(composed: DictConfig) -> None:
+def _hydra_main(composed: DictConfig) -> float | None:
     from slm_pipeline.runner import run_job
 
     try:
-        run_job(composed)
+        return run_job(composed)
     except UserError as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         _error_of_single_run.append(error)  # past Hydra, which would print a line of its own before ours
+        return None
 
 
 def main() -> None:
@@ -66,7 +67,8 @@ def main() -> None:
         arguments = get_args_parser().parse_args()
         if not _only_asks_hydra(arguments) and _check_before_hydra(arguments):
             return
-        _hydra_main()
+        with _fruitless_search_explained():
+            _hydra_main()
         if _error_of_single_run:
             raise _error_of_single_run.pop()
 
@@ -100,6 +102,17 @@ def set_environment() -> None:
     os.environ["SLM_NUM_GPUS"] = str(len(gpus.visible()))
 
 
+@contextmanager
+def _fruitless_search_explained() -> Iterator[None]:
+    """Optuna ends in an error of its own when no trial, of this call or an earlier one, has succeeded."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error) not in ("Record does not exist.", "No trials are completed yet."):
+            raise
+        raise UserError("no trial of the search has succeeded so far; each said why, above and in its table") from error
+
+
 def _only_asks_hydra(arguments: Namespace) -> bool:
     """Whether the flags ask for something that runs no job: --cfg, --info, completion, version."""
     names = ("cfg", "info", "shell_completion", "hydra_help", "experimental_rerun")
@@ -122,12 +135,17 @@ def _check_before_hydra(arguments: Namespace) -> bool:
     composed = _compose(arguments, [_first_value(item) for item in overrides])
     if multirun and composed.hydra.runtime.choices["hydra/launcher"] == "gpus":
         gpus.check()
+    if multirun and _searches(composed) and composed.objective.metric is None:
+        raise UserError("a search needs objective.metric=, such as pruned/perplexity/bundled; see sweeps/search.yaml")
     from slm_pipeline.job import make_output_root
     from slm_pipeline.runner import describe_plan, plan
 
     if multirun and composed.dry_run:
         failures = 0
-        for number, job_overrides in enumerate(_jobs(composed, arguments.overrides)):
+        jobs = _jobs(composed, arguments.overrides)
+        if _searches(composed):
+            print(_describe_search(composed), flush=True)
+        for number, job_overrides in enumerate(jobs):
             print(f"#{number} {' '.join(job_overrides)}", flush=True)
             try:
                 print(describe_plan(_job(_compose(arguments, job_overrides), job_overrides)), flush=True)
@@ -195,10 +213,11 @@ def _is_group(name: str) -> bool:
 
 
 def _first_value(item: Override) -> str:
-    """An override with the first of the values that it sweeps over; as it is if it does not sweep, or over a range of
-    numbers that only a sweeper can draw from."""
-    if not item.is_sweep_override() or item.is_interval_sweep():
+    """An override with the first of the values that it sweeps over; as it is if it does not sweep."""
+    if not item.is_sweep_override():
         return item.input_line or ""
+    if isinstance(interval := item.value(), IntervalSweep):
+        return f"{item.get_key_element()}={interval.start}"
     return f"{item.get_key_element()}={next(iter(item.sweep_string_iterator()))}"
 
 
@@ -218,10 +237,27 @@ def _compose(arguments: Namespace, overrides: list[str]) -> DictConfig:
             raise UserError(f"cannot read the overrides {overrides}: {error}") from error
 
 
+def _searches(composed: DictConfig) -> bool:
+    """Whether a sweeper chooses the jobs one after another, by what the earlier ones returned."""
+    return composed.hydra.runtime.choices["hydra/sweeper"] != "basic"
+
+
+def _describe_search(composed: DictConfig) -> str:
+    sweeper = composed.hydra.sweeper
+    space = "".join(f"\n  {key}={value}" for key, value in (sweeper.params or {}).items())
+    return (
+        f"{sweeper.n_trials} trials, {sweeper.n_jobs} at a time, to {composed.objective.direction}"
+        f" {composed.objective.metric}, added to the search '{sweeper.study_name}' in {sweeper.storage}, over{space}"
+        "\nwhich values they try is known only when the earlier ones are done; one corner of it as an example:"
+    )
+
+
 def _jobs(composed: DictConfig, overrides: list[str]) -> list[list[str]]:
-    """The overrides of each job of a multirun, as Hydra's own sweeper makes them."""
+    """The overrides of each job of a multirun, as Hydra's own sweeper makes them; of a search, one within it."""
     swept = [f"{key}={value}" for key, value in (composed.hydra.sweeper.params or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*swept, *overrides])
+    if _searches(composed):
+        return [[_first_value(item) for item in parsed]]
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return jobs
 

@@ -142,6 +142,15 @@ class StudyConfig:
 
 
 @dataclass
+class ObjectiveConfig:
+    """The number that a job returns to a sweeper that searches, such as Optuna's."""
+
+    metric: str | None = None  # such as pruned/perplexity/bundled, pruned/average or num_layers; null: no number
+    direction: str = "minimize"  # minimize | maximize
+    max_layers: int | None = None  # budget: more layers count as worse than anything within it
+
+
+@dataclass
 class Config:
     """The whole configuration of one job."""
 
@@ -151,7 +160,9 @@ class Config:
     force: list[str] = field(default_factory=list)  # stages to run again, with everything after them
     keep: str = "model"  # model | plan: whether the pruned weights stay on disk or are rebuilt from the plan
     dry_run: bool = False
+    pictures: bool = True  # in the run's folder; without them a job of seconds in a large study takes half as long
     study: StudyConfig = field(default_factory=StudyConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     output_dir: str = "outputs"
     data_dir: str | None = None  # where relative data paths are looked up; null: the directory you started in
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -42,6 +42,10 @@ def text() -> str:
     for group in _GROUPS:
         parts.append(f"{group}=\n" + "\n".join(_option_lines(config.CONF_DIR / group)))
     parts.append("sweeps=   (with -m)\n" + "\n".join(_option_lines(config.SWEEPS_ROOT / "sweeps")))
+    launchers = config.CONF_DIR / "hydra" / "launcher"
+    parts.append(
+        "hydra/launcher=   (with -m; also joblib, and basic: one after another)\n" + "\n".join(_option_lines(launchers))
+    )
     parts.append("keys of the top level\n" + "\n".join(_key_lines()))
     parts.append(_FURTHER)
     return "\n\n".join(parts)

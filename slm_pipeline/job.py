@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline import config as options
+from slm_pipeline import objective
 from slm_pipeline.artifacts import check_store_format
 from slm_pipeline.config import Config, build
 from slm_pipeline.data import calibration
@@ -159,6 +160,7 @@ def prepare(config: Config, command: str) -> Job:
     if recovery is not None and {"recover", "evaluate"}.intersection(config.stages):
         identities["recovery"] = recovery.data_identity(data_dir(config))
     identities["evaluation"] = _check_evaluation(config)
+    objective.check(config)
     check_tracker(config.tracker)
     job = Job(config, source, method, recovery, threshold, command, identities)
     num_layers = None

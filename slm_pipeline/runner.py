@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from slm_pipeline import gpus, provenance, summary
+from slm_pipeline import gpus, objective, provenance, summary
 from slm_pipeline.artifacts import Artifact, check_store, write_json, write_text
 from slm_pipeline.config import TARGETS, to_config
 from slm_pipeline.errors import UserError
@@ -104,8 +104,12 @@ def describe_plan(job: Job) -> str:
     return "\n".join(lines)
 
 
-def run_job(composed: DictConfig) -> None:
-    """Run one composed configuration inside Hydra. Leaves summary.json, or failure.json and an error."""
+def run_job(composed: DictConfig) -> float | None:
+    """Run one composed configuration inside Hydra. Leaves summary.json, or failure.json and an error.
+
+    Returns:
+        The job's objective, for a sweeper that searches.
+    """
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
     multirun = hydra.mode == RunMode.MULTIRUN
@@ -119,8 +123,9 @@ def run_job(composed: DictConfig) -> None:
         job = prepare(config, command)
         if config.dry_run:
             print(describe_plan(job))
-            return
+            return None
         check_store(job.store)
+        (run_dir / "failure.json").unlink(missing_ok=True)  # of an earlier attempt in this folder: a requeued job
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
         choices = {
             group: choice
@@ -136,10 +141,12 @@ def run_job(composed: DictConfig) -> None:
             tags=[f"{group}={choice}" for group, choice in choices.items()],
             job_type=config.stages[-1] if config.stages else "none",
         ) as tracker:
-            execute(job, run_dir, tracker, warnings.messages)
+            found = execute(job, run_dir, tracker, warnings.messages)
+        return objective.value(config, found)
     except BaseException as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        _write_failure(run_dir, {"error": first_line, "type": type(error).__name__, "command": command})
+        if not isinstance(error, SystemExit):  # that is how a cluster's job ends that is back in the queue
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            _write_failure(run_dir, {"error": first_line, "type": type(error).__name__, "command": command})
         if isinstance(error, UserError):
             log.error("error: %s", error) if multirun else log.debug("error: %s", error)
         raise
@@ -147,7 +154,23 @@ def run_job(composed: DictConfig) -> None:
         logging.getLogger("slm_pipeline").removeHandler(warnings)
         if multirun and not composed.dry_run:
             write_summary(Path(hydra.sweep.dir))
-        _free_memory()
+
+
+def record_lost_job(composed: DictConfig, error: UserError) -> None:
+    """Leave a FAILED row of a multirun for a job that could not leave one itself: cancelled, killed, never started.
+
+    Args:
+        composed: the job's configuration with Hydra's own part, its number in it.
+        error: what became of it. Not written where the job did leave a result or a reason.
+    """
+    sweep_dir = Path(composed.hydra.sweep.dir)
+    run_dir = sweep_dir / str(composed.hydra.sweep.subdir)
+    overrides = list(composed.hydra.overrides.task)
+    if not any((run_dir / name).exists() for name in ("summary.json", "failure.json")):
+        write_text(run_dir / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+        command = shlex.join(["slm", *overrides])
+        _write_failure(run_dir, {"error": str(error), "type": type(error).__name__, "command": command})
+    write_summary(sweep_dir)
 
 
 def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> dict[str, Any]:
@@ -176,7 +199,7 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
         if artifact.done:
             results[stage.name] = artifact
     found = summary.build(job, {name: results[name] for name in reused}, reused, warnings)
-    summary.write(found, results, run_dir, tracker)
+    summary.write(found, results, run_dir, tracker, draw=job.config.pictures)
     return found
 
 
@@ -196,7 +219,7 @@ def _produce(step: Step, artifact: Artifact, job: Job, results: Mapping[str, Art
         log.info("%s: reused, %s", stage.name, artifact.path)
     else:
         log.info("%s: done in %.1f s, %s", stage.name, time.monotonic() - started, artifact.path)
-    _free_memory()
+        free_memory()  # looks at every object there is: not after a stage that made none
     return was_reused
 
 
@@ -253,7 +276,8 @@ class _WarningCollector(logging.Handler):
             self.messages.append(message)
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
+    """Give back what nothing uses any more, GPU memory too."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():

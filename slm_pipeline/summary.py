@@ -65,9 +65,11 @@ def build(job: Job, results: Mapping[str, Artifact], reused: Mapping[str, bool],
     return summary
 
 
-def write(summary: dict[str, Any], results: Mapping[str, Artifact], run_dir: Path, tracker: Tracker) -> None:
+def write(
+    summary: dict[str, Any], results: Mapping[str, Artifact], run_dir: Path, tracker: Tracker, *, draw: bool = True
+) -> None:
     """Draw the pictures, write summary.json and summary.md, log both, and print the table."""
-    pictures = _draw(summary, results, run_dir)
+    pictures = _draw(summary, results, run_dir) if draw else []
     summary["pictures"] = [picture.name for picture in pictures]
     if "merge" in results:
         load_plan(results["merge"]).write(run_dir / "plan.json")

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from conftest import random_source, run_slm
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from slm_pipeline import cli, config, help_page
 from slm_pipeline.job import Job, prepare
@@ -21,6 +22,7 @@ from slm_pipeline.surgery.plan import Plan, groups_of_windows
 GROUPS = sorted(path.name for path in config.CONF_DIR.iterdir() if path.is_dir() and path.name != "hydra")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config.CONF_DIR / group).glob("*.yaml"))]
 SWEEPS = sorted((config.SWEEPS_ROOT / "sweeps").glob("*.yaml"))
+LAUNCHERS = sorted((config.CONF_DIR / "hydra" / "launcher").glob("*.yaml"))
 FILES = [*sorted(config.CONF_DIR.rglob("*.yaml")), *SWEEPS]
 PLUG_INS = [path for group in ("method", "recovery") for path in sorted((config.CONF_DIR / group).glob("*.yaml"))]
 
@@ -168,10 +170,11 @@ def test_every_file_says_what_it_is_and_how_to_use_it(file, here):
 def test_every_sweep_is_jobs_that_pass_all_checks(file, here):
     outcome = run_slm("-m", f"sweeps={file.stem}", "dry_run=true")
     assert outcome.status == 0, outcome.err
-    swept = yaml.safe_load(file.read_text())["hydra"]["sweeper"]["params"]
+    sweeper = yaml.safe_load(file.read_text())["hydra"]["sweeper"]
     expected = 1
-    for values in swept.values():
-        expected *= len(str(values).split(","))
+    if "n_trials" not in sweeper:  # a search shows one job as an example
+        for values in sweeper["params"].values():
+            expected *= len(str(values).split(","))
     assert sum(line.startswith("#") for line in outcome.out.splitlines()) == expected
 
 
@@ -189,6 +192,17 @@ def test_every_sweep_declares_its_axes_its_metric_and_its_plot(file):
     assert set(study) <= {field.name for field in dataclasses.fields(config.StudyConfig)}
 
 
+@pytest.mark.parametrize("launcher", [path.stem for path in LAUNCHERS])
+def test_every_launcher_is_one_that_hydra_starts(launcher, here):
+    from hydra.core.plugins import Plugins
+
+    with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF_DIR)):
+        composed = compose("config", overrides=[f"hydra/launcher={launcher}"], return_hydra_config=True)
+    options = OmegaConf.to_container(composed.hydra.launcher)
+    assert options["_target_"] in Plugins.instance().class_name_to_class
+    assert OmegaConf.missing_keys(composed.hydra.launcher) == set()
+
+
 def test_help_lists_every_option_with_its_first_comment():
     text = run_slm("--help").out
     assert text.strip() == help_page.text().strip()
@@ -196,9 +210,9 @@ def test_help_lists_every_option_with_its_first_comment():
         section = text.split(f"\n{group}=\n")[1].split("\n\n")[0]
         (line,) = [line for line in section.splitlines() if line.split()[0] == option]
         assert len(line.split()) > 2
-    for sweep in SWEEPS:
-        assert f"\n  {sweep.stem} " in text
-    for key in ("name", "seed", "stages", "force", "keep", "dry_run", "output_dir", "data_dir"):
+    for file in [*SWEEPS, *LAUNCHERS]:
+        assert f"\n  {file.stem} " in text
+    for key in ("name", "seed", "stages", "force", "keep", "dry_run", "pictures", "output_dir", "data_dir"):
         assert f"\n  {key}=" in text
 
 

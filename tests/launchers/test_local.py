@@ -1,0 +1,98 @@
+"""``hydra/launcher=slurm_local``: the launcher of Slurm with processes of this machine, and joblib, side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+KILLED_AFTER_MERGE = """
+import os
+from slm_pipeline.stages.merge import Merge
+
+run = Merge.run
+def dies(self, job, *arguments, **options):
+    if job.threshold == 0.5:
+        os._exit(9)
+    return run(self, job, *arguments, **options)
+Merge.run = dies
+"""
+
+
+def run_study(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    (folder / "texts").mkdir()
+    (folder / "texts" / "text.txt").write_text("the river runs past the old mill and a tree " * 20)
+    (folder / "sweeps").mkdir()
+    (folder / "sweeps" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /threshold: fixed\n  - override /pruning_ratio: none\n"
+        "  - override /recovery: none\n  - override /evaluation: none\n"
+        "name: mine\nhydra: {sweeper: {params: {threshold.value: '0.9,1.5,0.5'}}}\n"
+    )
+    command = [
+        sys.executable, "-m", "slm_pipeline", "-m", "sweeps=mine", "model=random", "model.num_layers=6",
+        "model.hidden_size=32", "model.intermediate_size=48", "data_dir=texts", "calibration=text_file",
+        "calibration.path=text.txt", "calibration.num_samples=2", "calibration.seq_len=16", "pictures=false",
+        "output_dir=out", *overrides,
+    ]  # fmt: skip
+    return subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+        ["hydra/launcher=slurm_local", "hydra.launcher.array_parallelism=2"],
+    ],
+    ids=["joblib", "slurm_local"],
+)
+def test_jobs_find_the_users_sweep_and_data_and_fail_one_by_one(launcher, tmp_path):
+    """The study lies in the user's own ./sweeps, text and results in relative folders; one job's threshold is wrong."""
+    done = run_study(tmp_path, *launcher, "tracker=wandb_offline")
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line == "error: threshold.value=1.5 must lie in [0, 1]"
+    (sweep,) = (tmp_path / "out" / "sweeps" / "mine").iterdir()
+    table = (sweep / "summary.md").read_text()
+    assert "3 jobs, 2 done, 1 FAILED" in table
+    assert "FAILED: threshold.value=1.5 must lie in [0, 1]" in table
+    layers = [json.loads((sweep / job / "summary.json").read_text())["num_layers"]["pruned"] for job in ("0", "2")]
+    assert layers == [5, 3]
+    runs = [[path.name for path in sweep.glob(f"{job}/wandb/offline-run-*")] for job in ("0", "2")]
+    assert [len(of_job) for of_job in runs] == [1, 1]
+    assert runs[0] != runs[1]
+
+
+def test_a_killed_job_is_a_failed_row_and_the_others_finish(tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import sys\nif 'submitit.core._submit' in sys.orig_argv:\n    import deadly\n"
+    )
+    (tmp_path / "site" / "deadly.py").write_text(KILLED_AFTER_MERGE)
+    done = run_study(
+        tmp_path,
+        "hydra/launcher=slurm_local",
+        "hydra.launcher.array_parallelism=2",
+        "threshold.value=0.5,0.9",
+        "tracker=jsonl",
+        PYTHONPATH=f"{REPOSITORY}:{tmp_path}/site",
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "ended without a result: it was killed" in line
+    (sweep,) = (tmp_path / "out" / "sweeps" / "mine").iterdir()
+    failure = json.loads((sweep / "0" / "failure.json").read_text())
+    assert failure["type"] == "UserError"
+    assert "threshold.value=0.5" in failure["command"]
+    assert "2 jobs, 1 done, 1 FAILED" in (sweep / "summary.md").read_text()
