@@ -83,7 +83,12 @@ class Job:
         )
 
     def pruning_problem(
-        self, view: ModelView, input_ids: Tensor, statistics: Statistics, calibration: dict[str, Any]
+        self,
+        view: ModelView,
+        input_ids: Tensor,
+        statistics: Statistics,
+        calibration: dict[str, Any],
+        memo: Path | None = None,
     ) -> PruningProblem:
         """What the method gets; see `PruningProblem`."""
         counts = ParameterCounts.of(view)
@@ -100,6 +105,8 @@ class Job:
             exhaustive=self.config.threshold.exhaustive,
             calibration=calibration,
             num_parameters=math.ceil((ratio.ratio or 0) * counts.total) if by_parameters else 0,
+            memo=memo,
+            forced="merge" in self.config.force,
         )
 
 

@@ -1,4 +1,5 @@
-"""``slm-bench``: ours beside theirs, in one run. ``slm-bench recovery --help`` is about training, this about searches.
+"""``slm-bench``: ours beside theirs, in one run. This is about searches; ``slm-bench recovery --help`` is about training,
+``slm-bench sweep --help`` about what the jobs of a study share.
 
 ``slm-bench methods``: each method's search beside the loop that its authors published, on one model.
 
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline import cli
-from slm_pipeline.commands import bench_recovery
+from slm_pipeline.commands import bench_recovery, bench_sweep
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import PruningProblem
 from slm_pipeline.report.tables import Table
@@ -222,7 +223,11 @@ def _peak_memory_gb() -> float:
 def main() -> None:
     """Console entry point."""
     arguments = sys.argv[1:]
-    benchmarks = {"methods": (methods, __doc__), "recovery": (bench_recovery.recovery, bench_recovery.__doc__)}
+    benchmarks = {
+        "methods": (methods, __doc__),
+        "recovery": (bench_recovery.recovery, bench_recovery.__doc__),
+        "sweep": (bench_sweep.sweep, bench_sweep.__doc__),
+    }
     run, about = benchmarks.get(arguments[0] if arguments else "methods", (None, None))
     if not arguments or {"-h", "--help"} & set(arguments):
         print(about or __doc__)

@@ -5,7 +5,8 @@ changing a decision:
 
 - windows are merged from the top down, so what enters a window is always the dense model's own state: cached once;
 - a merged block is one block of the dense model with some parameters replaced: no copy is needed to run it;
-- the similarity depends on how the layers are grouped alone: evaluated once, however many thresholds ask.
+- the similarity depends on how the layers are grouped alone: evaluated once, however many thresholds ask, be it in one
+  search or in several jobs (`slm_pipeline.engine.window_memo`).
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from slm_pipeline.engine.blocks import BlockRunner, batches
+from slm_pipeline.engine.window_memo import WindowMemo
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
@@ -35,23 +38,32 @@ class StackSimilarity:
         input_ids: [N, length] calibration samples.
         rule: merge rule, see `slm_pipeline.surgery.merge_rules`.
         similarity: a key of `SIMILARITIES`.
+        memo: what is known already, for the same model, samples, rule and similarity.
 
     Attributes:
-        known: stack -> similarity, for everything evaluated so far.
+        asked: stack -> similarity, for everything asked so far.
+        num_evaluated: of them, those that were not in the memo.
     """
 
-    def __init__(self, view: ModelView, input_ids: Tensor, rule: str, similarity: str):
+    def __init__(self, view: ModelView, input_ids: Tensor, rule: str, similarity: str, memo: WindowMemo | None = None):
         self.view = view
+        self.input_ids = input_ids
         self.rule = rule
-        self.known: dict[tuple[Group, ...], float] = {}
+        self.asked: dict[tuple[Group, ...], float] = {}
+        self.num_evaluated = 0
+        self._memo = WindowMemo() if memo is None else memo
         self._similarity = SIMILARITIES[similarity]
-        self._runners = [BlockRunner(view, batch) for batch in batches(input_ids, MAX_BATCH_TOKENS)]
-        self._num_samples = len(input_ids)
         self._merged: dict[Group, Block] = {}
+
+    @cached_property
+    def _runners(self) -> list[BlockRunner]:
+        """The dense pass; not made where the memo knows everything."""
+        return [BlockRunner(self.view, batch) for batch in batches(self.input_ids, MAX_BATCH_TOKENS)]
 
     @property
     def num_block_evaluations(self) -> int:
-        return sum(runner.num_block_evaluations for runner in self._runners)
+        """Blocks run on all batches, the dense pass not counted."""
+        return sum(runner.num_block_evaluations for runner in self._runners) if self.num_evaluated else 0
 
     def __call__(self, stack: tuple[Group, ...]) -> float:
         """Similarity, at most 1, of the model whose upper end is ``stack``; below it stands the dense model.
@@ -59,20 +71,22 @@ class StackSimilarity:
         Raises:
             UserError: the similarity is not finite.
         """
-        if stack not in self.known:
+        if stack not in self._memo:
+            self.num_evaluated += 1
             self._merged = {group: self._merged[group] for group in stack if group in self._merged}
             blocks = [self._block(group) for group in stack]
             lowest = originals(stack[0])[0]
             total = sum(self._evaluate(runner, runner.states[lowest], blocks) for runner in self._runners)
-            value = self._similarity.of_mean(total / self._num_samples)
+            value = self._similarity.of_mean(total / len(self.input_ids))
             if not math.isfinite(value):
                 merged = [f"{layers[0]}..{layers[-1]}" for layers in map(originals, stack) if len(layers) > 1]
                 raise UserError(
                     f"the similarity after merging layers {', '.join(merged)} is {value}: the model overflows in its"
                     " dtype; try model.dtype=bfloat16 or model.dtype=float32"
                 )
-            self.known[stack] = value
-        return self.known[stack]
+            self._memo.add(stack, value)
+        self.asked[stack] = self._memo[stack]
+        return self.asked[stack]
 
     def _block(self, group: Group) -> Block:
         if isinstance(group, int):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_pipeline.errors import UserError
@@ -45,6 +46,8 @@ class PruningProblem:
         refine: grid points to try above the best threshold found by halving.
         exhaustive: walk the whole threshold grid instead.
         calibration: fingerprint and num_tokens of ``input_ids``, for the plan.
+        memo: folder where searches leave what they measured for those of other jobs; None for none.
+        forced: measure it all again.
     """
 
     source: ModelSource
@@ -57,6 +60,8 @@ class PruningProblem:
     exhaustive: bool
     calibration: dict[str, Any]
     num_parameters: int = 0
+    memo: Path | None = None
+    forced: bool = False
 
 
 @dataclass(kw_only=True)

@@ -91,7 +91,8 @@ class ThresholdMerging(Method):
     Scores in the plan:
         steps: {low, high, similarity, accepted} of the search that gave the plan, in the order evaluated.
         searches: {threshold, num_removed} of every threshold tried, in order.
-        num_evaluations, num_block_evaluations: stacks and blocks run in all, the dense pass not counted.
+        num_evaluations: different stacks looked at; num_evaluated: those among them that no earlier search with the
+            same samples had left in the store; num_block_evaluations: blocks run for these, the dense pass not counted.
         exact: whether the threshold is known to be the highest on the grid that reaches the target.
     """
 
@@ -111,21 +112,23 @@ class ThresholdMerging(Method):
         """The method's pass over a stack of ``num_layers``."""
 
     def plan(self, problem: PruningProblem) -> Plan:
+        from slm_pipeline.engine.window_memo import open_memo
         from slm_pipeline.engine.windows import StackSimilarity
 
         num_layers = problem.view.num_layers
-        similarity = StackSimilarity(problem.view, problem.input_ids, self.merge_rule, self.similarity)
-        one_pass = self.one_pass(similarity, num_layers)
-        if problem.threshold is not None:
-            with tqdm(total=one_pass.length, desc=f"{self.name} search", unit="window", disable=None) as progress:
-                chosen = Search(problem.threshold, progress)
-                one_pass(chosen, None)
-            searches, exact = [chosen], True
-        else:
-            assert problem.num_remove is not None
-            chosen, searches, exact = find_threshold(
-                one_pass, problem.num_remove, refine=problem.refine, exhaustive=problem.exhaustive
-            )
+        with open_memo(problem.memo, self.merge_rule, self.similarity, afresh=problem.forced) as memo:
+            similarity = StackSimilarity(problem.view, problem.input_ids, self.merge_rule, self.similarity, memo)
+            one_pass = self.one_pass(similarity, num_layers)
+            if problem.threshold is not None:
+                with tqdm(total=one_pass.length, desc=f"{self.name} search", unit="window", disable=None) as progress:
+                    chosen = Search(problem.threshold, progress)
+                    one_pass(chosen, None)
+                searches, exact = [chosen], True
+            else:
+                assert problem.num_remove is not None
+                chosen, searches, exact = find_threshold(
+                    one_pass, problem.num_remove, refine=problem.refine, exhaustive=problem.exhaustive
+                )
         return self._new_plan(
             problem,
             threshold=chosen.threshold,
@@ -137,7 +140,8 @@ class ThresholdMerging(Method):
             scores={
                 "steps": [vars(step) for step in chosen.steps],
                 "searches": [{"threshold": s.threshold, "num_removed": s.num_removed} for s in searches],
-                "num_evaluations": len(similarity.known),
+                "num_evaluations": len(similarity.asked),
+                "num_evaluated": similarity.num_evaluated,
                 "num_block_evaluations": similarity.num_block_evaluations,
                 "exact": exact,
             },

@@ -92,7 +92,7 @@ class Merge(Stage):
 
     def _plan(self, job: Job, calibration: Artifact, view: Any) -> Plan:
         input_ids, identity = load_samples(calibration)
-        problem = job.pruning_problem(view, input_ids, load_statistics(calibration), identity)
+        problem = job.pruning_problem(view, input_ids, load_statistics(calibration), identity, calibration.path)
         started = time.monotonic()
         plan = job.method.plan(problem)
         plan.scores["seconds"] = round(time.monotonic() - started, 3)

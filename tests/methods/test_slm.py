@@ -116,8 +116,8 @@ def test_no_window_is_evaluated_twice(input_ids):
     search(SlidingWindow(similarity, 8), 0.9)
     once = similarity.num_block_evaluations
     search(SlidingWindow(similarity, 8), 0.9)
-    assert similarity.num_block_evaluations == once == sum(len(stack) for stack in similarity.known)
-    assert all(sum(map(originals, stack), []) == list(range(originals(stack[0])[0], 8)) for stack in similarity.known)
+    assert similarity.num_block_evaluations == once == sum(len(stack) for stack in similarity.asked)
+    assert all(sum(map(originals, stack), []) == list(range(originals(stack[0])[0], 8)) for stack in similarity.asked)
 
 
 @torch.no_grad()
