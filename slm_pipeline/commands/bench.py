@@ -1,4 +1,4 @@
-"""``slm-bench``: ours beside theirs, in one run. This is about searches; ``slm-bench recovery --help`` is about training,
+"""``slm-bench``: ours beside theirs, in one run. This is about searches, ``slm-bench recovery --help`` about training,
 ``slm-bench sweep --help`` about what the jobs of a study share.
 
 ``slm-bench methods``: each method's search beside the loop that its authors published, on one model.
