@@ -62,7 +62,7 @@ def collect() -> dict[str, Any]:
 def reset_peak_memory() -> None:
     """Start a new measurement of peak accelerator memory."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if torch is not None and torch.cuda.is_initialized():  # else nothing lies there yet, and torch refuses
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
 
@@ -70,7 +70,7 @@ def reset_peak_memory() -> None:
 def peak_memory_gb() -> float:
     """Peak memory in 10^9 bytes: of all accelerators since the last reset, else of this process since its start."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if torch is not None and torch.cuda.is_initialized():
         total = sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
     else:
         unit = 1 if sys.platform == "darwin" else 1024
