@@ -84,7 +84,7 @@ def test_a_search_in_which_nothing_succeeds(search, tmp_path):
     outcome = run_slm(*search, "threshold.value=1.5", "hydra.sweeper.n_trials=1")
     assert outcome.status == 2
     assert outcome.err.splitlines()[-1].startswith("error: no trial of the search has succeeded")
-    assert "1 jobs, 1 FAILED" in (sweeps(tmp_path / "out")[0] / "summary.md").read_text()
+    assert "1 job, 1 FAILED" in (sweeps(tmp_path / "out")[0] / "summary.md").read_text()
 
 
 def test_a_dry_run_says_what_is_known_of_a_search(search, tmp_path):
