@@ -10,6 +10,15 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from slm_pipeline import study
+
+
+class WriteStudy(Callback):
+    """Leaves study.json in the folder of a multirun before its first job."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        study.begin(config)
+
 
 class ForgetJob(Callback):
     """Keeps a study's memory flat: what Hydra holds of each job until the last one ends is small.

@@ -17,18 +17,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.main import get_args_parser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from slm_pipeline import config, gpus, help_page
+from slm_pipeline import config, gpus, help_page, study
 from slm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +44,8 @@ def _hydra_main(composed: DictConfig) -> float | None:
     from slm_pipeline.runner import run_job
 
     try:
-        return run_job(composed)
+        with study.running(Path(HydraConfig.get().runtime.output_dir)):
+            return run_job(composed)
     except UserError as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
@@ -67,7 +67,7 @@ def main() -> None:
         arguments = get_args_parser().parse_args()
         if not _only_asks_hydra(arguments) and _check_before_hydra(arguments):
             return
-        with _fruitless_search_explained():
+        with study.reported(), _fruitless_search_explained():
             _hydra_main()
         if _error_of_single_run:
             raise _error_of_single_run.pop()
@@ -132,18 +132,18 @@ def _check_before_hydra(arguments: Namespace) -> bool:
         if item.is_sweep_override() and not multirun:
             raise UserError(f"{item.input_line} asks for several jobs; add -m: slm -m {item.input_line}")
         _check_group(item)
-    composed = _compose(arguments, [_first_value(item) for item in overrides])
+    composed = _compose(arguments, [study.first_value(item) for item in overrides])
     if multirun and composed.hydra.runtime.choices["hydra/launcher"] == "gpus":
         gpus.check()
-    if multirun and _searches(composed) and composed.objective.metric is None:
+    if multirun and study.is_search(composed) and composed.objective.metric is None:
         raise UserError("a search needs objective.metric=, such as pruned/perplexity/bundled; see sweeps/search.yaml")
     from slm_pipeline.job import make_output_root
     from slm_pipeline.runner import describe_plan, plan
 
     if multirun and composed.dry_run:
         failures = 0
-        jobs = _jobs(composed, arguments.overrides)
-        if _searches(composed):
+        jobs = study.jobs(composed, arguments.overrides)
+        if study.is_search(composed):
             print(_describe_search(composed), flush=True)
         for number, job_overrides in enumerate(jobs):
             print(f"#{number} {' '.join(job_overrides)}", flush=True)
@@ -212,15 +212,6 @@ def _is_group(name: str) -> bool:
     return (config.CONF_DIR / name).is_dir()
 
 
-def _first_value(item: Override) -> str:
-    """An override with the first of the values that it sweeps over; as it is if it does not sweep."""
-    if not item.is_sweep_override():
-        return item.input_line or ""
-    if isinstance(interval := item.value(), IntervalSweep):
-        return f"{item.get_key_element()}={interval.start}"
-    return f"{item.get_key_element()}={next(iter(item.sweep_string_iterator()))}"
-
-
 def _compose(arguments: Namespace, overrides: list[str]) -> DictConfig:
     """What Hydra itself will compose, ``--config-dir`` included."""
     if arguments.config_dir and not Path(arguments.config_dir).is_dir():
@@ -237,11 +228,6 @@ def _compose(arguments: Namespace, overrides: list[str]) -> DictConfig:
             raise UserError(f"cannot read the overrides {overrides}: {error}") from error
 
 
-def _searches(composed: DictConfig) -> bool:
-    """Whether a sweeper chooses the jobs one after another, by what the earlier ones returned."""
-    return composed.hydra.runtime.choices["hydra/sweeper"] != "basic"
-
-
 def _describe_search(composed: DictConfig) -> str:
     sweeper = composed.hydra.sweeper
     space = "".join(f"\n  {key}={value}" for key, value in (sweeper.params or {}).items())
@@ -250,16 +236,6 @@ def _describe_search(composed: DictConfig) -> str:
         f" {composed.objective.metric}, added to the search '{sweeper.study_name}' in {sweeper.storage}, over{space}"
         "\nwhich values they try is known only when the earlier ones are done; one corner of it as an example:"
     )
-
-
-def _jobs(composed: DictConfig, overrides: list[str]) -> list[list[str]]:
-    """The overrides of each job of a multirun, as Hydra's own sweeper makes them; of a search, one within it."""
-    swept = [f"{key}={value}" for key, value in (composed.hydra.sweeper.params or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*swept, *overrides])
-    if _searches(composed):
-        return [[_first_value(item) for item in parsed]]
-    (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return jobs
 
 
 def _job(composed: DictConfig, overrides: Sequence[str], program: Sequence[str] = ("slm",)) -> Job:

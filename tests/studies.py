@@ -82,7 +82,7 @@ def write_run(
     config: Mapping[str, Any] | None = None,
     choices: Mapping[str, str | None] | None = None,
 ) -> None:
-    """A run's folder as a job leaves it; ``result`` is its summary, why it failed, or None if it is unfinished."""
+    """A run's folder as a job leaves it; ``result`` is its summary, why it failed, or None if it was interrupted."""
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
     (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(dict(config or {})))

@@ -14,8 +14,9 @@ import yaml
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.report.measurement import Summary
+from slm_pipeline.study import is_running
 
-STATUSES = ("done", "FAILED", "unfinished", "queued")
+STATUSES = ("done", "FAILED", "running", "interrupted", "queued")
 
 Value = str | int | float
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the former is written in C, and not everywhere
@@ -114,12 +115,14 @@ def _is_run(path: Path) -> bool:
 def _read_run(path: Path) -> Run:
     overrides_file = path / ".hydra" / "overrides.yaml"
     overrides = yaml.load(overrides_file.read_text(encoding="utf-8"), _Loader) if overrides_file.exists() else []
-    status, reason, summary = "unfinished", "", None
+    status, reason, summary = "", "", None
     if (path / "summary.json").exists():
         status, summary = "done", json.loads((path / "summary.json").read_text(encoding="utf-8"))
     elif (path / "failure.json").exists():
         failure = json.loads((path / "failure.json").read_text(encoding="utf-8"))
         status, reason = "FAILED", " ".join(failure["error"].split())
+    else:
+        status = "running" if is_running(path) else "interrupted"
     return Run(path.name, path, status, reason, [str(override) for override in overrides], summary)
 
 

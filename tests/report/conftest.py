@@ -18,7 +18,7 @@ def summary(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Jobs 0, 1, 2 and 10: finished twice, failed, unfinished."""
+    """Jobs 0, 1, 2 and 10: finished twice, failed, interrupted."""
     directory = tmp_path / "ratio"
     results = {
         10: None,

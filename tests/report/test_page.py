@@ -140,5 +140,5 @@ def test_a_page_of_nothing_finished_is_still_a_page(sweep):
         path.unlink()
     html = write_study(sweep)
     assert html.pictures == []
-    assert "4 jobs, 1 FAILED, 3 unfinished" in (sweep / "report.html").read_text()
+    assert "4 jobs, 1 FAILED, 3 interrupted" in (sweep / "report.html").read_text()
     assert read_study(sweep).best() is None

@@ -30,7 +30,7 @@ def test_a_single_run_has_its_standard_error(sweep, drawn, tmp_path):
     plots.draw(read_study(sweep, metric="boolq pruned", x="layers"), tmp_path)
     (curve,) = drawn["metric"]["arguments"][0]
     assert points(curve) == [(24.0, 40.0, 4.0), (27.0, 50.0, 4.0)]
-    assert drawn["metric"]["note"] == "bars: one standard error; left out: 2 of 4 jobs (1 FAILED, 1 unfinished)"
+    assert drawn["metric"]["note"] == "bars: one standard error; left out: 2 of 4 jobs (1 FAILED, 1 interrupted)"
 
 
 def test_an_option_that_is_no_number_is_a_ranking(tmp_path, drawn):

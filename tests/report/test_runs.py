@@ -17,7 +17,7 @@ def test_every_job_is_found_in_order(sweep):
         ("0", "done"),
         ("1", "FAILED"),
         ("2", "done"),
-        ("10", "unfinished"),
+        ("10", "interrupted"),
     ]
     assert runs[1].state == "FAILED: ratio=2 must be below 1"
     assert runs[2].overrides == ["model=tiny", "pruning_ratio=r2"]
@@ -42,7 +42,7 @@ def test_jobs_that_have_no_folder_yet_are_queued(sweep):
         ("2", "done"),
         ("3", "queued"),
         ("4", "queued"),
-        ("10", "unfinished"),
+        ("10", "interrupted"),
     ]
     assert runs[3].option("pruning_ratio") == "r3"
     (sweep / "study.json").write_text(json.dumps({"format": 1, "command": "slm -m", "jobs": None}))

@@ -22,7 +22,7 @@ def cells(markdown: str, number: int = 0) -> list[list[str]]:
 
 def test_a_study_has_a_row_for_each_job_and_says_shared_things_once(sweep):
     text = documents.markdown(read_study(sweep))
-    assert text.startswith("# ratio: 4 jobs, 2 done, 1 FAILED, 1 unfinished\n")
+    assert text.startswith("# ratio: 4 jobs, 2 done, 1 FAILED, 1 interrupted\n")
     assert "All jobs: `model=tiny`\n" in text
     assert "Dense model: perplexity bundled 15.23, average 65.0\n" in text
     assert "Metric: perplexity bundled pruned, lower is better; the best is bold\n" in text
@@ -32,7 +32,7 @@ def test_a_study_has_a_row_for_each_job_and_says_shared_things_once(sweep):
         ["0", "r0", "27", "100.0M", "30.50", "55.0 +-2.5", "42", "done"],
         ["1", "r1", "", "", "", "", "", "FAILED: ratio=2 must be below 1"],
         ["2", "r2", "24", "100.0M", "**20.25**", "45.0 +-2.5", "42", "done"],
-        ["10", "r10", "", "", "", "", "", "unfinished"],
+        ["10", "r10", "", "", "", "", "", "interrupted"],
     ]
     assert "- zero-shot: lm-eval 0.4.13, the first 20 examples of each task, batch size 16\n" in text
     assert text.count("20 examples a task: +-11 points") == 1
@@ -82,13 +82,13 @@ def test_a_study_of_failures_alone_is_a_table(sweep):
     text = documents.markdown(read_study(sweep, sort_by="layers"))
     assert cells(text)[0] == ["job", "pruning_ratio", "status"]
     assert [row[-1] for row in cells(text)[1:]] == [
-        "unfinished",
+        "interrupted",
         "FAILED: ratio=2 must be below 1",
-        *2 * ["unfinished"],
+        *2 * ["interrupted"],
     ]
     assert "sort_by='layers': no run is done yet" in text
     (sweep / "2" / "failure.json").write_text(json.dumps({"error": "killed", "type": "KeyboardInterrupt"}))
-    assert "4 jobs, 2 FAILED, 2 unfinished" in documents.markdown(read_study(sweep))
+    assert "4 jobs, 2 FAILED, 2 interrupted" in documents.markdown(read_study(sweep))
 
 
 def test_seeds_are_averaged_and_the_failed_one_is_counted(seeds):

@@ -1,0 +1,120 @@
+"""A multirun as a whole: what it writes before, while and after its jobs run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import run_slm
+from studies import finished, write_run
+
+from slm_pipeline import study
+from slm_pipeline.commands.study import status
+from slm_pipeline.report.runs import read_runs
+
+TEXT = "The river runs past the mill and the tree.\n" * 80
+HOLD = """
+import sys, time
+from pathlib import Path
+from slm_pipeline import study
+with study.running(Path(sys.argv[1])):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A job's folder in which another process works, and that process."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "0")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "in\n"
+    yield tmp_path / "0", process
+    process.kill()
+    process.wait()
+
+
+def test_a_job_runs_as_long_as_its_process_lives(held, tmp_path):
+    folder, process = held
+    assert study.is_running(folder)
+    assert study.is_running(folder)  # asking does not disturb it
+    assert not study.is_running(tmp_path / "1")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not study.is_running(folder)
+
+
+def test_status(held, tmp_path):
+    folder, process = held
+    write_run(folder, ["method=slm", "seed=1"], None)
+    write_run(tmp_path / "1", ["method=slm", "seed=2"], "no threshold reaches it")
+    write_run(tmp_path / "2", ["method=slm", "seed=3"], finished(tmp_path, 24, 30.0))
+    jobs = [["method=slm", f"seed={number}"] for number in (1, 2, 3, 4)]
+    (tmp_path / "study.json").write_text(json.dumps({"format": 1, "command": "slm", "jobs": jobs}))
+    log = folder / "slm.log"
+    log.write_text("2026-11-25 07:00:00,000 INFO slm_pipeline.runner: merge: starts\n\n")
+    os.utime(log, (1000, 1000))
+    lines = status(read_runs(tmp_path), now=1300.0).splitlines()
+    assert lines[0] == "4 jobs: 1 done, 1 FAILED, 1 running, 1 queued"
+    cells = [line.split(maxsplit=2) for line in lines[3:]]
+    assert cells == [
+        ["0", "seed=1", "running: merge: starts (5 min ago)"],
+        ["1", "seed=2", "FAILED: no threshold reaches it"],
+        ["3", "seed=4", "queued"],
+    ]
+    process.kill()
+    process.wait()
+    assert status(read_runs(tmp_path), now=1300.0).splitlines()[0].endswith("1 interrupted, 1 queued")
+
+
+def test_nothing_more_is_said_of_a_study_that_is_done(tmp_path):
+    write_run(tmp_path / "0", [], finished(tmp_path, 24, 30.0))
+    assert status(read_runs(tmp_path), now=0.0) == "1 job: 1 done\n"
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """The folder of a study of three jobs on a tiny model, the second of which fails, with its W&B runs."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    words = ["-m", "model=random", "recovery=none", "calibration=text_file", "calibration.path=text.txt"]
+    words += ["calibration.num_samples=2", "calibration.seq_len=16", "evaluation=none", "threshold=fixed"]
+    words += ["pruning_ratio=none", "threshold.value=0.99,1.5,0.5", "name=tiny", "stages=[calibrate,merge]"]
+    outcome = run_slm(*words, "pictures=false")
+    assert outcome.status == 2
+    assert outcome.err.endswith("error: threshold.value=1.5 must lie in [0, 1]\n")
+    (folder,) = Path("outputs/sweeps/tiny").iterdir()
+    return folder.absolute()
+
+
+def test_a_study_is_reported_once_and_to_wandb_as_a_run_of_its_own(sweep):
+    written = json.loads((sweep / "study.json").read_text())
+    assert written["command"].startswith("slm -m model=random")
+    thresholds = [[item for item in job if item.startswith("threshold.value")] for job in written["jobs"]]
+    assert thresholds == [["threshold.value=0.99"], ["threshold.value=1.5"], ["threshold.value=0.5"]]
+    assert [run.status for run in read_runs(sweep)] == ["done", "FAILED", "done"]
+    assert "threshold.value=1.5 must lie in" in (sweep / "summary.csv").read_text()
+    assert (sweep / "report.html").is_file()
+    runs = {path.parent.parent.name: path for path in sweep.glob("*/wandb/offline-run-*")}
+    assert sorted(runs) == ["0", "2", "study"]  # the second found its mistake before it had a run
+    tables = [path.name for path in (runs["study"] / "files" / "media" / "table").iterdir()]
+    assert len(tables) == 1
+    assert tables[0].startswith("study_")
+    (record,) = runs["study"].glob("run-*.wandb")
+    assert sweep.name.encode() in record.read_bytes()  # the group that the jobs are in too
+
+
+def test_an_interrupted_study_is_not_reported(sweep, monkeypatch):
+    reports = []
+    monkeypatch.setattr(study, "_report", lambda: reports.append(True))
+    with pytest.raises(KeyboardInterrupt), study.reported():
+        raise KeyboardInterrupt
+    assert not reports
+    with pytest.raises(ValueError, match="x"), study.reported():
+        raise ValueError("x")
+    assert reports == [True]
