@@ -31,8 +31,6 @@ def status(runs: Sequence[Run], now: float) -> str:
     counts = Counter(run.status for run in runs)
     number = f"{len(runs)} job{'s' if len(runs) > 1 else ''}"
     head = f"{number}: " + ", ".join(f"{counts[name]} {name}" for name in STATUSES if counts[name])
-        f"{counts[name]} {name}" for name in STATUSES if counts[name]
-    )
     if set(counts) == {"done"}:
         return f"{head}\n"
     shared = set.intersection(*(set(run.overrides) for run in runs)) if len(runs) > 1 else set()
