@@ -15,7 +15,7 @@ from conftest import random_source, run_slm
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from slm_pipeline import cli, config, help_page
+from slm_pipeline import cli, config, help_page, objective
 from slm_pipeline.job import Job, prepare
 from slm_pipeline.surgery.plan import Plan, groups_of_windows
 
@@ -190,6 +190,19 @@ def test_every_sweep_declares_its_axes_its_metric_and_its_plot(file):
     drawn = {study["x"], *study.get("series", [])}
     assert drawn <= swept | {"layers", "parameters"}
     assert set(study) <= {field.name for field in dataclasses.fields(config.StudyConfig)}
+
+
+@pytest.mark.parametrize(
+    "file", sorted((config.SWEEPS_ROOT / "sweeps" / "wandb").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_what_the_wandb_agent_starts_passes_all_checks(file, here):
+    """The agent puts the values that it chose in the place of ``${args_no_hyphens}``."""
+    values = yaml.safe_load(file.read_text())
+    program, *words, place = values["command"]
+    assert (program, place) == ("slm", "${args_no_hyphens}")
+    chosen = [f"{name}={given['values'][-1]}" for name, given in values["parameters"].items()]
+    job = job_of([*words, *chosen])
+    assert values["metric"]["name"] in objective.names(job.config)
 
 
 @pytest.mark.parametrize("launcher", [path.stem for path in LAUNCHERS])
