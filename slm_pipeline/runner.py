@@ -24,7 +24,7 @@ from slm_pipeline.artifacts import Artifact, check_store, write_json, write_text
 from slm_pipeline.config import TARGETS, to_config
 from slm_pipeline.errors import UserError
 from slm_pipeline.job import Job, prepare
-from slm_pipeline.report.write import write_summary
+from slm_pipeline.report.write import write_summary, write_summary_so_far
 from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.calibrate import Calibrate
 from slm_pipeline.stages.evaluate import Evaluate
@@ -153,7 +153,7 @@ def run_job(composed: DictConfig) -> float | None:
     finally:
         logging.getLogger("slm_pipeline").removeHandler(warnings)
         if multirun and not composed.dry_run:
-            write_summary(Path(hydra.sweep.dir))
+            write_summary_so_far(Path(hydra.sweep.dir))
 
 
 def record_lost_job(composed: DictConfig, error: UserError) -> None:

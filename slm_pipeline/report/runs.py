@@ -108,6 +108,16 @@ def _runs_below(directory: Path) -> Iterator[Run]:
                     yield Run(str(number), path / str(number), "queued", "", overrides, None)
 
 
+def any_left(directory: Path) -> bool:
+    """Whether a job of a study has left neither a result nor a reason; unknown jobs of a search count as left."""
+    listed = directory / "study.json"
+    jobs = json.loads(listed.read_text(encoding="utf-8"))["jobs"] if listed.exists() else None
+    if jobs is None:
+        return True
+    folders = (directory / str(number) for number in range(len(jobs)))
+    return not all((folder / "summary.json").exists() or (folder / "failure.json").exists() for folder in folders)
+
+
 def _is_run(path: Path) -> bool:
     return any((path / name).exists() for name in (".hydra", "summary.json", "failure.json"))
 

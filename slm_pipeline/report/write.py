@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from slm_pipeline.artifacts import write_text
 from slm_pipeline.report import documents
+from slm_pipeline.report.runs import any_left
 from slm_pipeline.report.study import Study, read_study
 
 FORMATS = ("md", "csv", "latex", "html")
@@ -37,6 +39,14 @@ def write_summary(directory: Path) -> str:
     text = documents.markdown(read_study(directory))
     write_text(directory / "summary.md", text)
     return text
+
+
+def write_summary_so_far(directory: Path) -> None:
+    """`write_summary` after a job; at most every 5 seconds while jobs are left, perhaps hundreds."""
+    file = directory / "summary.md"
+    if file.exists() and time.time() - file.stat().st_mtime < 5 and any_left(directory):
+        return
+    write_summary(directory)
 
 
 def write_study(directory: Path) -> Written:

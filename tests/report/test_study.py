@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 from studies import finished, write_run
@@ -11,6 +12,7 @@ from studies import finished, write_run
 from slm_pipeline.errors import UserError
 from slm_pipeline.report import documents
 from slm_pipeline.report.study import mean_and_deviation, read_study
+from slm_pipeline.report.write import write_summary_so_far
 
 
 def cells(markdown: str, number: int = 0) -> list[list[str]]:
@@ -166,3 +168,22 @@ def test_where_things_go_is_nothing_that_runs_share_or_differ_in(tmp_path):
         write_run(tmp_path / "s" / str(job), [*overrides, "tracker=jsonl"], finished(tmp_path, 24, 20.0))
     study = read_study(tmp_path / "s")
     assert (study.options, study.shared()) == (["seed"], ["sweeps=seeds", "evaluation.limit=20"])
+
+
+def test_the_table_is_not_written_after_each_of_many_small_jobs(tmp_path):
+    """Written at once if it is old, or if no job is left; else the next one will."""
+    write_run(tmp_path / "0", ["seed=1"], finished(tmp_path, 24, 30.0))
+    (tmp_path / "study.json").write_text(json.dumps({"format": 1, "command": "slm", "jobs": [["seed=1"], ["seed=2"]]}))
+    write_summary_so_far(tmp_path)
+    table = (tmp_path / "summary.md").read_text()
+    assert "2 jobs, 1 done, 1 queued" in table
+    (tmp_path / "0" / "summary.json").unlink()
+    write_summary_so_far(tmp_path)
+    assert (tmp_path / "summary.md").read_text() == table  # a second has not passed
+    os.utime(tmp_path / "summary.md", (1000, 1000))
+    write_summary_so_far(tmp_path)
+    assert "1 interrupted, 1 queued" in (tmp_path / "summary.md").read_text()
+    (tmp_path / "0" / "failure.json").write_text(json.dumps({"error": "x", "type": "UserError"}))
+    write_run(tmp_path / "1", ["seed=2"], "y")
+    write_summary_so_far(tmp_path)
+    assert "2 jobs, 2 FAILED" in (tmp_path / "summary.md").read_text()  # the last one
