@@ -76,6 +76,5 @@ def test_what_jobs_share_is_computed_once_and_everything_is_whole(study):
 def test_the_parent_does_not_grow_with_the_jobs(study):
     """Hydra keeps what each job returned, some KB; two configurations of each would be 200 KB."""
     _, memory = study
-    assert len(memory) >= 8
-    print(memory)
-    assert memory[-1] - memory[2] < 20 * NUM_JOBS
+    assert len(memory) >= 9
+    assert memory[8] - memory[2] < 12 * NUM_JOBS  # of 60 % of the jobs; after the last one it draws the report

@@ -1,0 +1,71 @@
+"""``hydra/launcher=gpus``: each worker process sees one GPU, and no two the same place on it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from conftest import run_slm
+
+from slm_pipeline import gpus
+from slm_pipeline.errors import UserError
+
+TAKE = """
+import sys, time
+from slm_pipeline import gpus
+first = gpus.take_one(int(sys.argv[1]))
+assert gpus.take_one(int(sys.argv[1])) == first
+print(first, *gpus.visible(), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def take(tmp_path, monkeypatch):
+    """Starts a process that takes a GPU of two and keeps it; what it sees."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-8d96")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    processes = []
+
+    def start(num_workers: int, wait: bool = True):
+        process = subprocess.Popen(
+            [sys.executable, "-c", TAKE, str(num_workers)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        processes.append(process)
+        return process, process.stdout.readline().split() if wait else None
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_workers_are_spread_evenly_and_wait_for_a_free_place(take):
+    seen = [take(4) for _ in range(4)]
+    assert [names for _, names in seen] == [["3", "3"], ["GPU-8d96"] * 2, ["3", "3"], ["GPU-8d96"] * 2]
+    fifth, _ = take(4, wait=False)
+    with pytest.raises(subprocess.TimeoutExpired):
+        fifth.wait(2)
+    seen[1][0].kill()  # however a process ends, its place is free
+    assert fifth.stdout.readline().split() == ["GPU-8d96"] * 2
+
+
+def test_gpus_in_sight(monkeypatch):
+    for given, names in (("0, 2", ["0", "2"]), ("", []), ("-1", []), ("GPU-1", ["GPU-1"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        assert gpus.visible() == names
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="this machine shows none"):
+        gpus.check()
+
+
+def test_no_gpu_is_said_before_anything_starts(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(tmp_path)
+    outcome = run_slm("-m", "hydra/launcher=gpus", "model=random", "seed=1,2")
+    assert outcome.status == 2
+    assert outcome.err == (
+        "error: hydra/launcher=gpus runs a job on each GPU, and this machine shows none; use joblib or basic\n"
+    )
+    assert not list(tmp_path.iterdir())
