@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 
 import pytest
 
-from slm_pipeline.commands import bench
+from slm_pipeline.commands import bench, bench_sweep
 from slm_pipeline.errors import UserError
 
 TINY = [
@@ -51,3 +51,20 @@ def test_parameters_may_be_counted():
 def test_unknown_names():
     with pytest.raises(UserError, match="'mka' has no published loop to compare with; there are: slm, laco"):
         bench.methods(["mka"])
+
+
+def test_a_study_looks_at_each_window_once():
+    """Alone, every job evaluates all windows that it looks at; in the study, only those nobody has looked at."""
+    words = [word for word in TINY if not word.startswith("calibration.source")]
+    out = io.StringIO()
+    with redirect_stdout(out):
+        bench_sweep.sweep([*words, "calibration=text_file", "evaluation=none"])
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [row[0] for row in rows] == ["0.95", "0.9", "0.85", "0.8", "0.75", "0.7", "0.65", "0.6", "all"]
+    windows = [(int(row[2]), int(row[3])) for row in rows]
+    assert windows[0][0] == windows[0][1] > 0  # the first finds nothing
+    assert all(shared <= alone for alone, shared in windows)
+    assert windows[-1] == tuple(map(sum, zip(*windows[:-1], strict=True)))
+    assert windows[-1][1] < windows[-1][0]
+    assert int(rows[-1][5]) < int(rows[-1][4])
