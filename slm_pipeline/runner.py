@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -149,6 +150,8 @@ def run_job(composed: DictConfig) -> float | None:
             _write_failure(run_dir, {"error": first_line, "type": type(error).__name__, "command": command})
         if isinstance(error, UserError):
             log.error("error: %s", error) if multirun else log.debug("error: %s", error)
+        if multirun:
+            _forget_variables(error)
         raise
     finally:
         logging.getLogger("slm_pipeline").removeHandler(warnings)
@@ -261,6 +264,14 @@ def _write_failure(run_dir: Path, failure: dict[str, Any]) -> None:
         write_json(run_dir / "failure.json", failure)
     except OSError as error:  # the disk may be full: the first error is the one to show
         log.warning("cannot write %s: %s", run_dir / "failure.json", error)
+
+
+def _forget_variables(error: BaseException | None) -> None:
+    """Give back what a failed job holds: Hydra keeps its error, which keeps the variables of every frame, a model."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    free_memory()
 
 
 class _WarningCollector(logging.Handler):

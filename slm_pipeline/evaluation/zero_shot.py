@@ -242,17 +242,24 @@ def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size
 
 @contextmanager
 def _contained() -> Iterator[None]:
-    """Undo what lm-eval does to logging (its issue 2102); no bars of datasets where stderr is not a terminal."""
+    """Undo what lm-eval does to logging (its issue 2102); no bars of datasets where stderr is not a terminal.
+
+    Templates are compiled once, not for each of some 60,000 prompts and answers as lm-eval does.
+    """
     import datasets
 
     loggers = [logging.getLogger(), logging.getLogger("lm_eval")]
     before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    from lm_eval.utils import env as templates
+
     silent = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
     if silent:
         datasets.disable_progress_bars()
+    templates.from_string = functools.cache(templates.from_string)
     try:
         yield
     finally:
+        del templates.from_string  # back to the class's own
         for logger, handlers, level, propagate in before:
             logger.handlers[:] = handlers
             logger.setLevel(level)

@@ -6,6 +6,7 @@ import json
 import logging
 from pathlib import Path
 
+import lm_eval.utils
 import pytest
 import torch
 
@@ -186,6 +187,7 @@ def test_model_tokenizer_and_logging_are_left_as_they_were(tiny_llama, folder):
     before = (logger.level, logger.propagate, logger.handlers[:], root.level, root.handlers[:])
     score_task(model, tokenizer, "boolq", data=str(folder), limit=1, batch_size=1)
     assert (logger.level, logger.propagate, logger.handlers, root.level, root.handlers) == before
+    assert "from_string" not in vars(lm_eval.utils.env)
     assert tokenizer.pad_token is None
     assert not model.training
 
