@@ -91,7 +91,10 @@ class _Launcher(BaseSubmititLauncher):
         while waiting:
             now = time.monotonic()
             if now - asked_at > pause:
-                for job_id, how in self._how_they_ended(list(waiting.values())).items():
+                found = self._how_they_ended(list(waiting.values()))
+                for job_id in waiting.keys() & ended.keys() - found.keys():  # Slurm took it back into its queue
+                    del ended[job_id], ended_at[job_id]
+                for job_id, how in found.items():
                     ended[job_id] = how
                     ended_at.setdefault(job_id, now)
                 asked_at, pause = time.monotonic(), min(1.5 * pause, _LONGEST_PAUSE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import traceback
 from typing import Any
 
@@ -24,7 +25,8 @@ class ForgetJob(Callback):
     """Keeps a study's memory flat: what Hydra holds of each job until the last one ends is small.
 
     Two copies of its whole configuration go (they lie in the job's ``.hydra`` folder), and of a failed job the model
-    and whatever else its functions had in hand; the error and its traceback stay.
+    and whatever else its functions had in hand; the error and its traceback stay. An error that cannot travel from a
+    worker process would take the worker with it: its message goes instead.
     """
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
@@ -34,5 +36,23 @@ class ForgetJob(Callback):
         if job_return.status == JobStatus.FAILED:
             from slm_pipeline.runner import free_memory
 
-            traceback.clear_frames(job_return._return_value.__traceback__)
+            error = job_return._return_value
+            _clear_frames(error)
             free_memory()
+            if not _can_travel(error):
+                said = RuntimeError(f"{type(error).__name__}: {error}")
+                job_return._return_value = said.with_traceback(error.__traceback__)
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _can_travel(error: BaseException) -> bool:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does when it is rebuilt
+        return False
+    return True

@@ -11,6 +11,7 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -67,7 +68,7 @@ def main() -> None:
         arguments = get_args_parser().parse_args()
         if not _only_asks_hydra(arguments) and _check_before_hydra(arguments):
             return
-        with study.reported(), _fruitless_search_explained():
+        with study.reported(), _sudden_ends_explained():
             _hydra_main()
         if _error_of_single_run:
             raise _error_of_single_run.pop()
@@ -103,14 +104,26 @@ def set_environment() -> None:
 
 
 @contextmanager
-def _fruitless_search_explained() -> Iterator[None]:
-    """Optuna ends in an error of its own when no trial, of this call or an earlier one, has succeeded."""
+def _sudden_ends_explained() -> Iterator[None]:
+    """Say in our words why Optuna or joblib ended a multirun with an error of its own."""
     try:
         yield
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory, and took the study with it: the same command runs"
+            " what is missing; hydra/launcher=slurm_local goes on without the job that was killed"
+        ) from error
     except ValueError as error:
-        if str(error) not in ("Record does not exist.", "No trials are completed yet."):
-            raise
-        raise UserError("no trial of the search has succeeded so far; each said why, above and in its table") from error
+        if str(error) in ("Record does not exist.", "No trials are completed yet."):
+            raise UserError(
+                "no trial of the search has succeeded so far; each said why, above and in its table"
+            ) from error
+        if "does not support dynamic value space" in str(error):
+            raise UserError(
+                "the search has trials with other choices than these; a name of its own makes it another search:"
+                " name=search_2"
+            ) from error
+        raise
 
 
 def _only_asks_hydra(arguments: Namespace) -> bool:
@@ -134,7 +147,7 @@ def _check_before_hydra(arguments: Namespace) -> bool:
         _check_group(item)
     composed = _compose(arguments, [study.first_value(item) for item in overrides])
     if multirun and composed.hydra.runtime.choices["hydra/launcher"] == "gpus":
-        gpus.check()
+        gpus.check(composed.hydra.launcher.n_jobs)
     if multirun and study.is_search(composed) and composed.objective.metric is None:
         raise UserError("a search needs objective.metric=, such as pruned/perplexity/bundled; see sweeps/search.yaml")
     from slm_pipeline.job import make_output_root

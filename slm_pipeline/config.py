@@ -7,7 +7,9 @@ the only function that resolves such a name. Importing this module stays cheap: 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -178,6 +180,13 @@ class Config:
 def register() -> None:
     """Make the schema known to Hydra, as ``schema`` in the defaults list."""
     ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("digest", _digest, replace=True)
+
+
+def _digest(*keys: str, _root_: DictConfig) -> str:
+    """``${digest:model,evaluation}``: six digits that change with these parts of the configuration."""
+    parts = {key: OmegaConf.to_container(_root_[key], resolve=True) for key in keys}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:6]
 
 
 def to_config(composed: DictConfig) -> Config:

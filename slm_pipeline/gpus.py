@@ -32,10 +32,15 @@ def visible() -> list[str]:
     return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
-def check() -> None:
-    """Raise `UserError` unless there is a GPU to run on."""
+def check(num_workers: int) -> None:
+    """Raise `UserError` unless there is a GPU to run on, and somebody to run there."""
     if not visible():
-        raise UserError("hydra/launcher=gpus runs a job on each GPU, and this machine shows none; use joblib or basic")
+        raise UserError(
+            "hydra/launcher=gpus runs a job on each GPU, and this machine shows none: use joblib or basic, or name the"
+            " GPUs where the driver does not list them, as in CUDA_VISIBLE_DEVICES=0,1"
+        )
+    if num_workers < 1:
+        raise UserError(f"hydra.launcher.n_jobs={num_workers} must be at least 1: jobs at a time on all GPUs together")
 
 
 def take_one(num_workers: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import platform
@@ -60,7 +61,9 @@ def collect() -> dict[str, Any]:
 
 
 def reset_peak_memory() -> None:
-    """Start a new measurement of peak accelerator memory."""
+    """Start a new measurement of peak memory: of the accelerators, and of this process where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5); getrusage follows
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():  # else nothing lies there yet, and torch refuses
         for index in range(torch.cuda.device_count()):
@@ -68,7 +71,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_gb() -> float:
-    """Peak memory in 10^9 bytes: of all accelerators since the last reset, else of this process since its start."""
+    """Peak memory in 10^9 bytes since the last reset: of all accelerators, else of this process."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         total = sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))

@@ -9,7 +9,6 @@ import os
 import shlex
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from slm_pipeline import gpus, objective, provenance, summary
+from slm_pipeline import gpus, objective, provenance, study, summary
 from slm_pipeline.artifacts import Artifact, check_store, write_json, write_text
 from slm_pipeline.config import TARGETS, to_config
 from slm_pipeline.errors import UserError
@@ -126,7 +125,8 @@ def run_job(composed: DictConfig) -> float | None:
             print(describe_plan(job))
             return None
         check_store(job.store)
-        (run_dir / "failure.json").unlink(missing_ok=True)  # of an earlier attempt in this folder: a requeued job
+        for left in ("failure.json", study.REQUEUED):  # of an earlier attempt in this folder: a requeued job
+            (run_dir / left).unlink(missing_ok=True)
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
         choices = {
             group: choice
@@ -138,20 +138,20 @@ def run_job(composed: DictConfig) -> float | None:
             run_dir=run_dir,
             name=f"{config.name}/{run_dir.parent.name}/{run_dir.name}" if multirun else f"{config.name}/{run_dir.name}",
             run_config=asdict(config),
-            group=Path(hydra.sweep.dir).name if multirun else None,
+            group=study.group(config.name, Path(hydra.sweep.dir)) if multirun else None,
             tags=[f"{group}={choice}" for group, choice in choices.items()],
             job_type=config.stages[-1] if config.stages else "none",
         ) as tracker:
             found = execute(job, run_dir, tracker, warnings.messages)
         return objective.value(config, found)
     except BaseException as error:
-        if not isinstance(error, SystemExit):  # that is how a cluster's job ends that is back in the queue
+        if isinstance(error, SystemExit):  # that is how a cluster's job ends that is back in the queue
+            (run_dir / study.REQUEUED).touch()
+        else:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             _write_failure(run_dir, {"error": first_line, "type": type(error).__name__, "command": command})
         if isinstance(error, UserError):
             log.error("error: %s", error) if multirun else log.debug("error: %s", error)
-        if multirun:
-            _forget_variables(error)
         raise
     finally:
         logging.getLogger("slm_pipeline").removeHandler(warnings)
@@ -264,14 +264,6 @@ def _write_failure(run_dir: Path, failure: dict[str, Any]) -> None:
         write_json(run_dir / "failure.json", failure)
     except OSError as error:  # the disk may be full: the first error is the one to show
         log.warning("cannot write %s: %s", run_dir / "failure.json", error)
-
-
-def _forget_variables(error: BaseException | None) -> None:
-    """Give back what a failed job holds: Hydra keeps its error, which keeps the variables of every frame, a model."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-    free_memory()
 
 
 class _WarningCollector(logging.Handler):

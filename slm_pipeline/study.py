@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
@@ -28,6 +30,7 @@ from slm_pipeline.errors import UserError
 
 FORMAT = 1
 _LOCK = ".running.lock"
+REQUEUED = ".requeued"  # in the folder of a job that a cluster stopped and will start again
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +85,11 @@ def begin(composed: DictConfig) -> None:
     _begun[:] = [_Begun(directory, composed.name, TrackerConfig(**tracker), command)]
 
 
+def group(name: str, directory: Path) -> str:
+    """Under which W&B shows a multirun's jobs and its own run: ``thresholds/2026-11-25_10-23-48-224084``."""
+    return f"{name}/{directory.name}"
+
+
 @contextmanager
 def reported() -> Iterator[None]:
     """Report the multirun that runs inside, once, when it has ended: also with failed jobs, not if interrupted."""
@@ -114,7 +122,7 @@ def _report() -> None:
         run_dir=study.directory / "study",
         name=f"{study.name}/{study.directory.name}",
         run_config={"command": study.command},
-        group=study.directory.name,
+        group=group(study.name, study.directory),
         tags=["study"],
         job_type="study",
     ) as tracker:
@@ -133,10 +141,14 @@ def running(run_dir: Path) -> Iterator[None]:
 
 def is_running(run_dir: Path) -> bool:
     """Whether a living process works in this folder."""
-    if not (run_dir / _LOCK).exists():
+    try:
+        file = os.open(run_dir / _LOCK, os.O_RDONLY)
+    except FileNotFoundError:
         return False
     try:
-        with FileLock(run_dir / _LOCK, timeout=0):
-            return False
-    except Timeout:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who ask do not see one another
+    except BlockingIOError:
         return True
+    finally:
+        os.close(file)
+    return False

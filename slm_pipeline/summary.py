@@ -105,6 +105,8 @@ def _pruning(job: Job, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
         pruning["sublayers"] = result["sublayers"]
     if "seconds" in plan.scores:
         pruning["plan_seconds"] = plan.scores["seconds"]
+        if "num_evaluated" in plan.scores:
+            pruning["windows"] = {name: plan.scores[f"num_{name}"] for name in ("evaluations", "evaluated")}
     if "exact" in plan.scores:
         pruning["threshold_is_highest"] = plan.scores["exact"]
     return pruning

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
@@ -112,6 +113,9 @@ class WandbTracker(Tracker):
                     job_type=job_type,
                     tags=tags,
                     config=run_config,
+                    # Two jobs of a study never share a run, whatever WANDB_RUN_ID says; a single run may continue one.
+                    id=None if group is None else secrets.token_hex(4),
+                    resume=None if group is None else "never",
                     dir=str(run_dir),
                     mode=mode,  # type: ignore[arg-type]
                     # A job of the same process that died inside its run would otherwise get this job's metrics.
@@ -226,6 +230,8 @@ def check_tracker(config: TrackerConfig) -> str:
 
 def _mode(configured: str) -> str:
     wanted = os.environ.get("WANDB_MODE", "")
+    if wanted == "dryrun":  # W&B's older word
+        wanted = "offline"
     if wanted in ("offline", "disabled") and wanted != configured:
         logger.warning("WANDB_MODE=%s in the environment wins over tracker.mode=%s", wanted, configured)
         return wanted

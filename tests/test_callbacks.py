@@ -3,35 +3,70 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import weakref
 
+import pytest
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from slm_pipeline.callbacks import ForgetJob
 
+MULTIRUN = OmegaConf.create({"hydra": {"mode": RunMode.MULTIRUN}})
+
 
 class Model:
     """Stands for gigabytes."""
 
 
-def failed_job(model: Model) -> JobReturn:
-    try:
+class Demanding(Exception):
+    """Cannot be rebuilt from its message, like many a library's."""
+
+    def __init__(self, message: str, *, request: str) -> None:
+        super().__init__(message)
+
+
+def failed_job(*models: Model) -> JobReturn:
+    """A job whose error, and what that came from, has models in its frames."""
+
+    def stage(model: Model, cause: Model) -> None:
+        try:
+            load(cause)
+        except ValueError as error:
+            raise RuntimeError("boolq does not fit") from error
+
+    def load(model: Model) -> None:
         raise ValueError("out of memory")
-    except ValueError as error:
+
+    try:
+        stage(*models)
+    except RuntimeError as error:
         return JobReturn(status=JobStatus.FAILED, _return_value=error, cfg=OmegaConf.create({"seed": 1}))
+    raise AssertionError
 
 
-def test_a_failed_job_of_a_study_lets_go_of_its_model():
-    config = OmegaConf.create({"hydra": {"mode": RunMode.MULTIRUN}})
-    model = Model()
-    alive = weakref.ref(model)
-    job_return = failed_job(model)
-    del model
+def test_a_failed_job_of_a_study_lets_go_of_its_models():
+    models = [Model(), Model()]
+    alive = [weakref.ref(model) for model in models]
+    job_return = failed_job(*models)
+    del models
     gc.collect()
-    assert alive() is not None  # the traceback holds it
-    ForgetJob().on_job_end(config, job_return)
-    assert alive() is None
+    assert all(reference() is not None for reference in alive)  # the tracebacks hold them
+    ForgetJob().on_job_end(MULTIRUN, job_return)
+    assert all(reference() is None for reference in alive)
     assert job_return.cfg is None
-    assert str(job_return._return_value) == "out of memory"
+    assert str(job_return._return_value) == "boolq does not fit"
+    assert isinstance(job_return._return_value.__cause__, ValueError)
+
+
+def test_an_error_that_cannot_be_sent_from_a_worker_goes_as_its_message():
+    try:
+        raise Demanding("the hub said no", request="GET")
+    except Demanding as error:
+        job_return = JobReturn(status=JobStatus.FAILED, _return_value=error)
+    with pytest.raises(TypeError, match="request"):
+        pickle.loads(pickle.dumps(job_return._return_value))
+    ForgetJob().on_job_end(MULTIRUN, job_return)
+    sent = pickle.loads(pickle.dumps(job_return._return_value))
+    assert repr(sent) == "RuntimeError('Demanding: the hub said no')"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -47,6 +48,9 @@ def test_a_job_runs_as_long_as_its_process_lives(held, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not study.is_running(folder)
+    with open(folder / ".running.lock", "rb") as file:  # another one who asks at this moment
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert not study.is_running(folder)
 
 
 def test_status(held, tmp_path):

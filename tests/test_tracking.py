@@ -246,3 +246,15 @@ def test_names_and_tags_are_cut_to_what_wandb_takes(tmp_path, caplog):
     assert [
         record.args[:2] for record in caplog.records if record.name == "slm_pipeline.tracking" and "cut" in record.msg
     ] == [("run name", 128), ("tag", 64)]
+
+
+def test_jobs_of_a_study_never_share_a_run_whatever_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "fixed")
+    for job in ("0", "1"):
+        with open_tracker(tmp_path / job, group="thresholds/now"):
+            pass
+    with open_tracker(tmp_path / "single", group=None):  # of a W&B agent, which gives it its run
+        pass
+    ids = [only(tmp_path / job, "run").run_id for job in ("0", "1", "single")]
+    assert len(set(ids)) == 3
+    assert ids[2] == "fixed"

@@ -6,6 +6,7 @@ The same input gives the same bytes: no dates, fixed identifiers in the SVG, and
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,7 @@ def save(figure: Figure, path_stem: Path) -> list[Path]:
     paths = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         path = path_stem.with_name(f"{path_stem.name}.{kind}")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             figure.savefig(temporary, format=kind, dpi=DPI, metadata=metadata)
             os.replace(temporary, path)

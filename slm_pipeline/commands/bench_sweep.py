@@ -4,8 +4,8 @@ slm-bench sweep                                       the eight thresholds of sw
 slm-bench sweep model=llama2_7b evaluation=none       another model, the searches alone
 
 Shared: calibration, the dense model's scores, every window's similarity, and all that follows from equal plans. Without
-sharing every job has a store of its own. The jobs run one after another in this process, in the order of the study;
-block evaluations are those of the searches, the dense pass not counted.
+sharing every job has a store of its own. The jobs run one after another in this process, in the order of the study,
+after one to warm up; block evaluations are those of the searches, the dense pass not counted.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def sweep(words: list[str]) -> None:
     folder = Path(tempfile.mkdtemp(prefix="slm_bench_"))
     rows = []
     try:
+        _run(words, thresholds[0], folder / "warm_up")  # imports, and files that the system has not read yet
         for threshold in thresholds:
             alone = _run(words, threshold, folder / f"alone_{threshold}")
             shared = _run(words, threshold, folder / "shared")
@@ -66,7 +67,8 @@ def sweep(words: list[str]) -> None:
 
 def table(rows: list[tuple[str, Cost, Cost]]) -> str:
     """A row for each threshold and one for all of them, as Markdown."""
-    columns = ["threshold", "layers", "windows alone", "shared", "blocks alone", "shared", "seconds alone", "shared"]
+    counted = [f"{what} {how}" for what in ("windows", "blocks", "seconds") for how in ("alone", "shared")]
+    columns = ["threshold", "layers", *counted]
     cells = [[threshold, str(alone.layers), *_pairs(alone, shared)] for threshold, alone, shared in rows]
     alone, shared = (
         Cost(0, *(sum(getattr(row[side], name) for row in rows) for name in ("windows", "blocks", "seconds")))

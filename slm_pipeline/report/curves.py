@@ -87,7 +87,6 @@ def against(
 
 def _draw(axes: Axes, curve: Curve) -> None:
     points = sorted(curve.points, key=lambda point: point.x)
-    # As drawn on a logarithmic axis too, where a bar that reaches below zero would be lost.
     style: dict[str, Any] = {"color": curve.look.color, "ls": curve.look.line, "lw": 1.3, "marker": curve.look.marker}
     style |= {"ms": 4.5, "label": curve.label, "zorder": 3}
     if curve.faint:

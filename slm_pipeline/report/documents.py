@@ -38,7 +38,8 @@ def latex(study: Study) -> str:
     """A ``table`` for each table, to be read with ``\\input``; needs the package booktabs."""
     columns = study.shown_columns(costs=False)
     unique = len(study.groups(study.options)) == len(study.runs)
-    table = study.table(columns, job=not unique, status=any(run.status != "done" for run in study.runs))
+    unfinished = any(run.status != "done" for run in study.runs)
+    table = study.table(columns, job=not unique, status=unfinished, reasons=False)
     caption = study.question or study.counts()
     parts = ["% Needs \\usepackage{booktabs}\n", _latex_float(study, caption, "", table)]
     if averages := study.averages(columns):

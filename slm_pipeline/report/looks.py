@@ -6,15 +6,16 @@ are Okabe and Ito's, which colour-blind readers can tell apart, less yellow, whi
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 from slm_pipeline.report.runs import Value
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
 MARKERS = "osD^vPX*"
+LINES = ["-", "--", "-.", ":"]
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,12 @@ def looks_of(option: str, values: Sequence[Value]) -> dict[Value, Look]:
     places = [0.9 * i / max(1, len(distinct) - 1) for i in range(len(distinct))]
     colors = [to_hex(colormaps["viridis"](place)) for place in places]
     found = {
-        v: Look(color, marker, "-")
-        for v, color, marker in zip(distinct, colors, itertools.cycle(MARKERS), strict=False)
+        v: Look(color, marker, line)
+        for v, color, marker, line in zip(distinct, colors, cycle(MARKERS), cycle(LINES), strict=False)
     }
     return {**found, **{value: fixed[str(value)] for value in distinct if value in fixed}}
 
 
-def combined(first: Look, second: Look) -> Look:
-    """The look of a curve that two options name: the first decides the colour, the second marker and line."""
-    return Look(first.color, second.marker, second.line)
+def combined(color: Look, marker: Look, line: Look | None = None) -> Look:
+    """The look of a curve that two or three options name: each decides what it is called here."""
+    return Look(color.color, marker.marker, (line or marker).line)

@@ -42,7 +42,7 @@ def measurement(summary: Summary) -> list[str]:
             said.setdefault(line, []).append(target)
     everyone = list(metrics_of(summary))
     lines = [line if targets == everyone else f"{', '.join(targets)}: {line}" for line, targets in said.items()]
-    return lines + _efficiency_settings(summary)
+    return lines + _efficiency_settings(summary) + _shared_windows(summary)
 
 
 def _zero_shot_settings(details: Mapping[str, Any]) -> list[str]:
@@ -82,6 +82,13 @@ def small_limit(summaries: Iterable[Summary]) -> list[str]:
         f"{fewest} examples a task: +-{worst:.0f} points (one standard error) on a score; use evaluation=zero_shot for"
         " real numbers"
     ]
+
+
+def _shared_windows(summary: Summary) -> list[str]:
+    windows = summary.get("windows", {"evaluations": 0, "evaluated": 0})
+    if not (shared := windows["evaluations"] - windows["evaluated"]):
+        return []
+    return [f"plan seconds: {shared} of {windows['evaluations']} windows were known from an earlier search"]
 
 
 def _efficiency_settings(summary: Summary) -> list[str]:

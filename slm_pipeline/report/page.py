@@ -192,9 +192,8 @@ def _body(study: Study, i: int, columns: Sequence[str], width: int) -> str:
     for name in study.options:
         value = run.option(name)
         cells.append(_cell(text_of(value), "" if value is None else str(value), number=isinstance(value, (int, float))))
-    best = study.best()
     for name in columns:
-        is_best = name == study.metric and best is not None and found.get(name) == study.measures[best][name]
+        is_best = name == study.metric and study.is_best(i)
         classes = {"number": True, "detail": _is_extra(study, name), "best": is_best and len(study.runs) > 1}
         if name in found:
             error = f" \N{PLUS-MINUS SIGN}{shown(name, errors[name])}" if name in errors else ""

@@ -89,7 +89,7 @@ def _ranked(study: Study, column: str, x: str, path_stem: Path, title: str) -> l
     points: dict[tuple[Value, tuple[Value, ...]], Point] = {}
     averaged = []
     for (name, *others), members in study.groups([x, *study.series]).items():
-        done = [i for i in members if column in study.measures[i]]
+        done = [i for i in members if column in study.measures[i] and study.newest[i]]
         if name is not None and done:
             points[name, tuple(map(text_of, others))] = _point(study, column, 0.0, done)
             averaged.append(done)
@@ -125,7 +125,7 @@ def _places(study: Study, column: str, x: str) -> dict[tuple[Value, ...], dict[f
     found: dict[tuple[Value, ...], dict[float, list[int]]] = {}
     for i, run in enumerate(study.runs):
         place = study.measures[i].get(x) if x in study.columns else run.option(x)
-        if column in study.measures[i] and isinstance(place, (int, float)):
+        if column in study.measures[i] and study.newest[i] and isinstance(place, (int, float)):
             key = tuple(text_of(run.option(name)) for name in study.series)
             found.setdefault(key, {}).setdefault(float(place), []).append(i)
     return found
@@ -149,12 +149,13 @@ def series_looks(
 ) -> dict[tuple[Value, ...], Look]:
     """A look for each combination of the options' values, in their order.
 
-    The first option decides the colour, the second marker and line.
+    Of the options that differ the first decides the colour, the second the marker, the last of three the line; but the
+    method, if it is one of them, always decides the colour.
     """
     if not options:
         return dict.fromkeys(keys, _PLAIN)
     tables = []
-    for place, option in enumerate(options[:2]):
+    for place, option in enumerate(options):
         wanted = {key[place] for key in keys}
         values = {run.option(option) for run in study.runs}
         named = [value for value in values if value is not None and text_of(value) in wanted]
@@ -163,9 +164,11 @@ def series_looks(
         tables.append({text_of(value): looks[value] for value in order})
     ranks = [list(table) for table in tables]
     ordered = sorted(keys, key=lambda key: [rank.index(str(text)) for rank, text in zip(ranks, key, strict=False)])
-    if len(tables) == 1:
-        return {key: tables[0][str(key[0])] for key in ordered}
-    return {key: combined(tables[0][str(key[0])], tables[1][str(key[1])]) for key in ordered}
+    telling = [place for place, rank in enumerate(ranks) if len(rank) > 1] or [0]
+    telling.sort(key=lambda place: options[place] != "method")
+    if len(telling) == 1:
+        return {key: tables[telling[0]][str(key[telling[0]])] for key in ordered}
+    return {key: combined(*(tables[place][str(key[place])] for place in telling[:3])) for key in ordered}
 
 
 def _point(study: Study, column: str, place: float, members: Sequence[int]) -> Point:
@@ -195,15 +198,17 @@ def _axis(column: str, *, log: bool = False) -> Axis:
 def _note(study: Study, column: str, members: Sequence[Sequence[int]], x: str | None = None) -> str:
     """Small print: what was averaged, what the error bars are, what is missing; ``members``: the runs of each point."""
     words = []
-    drawn = [i for i, found in enumerate(study.measures) if column in found]
+    drawn = {i for runs in members for i in runs}
     if any(len(runs) > 1 for runs in members):
         over = [name for name in study.options if name not in (x, *study.series)]
-        words.append(f"points: mean over {', '.join(over) or 'equal runs'}; bars: standard deviation")
+        words.append(f"points: mean over {', '.join(over)}; bars: standard deviation")
         if any(len(runs) == 1 and column in study.errors[runs[0]] for runs in members):
             words[-1] += ", one standard error where there is one run"
     elif any(column in study.errors[i] for i in drawn):
         words.append("bars: one standard error")
-    missing = [run for i, run in enumerate(study.runs) if i not in drawn]
+    if repeats := study.newest.count(False):
+        words.append(f"{repeats} earlier runs of the same jobs left out")
+    missing = [run for i, run in enumerate(study.runs) if i not in drawn and study.newest[i]]
     if missing:
         kinds = {run.status: sum(other.status == run.status for other in missing) for run in missing}
         said = ", ".join(f"{n} {'done without it' if kind == 'done' else kind}" for kind, n in kinds.items())
@@ -225,7 +230,9 @@ def _speed(study: Study, folder: Path) -> Iterator[Picture]:
         if not measured and run.summary and "parameters" in run.summary:
             left = 100 * run.summary["parameters"]["pruned"] / run.summary["parameters"]["dense"]
         places.append(found.get(speed) if measured else left)
-    drawn = [i for i, place in enumerate(places) if place is not None and score in study.measures[i]]
+    drawn = [
+        i for i, place in enumerate(places) if place is not None and score in study.measures[i] and study.newest[i]
+    ]
     if len({places[i] for i in drawn}) < 2:
         return
     options = study.series or telling_options(study)
@@ -236,7 +243,8 @@ def _speed(study: Study, folder: Path) -> Iterator[Picture]:
         at = Point(float(places[i] or 0), study.measures[i][score], study.errors[i].get(score))
         grouped.setdefault(keys[i], []).append(at)
     sign = (1 if measured else -1, 1 if higher_is_better(score) else -1)
-    goals = [(sign[0] * float(places[i] or 0), sign[1] * study.measures[i][score]) for i in drawn]
+    competing = [i for i in drawn if study.within_budget[i]]
+    goals = [(sign[0] * float(places[i] or 0), sign[1] * study.measures[i][score]) for i in competing]
     best = sorted((sign[0] * goals[i][0], sign[1] * goals[i][1]) for i in pareto_front(goals))
     dense = study.dense.get(f"{parted(score)[0]} dense")
     dense_place = study.dense.get("tokens per second dense") if measured else 100.0
@@ -253,7 +261,7 @@ def _speed(study: Study, folder: Path) -> Iterator[Picture]:
         y=_axis(score, log=not is_score(score) and spans_decades(ys)),
         reference=reference,
         legend=", ".join(options),
-        note=_note(study, score, []),
+        note=_note(study, score, [[i] for i in drawn]),
     )
     yield Picture(title, files)
 
@@ -265,5 +273,6 @@ def label_of(values: Sequence[Value]) -> str:
 
 
 def telling_options(study: Study) -> list[str]:
-    """The options that tell runs apart in pictures without a given series: at most two, x first."""
-    return [name for name in dict.fromkeys([study.x or "", *study.varied]) if name in study.options][:2]
+    """The options that tell runs apart in pictures without a given series: at most two, the method first, then x."""
+    names = dict.fromkeys(["method", study.x or "", *study.varied])
+    return [name for name in names if name in study.options][:2]

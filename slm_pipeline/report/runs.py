@@ -14,7 +14,7 @@ import yaml
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.report.measurement import Summary
-from slm_pipeline.study import is_running
+from slm_pipeline.study import REQUEUED, is_running
 
 STATUSES = ("done", "FAILED", "running", "interrupted", "queued")
 
@@ -37,6 +37,11 @@ class Run:
     def state(self) -> str:
         """The status, and why if it failed."""
         return f"{self.status}: {self.reason}" if self.reason else self.status
+
+    @cached_property
+    def finished_at(self) -> float:
+        """When its summary was written, in seconds since the epoch; 0 if it is not done."""
+        return (self.path / "summary.json").stat().st_mtime if self.summary else 0.0
 
     @cached_property
     def overridden(self) -> dict[str, str]:
@@ -124,15 +129,17 @@ def _is_run(path: Path) -> bool:
 
 def _read_run(path: Path) -> Run:
     overrides_file = path / ".hydra" / "overrides.yaml"
-    overrides = yaml.load(overrides_file.read_text(encoding="utf-8"), _Loader) if overrides_file.exists() else []
+    overrides = _read_yaml(overrides_file) or []  # empty while Hydra writes it
     status, reason, summary = "", "", None
     if (path / "summary.json").exists():
         status, summary = "done", json.loads((path / "summary.json").read_text(encoding="utf-8"))
     elif (path / "failure.json").exists():
         failure = json.loads((path / "failure.json").read_text(encoding="utf-8"))
         status, reason = "FAILED", " ".join(failure["error"].split())
+    elif is_running(path):
+        status = "running"
     else:
-        status = "running" if is_running(path) else "interrupted"
+        status = "queued" if (path / REQUEUED).exists() else "interrupted"
     return Run(path.name, path, status, reason, [str(override) for override in overrides], summary)
 
 
@@ -146,7 +153,7 @@ def _in_numbers(path: Path) -> list[tuple[int, str]]:
     return [(int(part) if part.isdigit() else -1, part) for part in path.parts]
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any]:
+def _read_yaml(path: Path) -> Any:
     return (yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}) if path.exists() else {}
 
 

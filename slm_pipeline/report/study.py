@@ -82,9 +82,41 @@ class Study:
             found.setdefault(tuple(run.option(name) for name in options), []).append(i)
         return found
 
+    @cached_property
+    def newest(self) -> list[bool]:
+        """For each run whether it is the newest of those with the same options, or of those that are done.
+
+        Only these are averaged and drawn: a job that was repeated is no second sample.
+        """
+        best: dict[tuple[Value | None, ...], int] = {}
+        for i, run in enumerate(self.runs):
+            j = best.setdefault(tuple(run.option(name) for name in self.options), i)
+            if run.finished_at > self.runs[j].finished_at:
+                best[tuple(run.option(name) for name in self.options)] = i
+        return [i in best.values() for i in range(len(self.runs))]
+
+    @cached_property
+    def within_budget(self) -> list[bool]:
+        """For each run whether it has no more layers than a search's ``objective.max_layers`` allows."""
+        budgets = [run.option("objective.max_layers") for run in self.runs]
+        return [
+            not isinstance(budget, (int, float)) or found.get("layers", 0) <= budget
+            for budget, found in zip(budgets, self.measures, strict=True)
+        ]
+
+    def _competing(self) -> list[float | None]:
+        """For each run its metric, if it can be the best."""
+        pairs = zip(self.measures, self.within_budget, strict=True)
+        return [found.get(self.metric or "") if within else None for found, within in pairs]
+
     def best(self) -> int | None:
-        """The run with the best metric; None if no run has it."""
-        return _best([found.get(self.metric or "") for found in self.measures], self.metric)
+        """The run with the best metric, within the budget if there is one; None if there is no such run."""
+        return _best(self._competing(), self.metric)
+
+    def is_best(self, i: int) -> bool:
+        """Whether no run is better than this one."""
+        values, best = self._competing(), self.best()
+        return best is not None and values[i] == values[best]
 
     def counts(self) -> str:
         """``ratio: 4 jobs, 2 done, 1 FAILED``."""
@@ -107,6 +139,9 @@ class Study:
         if self.metric is not None and len(self.runs) > 1:
             direction = "higher" if higher_is_better(self.metric) else "lower"
             lines.append(f"Metric: {self.metric}, {direction} is better; the best is bold")
+        if not all(self.within_budget):
+            done = [within for within, found in zip(self.within_budget, self.measures, strict=True) if found]
+            lines.append(f"Budget of layers: {sum(done)} of {len(done)} runs keep to it, and one of them is the best")
         if self.sort_by is not None:
             lines.append(f"Sorted by {self.sort_by}" + (", best first" if self.sort_by in self.columns else ""))
         return [*lines, *self.notes]
@@ -133,22 +168,24 @@ class Study:
             and (name in wanted or ((details or not is_detail(name)) and (costs or not is_cost(name))))
         ]
 
-    def table(self, columns: Sequence[str], *, job: bool = True, status: bool = True) -> Table:
-        """A row for each run: its folder, the options in which runs differ, the numbers, its state."""
+    def table(self, columns: Sequence[str], *, job: bool = True, status: bool = True, reasons: bool = True) -> Table:
+        """A row for each run: its folder, the options in which runs differ, the numbers, its state and why."""
         head = [*(["job"] if job else []), *self.options]
         rows = []
         for run, found, error in zip(self.runs, self.measures, self.errors, strict=True):
             row = [*([run.job] if job else []), *(text_of(run.option(name)) for name in self.options)]
             row += [shown(name, found[name], error.get(name)) if name in found else "" for name in columns]
-            rows.append([*row, *([run.state] if status else [])])
-        values = [found.get(self.metric or "") for found in self.measures]
-        return Table([*head, *columns, *(["status"] if status else [])], rows, self._bold(columns, len(head), values))
+            rows.append([*row, *([run.state if reasons else run.status] if status else [])])
+        bold = self._bold(columns, len(head), self._competing())
+        return Table([*head, *columns, *(["status"] if status else [])], rows, bold)
 
     def averages(self, columns: Sequence[str]) -> Table:
         """Mean and standard deviation over the runs that differ in seeds alone; empty unless there are such."""
         if not self.repeated:
             return Table([], [])
-        groups = self.groups(self.varied)
+        groups = {
+            values: [i for i in members if self.newest[i]] for values, members in self.groups(self.varied).items()
+        }
 
         def mean(members: Sequence[int], column: str | None) -> float | None:
             numbers = [self.measures[i][column] for i in members if column in self.measures[i]] if column else []
@@ -173,7 +210,9 @@ class Study:
 
     def averages_title(self) -> str:
         """What `averages` shows, in words."""
-        return f"Averaged over {' and '.join(self.repeated)}: mean +- standard deviation of the runs that are done"
+        left_out = self.newest.count(False)
+        title = f"Averaged over {' and '.join(self.repeated)}: mean +- standard deviation of the runs that are done"
+        return f"{title}; {left_out} earlier runs of the same jobs left out" if left_out else title
 
     def _bold(self, columns: Sequence[str], offset: int, values: Sequence[float | None]) -> frozenset[tuple[int, int]]:
         best = _best(values, self.metric)

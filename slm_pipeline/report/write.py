@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from slm_pipeline.artifacts import write_text
 from slm_pipeline.report import documents
 from slm_pipeline.report.runs import any_left
 from slm_pipeline.report.study import Study, read_study
+
+log = logging.getLogger(__name__)
 
 FORMATS = ("md", "csv", "latex", "html")
 
@@ -42,11 +45,17 @@ def write_summary(directory: Path) -> str:
 
 
 def write_summary_so_far(directory: Path) -> None:
-    """`write_summary` after a job; at most every 5 seconds while jobs are left, perhaps hundreds."""
+    """`write_summary` after a job; at most every 5 seconds while jobs are left, perhaps hundreds.
+
+    A table that cannot be written is a warning: the job is done, or has an error of its own to show.
+    """
     file = directory / "summary.md"
-    if file.exists() and time.time() - file.stat().st_mtime < 5 and any_left(directory):
-        return
-    write_summary(directory)
+    try:
+        if file.exists() and time.time() - file.stat().st_mtime < 5 and any_left(directory):
+            return
+        write_summary(directory)
+    except Exception as error:
+        log.warning("cannot write %s: %s: %s", file, type(error).__name__, error)
 
 
 def write_study(directory: Path) -> Written:

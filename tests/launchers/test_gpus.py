@@ -57,7 +57,11 @@ def test_gpus_in_sight(monkeypatch):
         assert gpus.visible() == names
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UserError, match="this machine shows none"):
-        gpus.check()
+        gpus.check(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    gpus.check(1)
+    with pytest.raises(UserError, match="n_jobs=-1 must be at least 1"):
+        gpus.check(-1)
 
 
 def test_no_gpu_is_said_before_anything_starts(monkeypatch, tmp_path):
@@ -66,6 +70,7 @@ def test_no_gpu_is_said_before_anything_starts(monkeypatch, tmp_path):
     outcome = run_slm("-m", "hydra/launcher=gpus", "model=random", "seed=1,2")
     assert outcome.status == 2
     assert outcome.err == (
-        "error: hydra/launcher=gpus runs a job on each GPU, and this machine shows none; use joblib or basic\n"
+        "error: hydra/launcher=gpus runs a job on each GPU, and this machine shows none: use joblib or basic, or"
+        " name the GPUs where the driver does not list them, as in CUDA_VISIBLE_DEVICES=0,1\n"
     )
     assert not list(tmp_path.iterdir())

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from slm_pipeline.report.runs import read_runs
+
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
-KILLED_AFTER_MERGE = """
+KILLED_BEFORE_MERGE = """
 import os
 from slm_pipeline.stages.merge import Merge
 
@@ -74,20 +76,31 @@ def test_jobs_find_the_users_sweep_and_data_and_fail_one_by_one(launcher, tmp_pa
     assert runs[0] != runs[1]
 
 
+def run_deadly_study(folder: Path, workers: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Two jobs, the first of which dies in a process that has ``workers`` on its command line."""
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(
+        f"import sys\nif any({workers!r} in word for word in sys.orig_argv):\n    import deadly\n"
+    )
+    (folder / "site" / "deadly.py").write_text(KILLED_BEFORE_MERGE)
+    overrides = (*overrides, "threshold.value=0.5,0.9", "tracker=jsonl")
+    return run_study(folder, *overrides, PYTHONPATH=f"{REPOSITORY}:{folder}/site")
+
+
+def test_a_killed_worker_of_joblib_ends_the_study_with_a_word_and_the_same_command_goes_on(tmp_path):
+    done = run_deadly_study(tmp_path, "loky", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "a worker process was killed" in line
+    assert "the same command runs what is missing" in line
+    assert "Traceback" not in done.stderr
+    (sweep,) = (tmp_path / "out" / "sweeps" / "mine").iterdir()
+    assert [run.status for run in read_runs(sweep)][0] == "interrupted"
+
+
 def test_a_killed_job_is_a_failed_row_and_the_others_finish(tmp_path):
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(
-        "import sys\nif 'submitit.core._submit' in sys.orig_argv:\n    import deadly\n"
-    )
-    (tmp_path / "site" / "deadly.py").write_text(KILLED_AFTER_MERGE)
-    done = run_study(
-        tmp_path,
-        "hydra/launcher=slurm_local",
-        "hydra.launcher.array_parallelism=2",
-        "threshold.value=0.5,0.9",
-        "tracker=jsonl",
-        PYTHONPATH=f"{REPOSITORY}:{tmp_path}/site",
-    )
+    slurm_local = ["hydra/launcher=slurm_local", "hydra.launcher.array_parallelism=2"]
+    done = run_deadly_study(tmp_path, "submitit.core._submit", *slurm_local)
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "ended without a result: it was killed" in line

@@ -65,6 +65,8 @@ def test_a_search_goes_on_where_it_ended_and_keeps_its_budget(search, tmp_path):
             found.append((layers, OVER_BUDGET if layers > 4 else perplexity["perplexity"]))
     assert {layers for layers, _ in found} == {3, 5}
     assert values == pytest.approx([value for _, value in found])
+    table = (sweeps(tmp_path / "out")[1] / "summary.md").read_text()
+    assert "Budget of layers:" in table or {layers for layers, _ in found[3:]} == {3}
     best = yaml.safe_load((sweeps(tmp_path / "out")[1] / "optimization_results.yaml").read_text())
     assert best["best_params"] == {"threshold.value": 0.5}
 
@@ -78,6 +80,17 @@ def test_a_failing_trial_does_not_end_the_search(search, tmp_path):
     (sweep,) = sweeps(tmp_path / "out")
     table = (sweep / "summary.md").read_text()
     assert f"6 jobs, {states.count('COMPLETE')} done, {states.count('FAIL')} FAILED" in table
+
+
+def test_other_choices_need_another_search_and_another_model_is_one(search, tmp_path):
+    once = [*search, "hydra.sweeper.n_trials=1", "method.merge_rule=official"]
+    assert run_slm(*once, "threshold.value=choice(0.5,0.9)").status == 0
+    outcome = run_slm(*once, "threshold.value=choice(0.5,0.6)")
+    assert outcome.status == 2
+    assert "a name of its own makes it another search: name=search_2" in outcome.err.splitlines()[-1]
+    assert run_slm(*once, "threshold.value=choice(0.5,0.6)", "model.num_layers=8").status == 0
+    done = [number for number, state, _ in trials(tmp_path / "out") if state == "COMPLETE"]
+    assert done == [0, 0]  # the first of each search
 
 
 def test_a_search_in_which_nothing_succeeds(search, tmp_path):
@@ -107,10 +120,11 @@ def test_a_dry_run_says_what_is_known_of_a_search(search, tmp_path):
         ("objective.metric=recovered/perplexity/text.txt", ["'recovered/perplexity/text.txt'"]),
         ("objective.direction=up", ["'up'", "minimize, maximize"]),
         ("objective.max_layers=0", ["objective.max_layers=0", "at least 1"]),
+        ("objective.max_layers=3 stages=[calibrate]", ["objective.max_layers needs the merge stage"]),
     ],
 )
 def test_an_objective_that_cannot_be(override, words, search, tmp_path):
-    outcome = run_slm(*search, "threshold.value=choice(0.5)", override, "dry_run=true")
+    outcome = run_slm(*search, "threshold.value=choice(0.5)", *override.split(), "dry_run=true")
     assert outcome.status == 2
     for word in words:
         assert word in outcome.out + outcome.err

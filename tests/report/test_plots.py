@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from studies import finished, perplexity, write_run
 
 from slm_pipeline.report import curves, plots
-from slm_pipeline.report.looks import METHODS
+from slm_pipeline.report.looks import METHODS, RECOVERIES
 from slm_pipeline.report.study import read_study
 
 
@@ -94,3 +96,20 @@ def test_speed_is_measured_or_the_parameters_left(measured, tmp_path, drawn):
         assert best == [(60.0, 40.0), (70.0, 55.0), (80.0, 60.0)]  # fewer is better, so all three
         assert (reference.x, reference.y) == (100.0, 65.0)
         assert label == "parameters left in percent (speed was not measured)"
+
+
+def test_looks_tell_three_options_apart_and_the_method_decides_the_colour(tmp_path):
+    methods, recoveries, ratios = ("slm", "laco"), ("none", "lora"), ("r10", "r20")
+    for job, (ratio, method, recovery) in enumerate(product(ratios, methods, recoveries)):
+        overrides = [f"pruning_ratio={ratio}", f"method={method}", f"recovery={recovery}", "seed=1"]
+        write_run(tmp_path / "s" / str(job), overrides, finished(tmp_path, 24, 20.0 + job))
+    study = read_study(tmp_path / "s")
+    keys = [*product(ratios, methods, recoveries)]
+    looks = plots.series_looks(study, ["pruning_ratio", "method", "recovery"], keys)
+    assert set(looks) == set(keys)
+    assert len(set(looks.values())) == 8
+    assert all(look.color == METHODS[method].color for (_, method, _), look in looks.items())
+    assert all(look.line == RECOVERIES[recovery].line for (_, _, recovery), look in looks.items())
+    # an option with one value tells nothing
+    assert plots.series_looks(study, ["seed", "method"], [("1", "slm"), ("1", "laco")])["1", "slm"] == METHODS["slm"]
+    assert plots.telling_options(study) == ["method", "pruning_ratio"]

@@ -9,6 +9,7 @@ from studies import finished, write_run
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.report.runs import read_runs
+from slm_pipeline.study import REQUEUED
 
 
 def test_every_job_is_found_in_order(sweep):
@@ -70,3 +71,16 @@ def test_an_option_is_overridden_chosen_or_configured(tmp_path):
     assert (run.option("seed"), run.option("recovery.lora.r"), run.option("stages")) == (3, 8, "[merge]")
     assert (run.option("model.path"), run.option("data_dir"), run.option("note")) == ("", "", "a=b")
     assert (run.option("recovery.lora"), run.option("absent.key"), run.option("experiment")) == (None, None, None)
+
+
+def test_a_job_that_hydra_is_just_beginning_disturbs_nobody(tmp_path):
+    """Hydra opens overrides.yaml before it writes into it."""
+    write_run(tmp_path / "0", ["seed=1"], None)
+    (tmp_path / "0" / ".hydra" / "overrides.yaml").write_text("")
+    assert [(run.status, run.overrides) for run in read_runs(tmp_path)] == [("interrupted", [])]
+
+
+def test_a_job_that_is_back_in_a_clusters_queue_is_queued(tmp_path):
+    write_run(tmp_path / "0", ["seed=1"], None)
+    (tmp_path / "0" / REQUEUED).touch()
+    assert [run.status for run in read_runs(tmp_path)] == ["queued"]

@@ -187,3 +187,41 @@ def test_the_table_is_not_written_after_each_of_many_small_jobs(tmp_path):
     write_run(tmp_path / "1", ["seed=2"], "y")
     write_summary_so_far(tmp_path)
     assert "2 jobs, 2 FAILED" in (tmp_path / "summary.md").read_text()  # the last one
+
+
+def test_a_table_that_cannot_be_written_does_not_fail_the_job(tmp_path, caplog):
+    write_run(tmp_path / "0", ["seed=1"], finished(tmp_path, 24, 30.0))
+    (tmp_path / "0" / "summary.json").write_text('{"format": 1, "na')
+    write_summary_so_far(tmp_path)
+    assert "cannot write" in caplog.text
+    assert "JSONDecodeError" in caplog.text
+    assert not (tmp_path / "summary.md").exists()
+
+
+def test_a_run_over_the_budget_of_layers_is_never_the_best(tmp_path):
+    for job, (layers, value) in enumerate([(27, 20.0), (24, 30.0), (22, 40.0)]):
+        config = {"objective": {"max_layers": 24}}
+        write_run(
+            tmp_path / "s" / str(job), [f"threshold.value={job}"], finished(tmp_path, layers, value), config=config
+        )
+    study = read_study(tmp_path / "s")
+    assert study.best() == 1
+    text = documents.markdown(study)
+    assert "Budget of layers: 2 of 3 runs keep to it, and one of them is the best" in text
+    assert "**30.00**" in text
+    assert "**20.00**" not in text
+
+
+def test_a_job_that_was_repeated_counts_once_in_an_average(tmp_path):
+    """Seeds 1 and 2; of seed 1 an older run with another number, and a newer one that failed."""
+    jobs = [("seed=1", 90.0, 1000), ("seed=1", 20.0, 3000), ("seed=2", 30.0, 2000), ("seed=1", "out of memory", 4000)]
+    for job, (seed, value, when) in enumerate(jobs):
+        folder = tmp_path / "s" / str(job)
+        write_run(folder, ["method=slm", seed], value if isinstance(value, str) else finished(tmp_path, 24, value))
+        if not isinstance(value, str):
+            os.utime(folder / "summary.json", (when, when))
+    study = read_study(tmp_path / "s")
+    assert study.newest == [False, True, True, False]
+    averages = cells(study.averages(["perplexity bundled pruned"]).markdown())
+    assert averages == [["runs done", "perplexity bundled pruned"], ["2 of 2", "25.00 +-7.07"]]
+    assert study.averages_title().endswith("; 2 earlier runs of the same jobs left out")
