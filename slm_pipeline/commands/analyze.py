@@ -122,8 +122,12 @@ def similarity(words: list[str]) -> None:
     options = parser.parse_intermixed_args(words)
     metrics = _names("--metric", options.metric, ("cosine", "cka"))
     tasks = list(TASKS) if options.tasks == "all" else _names("--tasks", options.tasks, tuple(TASKS))
-    for option, least in (("limit", 1), ("max-tokens", 1), ("num-patches", 1), ("minibatch", 2)):
+    for option, least in (("limit", 1), ("max-tokens", 1), ("num-patches", 1)):
         _at_least(options, option, least)
+    of_cka = ("estimator", "kernel", "bandwidth", "features", "minibatch", "raw")
+    _refuse_idle(parser, options, of_cka, "--metric cka", idle="cka" not in metrics)
+    _refuse_idle(parser, options, ("bandwidth",), "--kernel rbf", idle=options.kernel != "rbf")
+    _refuse_idle(parser, options, ("limit", "per-option", "max-tokens"), "--tasks", idle=not tasks)
     if not 0 < options.bandwidth < math.inf:
         raise UserError(f"--bandwidth={options.bandwidth} must be a number above 0")
     job, plans, out = _prepare("similarity", options, num_samples=64)
@@ -142,6 +146,12 @@ def similarity(words: list[str]) -> None:
     _names("--estimator", options.estimator, cka.ESTIMATORS, one=True)
     _names("--kernel", options.kernel, cka.KERNELS, one=True)
     _names("--features", options.features, analysis.FEATURES, one=True)
+    _at_least(options, "minibatch", cka.LEAST_ROWS[options.estimator])
+    if options.estimator == "official" and (options.kernel == "rbf" or not options.raw):
+        raise UserError(
+            "--estimator=official cuts HSIC to whole numbers, which leaves nothing of those below 1: add --raw, and keep"
+            " --kernel linear"
+        )
     settings = analysis.Settings(
         metrics=tuple(metrics),
         features=options.features,
@@ -319,6 +329,15 @@ def _at_least(options: argparse.Namespace, option: str, least: int) -> None:
     value = getattr(options, option.replace("-", "_"))
     if value is not None and value < least:
         raise UserError(f"--{option}={value} must be at least {least}")
+
+
+def _refuse_idle(
+    parser: _Parser, options: argparse.Namespace, names: Sequence[str], needed: str, *, idle: bool
+) -> None:
+    for name in names:
+        key = name.replace("-", "_")
+        if idle and getattr(options, key) != parser.get_default(key):
+            raise UserError(f"--{name} does nothing without {needed}")
 
 
 def _header(analysis: str, words: Sequence[str], job: Job) -> dict[str, Any]:

@@ -4,10 +4,10 @@ slm-bench recovery                                             the published LoR
 slm-bench recovery model=llama2_7b recovery.max_steps=20       another model, shorter
 slm-bench recovery recovery.num_processes=2                    instead: one GPU beside two
 
-The model is pruned to four fifths of its layers by averaging pairs. All sides train on the same rows in the same
-batches; each runs twice in turn after a run to warm up, and its faster run counts. Ours is timed from the end of its
-first validation to its last step: counting and checking are in it, the last checkpoint, which the others do not write,
-is not.
+The model is pruned to four fifths of its layers by averaging pairs near the top. All sides train on the same rows in
+the same batches; each runs twice in turn after a run to warm up, and its faster run counts. Ours is timed from the end
+of its first validation to its last step: counting and checking are in it, the last checkpoint, which the others do not
+write, is not.
 """
 
 from __future__ import annotations
@@ -213,8 +213,10 @@ def _problem(job: Job, plan: Plan, out: Path, log: workers.Log) -> RecoveryProbl
 
 
 def _pairs(source: ModelSource, num_layers: int) -> Plan:
-    """A fifth of the layers gone, by averaging pairs from layer 2 up: what is in the weights does not matter here."""
-    pairs = [(2 + 2 * pair, 3 + 2 * pair) for pair in range(round(num_layers / 5))]
+    """A fifth of the layers gone, by averaging pairs below the last layer, so that the teacher has to run almost to its
+    end, as under SLM's plans; what is in the weights does not matter here."""
+    top = num_layers - 1 - 2 * round(num_layers / 5)
+    pairs = [(layer, layer + 1) for layer in range(top, num_layers - 1, 2)]
     return Plan(
         model={"name": source.name, "fingerprint": source.fingerprint, "num_layers": num_layers},
         method="pairs",

@@ -103,7 +103,7 @@ class TrainingOptions:
 
     The defaults are the settings of the SLM authors (LLM-Pruner's Alpaca recipe), for one GPU: AdamW, linear decay
     after the warm-up, gradients clipped to norm 1, loss on the output only, the checkpoint with the lowest validation
-    loss kept. Their data set is ``source=hub``.
+    loss kept (where layers learn states: the last). Their data set is ``source=hub``.
     """
 
     source: str = "bundled"  # bundled | hub | file
@@ -121,7 +121,7 @@ class TrainingOptions:
     num_epochs: float = 2.0  # training ends at the first of this and the next three
     max_steps: int | None = None  # optimizer steps
     budget_tokens: int | None = None  # input tokens without padding, turned into steps by their mean number per step
-    max_minutes: float | None = None  # of training, over all attempts
+    max_minutes: float | None = None  # of training and validating, over all attempts; cuts the schedule off
     early_stopping: int | None = None  # validations in a row without a better loss that end the training
     batch_size: int = 64  # examples per optimizer step
     micro_batch_size: int = 4  # examples at a time in each process
@@ -145,6 +145,10 @@ class TrainingOptions:
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"recovery.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name, source in (("path", "file"), ("repo", "hub"), ("revision", "hub")):
+            given = getattr(self, name)
+            if self.source != source and given != TrainingOptions.__dataclass_fields__[name].default:
+                raise UserError(f"recovery.{name}={given} needs recovery.source={source}, not {self.source}")
         for name in ("num_examples", "validation_size", "max_steps", "budget_tokens", "batch_size", "micro_batch_size",
                      "cutoff_len", "eval_steps", "save_steps", "logging_steps", "early_stopping",
                      "num_processes"):  # fmt: skip

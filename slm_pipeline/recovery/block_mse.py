@@ -42,11 +42,21 @@ class BlockMse(Distill):
         super().__post_init__()
         if self.objective not in OBJECTIVES:
             raise UserError(f"recovery.objective={self.objective!r} is not one of {', '.join(OBJECTIVES)}")
+        for name in ("loss", "order", "logit_share"):
+            usual = type(self).__dataclass_fields__[name].default
+            if not self.trains_states and getattr(self, name) != usual:
+                raise UserError(
+                    f"recovery.{name}={getattr(self, name)} is for recovery.objective=states, not {self.objective}"
+                )
+
+    @property
+    def trains_states(self) -> bool:
+        return self.objective == "states"
 
     def run(self, problem: RecoveryProblem) -> RecoveryResult:
         """Train; leaves nothing in ``out`` but checkpoints."""
         changed = changed_spans(problem.plan, self.gap)
-        if self.objective == "states" or not changed:
+        if self.trains_states or not changed:
             return super().run(problem)
         from slm_pipeline.models.view import ModelView
         from slm_pipeline.recovery.training import tune

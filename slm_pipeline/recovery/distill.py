@@ -38,7 +38,9 @@ class Distill(TrainingOptions):
     Both give the same weights for models without dropout. With ``logit_share`` the last part of the budget goes to
     the same layers once more, on the KL divergence of the whole model's next-token distribution.
 
-    Metrics are those of the layers' losses, summed over the layers; tokens are those that each layer was trained on.
+    The last weights are kept, not the best, so that both orders end alike; a validation loss above the first one is a
+    warning. Metrics are those of the layers' losses, summed over the layers; tokens are those that each layer was
+    trained on.
     """
 
     completion_only: bool = False
@@ -59,6 +61,16 @@ class Distill(TrainingOptions):
             )
         if not 0 <= self.logit_share < 1:
             raise UserError(f"recovery.logit_share={self.logit_share} must be in [0, 1)")
+        if self.early_stopping is not None and self.trains_states:
+            raise UserError(
+                f"recovery.early_stopping={self.early_stopping}: recovery={self.name} keeps the last weights of every"
+                " layer, so that layers trained jointly and one by one end alike; use null, and a smaller budget"
+            )
+
+    @property
+    def trains_states(self) -> bool:
+        """Whether the losses are those of single layers' states."""
+        return True
 
     def run(self, problem: RecoveryProblem) -> RecoveryResult:
         """Train; leaves nothing in ``out`` but checkpoints."""
@@ -93,19 +105,21 @@ class Distill(TrainingOptions):
             folder = "checkpoints/" + "_".join(str(span.position) for span in spans)
             fits.append(
                 fit(objective, train, validation, replace(self, max_minutes=minutes), _after(problem, fits),
-                    folder=folder, share=1 - self.logit_share, keep="last")
+                    folder=folder, part=(0, 1 - self.logit_share), keep="last")
             )  # fmt: skip
         metrics = {**_sum_of_layers(fits), "loss": f"{self.loss} of states, sum over {len(changed)} layers"}
         if self.logit_share:
             train_only(problem, [layers[span.position] for span in changed])
             end_to_end = LogitMatching(teacher, problem.model)
             last = fit(end_to_end, train, validation, self, _after(problem, fits),
-                       folder="checkpoints/logits", share=self.logit_share)  # fmt: skip
+                       folder="checkpoints/logits", part=(1 - self.logit_share, 1))  # fmt: skip
+            del metrics["best_step"]  # of which part?
             metrics |= {
                 "initial_logit_loss": last.metrics["initial_eval_loss"],
                 "logit_loss": last.metrics["eval_loss"],
             }
-            metrics |= {name: metrics[name] + last.metrics[name] for name in ("num_steps", "num_tokens", "seconds")}
+            spent = ("num_steps", "num_tokens", "num_label_tokens", "seconds")
+            metrics |= {name: metrics[name] + last.metrics[name] for name in spent}
             fits.append(last)
         return metrics, _curve(fits)
 

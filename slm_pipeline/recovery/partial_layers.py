@@ -47,6 +47,10 @@ class PartialLayers(TrainingOptions):
             raise UserError(
                 f"recovery.num_layers={self.num_layers} is more than the pruned model's {num_layers} layers"
             )
+        if source.num_layers is not None and self.num_layers > source.num_layers:
+            raise UserError(
+                f"recovery.num_layers={self.num_layers} is more than the {source.num_layers} layers of {source.name}"
+            )
 
     def preflight(self, source: ModelSource, data_dir: Path | None) -> None:
         from slm_pipeline.models.loading import ties_embeddings

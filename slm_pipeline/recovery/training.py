@@ -58,7 +58,7 @@ def fit(
     problem: RecoveryProblem,
     *,
     folder: str = "checkpoints",
-    share: float = 1.0,
+    part: tuple[float, float] = (0.0, 1.0),
     keep: str = "best",
 ) -> Fit:
     """Train whatever in ``model`` requires gradients, from the last complete checkpoint if there is one.
@@ -75,7 +75,7 @@ def fit(
         model: it ends on the device where it began, in evaluation mode.
         train, validation: rows of `tokenize_examples` or of `pack`.
         folder: where in ``problem.out`` the checkpoints go; its own for each of several trainings.
-        share: of the steps and minutes that ``options`` allow.
+        part: of the steps and minutes that ``options`` allow, from where to where: (0.8, 1) is the last fifth.
         keep: the weights of the ``best`` validation loss, or the ``last``.
 
     Raises:
@@ -88,12 +88,18 @@ def fit(
         sharded = options.sharding and collective.count() > 1
         if sharded:
             sharding.shard(model, ModelView(problem.model).layers)
-        last, progress = _train(model, train, validation, options, problem, problem.out / folder, share)
+        last, progress = _train(model, train, validation, options, problem, problem.out / folder, part)
         if sharded:
             raise collective.Trained
         kept, curve, metrics = _summarize(last, progress, keep)
         load_trained(model, kept)
     model.eval()
+    metrics["loss"] = "nats per answer token" if options.completion_only else "nats per token"
+    if metrics["eval_loss"] > metrics["initial_eval_loss"]:
+        logger.warning(
+            "the recovery made the validation loss worse, from %.4f to %.4f: try a lower recovery.learning_rate than"
+            " %g, or more data", metrics["initial_eval_loss"], metrics["eval_loss"], options.learning_rate,
+        )  # fmt: skip
     sizes = {"trainable_parameters": trainable, "num_examples": len(train), "num_validation_examples": len(validation)}
     return Fit(curve, {**metrics, **sizes})
 
@@ -105,7 +111,7 @@ def _train(
     options: TrainingOptions,
     problem: RecoveryProblem,
     folder: Path,
-    share: float,
+    part: tuple[float, float],
 ) -> tuple[Path, Progress]:
     """Train to the end; the last checkpoint and what was counted."""
     checkpoint = last_complete_checkpoint(folder)
@@ -114,7 +120,8 @@ def _train(
         logger.info("recovery goes on from %s", checkpoint)
         if progress.finished:
             return checkpoint, progress
-    num_steps = max(1, round(share * options.num_steps(train)))
+    begin, end = (round(place * options.num_steps(train)) for place in part)
+    num_steps = max(1, end - begin)
     if options.warmup_steps >= num_steps:
         logger.warning(
             "recovery.warmup_steps=%d is not below the %d steps of training: the learning rate never reaches %g",
@@ -125,7 +132,7 @@ def _train(
     arguments = training_arguments(options, folder, num_steps, problem.seed, use_cpu=device.type == "cpu")
     arguments.eval_on_start = checkpoint is None
     pad_token_id = problem.tokenizer.pad_token_id
-    watch = Watch(model, folder, progress, options, share, problem.log)
+    watch = Watch(model, folder, progress, options, part[1] - part[0], problem.log)
     trainer = RecoveryTrainer(
         watch,
         options.sharding and collective.count() > 1,
@@ -182,7 +189,6 @@ def _summarize(last: Path, progress: Progress, keep: str) -> tuple[Path, list[di
     previous = [0.0] + [row["step"] for row in logged[:-1]]
     total = sum(row["loss"] * (row["step"] - before) for row, before in zip(logged, previous, strict=True))
     metrics = {
-        "loss": "nats per answer token",
         "train_loss": total / state.global_step,
         "initial_eval_loss": validated[0]["eval_loss"],
         "eval_loss": state.best_metric if keep == "best" else validated[-1]["eval_loss"],

@@ -21,6 +21,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slm_pipeline import provenance
 from slm_pipeline.errors import UserError
 from slm_pipeline.recovery.base import Recovery, RecoveryProblem
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 Log = Callable[[dict[str, float], int], None]
 
 
-def train(recovery: Recovery, make_problem: Callable[[Log], RecoveryProblem], log: Log) -> None:
+def train(recovery: Recovery, make_problem: Callable[[Log], RecoveryProblem], log: Log) -> float:
     """Run ``recovery`` in ``recovery.num_processes`` new processes, until its finished checkpoints lie in ``out``.
 
     After that, `Recovery.run` in this process has nothing left to train. If this process is killed, the others end
@@ -40,6 +41,9 @@ def train(recovery: Recovery, make_problem: Callable[[Log], RecoveryProblem], lo
         make_problem: called in each process, with what its problem should log to; it must pickle. The model must lie
             on the process's own GPU, which is the current one (``cuda``), or on the CPU.
         log: as in `RecoveryProblem`; called here, as it goes, with what the first process logs.
+
+    Returns:
+        Peak memory of all processes together, in 10^9 bytes, as `provenance.peak_memory_gb` measures it.
 
     Raises:
         UserError: one that ended a process, or a process was killed. Any other error of a process is raised as it is.
@@ -56,7 +60,7 @@ def train(recovery: Recovery, make_problem: Callable[[Log], RecoveryProblem], lo
                 processes[receiver] = process
                 process.start()
                 sender.close()  # so that the end of the process is the end of its messages
-            _listen(dict(processes), log)
+            return _listen(dict(processes), log)
         finally:
             for process in processes.values():
                 if process.pid is not None:
@@ -64,8 +68,9 @@ def train(recovery: Recovery, make_problem: Callable[[Log], RecoveryProblem], lo
                     process.join()
 
 
-def _listen(processes: dict[Connection, SpawnProcess], log: Log) -> None:
-    """Pass on what the processes send until all have ended well."""
+def _listen(processes: dict[Connection, SpawnProcess], log: Log) -> float:
+    """Pass on what the processes send until all have ended well; their peak memory."""
+    peak_memory_gb = 0.0
     while processes:
         ready = connection.wait(list(processes))
         for receiver in [receiver for receiver in processes if receiver in ready]:  # the first process's losses first
@@ -79,6 +84,8 @@ def _listen(processes: dict[Connection, SpawnProcess], log: Log) -> None:
                     continue
                 if kind == "log":
                     log(*content)
+                elif kind == "peak memory":
+                    peak_memory_gb += content[0]
                 elif kind == "record":
                     (record,) = content
                     if (logger := logging.getLogger(record.name)).isEnabledFor(record.levelno):
@@ -90,6 +97,7 @@ def _listen(processes: dict[Connection, SpawnProcess], log: Log) -> None:
                             if (process.exitcode or 0) < 0:
                                 _require_good_end(process)
                     raise error from RuntimeError(f"in a training process:\n{where}")
+    return peak_memory_gb
 
 
 def _require_good_end(process: SpawnProcess) -> None:
@@ -127,6 +135,7 @@ def _work(
         _meet(problem.model.device, rank, recovery.num_processes, meeting_point)
         with suppress(Trained):
             recovery.run(problem)
+        sender.send(("peak memory", provenance.peak_memory_gb()))
         distributed.destroy_process_group()
     except BaseException as error:
         sender.send(("error", _portable(error), traceback.format_exc()))

@@ -69,12 +69,13 @@ class Recover(Stage):
         def log(metrics: dict[str, float], step: int) -> None:
             tracker.log(metrics, stage=self.name, step=step)
 
+        peaks = {}
         if job.recovery.num_processes > 1:
-            workers.train(job.recovery, make_problem, log)
+            peaks["peak_memory_gb"] = round(workers.train(job.recovery, make_problem, log), 3)
         problem = make_problem(log)
         result = job.recovery.run(problem)  # after `workers.train` it finds nothing left to train
         write_json(out / "curve.json", result.curve)
-        write_json(out / "metrics.json", result.metrics)
+        write_json(out / "metrics.json", result.metrics | peaks)
         card = checkpoint.card(
             title=f"{plan.model['name']}, {plan.num_layers} layers ({plan.method}, {job.recovery.name})",
             base=job.config.model.repo or plan.model["name"],

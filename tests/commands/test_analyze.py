@@ -166,6 +166,12 @@ def test_painters(here, capsys):
     assert again["dense"] != found["dense"]  # the samples are others
 
 
+NOTHING_LEFT = (
+    "--estimator=official cuts HSIC to whole numbers, which leaves nothing of those below 1: add --raw, and keep"
+    " --kernel linear"
+)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -202,8 +208,14 @@ def test_painters(here, capsys):
         ),
         (["similarity", "--text", "none.txt"], "calibration.path='none.txt' does not exist"),
         (["similarity", "--limit=0"], "--limit=0 must be at least 1"),
-        (["similarity", "--minibatch=1"], "--minibatch=1 must be at least 2"),
-        (["similarity", "--bandwidth=nan"], "--bandwidth=nan must be a number above 0"),
+        (["similarity", "--minibatch=1"], "--minibatch=1 must be at least 4"),
+        (["similarity", "--estimator=biased", "--minibatch=1"], "--minibatch=1 must be at least 2"),
+        (["similarity", "--estimator=official"], NOTHING_LEFT),
+        (["similarity", "--estimator=official", "--raw", "--kernel=rbf"], NOTHING_LEFT),
+        (["similarity", "--bandwidth=2"], "--bandwidth does nothing without --kernel rbf"),
+        (["similarity", "--metric=cosine", "--raw"], "--raw does nothing without --metric cka"),
+        (["similarity", "--per-option"], "--per-option does nothing without --tasks"),
+        (["similarity", "--kernel=rbf", "--bandwidth=nan"], "--bandwidth=nan must be a number above 0"),
         (["similarity", "--num-patches=7"], "--num-patches=7 must be in 1..6, the model's layers"),
         (["similarity", "--plan", "plan.json", "model.num_layers=7"], "plan.json is a plan for 6 layers; random has 7"),
         (["similarity"], "text_file: 5 rows are fewer than --minibatch=64; give it more text"),

@@ -42,7 +42,7 @@ def files(tmp_path, monkeypatch):
         ),
         (["recovery.path=empty.json"], "none of the 0 examples"),
         (["recovery.path=silent.json"], "none of the 6 examples"),
-        (["recovery.path=folder"], "folder"),
+        (["recovery.path=folder"], "folder has no .json"),
         (["recovery.path=nowhere.json"], "recovery.path='nowhere.json'"),
         (["recovery.cutoff_len=100"], "recovery.cutoff_len=100 leaves no output in any of the 4 examples"),
         (["recovery.validation_size=6"], "recovery.validation_size=6 leaves nothing to train on"),
@@ -53,6 +53,14 @@ def files(tmp_path, monkeypatch):
         ),
         (["recovery.num_processes=2", "model.device=balanced"], "recovery.num_processes=2"),
         (["recovery=distill", "recovery.sharding=true", "recovery.num_processes=2"], "recovery.sharding=true"),
+        (["recovery.source=bundled"], "recovery.path=good.json needs recovery.source=file, not bundled"),
+        (["recovery.revision=v2"], "recovery.revision=v2 needs recovery.source=hub, not file"),
+        (["recovery=distill", "recovery.early_stopping=2"], "recovery=distill keeps the last weights"),
+        (["recovery=block_mse", "recovery.early_stopping=2"], "recovery=block_mse keeps the last weights"),
+        (
+            ["recovery=block_mse", "recovery.objective=language_model", "recovery.loss=kl"],
+            "recovery.loss=kl is for recovery.objective=states, not language_model",
+        ),
     ],
 )
 def test_found_before_anything_runs(overrides, message, files):

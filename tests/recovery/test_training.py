@@ -183,6 +183,9 @@ def test_more_layers_than_there_are(data, tmp_path):
     with pytest.raises(UserError, match="recovery.num_layers=5 is more than the pruned model's 4 layers"):
         options(num_layers=5).run(problem(data, tmp_path))
     options(num_layers=4).check(random_source(), 4)
+    options(num_layers=4).check(random_source(), None)  # how many are left is not known before the merge
+    with pytest.raises(UserError, match=f"is more than the {random_source().num_layers} layers of random"):
+        options(num_layers=1 + random_source().num_layers).check(random_source(), None)
 
 
 def test_a_head_that_is_the_embedding_cannot_train_alone(data):
