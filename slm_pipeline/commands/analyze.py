@@ -149,7 +149,7 @@ def similarity(words: list[str]) -> None:
     _at_least(options, "minibatch", cka.LEAST_ROWS[options.estimator])
     if options.estimator == "official" and (options.kernel == "rbf" or not options.raw):
         raise UserError(
-            "--estimator=official cuts HSIC to whole numbers, which leaves nothing of those below 1: add --raw, and keep"
+            "--estimator=official cuts HSIC to whole numbers, which leaves nothing of those below 1: add --raw, keep"
             " --kernel linear"
         )
     settings = analysis.Settings(

@@ -167,7 +167,7 @@ def test_painters(here, capsys):
 
 
 NOTHING_LEFT = (
-    "--estimator=official cuts HSIC to whole numbers, which leaves nothing of those below 1: add --raw, and keep"
+    "--estimator=official cuts HSIC to whole numbers, which leaves nothing of those below 1: add --raw, keep"
     " --kernel linear"
 )
 
