@@ -14,6 +14,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 NUM_JOBS = int(os.environ.get("SLM_TEST_JOBS", 100))  # 200 take four minutes on two cores
+THRESHOLDS = [0.4 + 0.597 * number / (NUM_JOBS - 1) for number in range(NUM_JOBS)]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
     """The sweep's folder, and the parent's memory in KB after each tenth of the jobs."""
     folder = tmp_path_factory.mktemp("joblib")
     (folder / "text.txt").write_text("the river runs past the old mill and a tree " * 20)
-    thresholds = ",".join(f"{0.4 + 0.003 * number:.3f}" for number in range(NUM_JOBS))
+    thresholds = ",".join(f"{threshold:.4f}" for threshold in THRESHOLDS)
     command = [
         sys.executable, "-m", "slm_pipeline", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
         "hydra.launcher.batch_size='1'", "model=random", "model.num_layers=4", "model.hidden_size=16",
@@ -51,7 +52,7 @@ def test_no_result_is_lost_or_doubled(study):
     summaries = {path.parent.name: json.loads(path.read_text()) for path in sweep.glob("*/summary.json")}
     assert sorted(summaries, key=int) == [str(number) for number in range(NUM_JOBS)]
     thresholds = [summaries[str(number)]["threshold"] for number in range(NUM_JOBS)]
-    assert thresholds == pytest.approx([0.4 + 0.003 * number for number in range(NUM_JOBS)])
+    assert thresholds == pytest.approx(THRESHOLDS, abs=1e-4)
     assert f"{NUM_JOBS} jobs, {NUM_JOBS} done" in (sweep / "summary.md").read_text()
 
 
