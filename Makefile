@@ -27,7 +27,7 @@ run: assets ## The main job on the bundled model: calibrate, merge, LoRA, evalua
 	$(BIN)/slm experiment=two_cores
 
 test: install lint check-types ## Lint, type-check and run all tests, two files at a time (as root: installs Slurm, Chromium)
-	markers=$$(.ci/system-packages) && $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "$$markers"
+	markers=$$(.ci/system-packages) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "$$markers"
 
 lint: install ## Style
 	$(BIN)/ruff check .
