@@ -8,12 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from slm_pipeline.report.runs import read_runs
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
+SLURM_LOCAL = ["hydra/launcher=slurm_local", "hydra.launcher.array_parallelism=2"]
 KILLED_BEFORE_MERGE = """
 import os
 from slm_pipeline.stages.merge import Merge
@@ -51,17 +50,9 @@ def run_study(folder: Path, *overrides: str, **environment: str) -> subprocess.C
     )
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-        ["hydra/launcher=slurm_local", "hydra.launcher.array_parallelism=2"],
-    ],
-    ids=["joblib", "slurm_local"],
-)
-def test_jobs_find_the_users_sweep_and_data_and_fail_one_by_one(launcher, tmp_path):
+def test_jobs_find_the_users_sweep_and_data_and_fail_one_by_one(tmp_path):
     """The study lies in the user's own ./sweeps, text and results in relative folders; one job's threshold is wrong."""
-    done = run_study(tmp_path, *launcher, "tracker=wandb_offline")
+    done = run_study(tmp_path, *SLURM_LOCAL, "tracker=wandb_offline")
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line == "error: threshold.value=1.5 must lie in [0, 1]"
@@ -99,8 +90,7 @@ def test_a_killed_worker_of_joblib_ends_the_study_with_a_word_and_the_same_comma
 
 
 def test_a_killed_job_is_a_failed_row_and_the_others_finish(tmp_path):
-    slurm_local = ["hydra/launcher=slurm_local", "hydra.launcher.array_parallelism=2"]
-    done = run_deadly_study(tmp_path, "submitit.core._submit", *slurm_local)
+    done = run_deadly_study(tmp_path, "submitit.core._submit", *SLURM_LOCAL)
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "ended without a result: it was killed" in line
