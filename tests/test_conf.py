@@ -207,12 +207,10 @@ def test_every_sweep_declares_its_axes_its_metric_and_its_plot(file):
     assert set(study) <= {field.name for field in dataclasses.fields(config.StudyConfig)}
 
 
-@pytest.mark.parametrize(
-    "file", sorted((config.SWEEPS_ROOT / "sweeps" / "wandb").glob("*.yaml")), ids=lambda path: path.stem
-)
-def test_what_the_wandb_agent_starts_passes_all_checks(file, here):
+@pytest.mark.parametrize("sweep", ["thresholds"])
+def test_what_the_wandb_agent_starts_passes_all_checks(sweep, here):
     """The agent puts the values that it chose in the place of ``${args_no_hyphens}``."""
-    values = yaml.safe_load(file.read_text())
+    values = yaml.safe_load((config.SWEEPS_ROOT / "sweeps" / "wandb" / f"{sweep}.yaml").read_text())
     program, *words, place = values["command"]
     assert (program, place) == ("slm", "${args_no_hyphens}")
     chosen = [f"{name}={given['values'][-1]}" for name, given in values["parameters"].items()]
