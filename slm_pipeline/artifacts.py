@@ -11,6 +11,7 @@ when its folder has been renamed into place, so a killed job never leaves half a
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from slm_pipeline import provenance
+from slm_pipeline import memory, provenance
 from slm_pipeline.errors import UserError
 
 STORE_FORMAT = 1
@@ -48,6 +49,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically. NaN and infinity are refused with ``ValueError``."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a living process holds the lock file; asking needs no right to write."""
+    try:
+        file = os.open(lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who ask do not see one another
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
 
 
 def digest(value: Any) -> str:
@@ -77,6 +93,10 @@ class Artifact:
         return self.path.with_name(f"{self.key}.partial")
 
     @property
+    def lock(self) -> Path:
+        return self.path.with_name(f"{self.key}.lock")
+
+    @property
     def done(self) -> bool:
         return (self.path / "stage.json").is_file()
 
@@ -103,7 +123,7 @@ class Artifact:
             UserError: no space left on the device.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_name(f"{self.key}.lock")):
+        with FileLock(self.lock):
             if self.done and not force and (is_whole is None or is_whole()):
                 return self.record(), True
             if force or self.done:
@@ -126,7 +146,7 @@ class Artifact:
 
     def _work(self, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         started, clock = datetime.now(timezone.utc), time.monotonic()
-        provenance.reset_peak_memory()
+        memory.reset_peak()
         result = make(self.partial)
         record = {
             "format": STORE_FORMAT,
@@ -136,7 +156,7 @@ class Artifact:
             "result": result,
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - clock, 3),
-            "peak_memory_gb": provenance.peak_memory_gb(),
+            "peak_memory_gb": memory.peak_gb(),
             "provenance": provenance.collect(),
         }
         write_json(self.partial / "stage.json", record)

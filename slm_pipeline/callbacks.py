@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import traceback
 from typing import Any
 
@@ -11,7 +10,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from slm_pipeline import study
+from slm_pipeline import memory, study
+from slm_pipeline.errors import portable
 
 
 class WriteStudy(Callback):
@@ -34,25 +34,12 @@ class ForgetJob(Callback):
             return
         job_return.cfg = job_return.hydra_cfg = None
         if job_return.status == JobStatus.FAILED:
-            from slm_pipeline.runner import free_memory
-
-            error = job_return._return_value
-            _clear_frames(error)
-            free_memory()
-            if not _can_travel(error):
-                said = RuntimeError(f"{type(error).__name__}: {error}")
-                job_return._return_value = said.with_traceback(error.__traceback__)
+            _clear_frames(job_return._return_value)
+            memory.free()
+            job_return._return_value = portable(job_return._return_value)
 
 
 def _clear_frames(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
-
-
-def _can_travel(error: BaseException) -> bool:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its class does when it is rebuilt
-        return False
-    return True

@@ -1,12 +1,10 @@
-"""Where a result came from: code, versions, machine, and how much memory it took."""
+"""Where a result came from: code, versions, machine."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.metadata
 import platform
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -58,24 +56,3 @@ def device_name() -> str:
 def collect() -> dict[str, Any]:
     """What ``stage.json`` says about the code and machine that made a result."""
     return {"git_commit": git_commit(), "versions": versions(), "device": device_name(), "argv": sys.argv}
-
-
-def reset_peak_memory() -> None:
-    """Start a new measurement of peak memory: of the accelerators, and of this process where the system can (Linux)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # see proc(5); getrusage follows
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():  # else nothing lies there yet, and torch refuses
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(index)
-
-
-def peak_memory_gb() -> float:
-    """Peak memory in 10^9 bytes since the last reset: of all accelerators, else of this process."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        total = sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return round(total / 1e9, 3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 import os
 import shlex
@@ -19,8 +18,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from slm_pipeline import gpus, objective, provenance, study, summary
-from slm_pipeline.artifacts import Artifact, check_store, write_json, write_text
+from slm_pipeline import gpus, memory, objective, provenance, study, summary
+from slm_pipeline.artifacts import Artifact, check_store, is_held, write_json, write_text
 from slm_pipeline.config import TARGETS, to_config
 from slm_pipeline.errors import UserError
 from slm_pipeline.job import Job, prepare
@@ -73,8 +72,7 @@ def plan(job: Job) -> list[tuple[Step, Artifact | None]]:
     will_run: set[str] = set()
     for step in steps(job):
         stage = step.stage
-        identity = stage.identity(job, known) if all(name in known for name in stage.needs) else None
-        artifact = Artifact(job.store, stage.stage, identity) if identity is not None else None
+        artifact = _artifact(stage, job, known)
         if artifact is not None:
             known[stage.name] = artifact
         if step.selected:
@@ -87,6 +85,14 @@ def plan(job: Job) -> list[tuple[Step, Artifact | None]]:
             will_run.add(stage.name)
         planned.append((step, artifact))
     return planned
+
+
+def _artifact(stage: Stage, job: Job, known: Mapping[str, Artifact]) -> Artifact | None:
+    """Where the stage's result belongs; None while that is not known before an earlier stage has run."""
+    if not all(name in known for name in stage.needs):
+        return None
+    identity = stage.identity(job, known)
+    return Artifact(job.store, stage.stage, identity) if identity is not None else None
 
 
 def describe_plan(job: Job) -> str:
@@ -189,21 +195,36 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
             )
     results: dict[str, Artifact] = {}
     reused: dict[str, bool] = {}
-    for step in steps(job):
+    waiting = steps(job)
+    while waiting:
+        step, artifact = _next(waiting, job, results)
+        waiting.remove(step)
         stage = step.stage
-        identity = stage.identity(job, results) if all(name in results for name in stage.needs) else None
-        if identity is None:
+        if artifact is None:
             continue
-        artifact = Artifact(job.store, stage.stage, identity)
         if step.selected:
             reused[stage.name] = _produce(step, artifact, job, results, tracker)
             _link(run_dir / stage.name, artifact.path)
             stage.publish(artifact, tracker, reused=reused[stage.name])
         if artifact.done:
             results[stage.name] = artifact
-    found = summary.build(job, {name: results[name] for name in reused}, reused, warnings)
+    ran = {step.stage.name: results[step.stage.name] for step in steps(job) if step.stage.name in reused}
+    found = summary.build(job, ran, reused, warnings)
     summary.write(found, results, run_dir, tracker, draw=job.config.pictures)
     return found
+
+
+def _next(waiting: list[Step], job: Job, results: Mapping[str, Artifact]) -> tuple[Step, Artifact | None]:
+    """The first step that needs none of those before it and that no other job is at, or the first if all are taken.
+
+    So the jobs of a sweep do not wait for the one that scores their common dense model: they score their own meanwhile.
+    """
+    names = {step.stage.name for step in waiting}
+    ready = [
+        (step, _artifact(step.stage, job, results)) for step in waiting if not names.intersection(step.stage.needs)
+    ]
+    free = (pair for pair in ready if pair[1] is None or not is_held(pair[1].lock))
+    return next(free, ready[0])
 
 
 def _produce(step: Step, artifact: Artifact, job: Job, results: Mapping[str, Artifact], tracker: Tracker) -> bool:
@@ -222,7 +243,7 @@ def _produce(step: Step, artifact: Artifact, job: Job, results: Mapping[str, Art
         log.info("%s: reused, %s", stage.name, artifact.path)
     else:
         log.info("%s: done in %.1f s, %s", stage.name, time.monotonic() - started, artifact.path)
-        free_memory()  # looks at every object there is: not after a stage that made none
+        memory.free()  # looks at every object there is: not after a stage that made none
     return was_reused
 
 
@@ -277,11 +298,3 @@ class _WarningCollector(logging.Handler):
         message = record.getMessage()
         if record.levelno == logging.WARNING and message not in self.messages:
             self.messages.append(message)
-
-
-def free_memory() -> None:
-    """Give back what nothing uses any more, GPU memory too."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -7,9 +7,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig, OmegaConf
 
-from slm_pipeline.artifacts import write_json
+from slm_pipeline.artifacts import is_held, write_json
 from slm_pipeline.config import TrackerConfig
 from slm_pipeline.errors import UserError
 
@@ -141,14 +139,4 @@ def running(run_dir: Path) -> Iterator[None]:
 
 def is_running(run_dir: Path) -> bool:
     """Whether a living process works in this folder."""
-    try:
-        file = os.open(run_dir / _LOCK, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who ask do not see one another
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(file)
-    return False
+    return is_held(run_dir / _LOCK)

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import run_slm
+from filelock import FileLock
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -160,6 +162,31 @@ def test_killed_in_every_stage_it_ends_as_if_undisturbed(job, undisturbed, tmp_p
     kept = (Path(resumed.paths()["evaluate_dense"]) / "piqa.json").stat()
     assert (kept.st_ino, kept.st_mtime_ns) == (state.st_ino, state.st_mtime_ns)  # a finished task is not scored again
     assert not list(store.glob("*/*.partial"))
+
+
+def test_a_job_scores_its_own_model_while_another_scores_the_dense_one(job, undisturbed, tmp_path):
+    paths = {name: tmp_path / "store" / "evaluate" / Path(path).name for name, path in undisturbed.paths().items()}
+    paths["evaluate_dense"].parent.mkdir(parents=True)
+    begun, seen = threading.Event(), []
+
+    def other_job() -> None:
+        with FileLock(paths["evaluate_dense"].with_suffix(".lock")):
+            begun.set()
+            deadline = time.monotonic() + 120
+            while not paths["evaluate_pruned"].exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            seen.extend(name for name in ("evaluate_dense", "evaluate_pruned") if paths[name].exists())
+
+    thread = threading.Thread(target=other_job)
+    thread.start()
+    begun.wait()
+    scored = run(tmp_path, *without_recovery(job), "evaluation.of=[dense,pruned]")
+    thread.join()
+    assert seen == ["evaluate_pruned"]
+    assert list(scored.reused().items()) == [(name, False) for name in STAGES if "recover" not in name]
+    assert scored.findings()["metrics"] == {
+        target: undisturbed.findings()["metrics"][target] for target in ("dense", "pruned")
+    }
 
 
 def test_same_command_again_reuses_everything(job, undisturbed, output_dir):

@@ -15,7 +15,6 @@ forward pass over the same tokens.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slm_pipeline import cli
+from slm_pipeline import cli, memory
 from slm_pipeline.commands import bench_recovery, bench_sweep
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import PruningProblem
@@ -154,13 +153,13 @@ def _one_pass(problem: PruningProblem) -> None:
 
 def _measure(problem: PruningProblem, run: Callable[[], Any]) -> Measurement:
     _warm_up(problem)
-    _reset_peak_memory()
+    memory.reset_peak()
     with _blocks_counted(problem) as count:
         started = time.perf_counter()
         result = run()
         _synchronize()
         seconds = time.perf_counter() - started
-    return Measurement(result, seconds, count(), _peak_memory_gb())
+    return Measurement(result, seconds, count(), memory.peak_gb())
 
 
 def _warm_up(problem: PruningProblem) -> None:
@@ -196,28 +195,6 @@ def _blocks_counted(problem: PruningProblem) -> Iterator[Callable[[], float]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _reset_peak_memory() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    elif os.path.exists("/proc/self/clear_refs"):
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # Linux: start a new measurement of the peak resident size
-
-
-def _peak_memory_gb() -> float:
-    import torch
-
-    from slm_pipeline import provenance
-
-    if not torch.cuda.is_available() and os.path.exists("/proc/self/status"):
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024 / 1e9
-    return provenance.peak_memory_gb()
 
 
 def main() -> None:

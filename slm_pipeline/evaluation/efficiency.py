@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from slm_pipeline import memory
 from slm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ def efficiency(
     latencies = []
     with torch.inference_mode():
         for run in tqdm(range(num_runs), desc="generation speed", disable=None):
-            if run == num_warmup:
-                _reset_peak_memory()
+            if run == num_warmup and model.device.type == "cuda":
+                memory.reset_peak()
             _synchronize()
             started = time.perf_counter()
             try:
@@ -108,7 +109,7 @@ def efficiency(
         "tokens_per_second": statistics.fmean(speeds),
         "tokens_per_second_std": statistics.pstdev(speeds),
         "weights_gb": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9,
-        "peak_memory_gb": _peak_memory_gb() if model.device.type == "cuda" else None,
+        "peak_memory_gb": memory.peak_gb() if model.device.type == "cuda" else None,
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "prompt_len": prompt_len,
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
@@ -143,16 +144,3 @@ def _synchronize() -> None:
 
     for index in range(torch.cuda.device_count()):
         torch.cuda.synchronize(index)
-
-
-def _reset_peak_memory() -> None:
-    import torch
-
-    for index in range(torch.cuda.device_count()):
-        torch.cuda.reset_peak_memory_stats(index)
-
-
-def _peak_memory_gb() -> float:
-    import torch
-
-    return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())) / 1e9

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slm_pipeline import memory
 from slm_pipeline.artifacts import write_json, write_text
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
@@ -46,9 +46,7 @@ def save(model: Any, tokenizer: Any, folder: Path, *, card: str, config: ModelCo
     if not hasattr(model, "hf_device_map"):  # a model spread over GPUs cannot be moved; there both copies must fit
         model.to("meta")
     del model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    memory.free()
     reloaded = load_checkpoint(partial, config)
     _compare(expected, _probe(reloaded), config.dtype, folder)
     if ModelView(reloaded).num_parameters() != num_parameters:

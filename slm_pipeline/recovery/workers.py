@@ -6,7 +6,6 @@ import logging
 import logging.handlers
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import tempfile
@@ -21,8 +20,8 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slm_pipeline import provenance
-from slm_pipeline.errors import UserError
+from slm_pipeline import memory
+from slm_pipeline.errors import UserError, portable
 from slm_pipeline.recovery.base import Recovery, RecoveryProblem
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def train(recovery: Recovery, make_problem: Callable[[Log], RecoveryProblem], lo
         log: as in `RecoveryProblem`; called here, as it goes, with what the first process logs.
 
     Returns:
-        Peak memory of all processes together, in 10^9 bytes, as `provenance.peak_memory_gb` measures it.
+        Peak memory of all processes together, in 10^9 bytes, as `memory.peak_gb` measures it.
 
     Raises:
         UserError: one that ended a process, or a process was killed. Any other error of a process is raised as it is.
@@ -135,10 +134,10 @@ def _work(
         _meet(problem.model.device, rank, recovery.num_processes, meeting_point)
         with suppress(Trained):
             recovery.run(problem)
-        sender.send(("peak memory", provenance.peak_memory_gb()))
+        sender.send(("peak memory", memory.peak_gb()))
         distributed.destroy_process_group()
     except BaseException as error:
-        sender.send(("error", _portable(error), traceback.format_exc()))
+        sender.send(("error", portable(error), traceback.format_exc()))
         sys.stderr.flush()
         os._exit(1)  # the ordinary end waits for the other processes
 
@@ -189,12 +188,3 @@ def _meet(device: torch.device, rank: int, count: int, meeting_point: Path) -> N
         timeout=timedelta(days=1),  # a process that ends is noticed by the parent; one that writes slowly is no error
         device_id=device if device.type == "cuda" else None,
     )
-
-
-def _portable(error: BaseException) -> BaseException:
-    """The error if it survives the way to the parent, else one that says the same."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error

@@ -19,7 +19,7 @@ from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.merge import load_plan, load_pruned
 from slm_pipeline.tracking import Tracker
 
-VERSION = 3  # 2: checkpoints hold what trains alone; zeroed sublayers stay zero; 3: padding on the right
+VERSION = 4  # 2: checkpoints hold what trains alone; zeroed sublayers stay zero; 3: padding on the right
 
 
 class Recover(Stage):

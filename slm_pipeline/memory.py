@@ -1,0 +1,47 @@
+"""Memory of this process: what it took at most, on the accelerators and beside them, and giving it back."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import resource
+import sys
+from pathlib import Path
+
+
+def free() -> None:
+    """Give back what nothing uses any more, GPU memory too."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def reset_peak() -> None:
+    """Start a new measurement of peak memory: of the accelerators, and of this process where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():  # else nothing lies there yet, and torch refuses
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
+
+
+def peak_gb() -> float:
+    """Peak memory in 10^9 bytes since the last reset: of all accelerators, else of this process."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        total = sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+    else:
+        total = _peak_of_this_process()
+    return round(total / 1e9, 3)
+
+
+def _peak_of_this_process() -> int:
+    """Bytes. getrusage, elsewhere than on Linux, begins with the size of the process that started this one."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
