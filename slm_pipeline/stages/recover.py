@@ -19,7 +19,9 @@ from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.merge import load_plan, load_pruned
 from slm_pipeline.tracking import Tracker
 
-VERSION = 4  # 2: checkpoints hold what trains alone; zeroed sublayers stay zero; 3: padding on the right
+# 2: checkpoints hold what trains alone, zeroed sublayers stay zero; 3: padding on the right; 4: the steps of a training
+# in parts add up
+VERSION = 4
 
 
 class Recover(Stage):
