@@ -34,7 +34,13 @@ if TYPE_CHECKING:
     from slm_pipeline.models.source import ModelSource
 
 _DEFAULTS = [
-    *("recovery=lora", "recovery.max_steps=40", "recovery.warmup_steps=5", "recovery.num_examples=2560"),
+    *(
+        "recovery=lora",
+        "recovery.learning_rate=1e-4",
+        "recovery.max_steps=40",
+        "recovery.warmup_steps=5",
+        "recovery.num_examples=2560",
+    ),
     *("recovery.validation_size=8", "evaluation=none", "tracker=jsonl"),
 ]
 

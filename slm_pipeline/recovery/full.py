@@ -15,7 +15,7 @@ class Full(TrainingOptions):
     Weights, gradients and AdamW's two moments are float32: 16 bytes a parameter, beside the activations.
     """
 
-    learning_rate: float = 1e-5
+    learning_rate: float = 5e-4
     name: ClassVar[str] = "full"
 
     def run(self, problem: RecoveryProblem) -> RecoveryResult:

@@ -21,7 +21,7 @@ class Lora(TrainingOptions):
     """LoRA (arXiv 2106.09685) with peft, then merged into the weights.
 
     The adapters are float32 and stay in ``out/adapter`` in peft's format. Merging happens in float32 and is rounded
-    to the model's own dtype once. The settings are those of ``script/lora_slm.sh`` in SLM's code.
+    to the model's own dtype once. Rank, alpha and dropout are those of ``script/lora_slm.sh`` in SLM's code.
     """
 
     rank: int = 8

@@ -26,7 +26,6 @@ class PartialLayers(TrainingOptions):
     a gradient, so none of its activations is kept.
     """
 
-    learning_rate: float = 1e-5
     num_layers: int = 3
     head: bool | None = None  # null: trained unless it is the embedding
     final_norm: bool = True
