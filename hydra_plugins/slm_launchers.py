@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import time
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,12 +76,13 @@ class _Launcher(BaseSubmititLauncher):
         executor.update_parameters(**options)
         return executor
 
+    @abstractmethod
     def _submit(self, executor: Any, calls: list[tuple[Any, ...]]) -> list[Any]:
-        raise NotImplementedError
+        """Start the jobs, or put them into the queue."""
 
-    def _how_they_ended(self, jobs: list[Any]) -> dict[str, str]:
-        """Of the jobs that will not run again: how each ended, in words, by its id."""
-        raise NotImplementedError
+    @abstractmethod
+    def _how_they_ended(self, jobs: list[Any]) -> dict[str, str] | None:
+        """Of the jobs that will not run again: how each ended, in words, by its id; None if nobody can say now."""
 
     def _wait(self, jobs: list[Any]) -> dict[str, str]:
         """Wait for all; how those without a result ended, by job id."""
@@ -92,11 +94,12 @@ class _Launcher(BaseSubmititLauncher):
             now = time.monotonic()
             if now - asked_at > pause:
                 found = self._how_they_ended(list(waiting.values()))
-                for job_id in waiting.keys() & ended.keys() - found.keys():  # Slurm took it back into its queue
-                    del ended[job_id], ended_at[job_id]
-                for job_id, how in found.items():
-                    ended[job_id] = how
-                    ended_at.setdefault(job_id, now)
+                if found is not None:
+                    for job_id in waiting.keys() & ended.keys() - found.keys():  # Slurm took it back into its queue
+                        del ended[job_id], ended_at[job_id]
+                    for job_id, how in found.items():
+                        ended[job_id] = how
+                        ended_at.setdefault(job_id, now)
                 asked_at, pause = time.monotonic(), min(1.5 * pause, _LONGEST_PAUSE)
             for job_id, job in list(waiting.items()):
                 if job.paths.result_pickle.exists():
@@ -154,13 +157,13 @@ class SlurmLauncher(_Launcher):
         log.info("array job %s; if this command ends before them, the jobs go on: squeue -j %s", array, array)
         return jobs
 
-    def _how_they_ended(self, jobs: list[Any]) -> dict[str, str]:
+    def _how_they_ended(self, jobs: list[Any]) -> dict[str, str] | None:
         command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i|%T"]
         try:
             lines = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.split()
         except (OSError, subprocess.SubprocessError) as error:
             log.warning("cannot ask Slurm how the jobs are, asking again: %s", getattr(error, "stderr", "") or error)
-            return {}
+            return None
         states = dict(line.split("|") for line in lines)
         return {
             job.job_id: f"ended without a result: {states.get(job.job_id, 'it left the queue, cancelled or lost')}"

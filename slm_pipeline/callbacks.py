@@ -39,7 +39,11 @@ class ForgetJob(Callback):
             job_return._return_value = portable(job_return._return_value)
 
 
-def _clear_frames(error: BaseException | None) -> None:
-    while error is not None:
+def _clear_frames(error: BaseException) -> None:
+    """Of the error, and of all that led to it."""
+    seen, waiting = set(), [error]
+    while waiting:
+        error = waiting.pop()
+        seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+        waiting += [cause for cause in (error.__cause__, error.__context__) if cause and id(cause) not in seen]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import sys
 from argparse import Namespace
@@ -68,7 +69,7 @@ def main() -> None:
         arguments = get_args_parser().parse_args()
         if not _only_asks_hydra(arguments) and _check_before_hydra(arguments):
             return
-        with study.reported(), _sudden_ends_explained():
+        with study.reported(), _foreign_errors_explained():
             _hydra_main()
         if _error_of_single_run:
             raise _error_of_single_run.pop()
@@ -104,14 +105,16 @@ def set_environment() -> None:
 
 
 @contextmanager
-def _sudden_ends_explained() -> Iterator[None]:
+def _foreign_errors_explained() -> Iterator[None]:
     """Say in our words why Optuna or joblib ended a multirun with an error of its own."""
     try:
         yield
     except BrokenProcessPool as error:
+        found = re.search(r"exit codes of the workers are \{(.+)\}", str(error))
+        memory = " for want of memory, perhaps," if found and "SIGKILL" in found[1] else ""
         raise UserError(
-            "a worker process was killed, perhaps for want of memory, and took the study with it: the same command runs"
-            " what is missing; hydra/launcher=slurm_local goes on without the job that was killed"
+            f"a worker process was killed{memory} ({found[1] if found else error}) and took the study with it: the same"
+            " command runs what is missing; hydra/launcher=slurm_local goes on without the job that was killed"
         ) from error
     except ValueError as error:
         if str(error) in ("Record does not exist.", "No trials are completed yet."):

@@ -7,9 +7,7 @@ the only function that resolves such a name. Importing this module stays cheap: 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from slm_pipeline.artifacts import digest
 from slm_pipeline.errors import UserError
 
 _HERE = Path(__file__).resolve().parent
@@ -185,8 +184,12 @@ def register() -> None:
 
 def _digest(*keys: str, _root_: DictConfig) -> str:
     """``${digest:model,evaluation}``: six digits that change with these parts of the configuration."""
-    parts = {key: OmegaConf.to_container(_root_[key], resolve=True) for key in keys}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:6]
+    parts = {key: _root_[key] for key in keys}
+    plain = {
+        key: OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part
+        for key, part in parts.items()
+    }
+    return digest(plain)[:6]
 
 
 def to_config(composed: DictConfig) -> Config:

@@ -17,8 +17,13 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
+_others_gb = 0.0  # peak of processes that worked for this one since the last reset
+
+
 def reset_peak() -> None:
     """Start a new measurement of peak memory: of the accelerators, and of this process where the system can (Linux)."""
+    global _others_gb
+    _others_gb = 0.0
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
     torch = sys.modules.get("torch")
@@ -27,14 +32,20 @@ def reset_peak() -> None:
             torch.cuda.reset_peak_memory_stats(index)
 
 
+def note_peak_of_others(gb: float) -> None:
+    """Note the peak of processes that worked while this one waited, all together in 10^9 bytes."""
+    global _others_gb
+    _others_gb = max(_others_gb, gb)
+
+
 def peak_gb() -> float:
-    """Peak memory in 10^9 bytes since the last reset: of all accelerators, else of this process."""
+    """Peak memory in 10^9 bytes since the last reset: of all accelerators, else of this process, or of the others."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         total = sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
     else:
         total = _peak_of_this_process()
-    return round(total / 1e9, 3)
+    return round(max(total / 1e9, _others_gb), 3)
 
 
 def _peak_of_this_process() -> int:

@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from slm_pipeline.artifacts import Artifact, check_store, is_held, write_json, w
 from slm_pipeline.config import TARGETS, to_config
 from slm_pipeline.errors import UserError
 from slm_pipeline.job import Job, prepare
-from slm_pipeline.report.write import write_summary, write_summary_so_far
+from slm_pipeline.report.write import write_summary_so_far
 from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.calibrate import Calibrate
 from slm_pipeline.stages.evaluate import Evaluate
@@ -139,12 +139,13 @@ def run_job(composed: DictConfig) -> float | None:
             for group, choice in hydra.runtime.choices.items()
             if isinstance(choice, str) and "/" not in group
         }
+        of_study = study.group(config.name, Path(hydra.sweep.dir)) if multirun else None
         with open_tracker(
             config.tracker,
             run_dir=run_dir,
-            name=f"{config.name}/{run_dir.parent.name}/{run_dir.name}" if multirun else f"{config.name}/{run_dir.name}",
+            name=f"{of_study or config.name}/{run_dir.name}",
             run_config=asdict(config),
-            group=study.group(config.name, Path(hydra.sweep.dir)) if multirun else None,
+            group=of_study,
             tags=[f"{group}={choice}" for group, choice in choices.items()],
             job_type=config.stages[-1] if config.stages else "none",
         ) as tracker:
@@ -152,7 +153,8 @@ def run_job(composed: DictConfig) -> float | None:
         return objective.value(config, found)
     except BaseException as error:
         if isinstance(error, SystemExit):  # that is how a cluster's job ends that is back in the queue
-            (run_dir / study.REQUEUED).touch()
+            with suppress(OSError):  # a full disk
+                (run_dir / study.REQUEUED).touch()
         else:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             _write_failure(run_dir, {"error": first_line, "type": type(error).__name__, "command": command})
@@ -179,7 +181,7 @@ def record_lost_job(composed: DictConfig, error: UserError) -> None:
         write_text(run_dir / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
         command = shlex.join(["slm", *overrides])
         _write_failure(run_dir, {"error": str(error), "type": type(error).__name__, "command": command})
-    write_summary(sweep_dir)
+    write_summary_so_far(sweep_dir)
 
 
 def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> dict[str, Any]:

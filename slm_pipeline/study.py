@@ -94,7 +94,10 @@ def reported() -> Iterator[None]:
     try:
         yield
     except Exception:
-        _report()
+        try:
+            _report()
+        except Exception as error:  # the first error is the one to show
+            log.warning("no report: %s: %s", type(error).__name__, error)
         raise
     _report()
 
@@ -115,12 +118,13 @@ def _report() -> None:
         return
     from slm_pipeline.tracking import open_tracker
 
+    of_study = group(study.name, study.directory)
     with open_tracker(
         study.tracker,
         run_dir=study.directory / "study",
-        name=f"{study.name}/{study.directory.name}",
+        name=of_study,
         run_config={"command": study.command},
-        group=group(study.name, study.directory),
+        group=of_study,
         tags=["study"],
         job_type="study",
     ) as tracker:

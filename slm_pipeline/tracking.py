@@ -35,7 +35,7 @@ class Tracker:
 
     def __init__(self, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+        self._file = open(run_dir / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
 
     def log(self, metrics: Mapping[str, float], *, stage: str, step: int | None = None) -> None:
         """Record some numbers.
@@ -114,7 +114,7 @@ class WandbTracker(Tracker):
                     tags=tags,
                     config=run_config,
                     # Two jobs of a study never share a run, whatever WANDB_RUN_ID says; a single run may continue one.
-                    id=None if group is None else secrets.token_hex(4),
+                    id=None if group is None else secrets.token_hex(8),
                     resume=None if group is None else "never",
                     dir=str(run_dir),
                     mode=mode,  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 import weakref
+from collections.abc import Callable
 
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
@@ -58,6 +59,29 @@ def test_a_failed_job_of_a_study_lets_go_of_its_models():
     assert job_return.cfg is None
     assert str(job_return._return_value) == "boolq does not fit"
     assert isinstance(job_return._return_value.__cause__, ValueError)
+
+
+def test_an_error_lets_go_of_what_it_came_from_and_of_what_it_came_during():
+    def during(model: Model) -> None:
+        raise ValueError("during")
+
+    def cause(model: Model) -> None:
+        raise KeyError("cause")
+
+    def fail(function: Callable[[Model], None], model: Model) -> Exception:
+        try:
+            function(model)
+        except Exception as error:
+            return error
+        raise AssertionError
+
+    models = [Model(), Model()]
+    alive = [weakref.ref(model) for model in models]
+    error = RuntimeError("last")
+    error.__context__, error.__cause__ = fail(during, models[0]), fail(cause, models[1])
+    del models
+    ForgetJob().on_job_end(MULTIRUN, JobReturn(status=JobStatus.FAILED, _return_value=error))
+    assert all(reference() is None for reference in alive)
 
 
 def test_an_error_that_cannot_be_sent_from_a_worker_goes_as_its_message():

@@ -13,6 +13,8 @@ import pytest
 import yaml
 from conftest import random_source, run_slm
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import RangeSweep
 from omegaconf import OmegaConf
 
 from slm_pipeline import cli, config, help_page, objective
@@ -22,6 +24,7 @@ from slm_pipeline.surgery.plan import Plan, groups_of_windows
 GROUPS = sorted(path.name for path in config.CONF_DIR.iterdir() if path.is_dir() and path.name != "hydra")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config.CONF_DIR / group).glob("*.yaml"))]
 SWEEPS = sorted((config.SWEEPS_ROOT / "sweeps").glob("*.yaml"))
+AGENTS = sorted((config.SWEEPS_ROOT / "sweeps" / "wandb").glob("*.yaml"))
 LAUNCHERS = sorted((config.CONF_DIR / "hydra" / "launcher").glob("*.yaml"))
 FILES = [*sorted(config.CONF_DIR.rglob("*.yaml")), *SWEEPS]
 PLUG_INS = [path for group in ("method", "recovery") for path in sorted((config.CONF_DIR / group).glob("*.yaml"))]
@@ -166,20 +169,45 @@ def test_every_file_says_what_it_is_and_how_to_use_it(file, here):
         assert composed.hydra.runtime.choices[group] == option
 
 
-def swept(file: Path) -> dict[str, list[str]]:
+def test_the_alpaca_experiment_has_the_published_settings(here):
+    published = {
+        "rank": 8,
+        "alpha": 16,
+        "dropout": 0.05,
+        "learning_rate": 1e-4,
+        "num_epochs": 2.0,
+        "batch_size": 64,
+        "micro_batch_size": 4,
+        "warmup_steps": 100,
+        "cutoff_len": 256,
+        "eval_steps": 100,
+        "save_steps": 200,
+        "validation_size": 2000,
+        "split_seed": 42,
+        "dtype": "bfloat16",
+    }
+    recovery = job_of(["experiment=lora_alpaca"]).recovery
+    assert {name: getattr(recovery, name) for name in published} == published
+
+
+def swept(file: Path) -> list[list[str]]:
+    """For each of a sweep's axes its overrides; of a range the first and the last."""
     params = yaml.safe_load(file.read_text())["hydra"]["sweeper"]["params"]
-    return {name: [value.strip() for value in str(values).split(",")] for name, values in params.items()}
+    axes = []
+    for item in OverridesParser.create().parse_overrides([f"{name}={values}" for name, values in params.items()]):
+        values = list(item.sweep_string_iterator()) if item.is_sweep_override() else [item.get_value_string()]
+        if isinstance(item.value(), RangeSweep):
+            values = [values[0], values[-1]]
+        axes.append([f"{item.get_key_element()}={value}" for value in values])
+    return axes
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda path: path.stem)
 def test_every_value_of_every_sweep_passes_all_checks(file, here):
     """Not every combination, of which there are hundreds: as many jobs as the longest axis has values."""
-    if file.stem == "search":
-        axes = {"threshold.value": ["0.5", "0.95"], "method.merge_rule": ["official", "keep_lowest"]}
-    else:
-        axes = swept(file)
-    for number in range(max(map(len, axes.values()))):
-        chosen = [f"{name}={values[number % len(values)]}" for name, values in axes.items()]
+    axes = swept(file)
+    for number in range(max(map(len, axes))):
+        chosen = [values[number % len(values)] for values in axes]
         job = job_of([f"sweeps={file.stem}", *chosen])
         assert job.config.name == file.stem
         assert job.config.study.question
@@ -207,15 +235,29 @@ def test_every_sweep_declares_its_axes_its_metric_and_its_plot(file):
     assert set(study) <= {field.name for field in dataclasses.fields(config.StudyConfig)}
 
 
-@pytest.mark.parametrize("sweep", ["thresholds"])
-def test_what_the_wandb_agent_starts_passes_all_checks(sweep, here):
-    """The agent puts the values that it chose in the place of ``${args_no_hyphens}``."""
-    values = yaml.safe_load((config.SWEEPS_ROOT / "sweeps" / "wandb" / f"{sweep}.yaml").read_text())
+@pytest.mark.parametrize("file", AGENTS, ids=lambda path: path.stem)
+def test_what_the_wandb_agent_starts_passes_all_checks(file, here):
+    """The agent puts the values that it chose in the place of ``${args_no_hyphens}``; they are those of our sweep."""
+    values = yaml.safe_load(file.read_text())
     program, *words, place = values["command"]
     assert (program, place) == ("slm", "${args_no_hyphens}")
-    chosen = [f"{name}={given['values'][-1]}" for name, given in values["parameters"].items()]
-    job = job_of([*words, *chosen])
+    parameters = [[f"{name}={value}" for value in given["values"]] for name, given in values["parameters"].items()]
+    assert parameters == swept(config.SWEEPS_ROOT / "sweeps" / file.name)
+    job = job_of([*words, *(chosen[-1] for chosen in parameters)])
     assert values["metric"]["name"] in objective.names(job.config)
+
+
+def test_what_a_search_shares_names_its_storage(here):
+    """Trials go to the same storage only if their numbers can be compared."""
+
+    def name(*overrides: str) -> str:
+        with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF_DIR)):
+            composed = compose("config", overrides=["sweeps=search", *overrides], return_hydra_config=True)
+        return str(composed.hydra.sweeper.study_name)
+
+    assert name() == name("output_dir=elsewhere", "tracker=jsonl", "hydra.sweeper.n_trials=5")
+    others = ["recovery=lora", "data_dir=texts", "evaluation.limit=7", "calibration.seq_len=64"]
+    assert len({name(), *map(name, others)}) == 5
 
 
 @pytest.mark.parametrize("launcher", [path.stem for path in LAUNCHERS])

@@ -152,6 +152,12 @@ def test_killed_in_every_stage_it_ends_as_if_undisturbed(job, undisturbed, tmp_p
     (scored,) = (store / "evaluate").glob("*.partial/piqa.json")
     state = scored.stat()
 
+    continued = sorted((tmp_path / "runs" / "slm").iterdir())[3]  # it was killed while it evaluated
+    rows = [json.loads(line) for line in (continued / "metrics.jsonl").read_text().splitlines()]
+    losses = [{**row, "time": 0, "stage": 0} for row in rows if row["stage"] == "recover" and "step" in row]
+    curve = json.loads((Path(undisturbed.paths()["recover"]) / "curve.json").read_text())
+    assert sorted(map(str, losses)) == sorted(str({"time": 0, "stage": 0, **row}) for row in curve)  # of both attempts
+
     resumed = run(tmp_path, *job)
     assert resumed.reused() == {name: not name.startswith("evaluate") for name in STAGES}
     assert resumed.findings() == undisturbed.findings()

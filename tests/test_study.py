@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from conftest import run_slm
 from studies import finished, write_run
+from test_tracking import only
 
 from slm_pipeline import study
 from slm_pipeline.commands.study import status
 from slm_pipeline.report.runs import read_runs
+from slm_pipeline.stages.calibrate import Calibrate
 
 TEXT = "The river runs past the mill and the tree.\n" * 80
 HOLD = """
@@ -109,8 +111,8 @@ def test_a_study_is_reported_once_and_to_wandb_as_a_run_of_its_own(sweep):
     tables = [path.name for path in (runs["study"] / "files" / "media" / "table").iterdir()]
     assert len(tables) == 1
     assert tables[0].startswith("study_")
-    (record,) = runs["study"].glob("run-*.wandb")
-    assert sweep.name.encode() in record.read_bytes()  # the group that the jobs are in too
+    groups = {name: only(path.parent.parent, "run").run_group for name, path in runs.items()}
+    assert groups == dict.fromkeys(runs, f"tiny/{sweep.name}")
 
 
 def test_an_interrupted_study_is_not_reported(sweep, monkeypatch):
@@ -122,3 +124,33 @@ def test_an_interrupted_study_is_not_reported(sweep, monkeypatch):
     with pytest.raises(ValueError, match="x"), study.reported():
         raise ValueError("x")
     assert reports == [True]
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_the_studys_own_error(monkeypatch, caplog):
+    def full_disk() -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(study, "_report", full_disk)
+    with pytest.raises(ValueError, match="the job's"), study.reported():
+        raise ValueError("the job's")
+    assert "no report: OSError: no space left" in caplog.text
+    with pytest.raises(OSError, match="no space left"), study.reported():
+        pass
+
+
+def test_a_job_that_its_cluster_stops_is_queued_until_it_comes_back(tmp_path, monkeypatch):
+    """submitit ends such a job with SystemExit, when Slurm has it in its queue again."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    words = ["-m", "model=random", "recovery=none", "calibration=text_file", "calibration.path=text.txt", "seed=1,2"]
+    words += ["calibration.num_samples=2", "calibration.seq_len=16", "evaluation=none", "threshold=fixed"]
+    words += ["pruning_ratio=none", "threshold.value=0.9", "stages=[calibrate]", "tracker=jsonl", "hydra.sweep.dir=s"]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Calibrate, "run", lambda *_, **__: sys.exit(0))
+        run_slm(*words)
+    runs = read_runs(tmp_path / "s")
+    assert [run.status for run in runs] == ["queued", "queued"]
+    assert (runs[0].path / study.REQUEUED).exists()
+    assert run_slm(*words).status == 0
+    assert [run.status for run in read_runs(tmp_path / "s")] == ["done", "done"]
+    assert not (runs[0].path / study.REQUEUED).exists()

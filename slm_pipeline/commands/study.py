@@ -3,8 +3,8 @@
 slm-study status outputs/sweeps/thresholds/TIME
 slm-study status outputs/sweeps --watch 30
 
-queued: no process has begun it; running: one works in its folder; interrupted: its process is gone and left neither a
-result nor a reason, so the same command again is needed.
+queued: no process has begun it, or its cluster stopped it and will start it again; running: a process works in its
+folder; interrupted: its process is gone and left neither a result nor a reason, so the same command again is needed.
 """
 
 from __future__ import annotations

@@ -146,10 +146,8 @@ class TrainingOptions:
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"recovery.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        for name, source in (("path", "file"), ("repo", "hub"), ("revision", "hub")):
-            given = getattr(self, name)
-            if self.source != source and given != TrainingOptions.__dataclass_fields__[name].default:
-                raise UserError(f"recovery.{name}={given} needs recovery.source={source}, not {self.source}")
+        self._refuse_idle("path", source="file")
+        self._refuse_idle("repo", "revision", source="hub")
         for name in ("num_examples", "validation_size", "max_steps", "budget_tokens", "batch_size", "micro_batch_size",
                      "cutoff_len", "eval_steps", "save_steps", "logging_steps", "early_stopping",
                      "num_processes"):  # fmt: skip
@@ -183,6 +181,14 @@ class TrainingOptions:
             )
         if self.sharding and self.num_processes == 1:
             raise UserError("recovery.sharding=true spreads the model over recovery.num_processes, which is 1")
+
+    def _refuse_idle(self, *names: str, **needed: str) -> None:
+        """Raise `UserError` if one of the options is set, but not the one with the value that it needs."""
+        ((option, value),) = needed.items()
+        for name in names:
+            given = getattr(self, name)
+            if getattr(self, option) != value and given != type(self).__dataclass_fields__[name].default:
+                raise UserError(f"recovery.{name}={given} needs recovery.{option}={value}, not {getattr(self, option)}")
 
     def check(self, source: ModelSource, num_layers: int | None) -> None:
         """Whether the model can be trained with these options; see `Recovery`."""

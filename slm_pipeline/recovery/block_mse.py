@@ -42,12 +42,7 @@ class BlockMse(Distill):
         super().__post_init__()
         if self.objective not in OBJECTIVES:
             raise UserError(f"recovery.objective={self.objective!r} is not one of {', '.join(OBJECTIVES)}")
-        for name in ("loss", "order", "logit_share"):
-            usual = type(self).__dataclass_fields__[name].default
-            if not self.trains_states and getattr(self, name) != usual:
-                raise UserError(
-                    f"recovery.{name}={getattr(self, name)} is for recovery.objective=states, not {self.objective}"
-                )
+        self._refuse_idle("loss", "order", "logit_share", objective="states")
 
     @property
     def trains_states(self) -> bool:

@@ -38,9 +38,9 @@ class Distill(TrainingOptions):
     Both give the same weights for models without dropout. With ``logit_share`` the last part of the budget goes to
     the same layers once more, on the KL divergence of the whole model's next-token distribution.
 
-    The last weights are kept, not the best, so that both orders end alike; a validation loss above the first one is a
-    warning. Metrics are those of the layers' losses, summed over the layers; tokens are those that each layer was
-    trained on.
+    The last weights are kept, not the best, so that both orders end alike; of the last part on logits the best. A
+    validation loss above the first one is a warning. Metrics are those of the layers' losses, summed over the layers;
+    tokens are those that each layer was trained on.
     """
 
     completion_only: bool = False

@@ -42,14 +42,14 @@ class PartialLayers(TrainingOptions):
 
     def check(self, source: ModelSource, num_layers: int | None) -> None:
         super().check(source, num_layers)
-        if num_layers is not None and self.num_layers > num_layers:
-            raise UserError(
-                f"recovery.num_layers={self.num_layers} is more than the pruned model's {num_layers} layers"
-            )
-        if source.num_layers is not None and self.num_layers > source.num_layers:
-            raise UserError(
-                f"recovery.num_layers={self.num_layers} is more than the {source.num_layers} layers of {source.name}"
-            )
+        if num_layers is not None:
+            self._require(num_layers, "the pruned model")
+        elif source.num_layers is not None:
+            self._require(source.num_layers, source.name)
+
+    def _require(self, num_layers: int, whose: str) -> None:
+        if self.num_layers > num_layers:
+            raise UserError(f"recovery.num_layers={self.num_layers} is more than the {num_layers} layers of {whose}")
 
     def preflight(self, source: ModelSource, data_dir: Path | None) -> None:
         from slm_pipeline.models.loading import ties_embeddings
@@ -71,10 +71,7 @@ class PartialLayers(TrainingOptions):
         from slm_pipeline.recovery.training import tune
 
         view = ModelView(problem.model)
-        if self.num_layers > view.num_layers:
-            raise UserError(
-                f"recovery.num_layers={self.num_layers} is more than the pruned model's {view.num_layers} layers"
-            )
+        self._require(view.num_layers, "the pruned model")
         modules = list(view.layers[view.num_layers - self.num_layers :])
         if self.final_norm:
             modules.append(view.final_norm)

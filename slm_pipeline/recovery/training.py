@@ -95,7 +95,7 @@ def fit(
         load_trained(model, kept)
     model.eval()
     metrics["loss"] = "nats per answer token" if options.completion_only else "nats per token"
-    if metrics["eval_loss"] > metrics["initial_eval_loss"]:
+    if metrics["eval_loss"] > metrics["initial_eval_loss"] and collective.count() == 1:  # else the parent says it
         logger.warning(
             "the recovery made the validation loss worse, from %.4f to %.4f: try a lower recovery.learning_rate than"
             " %g, or more data", metrics["initial_eval_loss"], metrics["eval_loss"], options.learning_rate,

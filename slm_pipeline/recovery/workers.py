@@ -30,19 +30,16 @@ if TYPE_CHECKING:
 Log = Callable[[dict[str, float], int], None]
 
 
-def train(recovery: Recovery, make_problem: Callable[[Log], RecoveryProblem], log: Log) -> float:
+def train(recovery: Recovery, make_problem: Callable[[Log], RecoveryProblem], log: Log) -> None:
     """Run ``recovery`` in ``recovery.num_processes`` new processes, until its finished checkpoints lie in ``out``.
 
     After that, `Recovery.run` in this process has nothing left to train. If this process is killed, the others end
-    too; what they had finished is found by the next attempt.
+    too; what they had finished is found by the next attempt. `memory.peak_gb` knows of their memory afterwards.
 
     Args:
         make_problem: called in each process, with what its problem should log to; it must pickle. The model must lie
             on the process's own GPU, which is the current one (``cuda``), or on the CPU.
         log: as in `RecoveryProblem`; called here, as it goes, with what the first process logs.
-
-    Returns:
-        Peak memory of all processes together, in 10^9 bytes, as `memory.peak_gb` measures it.
 
     Raises:
         UserError: one that ended a process, or a process was killed. Any other error of a process is raised as it is.
@@ -59,7 +56,7 @@ def train(recovery: Recovery, make_problem: Callable[[Log], RecoveryProblem], lo
                 processes[receiver] = process
                 process.start()
                 sender.close()  # so that the end of the process is the end of its messages
-            return _listen(dict(processes), log)
+            _listen(dict(processes), log)
         finally:
             for process in processes.values():
                 if process.pid is not None:
@@ -67,8 +64,8 @@ def train(recovery: Recovery, make_problem: Callable[[Log], RecoveryProblem], lo
                     process.join()
 
 
-def _listen(processes: dict[Connection, SpawnProcess], log: Log) -> float:
-    """Pass on what the processes send until all have ended well; their peak memory."""
+def _listen(processes: dict[Connection, SpawnProcess], log: Log) -> None:
+    """Pass on what the processes send until all have ended well."""
     peak_memory_gb = 0.0
     while processes:
         ready = connection.wait(list(processes))
@@ -96,7 +93,7 @@ def _listen(processes: dict[Connection, SpawnProcess], log: Log) -> float:
                             if (process.exitcode or 0) < 0:
                                 _require_good_end(process)
                     raise error from RuntimeError(f"in a training process:\n{where}")
-    return peak_memory_gb
+    memory.note_peak_of_others(peak_memory_gb)
 
 
 def _require_good_end(process: SpawnProcess) -> None:

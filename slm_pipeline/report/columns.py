@@ -42,8 +42,7 @@ def measures(summary: Summary) -> dict[str, float]:
     if "recovery" in summary:
         found["tokens"] = summary["recovery"]["num_tokens"]
         found["recovery seconds"] = summary["recovery"]["seconds"]
-        of_stage = summary["stages"]["recover"]["peak_memory_gb"]
-        found["recovery GB"] = summary["recovery"].get("peak_memory_gb", of_stage)  # the former of several processes
+        found["recovery GB"] = summary["stages"]["recover"]["peak_memory_gb"]
     found["seconds"] = sum(stage["seconds"] for stage in summary["stages"].values() if not stage["reused"])
     return found
 

@@ -48,7 +48,7 @@ def latex(study: Study) -> str:
 
 
 def _latex_float(study: Study, caption: str, label: str, table: Table) -> str:
-    below = [line for line in study.remarks() if line.startswith("Dense model")] + study.measured()
+    below = [line for line in study.remarks() if line.startswith("Dense model")] + study.measured(costs=False)
     note = "; ".join(latex_escaped(line) for line in below)
     name = "".join(character if character.isalnum() else "-" for character in study.name)
     lines = [

@@ -32,8 +32,12 @@ def standard_errors(summary: Summary, target: str) -> dict[str, float]:
     return errors
 
 
-def measurement(summary: Summary) -> list[str]:
-    """Settings behind the numbers. Models measured alike share a line; else each line says whose it is."""
+def measurement(summary: Summary, *, costs: bool = True) -> list[str]:
+    """Settings behind the numbers. Models measured alike share a line; else each line says whose it is.
+
+    Args:
+        costs: say of the seconds too what is to be known.
+    """
     said: dict[str, list[str]] = {}
     for target, found in metrics_of(summary).items():
         lines = _zero_shot_settings(task_details(summary, target))
@@ -42,7 +46,7 @@ def measurement(summary: Summary) -> list[str]:
             said.setdefault(line, []).append(target)
     everyone = list(metrics_of(summary))
     lines = [line if targets == everyone else f"{', '.join(targets)}: {line}" for line, targets in said.items()]
-    return lines + _efficiency_settings(summary) + _shared_windows(summary)
+    return lines + _efficiency_settings(summary) + (_shared_windows(summary) if costs else [])
 
 
 def _zero_shot_settings(details: Mapping[str, Any]) -> list[str]:
@@ -86,9 +90,9 @@ def small_limit(summaries: Iterable[Summary]) -> list[str]:
 
 def _shared_windows(summary: Summary) -> list[str]:
     windows = summary.get("windows", {"evaluations": 0, "evaluated": 0})
-    if not (shared := windows["evaluations"] - windows["evaluated"]):
+    if windows["evaluations"] == windows["evaluated"]:
         return []
-    return [f"plan seconds: {shared} of {windows['evaluations']} windows were known from an earlier search"]
+    return ["plan seconds: without the windows that an earlier search had evaluated"]
 
 
 def _efficiency_settings(summary: Summary) -> list[str]:

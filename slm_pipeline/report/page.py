@@ -73,9 +73,9 @@ def _text(text: str) -> str:
 
 def _facts(study: Study) -> str:
     """The best run in large print."""
-    best = study.best()
-    if best is None or study.metric is None:
+    if not study.best_runs or study.metric is None:
         return ""
+    best = min(study.best_runs)
     run, found = study.runs[best], study.measures[best]
     dense = f"{parted(study.metric)[0]} dense"
     direction = "highest" if higher_is_better(study.metric) else "lowest"
@@ -193,8 +193,8 @@ def _body(study: Study, i: int, columns: Sequence[str], width: int) -> str:
         value = run.option(name)
         cells.append(_cell(text_of(value), "" if value is None else str(value), number=isinstance(value, (int, float))))
     for name in columns:
-        is_best = name == study.metric and study.is_best(i)
-        classes = {"number": True, "detail": _is_extra(study, name), "best": is_best and len(study.runs) > 1}
+        is_best = name == study.metric and i in study.best_runs and len(study.runs) > 1
+        classes = {"number": True, "detail": _is_extra(study, name), "best": is_best}
         if name in found:
             error = f" \N{PLUS-MINUS SIGN}{shown(name, errors[name])}" if name in errors else ""
             small = f"<small>{error}</small>" if error else ""

@@ -207,7 +207,7 @@ def _note(study: Study, column: str, members: Sequence[Sequence[int]], x: str | 
     elif any(column in study.errors[i] for i in drawn):
         words.append("bars: one standard error")
     if repeats := study.newest.count(False):
-        words.append(f"{repeats} earlier runs of the same jobs left out")
+        words.append(f"{repeats} other runs of the same jobs left out")
     missing = [run for i, run in enumerate(study.runs) if i not in drawn and study.newest[i]]
     if missing:
         kinds = {run.status: sum(other.status == run.status for other in missing) for run in missing}

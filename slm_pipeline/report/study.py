@@ -84,16 +84,13 @@ class Study:
 
     @cached_property
     def newest(self) -> list[bool]:
-        """For each run whether it is the newest of those with the same options, or of those that are done.
+        """For each run whether it is the newest of those with the same options, done ones before all others.
 
         Only these are averaged and drawn: a job that was repeated is no second sample.
         """
-        best: dict[tuple[Value | None, ...], int] = {}
-        for i, run in enumerate(self.runs):
-            j = best.setdefault(tuple(run.option(name) for name in self.options), i)
-            if run.finished_at > self.runs[j].finished_at:
-                best[tuple(run.option(name) for name in self.options)] = i
-        return [i in best.values() for i in range(len(self.runs))]
+        groups = self.groups(self.options).values()
+        kept = {max(reversed(group), key=lambda i: self.runs[i].finished_at) for group in groups}
+        return [i in kept for i in range(len(self.runs))]
 
     @cached_property
     def within_budget(self) -> list[bool]:
@@ -104,19 +101,16 @@ class Study:
             for budget, found in zip(budgets, self.measures, strict=True)
         ]
 
-    def _competing(self) -> list[float | None]:
-        """For each run its metric, if it can be the best."""
+    @cached_property
+    def competing(self) -> list[float | None]:
+        """For each run its metric, if it can be the best: within the budget if there is one."""
         pairs = zip(self.measures, self.within_budget, strict=True)
         return [found.get(self.metric or "") if within else None for found, within in pairs]
 
-    def best(self) -> int | None:
-        """The run with the best metric, within the budget if there is one; None if there is no such run."""
-        return _best(self._competing(), self.metric)
-
-    def is_best(self, i: int) -> bool:
-        """Whether no run is better than this one."""
-        values, best = self._competing(), self.best()
-        return best is not None and values[i] == values[best]
+    @cached_property
+    def best_runs(self) -> frozenset[int]:
+        """The runs with the best metric: none, one, or several that are equal."""
+        return _best(self.competing, self.metric)
 
     def counts(self) -> str:
         """``ratio: 4 jobs, 2 done, 1 FAILED``."""
@@ -141,17 +135,18 @@ class Study:
             lines.append(f"Metric: {self.metric}, {direction} is better; the best is bold")
         if not all(self.within_budget):
             done = [within for within, found in zip(self.within_budget, self.measures, strict=True) if found]
-            lines.append(f"Budget of layers: {sum(done)} of {len(done)} runs keep to it, and one of them is the best")
+            best = ", and one of them is the best" if any(done) else ""
+            lines.append(f"Budget of layers: {sum(done)} of {len(done)} runs keep to it{best}")
         if self.sort_by is not None:
             lines.append(f"Sorted by {self.sort_by}" + (", best first" if self.sort_by in self.columns else ""))
         return [*lines, *self.notes]
 
-    def measured(self) -> list[str]:
-        """How the numbers were measured; a line says of which runs unless it holds for all that are done."""
+    def measured(self, *, costs: bool = True) -> list[str]:
+        """How the numbers were measured, and what they cost; a line says of which runs unless of all that are done."""
         said: dict[str, list[str]] = {}
         finished = [run for run in self.runs if run.summary]
         for run in finished:
-            for line in measurement(run.summary or {}):
+            for line in measurement(run.summary or {}, costs=costs):
                 said.setdefault(line, []).append(run.job)
         lines = [line if len(jobs) == len(finished) else f"{_jobs(jobs)}: {line}" for line, jobs in said.items()]
         return [*lines, *small_limit(run.summary for run in finished if run.summary)]
@@ -176,7 +171,7 @@ class Study:
             row = [*([run.job] if job else []), *(text_of(run.option(name)) for name in self.options)]
             row += [shown(name, found[name], error.get(name)) if name in found else "" for name in columns]
             rows.append([*row, *([run.state if reasons else run.status] if status else [])])
-        bold = self._bold(columns, len(head), self._competing())
+        bold = self._bold(columns, len(head), self.best_runs, len(rows))
         return Table([*head, *columns, *(["status"] if status else [])], rows, bold)
 
     def averages(self, columns: Sequence[str]) -> Table:
@@ -187,12 +182,12 @@ class Study:
             values: [i for i in members if self.newest[i]] for values, members in self.groups(self.varied).items()
         }
 
-        def mean(members: Sequence[int], column: str | None) -> float | None:
-            numbers = [self.measures[i][column] for i in members if column in self.measures[i]] if column else []
-            return statistics.fmean(numbers) if numbers else None
+        def mean(numbers: Iterable[float | None]) -> float | None:
+            known = [number for number in numbers if number is not None]
+            return statistics.fmean(known) if known else None
 
         def rank(values: tuple[Value | None, ...]) -> tuple[bool, float]:
-            value = mean(groups[values], self.sort_by)
+            value = mean(self.measures[i].get(self.sort_by or "") for i in groups[values])
             return value is None, (value or 0.0) * (-1 if higher_is_better(self.sort_by or "") else 1)
 
         order = sorted(groups, key=rank)
@@ -205,21 +200,23 @@ class Study:
                 row.append(_shown_mean(name, numbers) if numbers else "")
             rows.append(row)
         head = [*self.varied, "runs done"]
-        means = [mean(groups[values], self.metric) for values in order]
-        return Table([*head, *columns], rows, self._bold(columns, len(head), means))
+        best = _best([mean(self.competing[i] for i in groups[values]) for values in order], self.metric)
+        return Table([*head, *columns], rows, self._bold(columns, len(head), best, len(rows)))
 
     def averages_title(self) -> str:
         """What `averages` shows, in words."""
         left_out = self.newest.count(False)
         title = f"Averaged over {' and '.join(self.repeated)}: mean +- standard deviation of the runs that are done"
-        return f"{title}; {left_out} earlier runs of the same jobs left out" if left_out else title
+        return f"{title}; {left_out} other runs of the same jobs left out" if left_out else title
 
-    def _bold(self, columns: Sequence[str], offset: int, values: Sequence[float | None]) -> frozenset[tuple[int, int]]:
-        best = _best(values, self.metric)
-        if best is None or self.metric is None or self.metric not in columns or len(values) < 2:
+    def _bold(
+        self, columns: Sequence[str], offset: int, best: frozenset[int], num_rows: int
+    ) -> frozenset[tuple[int, int]]:
+        """The cells of the best rows' metric, as row and column; none where there is nothing to compare."""
+        if self.metric is None or self.metric not in columns or num_rows < 2:
             return frozenset()
         column = offset + list(columns).index(self.metric)
-        return frozenset((row, column) for row, value in enumerate(values) if value == values[best])
+        return frozenset((row, column) for row in best)
 
 
 def read_study(
@@ -344,12 +341,13 @@ def _usual_metric(columns: Sequence[str]) -> str | None:
     return None
 
 
-def _best(values: Sequence[float | None], column: str | None) -> int | None:
-    known = [(value, i) for i, value in enumerate(values) if value is not None and math.isfinite(value)]
+def _best(values: Sequence[float | None], column: str | None) -> frozenset[int]:
+    """Where the best of the values stand, of a column."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
     if not known or column is None:
-        return None
-    chosen = max(known, key=lambda pair: (pair[0], -pair[1])) if higher_is_better(column) else min(known)
-    return chosen[1]
+        return frozenset()
+    best = max(known) if higher_is_better(column) else min(known)
+    return frozenset(i for i, value in enumerate(values) if value == best)
 
 
 def mean_and_deviation(numbers: Sequence[float]) -> tuple[float, float | None]:

@@ -68,16 +68,19 @@ class Recover(Stage):
         missing = merge.record()["result"].get("sublayers", {})
         make_problem = functools.partial(recovery_problem, job, merge, out)
 
+        logged: list[dict[str, float]] = []
+
         def log(metrics: dict[str, float], step: int) -> None:
+            logged.append({"step": step, **metrics})
             tracker.log(metrics, stage=self.name, step=step)
 
-        peaks = {}
         if job.recovery.num_processes > 1:
-            peaks["peak_memory_gb"] = round(workers.train(job.recovery, make_problem, log), 3)
+            workers.train(job.recovery, make_problem, log)
         problem = make_problem(log)
         result = job.recovery.run(problem)  # after `workers.train` it finds nothing left to train
+        self._log_curve([row for row in result.curve if row not in logged], tracker)  # of earlier attempts
         write_json(out / "curve.json", result.curve)
-        write_json(out / "metrics.json", result.metrics | peaks)
+        write_json(out / "metrics.json", result.metrics)
         card = checkpoint.card(
             title=f"{plan.model['name']}, {plan.num_layers} layers ({plan.method}, {job.recovery.name})",
             base=job.config.model.repo or plan.model["name"],
@@ -94,11 +97,13 @@ class Recover(Stage):
 
     def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
         if reused:  # a curve that is being trained was logged as it went
-            for row in json.loads((artifact.path / "curve.json").read_text(encoding="utf-8")):
-                tracker.log(
-                    {key: value for key, value in row.items() if key != "step"}, stage=self.name, step=row["step"]
-                )
+            self._log_curve(json.loads((artifact.path / "curve.json").read_text(encoding="utf-8")), tracker)
         tracker.log(_numbers(artifact.record()["result"]), stage=self.name)
+
+    def _log_curve(self, rows: list[dict[str, float]], tracker: Tracker) -> None:
+        for row in rows:
+            metrics = {name: value for name, value in row.items() if name != "step"}
+            tracker.log(metrics, stage=self.name, step=int(row["step"]))
 
 
 def recovery_problem(

@@ -22,7 +22,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
     """The sweep's folder, and the parent's memory in KB after each tenth of the jobs."""
     folder = tmp_path_factory.mktemp("joblib")
     (folder / "text.txt").write_text("the river runs past the old mill and a tree " * 20)
-    thresholds = ",".join(f"{threshold:.4f}" for threshold in THRESHOLDS)
+    thresholds = ",".join(f"{threshold:.4f}" for threshold in [*THRESHOLDS, 1.5])  # the last one is a mistake
     command = [
         sys.executable, "-m", "slm_pipeline", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
         "hydra.launcher.batch_size='1'", "model=random", "model.num_layers=4", "model.hidden_size=16",
@@ -42,7 +42,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
                 status = Path(f"/proc/{parent.pid}/status").read_text()
                 memory.append(next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")))
             time.sleep(0.2)
-    assert parent.returncode == 0, (folder / "log").read_text()[-3000:]
+    log_text = (folder / "log").read_text()
+    assert parent.returncode == 2, log_text[-3000:]
+    assert log_text.endswith("error: threshold.value=1.5 must lie in [0, 1]\n")
     (sweep,) = folder.glob("out/sweeps/slm/*")
     return sweep, memory
 
@@ -53,7 +55,7 @@ def test_no_result_is_lost_or_doubled(study):
     assert sorted(summaries, key=int) == [str(number) for number in range(NUM_JOBS)]
     thresholds = [summaries[str(number)]["threshold"] for number in range(NUM_JOBS)]
     assert thresholds == pytest.approx(THRESHOLDS, abs=1e-4)
-    assert f"{NUM_JOBS} jobs, {NUM_JOBS} done" in (sweep / "summary.md").read_text()
+    assert f"{NUM_JOBS + 1} jobs, {NUM_JOBS} done, 1 FAILED" in (sweep / "summary.md").read_text()
 
 
 def test_what_jobs_share_is_computed_once_and_everything_is_whole(study):

@@ -20,16 +20,16 @@ from slm_pipeline.stages.merge import Merge
 run = Merge.run
 def dies(self, job, *arguments, **options):
     if job.threshold == 0.5:
-        os._exit(9)
+        os.kill(os.getpid(), 9)
     return run(self, job, *arguments, **options)
 Merge.run = dies
 """
 
 
 def run_study(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    (folder / "texts").mkdir()
+    (folder / "texts").mkdir(exist_ok=True)
     (folder / "texts" / "text.txt").write_text("the river runs past the old mill and a tree " * 20)
-    (folder / "sweeps").mkdir()
+    (folder / "sweeps").mkdir(exist_ok=True)
     (folder / "sweeps" / "mine.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /threshold: fixed\n  - override /pruning_ratio: none\n"
         "  - override /recovery: none\n  - override /evaluation: none\n"
@@ -74,23 +74,28 @@ def run_deadly_study(folder: Path, workers: str, *overrides: str) -> subprocess.
         f"import sys\nif any({workers!r} in word for word in sys.orig_argv):\n    import deadly\n"
     )
     (folder / "site" / "deadly.py").write_text(KILLED_BEFORE_MERGE)
-    overrides = (*overrides, "threshold.value=0.5,0.9", "tracker=jsonl")
     return run_study(folder, *overrides, PYTHONPATH=f"{REPOSITORY}:{folder}/site")
 
 
 def test_a_killed_worker_of_joblib_ends_the_study_with_a_word_and_the_same_command_goes_on(tmp_path):
-    done = run_deadly_study(tmp_path, "loky", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    words = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "threshold.value=0.5,0.9", "tracker=jsonl"]
+    done = run_deadly_study(tmp_path, "loky", *words)
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "a worker process was killed" in line
+    assert "a worker process was killed for want of memory, perhaps, (SIGKILL(-9)" in line
     assert "the same command runs what is missing" in line
     assert "Traceback" not in done.stderr
     (sweep,) = (tmp_path / "out" / "sweeps" / "mine").iterdir()
     assert [run.status for run in read_runs(sweep)][0] == "interrupted"
+    again = run_study(tmp_path, *words)
+    assert again.returncode == 0, again.stderr
+    (sweep,) = set((tmp_path / "out" / "sweeps" / "mine").iterdir()) - {sweep}
+    assert [run.status for run in read_runs(sweep)] == ["done", "done"]
 
 
 def test_a_killed_job_is_a_failed_row_and_the_others_finish(tmp_path):
-    done = run_deadly_study(tmp_path, "submitit.core._submit", *SLURM_LOCAL)
+    words = [*SLURM_LOCAL, "threshold.value=0.5,0.9", "tracker=jsonl"]
+    done = run_deadly_study(tmp_path, "submitit.core._submit", *words)
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "ended without a result: it was killed" in line

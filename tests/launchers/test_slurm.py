@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from conftest import run_slm
 
+from slm_pipeline.report.runs import read_runs
+
 pytestmark = pytest.mark.slurm
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -208,6 +210,8 @@ def test_a_study_on_slurm_survives_a_requeue_and_a_cancelled_job(slurm, study, t
         if step == "0":  # Slurm itself kills it seconds later, when it may have ended
             os.kill(int(process_id), signal.SIGKILL)
     wait_for("the requeued job", lambda: first in told("squeue", "--array", "--states=PENDING", "--format=%i").split())
+    (sweep,) = (tmp_path / "cluster" / "sweeps").glob("*/*")
+    assert read_runs(sweep)[0].status == "queued"
     subprocess.run(["scontrol", "update", f"JobId={first}", "StartTime=now"], check=True)  # else in two minutes
 
     try:
@@ -217,7 +221,6 @@ def test_a_study_on_slurm_survives_a_requeue_and_a_cancelled_job(slurm, study, t
     assert launcher.returncode == 2, errors
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert "ended without a result: CANCELLED" in line
-    (sweep,) = (tmp_path / "cluster" / "sweeps").glob("*/*")
     summary = (sweep / "summary.md").read_text()
     assert "2 jobs, 1 done, 1 FAILED" in summary
     assert "ended without a result: CANCELLED" in summary

@@ -38,7 +38,7 @@ def files(tmp_path, monkeypatch):
         (["recovery.target_modules=[q_proj,w1]"], "the blocks of a llama model have no linear layer 'w1'"),
         (
             ["recovery=partial_layers", "recovery.num_layers=5"],
-            "recovery.num_layers=5 is more than the pruned model's 4",
+            "recovery.num_layers=5 is more than the 4 layers of the pruned model",
         ),
         (["recovery.path=empty.json"], "none of the 0 examples"),
         (["recovery.path=silent.json"], "none of the 6 examples"),
@@ -59,7 +59,7 @@ def files(tmp_path, monkeypatch):
         (["recovery=block_mse", "recovery.early_stopping=2"], "recovery=block_mse keeps the last weights"),
         (
             ["recovery=block_mse", "recovery.objective=language_model", "recovery.loss=kl"],
-            "recovery.loss=kl is for recovery.objective=states, not language_model",
+            "recovery.loss=kl needs recovery.objective=states, not language_model",
         ),
     ],
 )

@@ -178,9 +178,9 @@ def test_gradient_checkpointing_changes_nothing_but_memory(data, tmp_path, name)
 
 
 def test_more_layers_than_there_are(data, tmp_path):
-    with pytest.raises(UserError, match="recovery.num_layers=5 is more than the pruned model's 4 layers"):
+    with pytest.raises(UserError, match="recovery.num_layers=5 is more than the 4 layers of the pruned model"):
         options(num_layers=5).check(random_source(), 4)
-    with pytest.raises(UserError, match="recovery.num_layers=5 is more than the pruned model's 4 layers"):
+    with pytest.raises(UserError, match="recovery.num_layers=5 is more than the 4 layers of the pruned model"):
         options(num_layers=5).run(problem(data, tmp_path))
     options(num_layers=4).check(random_source(), 4)
     options(num_layers=4).check(random_source(), None)  # how many are left is not known before the merge

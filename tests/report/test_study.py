@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 
 import pytest
 from studies import finished, write_run
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.report import documents
+from slm_pipeline.report.page import html
 from slm_pipeline.report.study import mean_and_deviation, read_study
 from slm_pipeline.report.write import write_summary_so_far
 
@@ -147,7 +149,7 @@ def test_settings_that_hold_for_some_jobs_name_them(tmp_path):
 
 def test_ties_for_the_best_are_all_bold_and_a_score_is_best_when_high(sweep):
     study = read_study(sweep, metric="boolq pruned")
-    assert study.best() == 0
+    assert study.best_runs
     assert "boolq pruned" in study.shown_columns()  # though it is a detail
     text = documents.markdown(study)
     assert "**50.0 +-4.0**" in text
@@ -205,11 +207,45 @@ def test_a_run_over_the_budget_of_layers_is_never_the_best(tmp_path):
             tmp_path / "s" / str(job), [f"threshold.value={job}"], finished(tmp_path, layers, value), config=config
         )
     study = read_study(tmp_path / "s")
-    assert study.best() == 1
+    assert study.best_runs == {1}
     text = documents.markdown(study)
     assert "Budget of layers: 2 of 3 runs keep to it, and one of them is the best" in text
     assert "**30.00**" in text
     assert "**20.00**" not in text
+    page = html(study, [])
+    assert re.findall(r"<td class=\"number best\"[^>]*>([0-9.]+)", page) == ["30.00"]
+    assert "<dt>Best run</dt><dd>threshold.value 1" in page.replace("threshold.value 1.0", "threshold.value 1")
+
+
+def test_an_average_over_the_budget_is_never_the_best_and_perhaps_there_is_none(tmp_path):
+    jobs = [("slm", 27, 20.0), ("slm", 27, 21.0), ("laco", 24, 30.0), ("laco", 24, 31.0)]
+    for job, (method, layers, value) in enumerate(jobs):
+        config = {"objective": {"max_layers": 24}}
+        folder = tmp_path / "s" / str(job)
+        write_run(folder, [f"method={method}", f"seed={job % 2}"], finished(tmp_path, layers, value), config=config)
+    averages = read_study(tmp_path / "s").averages(["perplexity bundled pruned"]).markdown()
+    assert "**30.50 +-0.71**" in averages
+    assert "**20.50" not in averages
+    text = documents.markdown(read_study(tmp_path / "s" / "0", tmp_path / "s" / "1"))
+    assert "Budget of layers: 0 of 2 runs keep to it\n" in text
+
+
+def test_the_newest_of_several_attempts_counts(tmp_path):
+    """Of two that are done the later, else the last in the table."""
+    write_run(tmp_path / "s" / "0", ["seed=1"], "out of memory")
+    write_run(tmp_path / "s" / "1", ["seed=2"], "out of memory")
+    write_run(tmp_path / "s" / "2", ["seed=1"], None)
+    assert read_study(tmp_path / "s").newest == [False, True, True]
+
+
+def test_shared_windows_are_said_once_and_where_seconds_are_shown(tmp_path):
+    for job, evaluated in enumerate([20, 15, 12]):
+        result = finished(tmp_path, 24, 20.0, windows={"evaluations": 20, "evaluated": evaluated})
+        write_run(tmp_path / "s" / str(job), [f"threshold.value={job}"], result)
+    study = read_study(tmp_path / "s")
+    said = "jobs 1, 2: plan seconds: without the windows that an earlier search had evaluated"
+    assert [line for line in study.measured() if "plan seconds" in line] == [said]
+    assert "plan seconds" not in documents.latex(study)
 
 
 def test_a_job_that_was_repeated_counts_once_in_an_average(tmp_path):
@@ -224,4 +260,4 @@ def test_a_job_that_was_repeated_counts_once_in_an_average(tmp_path):
     assert study.newest == [False, True, True, False]
     averages = cells(study.averages(["perplexity bundled pruned"]).markdown())
     assert averages == [["runs done", "perplexity bundled pruned"], ["2 of 2", "25.00 +-7.07"]]
-    assert study.averages_title().endswith("; 2 earlier runs of the same jobs left out")
+    assert study.averages_title().endswith("; 2 other runs of the same jobs left out")

@@ -1,0 +1,36 @@
+"""Peak memory: of this process alone, since the last reset, and of those that worked for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from slm_pipeline import memory
+
+CHILD = """
+from slm_pipeline import memory
+block = bytearray(150 * 10**6)
+before = memory.peak_gb()
+del block
+memory.reset_peak()
+print(before, memory.peak_gb())
+"""
+
+
+def test_the_peak_is_this_processs_own_and_since_the_last_reset():
+    """The parent is larger than its child ever is."""
+    block = bytearray(600 * 10**6)
+    child = subprocess.run([sys.executable, "-c", CHILD], check=True, capture_output=True, text=True)
+    del block
+    before, after = map(float, child.stdout.split())
+    assert 0.15 < before < 0.3
+    assert after < 0.1
+
+
+def test_the_peak_of_processes_that_worked_meanwhile_counts_until_the_next_reset():
+    memory.reset_peak()
+    memory.note_peak_of_others(1234.5)
+    memory.note_peak_of_others(1000.0)
+    assert memory.peak_gb() == 1234.5
+    memory.reset_peak()
+    assert memory.peak_gb() < 100
