@@ -29,7 +29,7 @@ from slm_pipeline.recovery.spans import changed_spans
 from slm_pipeline.surgery.plan import Plan, groups_of_windows
 
 if TYPE_CHECKING:
-    from slm_pipeline.data.examples import Row
+    from slm_pipeline.data.tokens import Row
     from slm_pipeline.job import Job
     from slm_pipeline.models.source import ModelSource
 

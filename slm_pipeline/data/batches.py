@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
-from slm_pipeline.data.examples import IGNORED, Row
+from slm_pipeline.data.tokens import IGNORED, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ def pack(rows: Sequence[Row], cutoff_len: int) -> list[Row]:
     Best fit decreasing: the longest first, each into the fullest row that has room for it. Nothing is random.
 
     Args:
-        rows: of `examples.tokenize_example`, each of 2 to ``cutoff_len`` tokens.
+        rows: of `tokens.tokenize_example`, each of 2 to ``cutoff_len`` tokens.
         cutoff_len: tokens that a packed row may have.
 
     Returns:

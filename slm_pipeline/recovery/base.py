@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from slm_pipeline.data import batches, examples
+from slm_pipeline.data import batches, examples, tokens
 from slm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -229,9 +229,9 @@ class TrainingOptions:
     def tokenized_split(
         self, tokenizer: PreTrainedTokenizerBase, data_dir: Path | None
     ) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
-        """Training and validation rows of `examples.tokenize_example`, or of `batches.pack`."""
+        """Training and validation rows of `tokens.tokenize_example`, or of `batches.pack`."""
         train, validation = (
-            examples.tokenize_examples(tokenizer, part, self.cutoff_len, completion_only=self.completion_only)
+            tokens.tokenize_examples(tokenizer, part, self.cutoff_len, completion_only=self.completion_only)
             for part in self.examples(data_dir)
         )
         if self.packing:
@@ -245,7 +245,7 @@ class TrainingOptions:
             UserError: no training example, or no validation example, bears loss within ``cutoff_len``; or no data.
         """
         for part in self.examples(data_dir):
-            examples.check_tokens(tokenizer, part, self.cutoff_len, completion_only=self.completion_only)
+            tokens.check_tokens(tokenizer, part, self.cutoff_len, completion_only=self.completion_only)
 
     def examples(self, data_dir: Path | None) -> tuple[list[examples.Example], list[examples.Example]]:
         """Training and validation examples, which share nothing.

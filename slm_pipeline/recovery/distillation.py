@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from slm_pipeline.data.examples import IGNORED
+from slm_pipeline.data.tokens import IGNORED
 from slm_pipeline.engine.blocks import entering_and_leaving
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.recovery.spans import Span

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from slm_pipeline.data.batches import blank, num_tokens
-from slm_pipeline.data.examples import IGNORED, Row
+from slm_pipeline.data.tokens import IGNORED, Row
 from slm_pipeline.errors import UserError
 from slm_pipeline.recovery import collective, sharding
 from slm_pipeline.recovery.base import TrainingOptions

@@ -1,17 +1,20 @@
-"""A tiny Llama on disk, examples of one easy rule, and a plan that merges two of its layers and drops one."""
+"""Tiny Llamas, examples of one easy rule, a plan that merges and drops layers, and a LoRA training to compare with."""
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
 from conftest import random_source
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slm_pipeline.models.loading import byte_tokenizer, load_dense
 from slm_pipeline.recovery.base import RecoveryProblem
+from slm_pipeline.recovery.lora import Lora
 from slm_pipeline.surgery.apply import apply
 from slm_pipeline.surgery.plan import Plan
 
@@ -84,3 +87,84 @@ def problem(data, out, plan=MERGED, log=lambda metrics, step: None, seed=1234, a
         data_dir=data,
         log=log,
     )
+
+
+WHOLE = Plan(
+    model={"name": "tiny", "fingerprint": "x", "num_layers": 4},
+    method="none",
+    options={},
+    calibration={},
+    layer_groups=[[0], [1], [2], [3]],
+    ops=[],
+)
+LORA_OPTIONS = {
+    "source": "file",
+    "path": "alpaca.json",
+    "validation_size": 6,
+    "rank": 4,
+    "learning_rate": 1e-2,
+    "max_steps": 10,
+    "num_epochs": 9.0,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "warmup_steps": 2,
+    "cutoff_len": 220,
+    "eval_steps": 3,
+    "save_steps": 4,
+    "logging_steps": 3,
+    "dtype": "float32",
+}
+
+
+@pytest.fixture(scope="session")
+def folder(data, tmp_path_factory):
+    """A tiny Llama with a byte tokenizer in model/, and 26 examples of one easy rule in alpaca.json."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("recovery")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: index for index, character in enumerate([*alphabet, "<s>", "</s>", "<pad>"])}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    shutil.copy(data / "alpaca.json", folder)
+    return folder
+
+
+def run_lora(folder, out, log=lambda metrics, step: None, model=None, seed=1234, plan=None, **changes):
+    """LoRA on the whole model in ``folder``."""
+    out.mkdir(parents=True, exist_ok=True)
+    problem = RecoveryProblem(
+        teacher=None,
+        model=model or AutoModelForCausalLM.from_pretrained(folder / "model"),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "model"),
+        plan=plan or WHOLE,
+        out=out,
+        base_path=str(folder / "model"),
+        seed=seed,
+        data_dir=folder,
+        log=log,
+    )
+    return Lora(**{**LORA_OPTIONS, **changes}).run(problem)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(folder):
+    """Its result, and what was logged."""
+    logged = []
+    result = run_lora(folder, folder / "undisturbed", log=lambda metrics, step: logged.append((step, metrics)))
+    return result, logged

@@ -1,0 +1,192 @@
+"""Examples as rows of tokens: masks by hand."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from slm_pipeline.data import tokens
+from slm_pipeline.errors import UserError
+
+EXAMPLE = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1 + 1?"},
+    {"role": "assistant", "content": "2"},
+]
+
+
+def byte_tokenizer(merges=(), *, bos_first=False):
+    """One token per byte, then <s> (256) and </s> (257); ``merges`` join two characters into one more token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: index for index, character in enumerate([*alphabet, "<s>", "</s>"])}
+    for first, second in merges:
+        vocab[first + second] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab, list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos_first:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def test_the_alpaca_prompts():
+    assert tokens.prompt(EXAMPLE) == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 + 1\n\n### Response:\n"
+    )
+    assert tokens.prompt({**EXAMPLE, "input": ""}) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Response:\n"
+    )
+
+
+def test_only_the_output_and_eos_bear_loss():
+    tokenizer = byte_tokenizer()
+    num_prompt = len(tokens.prompt(EXAMPLE))
+    (row,) = tokens.tokenize_example(tokenizer, EXAMPLE, cutoff_len=512)
+    assert row["labels"] == [-100] * num_prompt + [tokenizer.convert_tokens_to_ids("2"), 257]
+    assert tokenizer.decode(row["input_ids"]) == tokens.prompt(EXAMPLE) + "2</s>"
+    assert row["attention_mask"] == [1] * (num_prompt + 2)
+
+
+def test_bos_only_where_the_tokenizer_puts_it():
+    (plain,) = tokens.tokenize_example(byte_tokenizer(), EXAMPLE, 512)
+    (with_bos,) = tokens.tokenize_example(byte_tokenizer(bos_first=True), EXAMPLE, 512)
+    assert with_bos["input_ids"] == [256, *plain["input_ids"]]
+    assert with_bos["labels"] == [-100, *plain["labels"]]
+
+
+def test_no_token_straddles_the_boundary():
+    tokenizer = byte_tokenizer(merges=[("\u010a", "2")])  # the byte-level sign for a newline
+    assert len(tokenizer("\n2")["input_ids"]) == 1
+    row = tokens.tokenize_example(tokenizer, EXAMPLE, 512)
+    assert row == tokens.tokenize_example(byte_tokenizer(), EXAMPLE, 512)
+
+
+def test_the_cut_off_takes_eos_first_then_the_output():
+    tokenizer, num_prompt = byte_tokenizer(), len(tokens.prompt(EXAMPLE))
+    example = {**EXAMPLE, "output": "abc"}
+    abc = tokenizer("abc")["input_ids"]
+    for cutoff_len, kept in ((num_prompt + 4, [*abc, 257]), (num_prompt + 3, abc), (num_prompt + 1, abc[:1])):
+        (row,) = tokens.tokenize_example(tokenizer, example, cutoff_len)
+        assert row["labels"][num_prompt:] == kept
+        assert len(row["input_ids"]) == len(row["labels"]) == len(row["attention_mask"]) == cutoff_len
+
+
+def test_an_example_without_labels_is_dropped(caplog):
+    tokenizer, num_prompt = byte_tokenizer(), len(tokens.prompt(EXAMPLE))
+    long = {**EXAMPLE, "instruction": "Add up."}
+    with caplog.at_level(logging.WARNING):
+        rows = tokens.tokenize_examples(tokenizer, [EXAMPLE, long], cutoff_len=num_prompt + 2)
+    assert rows == tokens.tokenize_example(tokenizer, EXAMPLE, num_prompt + 2)
+    assert "1 of 2 examples dropped" in caplog.text
+    with pytest.raises(UserError, match="cutoff_len=20 leaves no output in any of the 2"):
+        tokens.tokenize_examples(tokenizer, [EXAMPLE, long], cutoff_len=20)
+
+
+def test_the_prompt_bears_loss_too_but_not_its_first_token():
+    for tokenizer in (byte_tokenizer(), byte_tokenizer(bos_first=True)):
+        (row,) = tokens.tokenize_example(tokenizer, EXAMPLE, 512, completion_only=False)
+        (masked,) = tokens.tokenize_example(tokenizer, EXAMPLE, 512)
+        assert row["input_ids"] == masked["input_ids"]
+        assert row["labels"] == [-100, *row["input_ids"][1:]]
+
+
+# The form of ChatML. REWRITING drops what the assistant said in all turns but the last, as reasoning models' do.
+CHATML = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+REWRITING = CHATML.replace(
+    "{{ message.content }}",
+    "{% if loop.last or message.role == 'user' %}{{ message.content }}{% else %}...{% endif %}",
+)
+
+
+def chat_tokenizer(template=CHATML, **options):
+    tokenizer = byte_tokenizer(**options)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def said(tokenizer, row):
+    """The text that bears loss, with a bar where something between does not."""
+    runs = itertools.groupby(row["labels"], lambda label: label == -100)
+    return "|".join(tokenizer.decode(list(labels)) for masked, labels in runs if not masked)
+
+
+TWO_TURNS = [*CHAT, {"role": "user", "content": "And 3?"}, {"role": "assistant", "content": "5"}]
+
+
+def test_only_the_assistant_bears_loss():
+    tokenizer = chat_tokenizer(bos_first=True)  # the template writes no BOS, so there is none
+    text = "<|system|>Be brief.\n<|user|>1 + 1?\n<|assistant|>2\n<|user|>And 3?\n<|assistant|>5\n"
+    (row,) = tokens.tokenize_example(tokenizer, {"messages": TWO_TURNS}, 512)
+    assert tokenizer.decode(row["input_ids"]) == text
+    assert said(tokenizer, row) == "2\n|5\n"
+    start = text.index("2\n")
+    assert row["labels"][: start + 2] == [-100] * start + row["input_ids"][start : start + 2]
+    assert len(row["input_ids"]) == len(row["labels"]) == len(row["attention_mask"]) == len(text)
+    (row,) = tokens.tokenize_example(tokenizer, {"messages": TWO_TURNS}, 512, completion_only=False)
+    assert said(tokenizer, row) == text[1:]
+    (row,) = tokens.tokenize_example(tokenizer, {"messages": TWO_TURNS}, start + 1)
+    assert said(tokenizer, row) == "2"
+    assert tokens.tokenize_example(tokenizer, {"messages": TWO_TURNS}, start) == []
+
+
+def test_turns_that_answer_nothing_bear_no_loss():
+    tokenizer = chat_tokenizer()
+    greeting, question, answer = ({"role": role, "content": role[0]} for role in ("assistant", "user", "assistant"))
+    (row,) = tokens.tokenize_example(tokenizer, {"messages": [greeting, question, answer, question]}, 512)
+    assert tokenizer.decode(row["input_ids"]) == "<|assistant|>a\n<|user|>u\n<|assistant|>a\n<|user|>u\n"
+    assert said(tokenizer, row) == "a\n"
+    assert tokens.tokenize_example(tokenizer, {"messages": [greeting, question]}, 512) == []
+
+
+def test_no_token_straddles_the_turns():
+    merged = chat_tokenizer(merges=[(">", "2"), ("5", "\u010a")])
+    assert len(merged(">2")["input_ids"]) == 1
+    (row,) = tokens.tokenize_example(merged, {"messages": TWO_TURNS}, 512)
+    assert said(merged, row) == "2\n|5\n"
+    assert len(row["input_ids"]) == len(merged.decode(row["input_ids"])) - 1  # "5\n" is one token, within its turn
+
+
+def test_templates_that_cannot_be_used():
+    with pytest.raises(UserError, match="tokenizer has no chat template"):
+        tokens.tokenize_example(byte_tokenizer(), {"messages": CHAT}, 512)
+    rewriting = chat_tokenizer(REWRITING)
+    assert len(tokens.tokenize_example(rewriting, {"messages": CHAT}, 512)) == 1
+    with pytest.raises(UserError, match="rewrites earlier turns .* recovery.completion_only=false"):
+        tokens.tokenize_example(rewriting, {"messages": TWO_TURNS}, 512)
+    (row,) = tokens.tokenize_example(rewriting, {"messages": TWO_TURNS}, 512, completion_only=False)
+    assert rewriting.decode(row["input_ids"]).count("...") == 2
+    refusing = chat_tokenizer("{{ raise_exception('no system turn, please') }}")
+    with pytest.raises(UserError, match="refuses a chat of system, user, assistant: no system turn, please"):
+        tokens.tokenize_example(refusing, {"messages": CHAT}, 512)
+
+
+def test_a_text_is_cut_into_pieces_and_nothing_is_lost():
+    tokenizer = byte_tokenizer(bos_first=True)
+    a, b, c, d, e = tokenizer("abcde", add_special_tokens=False)["input_ids"]
+    for completion_only in (True, False):
+        rows = tokens.tokenize_example(tokenizer, {"text": "abcde"}, 4, completion_only=completion_only)
+        assert [row["input_ids"] for row in rows] == [[256, a, b, c], [d, e, 257]]
+        assert [row["labels"] for row in rows] == [[-100, a, b, c], [-100, e, 257]]
+        assert [row["attention_mask"] for row in rows] == [[1, 1, 1, 1], [1, 1, 1]]
+    rows = tokens.tokenize_example(tokenizer, {"text": "abcde"}, 3)  # seven tokens: EOS would be alone
+    assert [row["input_ids"] for row in rows] == [[256, a, b], [c, d, e]]
+    assert [len(row["input_ids"]) for row in tokens.tokenize_example(byte_tokenizer(), {"text": "abcde"}, 9)] == [6]
+
+
+def test_kinds_may_be_mixed(caplog):
+    tokenizer = chat_tokenizer()
+    mixed = [{"messages": CHAT}, {"text": "a" * 300}, {**EXAMPLE, "instruction": "b" * 300}, EXAMPLE]
+    rows = tokens.tokenize_examples(tokenizer, mixed, 260, completion_only=True)
+    assert [len(row["input_ids"]) for row in rows] == [50, 260, 41, len(tokens.prompt(EXAMPLE)) + 2]
+    assert "1 of 4 examples dropped: no output within cutoff_len=260" in caplog.text
