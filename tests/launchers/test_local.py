@@ -19,7 +19,7 @@ from slm_pipeline.stages.merge import Merge
 
 run = Merge.run
 def dies(self, job, *arguments, **options):
-    if job.threshold == 0.5:
+    if job.threshold == 0.6:
         os.kill(os.getpid(), 9)
     return run(self, job, *arguments, **options)
 Merge.run = dies
@@ -33,7 +33,7 @@ def run_study(folder: Path, *overrides: str, **environment: str) -> subprocess.C
     (folder / "sweeps" / "mine.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /threshold: fixed\n  - override /pruning_ratio: none\n"
         "  - override /recovery: none\n  - override /evaluation: none\n"
-        "name: mine\nhydra: {sweeper: {params: {threshold.value: '0.9,1.5,0.5'}}}\n"
+        "name: mine\nhydra: {sweeper: {params: {threshold.value: '0.9,1.5,0.6,0.5'}}}\n"
     )
     command = [
         sys.executable, "-m", "slm_pipeline", "-m", "sweeps=mine", "model=random", "model.num_layers=6",
@@ -50,25 +50,8 @@ def run_study(folder: Path, *overrides: str, **environment: str) -> subprocess.C
     )
 
 
-def test_jobs_find_the_users_sweep_and_data_and_fail_one_by_one(tmp_path):
-    """The study lies in the user's own ./sweeps, text and results in relative folders; one job's threshold is wrong."""
-    done = run_study(tmp_path, *SLURM_LOCAL, "tracker=wandb_offline")
-    assert done.returncode == 2, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert line == "error: threshold.value=1.5 must lie in [0, 1]"
-    (sweep,) = (tmp_path / "out" / "sweeps" / "mine").iterdir()
-    table = (sweep / "summary.md").read_text()
-    assert "3 jobs, 2 done, 1 FAILED" in table
-    assert "FAILED: threshold.value=1.5 must lie in [0, 1]" in table
-    layers = [json.loads((sweep / job / "summary.json").read_text())["num_layers"]["pruned"] for job in ("0", "2")]
-    assert layers == [5, 3]
-    runs = [[path.name for path in sweep.glob(f"{job}/wandb/offline-run-*")] for job in ("0", "2")]
-    assert [len(of_job) for of_job in runs] == [1, 1]
-    assert runs[0] != runs[1]
-
-
 def run_deadly_study(folder: Path, workers: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """Two jobs, the first of which dies in a process that has ``workers`` on its command line."""
+    """The job with threshold 0.6 dies in a process that has ``workers`` on its command line."""
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(
         f"import sys\nif any({workers!r} in word for word in sys.orig_argv):\n    import deadly\n"
@@ -77,8 +60,30 @@ def run_deadly_study(folder: Path, workers: str, *overrides: str) -> subprocess.
     return run_study(folder, *overrides, PYTHONPATH=f"{REPOSITORY}:{folder}/site")
 
 
+def test_jobs_find_the_users_sweep_and_data_and_fail_one_by_one(tmp_path):
+    """The study lies in the user's own ./sweeps, text and results in relative folders; one threshold is wrong, and one
+    job is killed."""
+    done = run_deadly_study(tmp_path, "submitit.core._submit", *SLURM_LOCAL, "tracker=wandb_offline")
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line == "error: threshold.value=1.5 must lie in [0, 1]"
+    (sweep,) = (tmp_path / "out" / "sweeps" / "mine").iterdir()
+    table = (sweep / "summary.md").read_text()
+    assert "4 jobs, 2 done, 2 FAILED" in table
+    assert "FAILED: threshold.value=1.5 must lie in [0, 1]" in table
+    assert "ended without a result: it was killed" in table
+    failure = json.loads((sweep / "2" / "failure.json").read_text())
+    assert failure["type"] == "UserError"
+    assert "threshold.value=0.6" in failure["command"]
+    layers = [json.loads((sweep / job / "summary.json").read_text())["num_layers"]["pruned"] for job in ("0", "3")]
+    assert layers == [5, 3]
+    runs = [[path.name for path in sweep.glob(f"{job}/wandb/offline-run-*")] for job in ("0", "3")]
+    assert [len(of_job) for of_job in runs] == [1, 1]
+    assert runs[0] != runs[1]
+
+
 def test_a_killed_worker_of_joblib_ends_the_study_with_a_word_and_the_same_command_goes_on(tmp_path):
-    words = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "threshold.value=0.5,0.9", "tracker=jsonl"]
+    words = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "threshold.value=0.6,0.9", "tracker=jsonl"]
     done = run_deadly_study(tmp_path, "loky", *words)
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -91,16 +96,3 @@ def test_a_killed_worker_of_joblib_ends_the_study_with_a_word_and_the_same_comma
     assert again.returncode == 0, again.stderr
     (sweep,) = set((tmp_path / "out" / "sweeps" / "mine").iterdir()) - {sweep}
     assert [run.status for run in read_runs(sweep)] == ["done", "done"]
-
-
-def test_a_killed_job_is_a_failed_row_and_the_others_finish(tmp_path):
-    words = [*SLURM_LOCAL, "threshold.value=0.5,0.9", "tracker=jsonl"]
-    done = run_deadly_study(tmp_path, "submitit.core._submit", *words)
-    assert done.returncode == 2, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "ended without a result: it was killed" in line
-    (sweep,) = (tmp_path / "out" / "sweeps" / "mine").iterdir()
-    failure = json.loads((sweep / "0" / "failure.json").read_text())
-    assert failure["type"] == "UserError"
-    assert "threshold.value=0.5" in failure["command"]
-    assert "2 jobs, 1 done, 1 FAILED" in (sweep / "summary.md").read_text()

@@ -153,7 +153,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "model.hidden_size=32", "model.intermediate_size=48", "tracker=jsonl", f"data_dir={folder}",
         "calibration=text_file", "calibration.path=text.txt", "calibration.num_samples=2", "calibration.seq_len=32",
         "recovery=lora", "recovery.source=file", "recovery.path=alpaca.json", "recovery.validation_size=4",
-        "recovery.max_steps=200", "recovery.num_epochs=100", "recovery.batch_size=2", "recovery.micro_batch_size=2",
+        "recovery.max_steps=120", "recovery.num_epochs=100", "recovery.batch_size=2", "recovery.micro_batch_size=2",
         "recovery.warmup_steps=1", "recovery.eval_steps=20", "recovery.save_steps=20", "recovery.dtype=float32",
         "evaluation=perplexity",
         "evaluation.of=[dense,pruned,recovered]", "evaluation.perplexity.corpora=[text.txt]",
@@ -226,7 +226,7 @@ def test_a_study_on_slurm_survives_a_requeue_and_a_cancelled_job(slurm, study, t
     assert "ended without a result: CANCELLED" in summary
     log = (sweep / "0" / "slm.log").read_text()
     assert "recover: continues" in log  # the same job again, from its last checkpoint
-    assert log.count("step 0 of 200") == log.count("step 200 of 200") == 1
+    assert log.count("step 0 of 120") == log.count("step 120 of 120") == 1
     assert json.loads((sweep / "0" / "summary.json").read_text())["stages"]["merge"]["reused"]
     assert [path.suffix for path in store.glob("recover/*") if path.is_dir()].count(".partial") == 1
 
@@ -235,7 +235,7 @@ def test_a_study_on_slurm_survives_a_requeue_and_a_cancelled_job(slurm, study, t
     (new,) = set((tmp_path / "cluster" / "sweeps").glob("*/*")) - {sweep}
     log = (new / "1" / "slm.log").read_text()
     assert "recover: continues" in log
-    assert "step 0 of 200" not in log
+    assert "step 0 of 120" not in log
     reused = json.loads((new / "0" / "summary.json").read_text())["stages"]
     assert all(stage["reused"] for stage in reused.values())
     assert not list(store.glob("*/*.partial"))
