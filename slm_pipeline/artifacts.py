@@ -52,14 +52,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def is_held(lock: Path) -> bool:
-    """Whether a living process holds the lock file; asking needs no right to write."""
+    """Whether a living process holds the lock file, or may hold it; asking needs no right to write."""
     try:
         file = os.open(lock, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who ask do not see one another
-    except BlockingIOError:
+    except OSError:  # it is held, or this file system cannot say
         return True
     finally:
         os.close(file)

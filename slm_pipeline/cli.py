@@ -111,10 +111,12 @@ def _foreign_errors_explained() -> Iterator[None]:
         yield
     except BrokenProcessPool as error:
         found = re.search(r"exit codes of the workers are \{(.+)\}", str(error))
-        memory = " for want of memory, perhaps," if found and "SIGKILL" in found[1] else ""
+        if not found:
+            raise UserError(f"joblib ended the study: {' '.join(str(error).split())}") from error
+        memory = " for want of memory, perhaps," if "SIGKILL" in found[1] else ""
         raise UserError(
-            f"a worker process was killed{memory} ({found[1] if found else error}) and took the study with it: the same"
-            " command runs what is missing; hydra/launcher=slurm_local goes on without the job that was killed"
+            f"a worker process was killed{memory} ({found[1]}) and took the study with it: the same command runs what"
+            " is missing; hydra/launcher=slurm_local goes on without the job that was killed"
         ) from error
     except ValueError as error:
         if str(error) in ("Record does not exist.", "No trials are completed yet."):

@@ -131,7 +131,7 @@ def run_job(composed: DictConfig) -> float | None:
             print(describe_plan(job))
             return None
         check_store(job.store)
-        for left in ("failure.json", study.REQUEUED):  # of an earlier attempt in this folder: a requeued job
+        for left in ("summary.json", "failure.json", study.REQUEUED):  # of an earlier attempt in this folder
             (run_dir / left).unlink(missing_ok=True)
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
         choices = {

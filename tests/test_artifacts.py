@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from slm_pipeline.artifacts import STORE_FORMAT, Artifact, check_store, digest, write_json, write_text
+from slm_pipeline.artifacts import STORE_FORMAT, Artifact, check_store, digest, is_held, write_json, write_text
 from slm_pipeline.errors import UserError
 
 
@@ -35,6 +35,15 @@ def test_key_depends_on_stage_and_identity_alone(tmp_path):
         Artifact(tmp_path, "recover", {"a": 1, "b": [2, None]}),
     ]
     assert len({key, *(other.key for other in others)}) == 4
+
+
+def test_a_lock_that_the_file_system_knows_nothing_of_counts_as_held(tmp_path):
+    lock = tmp_path / "a.lock"
+    assert not is_held(lock)
+    lock.touch()
+    assert not is_held(lock)
+    with mock.patch("fcntl.flock", side_effect=OSError(errno.ENOSYS, "not implemented")):
+        assert is_held(lock)
 
 
 def test_digest_is_of_canonical_json():

@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +256,8 @@ class Watch(TrainerCallback):
         self.start = time.monotonic() - self.progress.seconds
         self.first_step = state.global_step
         self.first_second = self.progress.seconds
+        for row in state.log_history:  # of an earlier attempt: this one's curve begins where that one's did
+            self._pass_on(row, int(row["step"]))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -301,9 +303,12 @@ class Watch(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._pass_on(kwargs["logs"], state.global_step)
+
+    def _pass_on(self, logged: Mapping[str, float], step: int) -> None:
         names = ("loss", "learning_rate", "eval_loss")  # not the Trainer's last line, a summary of this attempt alone
-        if losses := {name: kwargs["logs"][name] for name in names if name in kwargs["logs"]}:
-            self.log(losses, state.global_step)
+        if losses := {name: logged[name] for name in names if name in logged}:
+            self.log(losses, step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.progress.seconds = time.monotonic() - self.start

@@ -200,7 +200,9 @@ class Study:
                 row.append(_shown_mean(name, numbers) if numbers else "")
             rows.append(row)
         head = [*self.varied, "runs done"]
-        best = _best([mean(self.competing[i] for i in groups[values]) for values in order], self.metric)
+        means = [mean(self.competing[i] for i in groups[values]) for values in order]
+        competing = [all(self.within_budget[i] for i in groups[values]) for values in order]
+        best = _best([value if may else None for value, may in zip(means, competing, strict=True)], self.metric)
         return Table([*head, *columns], rows, self._bold(columns, len(head), best, len(rows)))
 
     def averages_title(self) -> str:

@@ -54,6 +54,8 @@ class Recover(Stage):
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         if not (out / "model").is_dir():  # else an attempt was interrupted after its model was safe
             self._train(job, results["merge"], out, tracker)
+        else:
+            self._log_curve(_curve(out), tracker)
         load_plan(results["merge"]).write(out / "model" / "plan.json")
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
@@ -78,7 +80,7 @@ class Recover(Stage):
             workers.train(job.recovery, make_problem, log)
         problem = make_problem(log)
         result = job.recovery.run(problem)  # after `workers.train` it finds nothing left to train
-        self._log_curve([row for row in result.curve if row not in logged], tracker)  # of earlier attempts
+        self._log_curve([row for row in result.curve if row not in logged], tracker)  # of parts that were finished
         write_json(out / "curve.json", result.curve)
         write_json(out / "metrics.json", result.metrics)
         card = checkpoint.card(
@@ -97,7 +99,7 @@ class Recover(Stage):
 
     def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
         if reused:  # a curve that is being trained was logged as it went
-            self._log_curve(json.loads((artifact.path / "curve.json").read_text(encoding="utf-8")), tracker)
+            self._log_curve(_curve(artifact.path), tracker)
         tracker.log(_numbers(artifact.record()["result"]), stage=self.name)
 
     def _log_curve(self, rows: list[dict[str, float]], tracker: Tracker) -> None:
@@ -124,6 +126,11 @@ def recovery_problem(
         data_dir=job.data_dir,
         log=log,
     )
+
+
+def _curve(folder: Path) -> list[dict[str, float]]:
+    rows: list[dict[str, float]] = json.loads((folder / "curve.json").read_text(encoding="utf-8"))
+    return rows
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -44,7 +44,7 @@ def test_killed_and_run_again_ends_as_undisturbed(folder, undisturbed, caplog):
         result = run_lora(folder, out, log=lambda metrics, step: logged.append({"step": step, **metrics}))
     assert f"recovery goes on from {out}/checkpoints/checkpoint-4" in caplog.text
     expected = undisturbed[0]
-    assert logged == [row for row in expected.curve if row["step"] > 4]
+    assert logged == expected.curve  # the steps of the first attempt too
     assert {**result.metrics, "seconds": 0} == {**expected.metrics, "seconds": 0}
     assert result.curve == expected.curve
     for name, weight in expected.model.state_dict().items():

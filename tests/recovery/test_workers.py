@@ -22,6 +22,7 @@ from conftest import random_source, run_slm
 from recovery.conftest import BUDGET, problem
 from safetensors.torch import load_file
 
+from slm_pipeline import memory
 from slm_pipeline.errors import UserError
 from slm_pipeline.recovery import workers
 from slm_pipeline.recovery.collective import Trained
@@ -161,7 +162,7 @@ def test_all_processes_stop_at_the_same_step(in_two):
     assert in_two[0]["stopped"].metrics["num_steps"] == 2
 
 
-def test_interrupted_and_run_again_ends_as_undisturbed(in_two, data, tmp_path):
+def test_interrupted_and_run_again_ends_as_undisturbed(in_two, data, tmp_path, monkeypatch):
     """With dropout, different in each process; whole models are killed below."""
     logged = []
 
@@ -173,9 +174,12 @@ def test_interrupted_and_run_again_ends_as_undisturbed(in_two, data, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         workers.train(DROPOUT, functools.partial(make, data, tmp_path), interrupt)
     assert logged[-1][0] == 5
+    peaks = []
+    monkeypatch.setattr(memory, "note_peak_of_others", peaks.append)
     workers.train(
         DROPOUT, functools.partial(make, data, tmp_path), lambda metrics, step: logged.append((step, *metrics))
     )
+    assert [0.4 < peak < 20 for peak in peaks] == [True]  # two processes that have imported torch
     result = DROPOUT.run(problem(data, tmp_path, log=trained_here))
     expected = in_two[0]["dropout"]
     assert {**result.metrics, "seconds": 0} == {**expected.metrics, "seconds": 0}
