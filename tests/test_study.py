@@ -115,7 +115,7 @@ def test_a_study_is_reported_once_and_to_wandb_as_a_run_of_its_own(sweep):
     assert groups == dict.fromkeys(runs, f"tiny/{sweep.name}")
 
 
-def test_an_interrupted_study_is_not_reported(sweep, monkeypatch):
+def test_an_interrupted_study_is_not_reported(monkeypatch):
     reports = []
     monkeypatch.setattr(study, "_report", lambda: reports.append(True))
     with pytest.raises(KeyboardInterrupt), study.reported():

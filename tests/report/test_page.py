@@ -16,9 +16,10 @@ from slm_pipeline.report.write import write_study
 EVIL = "<script>document.title='hacked'</script><img src=http://192.0.2.1/x.png>"
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four jobs in the order of their folders: perplexity 9, none (failed), 100, 20; every text tries to run."""
+    tmp_path = tmp_path_factory.mktemp("page")
     study = {"question": f"Which is {EVIL} best?", "metric": "perplexity bundled pruned", "x": "threshold.value"}
     results = [finished(tmp_path, 28, 9.0), f"no {EVIL}", finished(tmp_path, 20, 100.0), finished(tmp_path, 24, 20.0)]
     for job, result in enumerate(results):
