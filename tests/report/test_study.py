@@ -226,9 +226,11 @@ def test_an_average_over_the_budget_is_never_the_best_and_perhaps_there_is_none(
     averages = read_study(tmp_path / "s").averages(["perplexity bundled pruned"]).markdown()
     assert "**30.50 +-0.71**" in averages
     assert "**20.50" not in averages
-    partly = {"objective": {"max_layers": 24}}
-    write_run(tmp_path / "s" / "0", ["method=slm", "seed=0"], finished(tmp_path, 24, 19.0), config=partly)
-    averages = read_study(tmp_path / "s").averages(["perplexity bundled pruned"]).markdown()
+    for job, (method, layers, value) in enumerate([("slm", 24, 19.0), *jobs[1:]]):
+        config = {"objective": {"max_layers": 24}}
+        folder = tmp_path / "t" / str(job)
+        write_run(folder, [f"method={method}", f"seed={job % 2}"], finished(tmp_path, layers, value), config=config)
+    averages = read_study(tmp_path / "t").averages(["perplexity bundled pruned"]).markdown()
     assert "**30.50 +-0.71**" in averages  # not 20.00 +-1.41, of which one run is over the budget
     text = documents.markdown(read_study(tmp_path / "s" / "0", tmp_path / "s" / "1"))
     assert "Budget of layers: 0 of 2 runs keep to it\n" in text
