@@ -34,15 +34,9 @@ if TYPE_CHECKING:
     from slm_pipeline.models.source import ModelSource
 
 _DEFAULTS = [
-    *(
-        "recovery=lora",
-        "recovery.learning_rate=1e-4",
-        "recovery.max_steps=40",
-        "recovery.warmup_steps=5",
-        "recovery.num_examples=2560",
-    ),
-    *("recovery.validation_size=8", "evaluation=none", "tracker=jsonl"),
-]
+    "recovery=lora", "recovery.learning_rate=1e-4", "recovery.max_steps=40", "recovery.warmup_steps=5",
+    "recovery.num_examples=2560", "recovery.validation_size=8", "evaluation=none", "tracker=jsonl",
+]  # fmt: skip
 
 
 def recovery(words: list[str]) -> None:
