@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= $(shell grep '^torch==' constraints.txt)
-INSTALL := install --quiet --disable-pip-version-check --no-compile # Python compiles what is imported, once
+INSTALL := install --quiet --disable-pip-version-check --no-compile
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {printf "  make %-12s %s\n", $$1, $$2}'
@@ -19,6 +19,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip $(INSTALL) $(TORCH)
 	$(BIN)/python -m pip $(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # pip uses one core; what does not compile are templates
 	touch $@
 
 assets: install ## Fetch the bundled model and data (about 180 MB, once)
