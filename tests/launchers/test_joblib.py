@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-NUM_JOBS = int(os.environ.get("SLM_TEST_JOBS", 20))  # 200 take four minutes on two cores
+NUM_JOBS = int(os.environ.get("SLM_TEST_JOBS", 30))  # 200 take four minutes on two cores
 THRESHOLDS = [0.4 + 0.597 * number / (NUM_JOBS - 1) for number in range(NUM_JOBS)]
 
 
