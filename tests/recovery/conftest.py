@@ -9,8 +9,7 @@ import shutil
 import pytest
 import torch
 from conftest import random_source
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from slm_pipeline.models.loading import byte_tokenizer, load_dense
 from slm_pipeline.recovery.base import RecoveryProblem
@@ -89,14 +88,7 @@ def problem(data, out, plan=MERGED, log=lambda metrics, step: None, seed=1234, a
     )
 
 
-WHOLE = Plan(
-    model={"name": "tiny", "fingerprint": "x", "num_layers": 4},
-    method="none",
-    options={},
-    calibration={},
-    layer_groups=[[0], [1], [2], [3]],
-    ops=[],
-)
+WHOLE = make_plan(num_layers=4)
 LORA_OPTIONS = {
     "source": "file",
     "path": "alpaca.json",
@@ -121,25 +113,12 @@ def folder(data, tmp_path_factory):
     """A tiny Llama with a byte tokenizer in model/, and 26 examples of one easy rule in alpaca.json."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("recovery")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {character: index for index, character in enumerate([*alphabet, "<s>", "</s>", "<pad>"])}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    fast.save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=256,
-        eos_token_id=257,
-        pad_token_id=258,
-        initializer_range=0.1,
-    )
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=256, bos_token_id=257, eos_token_id=258, initializer_range=0.1,
+    )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     shutil.copy(data / "alpaca.json", folder)
     return folder
