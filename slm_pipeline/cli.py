@@ -151,6 +151,9 @@ def _check_before_hydra(arguments: Namespace) -> bool:
             raise UserError(f"{item.input_line} asks for several jobs; add -m: slm -m {item.input_line}")
         _check_group(item)
     composed = _compose(arguments, [study.first_value(item) for item in overrides])
+    chosen_study = composed.hydra.runtime.choices.get("sweeps")
+    if chosen_study and not multirun:
+        raise UserError(f"sweeps={chosen_study} is a study of several jobs; add -m: slm -m sweeps={chosen_study}")
     if multirun and composed.hydra.runtime.choices["hydra/launcher"] == "gpus":
         gpus.check(composed.hydra.launcher.n_jobs)
     if multirun and study.is_search(composed) and composed.objective.metric is None:

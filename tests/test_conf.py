@@ -185,9 +185,35 @@ def test_the_alpaca_experiment_has_the_published_settings(here):
         "validation_size": 2000,
         "split_seed": 42,
         "dtype": "bfloat16",
+        "schedule": "linear",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "completion_only": True,
+        "packing": False,
+        "target_modules": None,
     }
     recovery = job_of(["experiment=lora_alpaca"]).recovery
     assert {name: getattr(recovery, name) for name in published} == published
+
+
+def test_the_replacement_layers_published_settings(here):
+    published = {
+        "learning_rate": 2e-4,
+        "schedule": "cosine",
+        "final_learning_rate": 0.25,  # 5e-5 at the end
+        "weight_decay": 1e-3,
+        "max_grad_norm": 5.0,
+        "batch_size": 128,
+        "cutoff_len": 2048,
+        "packing": True,
+        "num_epochs": 1.0,
+        "warmup_steps": 18,
+        "loss": "mse",
+        "objective": "states",
+    }
+    job = job_of(["experiment=streamline_replacement", *NEEDS["experiment", "streamline_replacement"]])
+    assert {name: getattr(job.recovery, name) for name in published} == published
+    assert job.config.method["replacement"] is True
 
 
 def swept(file: Path) -> list[list[str]]:

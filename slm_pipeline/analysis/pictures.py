@@ -86,10 +86,11 @@ def committed_windows(steps: Sequence[Mapping[str, Any]]) -> list[int]:
 def loss_curve(
     curve: Sequence[Mapping[str, float]], path_stem: Path, *, title: str, loss: str = "nats per answer token"
 ) -> list[Path]:
-    """Training and validation loss of a recovery, with the best validation loss marked.
+    """Training and validation loss of a recovery, with the best validation loss of a single training marked.
 
     Args:
-        curve: in order of time, ``{"step", "loss", ...}`` and ``{"step", "eval_loss", ...}``.
+        curve: in order of time, ``{"step", "loss", ...}`` and ``{"step", "eval_loss", ...}``; rows with ``logit_``
+            before these names get a panel of their own.
         path_stem: where to write, without ``.png`` and ``.svg``.
         title: the picture's title.
         loss: what the numbers are.
@@ -99,19 +100,25 @@ def loss_curve(
     """
     from matplotlib.ticker import MaxNLocator
 
-    with _figure(4.4, 2.8) as figure:
-        axes = figure.add_subplot()
-        for key, name, marker in (("loss", "training", ""), ("eval_loss", "validation", "o")):
-            points = [(entry["step"], entry[key]) for entry in curve if key in entry]
-            if points:
-                x, y = zip(*points, strict=True)
-                axes.plot(x, y, color=COLORS[name], lw=1.3, marker=marker, ms=4, label=name)
-        if validation := [(entry["eval_loss"], entry["step"]) for entry in curve if "eval_loss" in entry]:
-            best, step = min(validation)
-            axes.axhline(best, color=COLORS["reference"], lw=0.8, ls=":", label=f"best {best:.3f} at step {step:g}")
-        axes.set(title=title, xlabel="optimiser step", ylabel=f"loss ({loss})")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        axes.legend()
+    panels = [("", loss)]
+    if any("logit_eval_loss" in row for row in curve):
+        panels.append(("logit_", "nats per token, of the whole model"))
+    with _figure(4.4 * len(panels), 2.8) as figure:
+        for axes, (prefix, unit) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for key, name, marker in (("loss", "training", ""), ("eval_loss", "validation", "o")):
+                points = [(row["step"], row[prefix + key]) for row in curve if prefix + key in row]
+                if points:
+                    x, y = zip(*points, strict=True)
+                    axes.plot(x, y, color=COLORS[name], lw=1.3, marker=marker, ms=4, label=name)
+            validation = {row["step"]: row[prefix + "eval_loss"] for row in curve if prefix + "eval_loss" in row}
+            starts_again = len(validation) < sum(prefix + "eval_loss" in row for row in curve)  # with another layer
+            if validation and not starts_again:
+                best, step = min((value, step) for step, value in validation.items())
+                axes.axhline(best, color=COLORS["reference"], lw=0.8, ls=":", label=f"best {best:.3f} at step {step:g}")
+            axes.set(xlabel="optimiser step", ylabel=f"loss ({unit})")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+            axes.legend()
+        figure.suptitle(title)
         return _save(figure, path_stem)
 
 

@@ -9,8 +9,8 @@ slm-bench methods slm threshold=fixed threshold.value=0.81 pruning_ratio=none mo
 
 Not there: mka, whose published code merges nothing, and the methods that look at no text. A row has seconds, block
 evaluations (blocks run on all calibration tokens, the dense pass among them) and peak memory of both sides; where they
-decide differently, that is an error. The last line compares the pass that feeds all one-pass methods with a plain
-forward pass over the same tokens.
+decide differently, that is an error, unless each searches a threshold of its own or a shortlist is set. The last line
+compares the pass that feeds all one-pass methods with a plain forward pass over the same tokens.
 """
 
 from __future__ import annotations

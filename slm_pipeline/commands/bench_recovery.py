@@ -4,8 +4,9 @@ slm-bench recovery                                             the published LoR
 slm-bench recovery model=llama2_7b recovery.max_steps=20       another model, shorter
 slm-bench recovery recovery.num_processes=2                    instead: one GPU beside two
 
-The model is pruned to four fifths of its layers by averaging pairs near the top. All sides train on the same rows in
-the same batches; each runs twice in turn after a run to warm up, and its faster run counts. Ours is timed from the end
+The model is pruned to four fifths of its layers by averaging pairs near the top. What recovery=lora takes may be set,
+and distillation takes what it shares with it. All sides train on the same rows in the same batches; each runs twice in
+turn after a run to warm up (one GPU beside two: twice, no more), and its faster run counts. Ours is timed from the end
 of its first validation to its last step: counting and checking are in it, the last checkpoint, which the others do not
 write, is not.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline import cli
+from slm_pipeline.errors import UserError
 from slm_pipeline.recovery import workers
 from slm_pipeline.recovery.base import RecoveryProblem, TrainingOptions
 from slm_pipeline.recovery.distill import Distill
@@ -43,7 +45,9 @@ def recovery(words: list[str]) -> None:
     """Measure and print; ``words`` is the command line: overrides as for slm."""
     job = cli.compose_job(["slm-bench", "recovery"], words, _DEFAULTS)
     lora = job.recovery
-    assert isinstance(lora, Lora)
+    if not isinstance(lora, Lora):
+        name = "none" if lora is None else lora.name
+        raise UserError(f"recovery={name}: slm-bench recovery measures recovery=lora, and distillation alike")
     if lora.num_processes > 1:
         _scaling(job, lora)
     else:

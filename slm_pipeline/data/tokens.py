@@ -108,11 +108,14 @@ def tokenize_examples(
 def check_tokens(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], cutoff_len: int, *, completion_only: bool = True
 ) -> None:
-    """Tokenize examples up to the first that bears loss.
+    """Tokenize examples up to the first that bears loss, and write out every chat: a template may refuse any of them.
 
     Raises:
         UserError: none does, or there is none, or as `tokenize_example`.
     """
+    for example in examples:
+        if "messages" in example:
+            _pieces(tokenizer, example, completion_only)
     for example in examples:
         if tokenize_example(tokenizer, example, cutoff_len, completion_only=completion_only):
             return

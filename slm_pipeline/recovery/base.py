@@ -26,7 +26,8 @@ class RecoveryResult:
         model: of the same class, dtype and device as the pruned one.
         metrics: what ``stage.json`` and the tables show, JSON values; ``loss`` says what the losses are,
             ``num_tokens`` and ``seconds`` what was spent.
-        curve: ``{"step", "loss", "learning_rate"}`` and ``{"step", "eval_loss"}`` in the order logged.
+        curve: ``{"step", "loss", "learning_rate"}`` and ``{"step", "eval_loss"}`` in the order logged; with
+            ``logit_`` before the names of losses where `Distill` trains on logits.
     """
 
     model: PreTrainedModel
@@ -45,7 +46,7 @@ class RecoveryProblem:
         out: where checkpoints and results go. It survives a kill: called again with the same ``out``, the training
             goes on from its last complete checkpoint and ends as if it had not been interrupted. What lies in
             ``out/checkpoints`` is deleted when the recovered model is safe.
-        base_path: where the pruned model will be found; adapters record it.
+        base_path: where the pruned model will be found, if it is kept (``keep=model``); adapters record it.
         seed: of everything random.
         data_dir: where relative data paths are looked up; None: the working directory.
         log: called with metrics and the optimizer step for every training and validation loss.
@@ -119,7 +120,7 @@ class TrainingOptions:
     final_learning_rate: float = 0.0  # cosine: where it ends, as a share of learning_rate
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    num_epochs: float = 2.0  # training ends at the first of this and the next three
+    num_epochs: float = 2.0  # training ends at the first of this and the next four
     max_steps: int | None = None  # optimizer steps
     budget_tokens: int | None = None  # input tokens without padding, turned into steps by their mean number per step
     max_minutes: float | None = None  # of training and validating, over all attempts; cuts the schedule off
@@ -136,7 +137,7 @@ class TrainingOptions:
     gradient_checkpointing: bool = False
     dtype: str = "bfloat16"  # bfloat16 (autocast) | float32
     num_processes: int = 1  # that train, each on a GPU of its own, on equal parts of every batch
-    sharding: bool = False  # FSDP: each process holds a part of weights, gradients, moments; not distill, block_mse
+    sharding: bool = False  # FSDP: each holds a part of weights, gradients and moments; not where layers learn states
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -196,6 +197,11 @@ class TrainingOptions:
             raise UserError(
                 f"recovery.packing=true: a {source.model_type} model in transformers lets packed examples see each"
                 " other; use recovery.packing=false"
+            )
+        if source.config.device.startswith("cuda:") and source.config.device != "cuda:0":
+            raise UserError(
+                f"model.device={source.config.device}: a recovery trains on the first GPU in sight; use"
+                f" CUDA_VISIBLE_DEVICES={source.config.device.removeprefix('cuda:')} and model.device=cuda"
             )
         if self.num_processes > 1 and source.config.device not in ("auto", "cuda", "cpu"):
             raise UserError(

@@ -25,7 +25,7 @@ class BlockMse(Distill):
     Departures from the published code: the dense model's states are made batch by batch and never stored (theirs needs
     some 2 TB for a 7B model); the best weights are a copy, and the last ones are kept where the states train; any
     architecture. Its settings: AdamW, learning rate 2e-4 to 5e-5 by cosine, weight decay 1e-3, gradients clipped to 5,
-    128 sequences of 2,048 tokens a step, one epoch of 100,000 sequences; the schedule, weight decay and clipping are
+    128 sequences of 2,048 tokens a step, one epoch of 100,000 documents; the schedule, weight decay and clipping are
     the defaults here.
     """
 

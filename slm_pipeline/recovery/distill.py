@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_pipeline.errors import UserError
@@ -40,7 +40,8 @@ class Distill(TrainingOptions):
 
     The last weights are kept, not the best, so that both orders end alike; of the last part on logits the best. A
     validation loss above the first one is a warning. Metrics are those of the layers' losses, summed over the layers;
-    tokens are those that each layer was trained on.
+    tokens are those that each layer was trained on. The curve of ``order=blocks`` has one layer's losses after the
+    other's; the losses of the part on logits are called ``logit_loss`` and ``logit_eval_loss``, in nats per token.
     """
 
     completion_only: bool = False
@@ -55,7 +56,7 @@ class Distill(TrainingOptions):
         for name, allowed in (("loss", STATE_LOSSES), ("order", ORDERS)):
             if getattr(self, name) not in allowed:
                 raise UserError(f"recovery.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        if self.sharding:
+        if self.sharding and self.trains_states:
             raise UserError(
                 f"recovery.sharding=true: recovery={self.name} needs every layer whole; use recovery.sharding=false"
             )
@@ -89,6 +90,7 @@ class Distill(TrainingOptions):
         from slm_pipeline.models.view import ModelView
         from slm_pipeline.recovery.distillation import LogitMatching, StateMatching
         from slm_pipeline.recovery.trainable import train_only
+        from slm_pipeline.recovery.trainer import Part
         from slm_pipeline.recovery.training import fit
         from slm_pipeline.surgery.apply import planned_blocks
 
@@ -97,50 +99,38 @@ class Distill(TrainingOptions):
         bodies = [block.body for block in planned_blocks(problem.plan, ModelView(teacher))]
         layers = ModelView(problem.model).layers
         together = [list(changed)] if self.order == "joint" else [[span] for span in changed]
-        minutes = None if self.max_minutes is None else self.max_minutes / len(together)
+        share = 1 - self.logit_share
         fits: list[Fit] = []
         for spans in together:
             train_only(problem, [layers[span.position] for span in spans])
             objective = StateMatching(teacher, problem.model, spans, bodies, self.loss)
             folder = "checkpoints/" + "_".join(str(span.position) for span in spans)
-            fits.append(
-                fit(objective, train, validation, replace(self, max_minutes=minutes), _after(problem, fits),
-                    folder=folder, part=(0, 1 - self.logit_share), keep="last")
-            )  # fmt: skip
-        metrics = {**_sum_of_layers(fits), "loss": f"{self.loss} of states, sum over {len(changed)} layers"}
+            minutes = share / len(together)
+            part = Part(folder, end=share, minutes=minutes, steps_before=_steps(fits), keep="last")
+            fits.append(fit(objective, train, validation, self, problem, part))
+        added = "sum over" if len(together) == 1 else "one after the other of"
+        metrics = {**_sum_of_layers(fits), "loss": f"{self.loss} of states, {added} {len(changed)} layers"}
         if self.logit_share:
             train_only(problem, [layers[span.position] for span in changed])
             end_to_end = LogitMatching(teacher, problem.model)
-            last = fit(end_to_end, train, validation, self, _after(problem, fits),
-                       folder="checkpoints/logits", part=(1 - self.logit_share, 1))  # fmt: skip
+            part = Part("checkpoints/logits", share, 1, self.logit_share, _steps(fits), prefix="logit_")
+            last = fit(end_to_end, train, validation, self, problem, part)
             del metrics["best_step"]  # of which part?
             metrics |= {
-                "initial_logit_loss": last.metrics["initial_eval_loss"],
-                "logit_loss": last.metrics["eval_loss"],
+                "initial_logit_eval_loss": last.metrics["initial_eval_loss"],
+                "logit_eval_loss": last.metrics["eval_loss"],
             }
             spent = ("num_steps", "num_tokens", "num_label_tokens", "seconds")
             metrics |= {name: metrics[name] + last.metrics[name] for name in spent}
             fits.append(last)
-        return metrics, _curve(fits)
+        return metrics, [row for fit in fits for row in fit.curve]
+
+
+def _steps(fits: Sequence[Fit]) -> int:
+    return sum(fit.metrics["num_steps"] for fit in fits)
 
 
 def _sum_of_layers(fits: Sequence[Fit]) -> dict[str, Any]:
     """The metrics of trainings of different layers on the same data, as if they had been one training."""
     summed = ("train_loss", "initial_eval_loss", "eval_loss", "trainable_parameters", "seconds")
     return fits[0].metrics | {name: sum(fit.metrics[name] for fit in fits) for name in summed}
-
-
-def _after(problem: RecoveryProblem, fits: Sequence[Fit]) -> RecoveryProblem:
-    """The same problem, its steps counted on from those of the trainings before."""
-    offset = sum(fit.metrics["num_steps"] for fit in fits)
-    return replace(problem, log=lambda metrics, step: problem.log(metrics, step + offset))
-
-
-def _curve(fits: Sequence[Fit]) -> list[dict[str, float]]:
-    """Their curves one after the other."""
-    rows: list[dict[str, float]] = []
-    offset = 0
-    for fit in fits:
-        rows += [{**row, "step": row["step"] + offset} for row in fit.curve]
-        offset += fit.metrics["num_steps"]
-    return rows

@@ -114,7 +114,7 @@ class LogitMatching(Objective):
             target = _logits(self.teacher, inputs, counted)
         output = _logits(ModelView(self.student), inputs, counted)
         losses = kl_divergence(output.float(), target.to(output.device).float())
-        return {"loss": losses.sum() / _num_items(counted, num_items_in_batch)}
+        return {"loss": losses.sum().to(labels.device) / _num_items(counted, num_items_in_batch)}
 
 
 def _logits(view: ModelView, inputs: dict[str, Any], counted: Tensor) -> Tensor:

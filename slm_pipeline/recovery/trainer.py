@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +148,7 @@ class RecoveryTrainer(Trainer):
         self.watch = watch
         self.sharded = sharded
         super().__init__(**arguments)
-        if (
-            sharded
-        ):  # accelerate may set up autocast; the model is spread already, and is no copy that could be averaged
+        if sharded:  # accelerate may set up autocast; the model is spread already, no copy that could be averaged
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -219,6 +218,38 @@ class RecoveryTrainer(Trainer):
         return metrics
 
 
+@dataclass(frozen=True)
+class Part:
+    """Where one training stands among the several that a recovery may make, one after the other.
+
+    Attributes:
+        folder: where in ``problem.out`` its checkpoints go, and no other's.
+        begin, end: between which shares of the steps that the options allow: 0.8 and 1 are the last fifth.
+        minutes: its share of ``max_minutes``.
+        steps_before: optimizer steps of the trainings before; its own are counted on from there.
+        prefix: of the names of its losses.
+        keep: the weights of the ``best`` validation loss, or the ``last``.
+    """
+
+    folder: str = "checkpoints"
+    begin: float = 0.0
+    end: float = 1.0
+    minutes: float = 1.0
+    steps_before: int = 0
+    prefix: str = ""
+    keep: str = "best"
+
+    def row(self, logged: Mapping[str, float], step: int) -> dict[str, float]:
+        """A row of the recovery's curve from what was logged at a step of this part."""
+        named = {self.prefix + name: logged[name] for name in ("loss", "eval_loss") if name in logged}
+        if "learning_rate" in logged:
+            named["learning_rate"] = logged["learning_rate"]
+        return {"step": step + self.steps_before, **named}
+
+
+WHOLE = Part()  # the only training of its recovery
+
+
 class Watch(TrainerCallback):
     """Counts, clips gradients, decides when to save and to stop, marks checkpoints as complete, passes losses on."""
 
@@ -228,7 +259,7 @@ class Watch(TrainerCallback):
         folder: Path,
         progress: Progress,
         options: TrainingOptions,
-        share: float,
+        part: Part,
         log: Callable[[dict[str, float], int], None],
     ) -> None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -236,7 +267,8 @@ class Watch(TrainerCallback):
         self.folder = folder
         self.progress = progress
         self.options = options
-        self.max_seconds = math.inf if options.max_minutes is None else 60 * options.max_minutes * share
+        self.part = part
+        self.max_seconds = math.inf if options.max_minutes is None else 60 * options.max_minutes * part.minutes
         self.log = log
         self.counted: list[Tensor] = []
 
@@ -248,7 +280,7 @@ class Watch(TrainerCallback):
         """Raise `UserError` unless ``value`` is finite."""
         if not math.isfinite(value):
             raise UserError(
-                f"recovery: the {what} is {value} at step {step}; lower recovery.learning_rate"
+                f"recovery: the {what} is {value} at step {self.part.steps_before + step}; lower recovery.learning_rate"
                 f" ({self.options.learning_rate:g} now), or use bfloat16 or float32 for model.dtype if it is float16"
             )
 
@@ -269,7 +301,8 @@ class Watch(TrainerCallback):
     ) -> None:
         """Count the step's tokens, stop at a loss or gradient gone bad, and clip."""
         norms = [
-            sharding.whole(nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])) for part in self.parts
+            sharding.whole(nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])).to(args.device)
+            for part in self.parts
         ]
         counts = collective.summed(torch.stack(self.counted).sum(dim=0))
         self.counted.clear()
@@ -284,14 +317,18 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.progress.seconds = collective.of_first(time.monotonic() - self.start, args.device)
         if self.progress.seconds >= self.max_seconds:
-            logger.info("recovery.max_minutes=%g is over at step %d", self.options.max_minutes, state.global_step)
+            logger.info(
+                "%.3g of recovery.max_minutes=%g are over at step %d",
+                self.max_seconds / 60, self.options.max_minutes, state.global_step,
+            )  # fmt: skip
             control.should_training_stop = control.should_evaluate = control.should_save = True
         if control.should_save or control.should_evaluate:
             control.should_log = True  # else a resumed training would not know the losses since the last line
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         loss = kwargs["metrics"]["eval_loss"]
-        if state.global_step and (state.best_metric is None or loss < state.best_metric):
+        better = state.best_metric is None or loss < state.best_metric
+        if self.part.keep == "best" and state.global_step and better:
             control.should_save = True
         logger.info(
             "step %d of %d: validation loss %.4f%s", state.global_step, state.max_steps, loss, self._time_left(state)
@@ -306,9 +343,10 @@ class Watch(TrainerCallback):
         self._pass_on(kwargs["logs"], state.global_step)
 
     def _pass_on(self, logged: Mapping[str, float], step: int) -> None:
-        names = ("loss", "learning_rate", "eval_loss")  # not the Trainer's last line, a summary of this attempt alone
-        if losses := {name: logged[name] for name in names if name in logged}:
-            self.log(losses, step)
+        row = self.part.row(logged, step)
+        step = int(row.pop("step"))
+        if row:  # the Trainer's last line, a summary of this attempt alone, has nothing of it
+            self.log(row, step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.progress.seconds = time.monotonic() - self.start

@@ -23,7 +23,15 @@ from slm_pipeline.recovery import collective, sharding
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
 from slm_pipeline.recovery.checkpoints import Progress, last_complete_checkpoint, load_trained, read_progress
 from slm_pipeline.recovery.trainable import train_only
-from slm_pipeline.recovery.trainer import Objective, RecoveryTrainer, Watch, share_of_process, training_arguments
+from slm_pipeline.recovery.trainer import (
+    WHOLE,
+    Objective,
+    Part,
+    RecoveryTrainer,
+    Watch,
+    share_of_process,
+    training_arguments,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +50,7 @@ class Fit:
     """A finished training.
 
     Attributes:
-        curve: as in `RecoveryResult`.
+        curve: as in `RecoveryResult`, the losses named with the part's prefix.
         metrics: what a recovery reports of it.
     """
 
@@ -56,10 +64,7 @@ def fit(
     validation: Sequence[dict[str, list[int]]],
     options: TrainingOptions,
     problem: RecoveryProblem,
-    *,
-    folder: str = "checkpoints",
-    part: tuple[float, float] = (0.0, 1.0),
-    keep: str = "best",
+    part: Part = WHOLE,
 ) -> Fit:
     """Train whatever in ``model`` requires gradients, from the last complete checkpoint if there is one.
 
@@ -74,9 +79,6 @@ def fit(
     Args:
         model: it ends on the device where it began, in evaluation mode.
         train, validation: rows of `tokenize_examples` or of `pack`.
-        folder: where in ``problem.out`` the checkpoints go; its own for each of several trainings.
-        part: of the steps and minutes that ``options`` allow, from where to where: (0.8, 1) is the last fifth.
-        keep: the weights of the ``best`` validation loss, or the ``last``.
 
     Raises:
         UserError: a loss or gradient that is not finite.
@@ -88,10 +90,10 @@ def fit(
         sharded = options.sharding and collective.count() > 1
         if sharded:
             sharding.shard(model, ModelView(problem.model).layers)
-        last, progress = _train(model, train, validation, options, problem, problem.out / folder, part)
+        last, progress = _train(model, train, validation, options, problem, part)
         if sharded:
             raise collective.Trained
-        kept, curve, metrics = _summarize(last, progress, keep)
+        kept, curve, metrics = _summarize(last, progress, part)
         load_trained(model, kept)
     model.eval()
     metrics["loss"] = "nats per answer token" if options.completion_only else "nats per token"
@@ -110,29 +112,28 @@ def _train(
     validation: Sequence[dict[str, list[int]]],
     options: TrainingOptions,
     problem: RecoveryProblem,
-    folder: Path,
-    part: tuple[float, float],
+    part: Part,
 ) -> tuple[Path, Progress]:
     """Train to the end; the last checkpoint and what was counted."""
+    folder = problem.out / part.folder
     checkpoint = last_complete_checkpoint(folder)
     progress = Progress() if checkpoint is None else read_progress(checkpoint)
     if checkpoint is not None:
         logger.info("recovery goes on from %s", checkpoint)
         if progress.finished:
             return checkpoint, progress
-    begin, end = (round(place * options.num_steps(train)) for place in part)
+    begin, end = (round(share * options.num_steps(train)) for share in (part.begin, part.end))
     num_steps = max(1, end - begin)
     if options.warmup_steps >= num_steps:
         logger.warning(
             "recovery.warmup_steps=%d is not below the %d steps of training: the learning rate never reaches %g",
             options.warmup_steps, num_steps, options.learning_rate,
         )  # fmt: skip
-    device = model.device
     use_cache = model.config.use_cache  # the Trainer turns it off, for good
-    arguments = training_arguments(options, folder, num_steps, problem.seed, use_cpu=device.type == "cpu")
+    arguments = training_arguments(options, folder, num_steps, problem.seed, use_cpu=model.device.type == "cpu")
     arguments.eval_on_start = checkpoint is None
     pad_token_id = problem.tokenizer.pad_token_id
-    watch = Watch(model, folder, progress, options, part[1] - part[0], problem.log)
+    watch = Watch(model, folder, progress, options, part, problem.log)
     trainer = RecoveryTrainer(
         watch,
         options.sharding and collective.count() > 1,
@@ -155,9 +156,6 @@ def _train(
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else its forward pass stays under autocast
     if options.gradient_checkpointing:
         model.gradient_checkpointing_disable()
-    if model.device != device:
-        logger.warning("trained on %s, the first GPU in sight; CUDA_VISIBLE_DEVICES chooses another", model.device)
-        model.to(device)  # type: ignore[arg-type]
     checkpoint = last_complete_checkpoint(folder)
     assert checkpoint is not None
     return checkpoint, progress
@@ -178,24 +176,26 @@ def _cast(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _summarize(last: Path, progress: Progress, keep: str) -> tuple[Path, list[dict[str, float]], dict[str, Any]]:
+def _summarize(last: Path, progress: Progress, part: Part) -> tuple[Path, list[dict[str, float]], dict[str, Any]]:
     """The checkpoint to keep, the curve, and the metrics, of a training that is over."""
     state = TrainerState.load_from_json(str(last / "trainer_state.json"))
-    assert state.best_model_checkpoint is not None  # the last step is always evaluated
-    kept = ("step", "loss", "learning_rate", "eval_loss")
-    curve = [{name: row[name] for name in kept if name in row} for row in state.log_history]
-    logged = [row for row in curve if "loss" in row]
-    validated = [row for row in curve if "eval_loss" in row]
+    logged = [row for row in state.log_history if "loss" in row]
+    validated = [row for row in state.log_history if "eval_loss" in row]
     previous = [0.0] + [row["step"] for row in logged[:-1]]
     total = sum(row["loss"] * (row["step"] - before) for row, before in zip(logged, previous, strict=True))
     metrics = {
         "train_loss": total / state.global_step,
         "initial_eval_loss": validated[0]["eval_loss"],
-        "eval_loss": state.best_metric if keep == "best" else validated[-1]["eval_loss"],
-        "best_step": state.best_global_step if keep == "best" else state.global_step,
+        "eval_loss": state.best_metric if part.keep == "best" else validated[-1]["eval_loss"],
+        "best_step": state.best_global_step if part.keep == "best" else state.global_step,
         "num_steps": state.global_step,
         "num_tokens": progress.num_tokens,
         "num_label_tokens": progress.num_label_tokens,
         "seconds": round(progress.seconds, 3),
     }
-    return last.parent / Path(state.best_model_checkpoint).name if keep == "best" else last, curve, metrics
+    curve = [part.row(row, row["step"]) for row in state.log_history]
+    curve = [row for row in curve if len(row) > 1]
+    if part.keep == "last":
+        return last, curve, metrics
+    assert state.best_model_checkpoint is not None  # the last step is always evaluated
+    return last.parent / Path(state.best_model_checkpoint).name, curve, metrics

@@ -166,6 +166,10 @@ def test_templates_that_cannot_be_used():
         tokens.tokenize_example(rewriting, {"messages": TWO_TURNS}, 512)
     (row,) = tokens.tokenize_example(rewriting, {"messages": TWO_TURNS}, 512, completion_only=False)
     assert rewriting.decode(row["input_ids"]).count("...") == 2
+    second = [{"messages": CHAT}, {"messages": TWO_TURNS}]
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        tokens.check_tokens(rewriting, second, 512)
+    tokens.check_tokens(rewriting, second, 512, completion_only=False)
     refusing = chat_tokenizer("{{ raise_exception('no system turn, please') }}")
     with pytest.raises(UserError, match="refuses a chat of system, user, assistant: no system turn, please"):
         tokens.tokenize_example(refusing, {"messages": CHAT}, 512)

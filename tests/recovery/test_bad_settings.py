@@ -51,7 +51,16 @@ def files(tmp_path, monkeypatch):
             ["recovery=partial_layers", "recovery.head=true", "model.architecture=gemma2"],
             "recovery.head=true: the output head of random is its embedding",
         ),
+        (
+            [
+                *("recovery=partial_layers", "recovery.num_layers=0", "recovery.final_norm=false"),
+                "model.architecture=gemma2",
+            ],
+            "recovery.num_layers=0 with recovery.final_norm=false and the head of random, which is its embedding, train"
+            " nothing",
+        ),
         (["recovery.num_processes=2", "model.device=balanced"], "recovery.num_processes=2"),
+        (["model.device=cuda:1"], "use CUDA_VISIBLE_DEVICES=1 and model.device=cuda"),
         (["recovery=distill", "recovery.sharding=true", "recovery.num_processes=2"], "recovery.sharding=true"),
         (["recovery.source=bundled"], "recovery.path=good.json needs recovery.source=file, not bundled"),
         (["recovery.revision=v2"], "recovery.revision=v2 needs recovery.source=hub, not file"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import re
 
 import pytest
 import torch
@@ -176,6 +178,47 @@ def test_joint_and_block_by_block_agree(data, tmp_path, logit_share):
     assert blocks.metrics["trainable_parameters"] == joint.metrics["trainable_parameters"]
     assert blocks.metrics["num_tokens"] == joint.metrics["num_tokens"]
     assert joint.metrics["num_steps"] == 6
+    assert joint.metrics["loss"] == "kl of states, sum over 2 layers"
+    assert blocks.metrics["loss"] == "kl of states, one after the other of 2 layers"
+
+
+def test_the_curve_tells_layers_and_logits_apart(data, tmp_path):
+    """Validations of each layer at its start, in its middle and at its end; then those of the whole model."""
+    logged = []
+    options = {"logit_share": 0.5, "max_steps": 8, "eval_steps": 2, "order": "blocks"}
+    result = distill(**options).run(
+        problem(data, tmp_path, log=lambda metrics, step: logged.append({"step": step, **metrics}))
+    )
+    assert [row["step"] for row in result.curve if "eval_loss" in row] == [0, 2, 4, 4, 6, 8]
+    whole = [(row["step"], row["logit_eval_loss"]) for row in result.curve if "logit_eval_loss" in row]
+    assert [step for step, _ in whole] == [8, 10, 12]
+    assert whole[0][1] == result.metrics["initial_logit_eval_loss"]
+    assert min(loss for _, loss in whole[1:]) == result.metrics["logit_eval_loss"]
+    assert [row["step"] for row in result.curve if "logit_loss" in row] == [9, 10, 11, 12]
+    assert logged == result.curve
+
+
+def test_a_loss_gone_bad_is_told_with_the_step_of_the_whole_recovery(data, tmp_path, monkeypatch):
+    def diverges(student, teacher):
+        calls.append(None)
+        return (student - teacher).square().mean(dim=-1) * (math.nan if len(calls) > 25 else 1)
+
+    calls = []
+    monkeypatch.setitem(LOSSES, "mse", diverges)
+    logged = []
+    task = problem(data, tmp_path, log=lambda metrics, step: logged.append(step))
+    with pytest.raises(UserError, match="the (training|validation) loss is nan at step") as error:
+        distill(loss="mse", order="blocks").run(task)
+    assert int(re.search(r"at step (\d+)", str(error.value))[1]) == max(logged) + 1 > 6
+
+
+def test_only_what_may_be_kept_is_saved(data, tmp_path):
+    """Of layers that keep their last weights no validation is worth a checkpoint."""
+    saved = []
+    task = problem(data, tmp_path, log=lambda metrics, step: saved.append(len([*tmp_path.rglob("complete.json")])))
+    distill(loss="mse", eval_steps=1, save_steps=5, max_steps=6, warmup_steps=0).run(task)
+    assert saved[-1] == 1  # that of step 5; the one of step 6 follows
+    assert sorted(path.parent.name for path in tmp_path.rglob("complete.json")) == ["checkpoint-5", "checkpoint-6"]
 
 
 def test_it_learns_and_leaves_the_other_layers_alone(data, tmp_path):
@@ -220,7 +263,7 @@ def test_interrupted_and_run_again_ends_as_undisturbed(data, tmp_path, caplog, o
     last = 12 if order == "blocks" else 8
 
     def interrupt(metrics, step):
-        if step == last and "loss" in metrics:
+        if step == last and "logit_loss" in metrics:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

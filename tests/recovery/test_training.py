@@ -198,7 +198,7 @@ def test_a_head_that_is_the_embedding_cannot_train_alone(data):
     ("changes", "message"),
     [
         ({"num_layers": -1}, "recovery.num_layers=-1 must be at least 0"),
-        ({"num_layers": 0, "head": False, "final_norm": False}, "trains nothing"),
+        ({"num_layers": 0, "head": False, "final_norm": False}, "train nothing"),
         ({"schedule": "step"}, "recovery.schedule='step' is not one of linear, cosine, constant"),
         ({"final_learning_rate": 0.1}, "recovery.final_learning_rate=0.1 needs recovery.schedule=cosine, not linear"),
         ({"final_learning_rate": 1.0, "schedule": "cosine"}, r"recovery.final_learning_rate=1.0 must be in \[0, 1\)"),

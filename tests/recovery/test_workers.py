@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from slm_pipeline import memory
 from slm_pipeline.errors import UserError
 from slm_pipeline.recovery import workers
+from slm_pipeline.recovery.block_mse import BlockMse
 from slm_pipeline.recovery.collective import Trained
 from slm_pipeline.recovery.distill import Distill
 from slm_pipeline.recovery.full import Full
@@ -39,6 +40,7 @@ RECOVERIES = {
     "full": Full(**OPTIONS),
     "lora": Lora(**{**OPTIONS, "learning_rate": 1e-2}, dropout=0.0),
     "partial_layers": PartialLayers(**OPTIONS, num_layers=2, gradient_checkpointing=True),
+    "language_model": BlockMse(**OPTIONS, objective="language_model"),
     "packed": Full(**{**OPTIONS, "cutoff_len": 300}, packing=True),
     "joint": Distill(**OPTIONS, logit_share=0.5, max_grad_norm=0.01),
     "blocks": Distill(**OPTIONS, order="blocks"),
@@ -47,7 +49,7 @@ RECOVERIES = {
 }
 SHARDED = {
     f"sharded_{name}": dataclasses.replace(RECOVERIES[name], num_processes=2, sharding=True)
-    for name in ("full", "lora", "partial_layers")
+    for name in ("full", "lora", "partial_layers", "language_model")
 }
 DROPOUT = Lora(**{**OPTIONS, "learning_rate": 1e-2}, dropout=0.3, num_processes=2, sharding=True)
 MIXED = {  # float32 adapters among bfloat16 weights; an embedding that is the head too
