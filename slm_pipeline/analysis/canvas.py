@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 STYLE: dict[Any, Any] = {
@@ -57,3 +58,21 @@ def save(figure: Figure, path_stem: Path) -> list[Path]:
             temporary.unlink(missing_ok=True)
         paths.append(path)
     return paths
+
+
+def spans_decades(values: Sequence[float], factor: float = 10.0) -> bool:
+    """Whether positive numbers differ so much that a linear axis would hide the small ones."""
+    return bool(values) and min(values) > 0 and max(values) / min(values) >= factor
+
+
+def log_scale(axes: Axes, name: str) -> None:
+    """A logarithmic axis with plain numbers on it, and more of them where it spans little."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    (axes.set_xscale if name == "x" else axes.set_yscale)("log")
+    low, high = axis.get_data_interval()
+    narrow = high / low < 200
+    axis.set_major_locator(LogLocator(subs=[1, 2, 5] if narrow else [1]))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())

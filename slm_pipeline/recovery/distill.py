@@ -108,8 +108,8 @@ class Distill(TrainingOptions):
             minutes = share / len(together)
             part = Part(folder, end=share, minutes=minutes, steps_before=_steps(fits), keep="last")
             fits.append(fit(objective, train, validation, self, problem, part))
-        added = "sum over" if len(together) == 1 else "one after the other of"
-        metrics = {**_sum_of_layers(fits), "loss": f"{self.loss} of states, {added} {len(changed)} layers"}
+        layers_are = f"sum over {len(changed)} layers" if self.order == "joint" else f"{len(changed)} layers in turn"
+        metrics = {**_sum_of_layers(fits), "loss": f"{self.loss} of states, {layers_are}"}
         if self.logit_share:
             train_only(problem, [layers[span.position] for span in changed])
             end_to_end = LogitMatching(teacher, problem.model)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_pipeline.analysis.canvas import WIDTH, new_figure, save
+from slm_pipeline.analysis.canvas import WIDTH, log_scale, new_figure, save, spans_decades
 from slm_pipeline.report.looks import BLACK, GREY, Look
 
 if TYPE_CHECKING:
@@ -43,11 +43,6 @@ class Axis:
 
     label: str
     log: bool = False
-
-
-def spans_decades(values: Sequence[float], factor: float = 10.0) -> bool:
-    """Whether positive numbers differ so much that a linear axis would hide the small ones."""
-    return bool(values) and min(values) > 0 and max(values) / min(values) >= factor
 
 
 def against(
@@ -138,7 +133,7 @@ def ranked(
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(x.label)
         if x.log:
-            _log_ticks(axes, "x")
+            log_scale(axes, "x")
         axes.set_title(title, loc="left")
         if legend or reference is not None:
             _legend(figure, axes, legend)
@@ -279,6 +274,8 @@ def training_curves(trainings: Sequence[Training], path_stem: Path, *, title: st
             axes.set_title(name, loc="left")
             axes.set(xlabel="optimiser step", ylabel=f"loss ({members[0].loss})")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], nbins=5))
+            if spans_decades([value for line in axes.lines for value in line.get_ydata()]):
+                log_scale(axes, "y")
             handles, labels = axes.get_legend_handles_labels()
             first = dict(reversed([*zip(labels, handles, strict=True)]))  # of each label
             if first and set(first) != {""}:
@@ -294,24 +291,11 @@ def _scales(axes: Axes, x: Axis, y: Axis) -> None:
     axes.set(xlabel=x.label, ylabel=y.label)
     for name, axis in (("x", x), ("y", y)):
         if axis.log:
-            _log_ticks(axes, name)
+            log_scale(axes, name)
     if x.label == "layers":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(color="#EDEDED", lw=0.6)
     axes.set_axisbelow(True)
-
-
-def _log_ticks(axes: Axes, name: str) -> None:
-    """A logarithmic axis with plain numbers on it, and more of them where it spans little."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    axis = axes.xaxis if name == "x" else axes.yaxis
-    (axes.set_xscale if name == "x" else axes.set_yscale)("log")
-    low, high = axis.get_data_interval()
-    narrow = high / low < 200
-    axis.set_major_locator(LogLocator(subs=[1, 2, 5] if narrow else [1]))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure: Figure, axes: Axes, title: str) -> None:

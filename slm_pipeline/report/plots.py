@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from slm_pipeline.analysis.canvas import spans_decades
 from slm_pipeline.report import curves
 from slm_pipeline.report.columns import higher_is_better, is_score, parted, shown
-from slm_pipeline.report.curves import Axis, Curve, Point, pareto_front, spans_decades
+from slm_pipeline.report.curves import Axis, Curve, Point, pareto_front
 from slm_pipeline.report.looks import BLUE, Look, combined, looks_of
 from slm_pipeline.report.runs import Value
 from slm_pipeline.report.study import Study, mean_and_deviation, text_of

@@ -83,6 +83,30 @@ def test_loss_curve_marks_the_best_validation_loss(figure):
     assert training.get_xydata().tolist() == [[1, 4.0], [2, 3.5], [3, 3.0]]
     assert validation.get_xydata().tolist() == [[2, 3.1], [4, 3.2]]
     assert (best.get_ydata(), best.get_label()) == ([3.1, 3.1], "best 3.100 at step 2")
+    assert axes.get_yscale() == "linear"
+
+
+def test_loss_curve_of_layers_in_turn_and_of_the_whole_model(figure):
+    """Each layer's line is its own, none of them has a best, and logits have a panel."""
+    curve = [
+        {"step": 0, "eval_loss": 40.0},
+        {"step": 1, "loss": 30.0},
+        {"step": 2, "eval_loss": 20.0},
+        {"step": 2, "eval_loss": 2.0},
+        {"step": 3, "loss": 1.5},
+        {"step": 4, "eval_loss": 1.0},
+        {"step": 4, "logit_eval_loss": 0.6},
+        {"step": 5, "logit_loss": 0.5},
+        {"step": 6, "logit_eval_loss": 0.4},
+    ]
+    states, logits = figure(pictures.loss_curve, curve, title="loss", loss="mse of states, 2 layers in turn").axes
+    lines = [line.get_xydata().tolist() for line in states.lines]
+    assert lines == [[[1, 30.0]], [[3, 1.5]], [[0, 40.0], [2, 20.0]], [[2, 2.0], [4, 1.0]]]
+    assert [text.get_text() for text in states.get_legend().get_texts()] == ["training", "validation"]
+    assert states.get_yscale() == "log"
+    assert states.get_ylabel() == "loss (mse of states, 2 layers in turn)"
+    assert [line.get_xydata().tolist() for line in logits.lines[:2]] == [[[5, 0.5]], [[4, 0.6], [6, 0.4]]]
+    assert logits.lines[2].get_label() == "best 0.400 at step 6"
 
 
 def skip_study(losses: list[float | None], plan_loss: float | None) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def test_joint_and_block_by_block_agree(data, tmp_path, logit_share):
     assert blocks.metrics["num_tokens"] == joint.metrics["num_tokens"]
     assert joint.metrics["num_steps"] == 6
     assert joint.metrics["loss"] == "kl of states, sum over 2 layers"
-    assert blocks.metrics["loss"] == "kl of states, one after the other of 2 layers"
+    assert blocks.metrics["loss"] == "kl of states, 2 layers in turn"
 
 
 def test_the_curve_tells_layers_and_logits_apart(data, tmp_path):

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from slm_pipeline.analysis.canvas import spans_decades
 from slm_pipeline.report import curves, strips
-from slm_pipeline.report.curves import Axis, Curve, Point, Trace, Training, pareto_front, spans_decades
+from slm_pipeline.report.curves import Axis, Curve, Point, Trace, Training, pareto_front
 from slm_pipeline.report.looks import METHODS
 from slm_pipeline.report.strips import Strip
 
