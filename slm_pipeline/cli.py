@@ -151,32 +151,17 @@ def _check_before_hydra(arguments: Namespace) -> bool:
             raise UserError(f"{item.input_line} asks for several jobs; add -m: slm -m {item.input_line}")
         _check_group(item)
     composed = _compose(arguments, [study.first_value(item) for item in overrides])
-    chosen_study = composed.hydra.runtime.choices.get("sweeps")
-    if chosen_study and not multirun:
-        raise UserError(f"sweeps={chosen_study} is a study of several jobs; add -m: slm -m sweeps={chosen_study}")
-    if multirun and composed.hydra.runtime.choices["hydra/launcher"] == "gpus":
-        gpus.check(composed.hydra.launcher.n_jobs)
-    if multirun and study.is_search(composed) and composed.objective.metric is None:
-        raise UserError("a search needs objective.metric=, such as pruned/perplexity/bundled; see sweeps/search.yaml")
     from slm_pipeline.job import make_output_root
     from slm_pipeline.runner import describe_plan, plan
 
-    if multirun and composed.dry_run:
-        failures = 0
-        jobs = study.jobs(composed, arguments.overrides)
-        if study.is_search(composed):
-            print(_describe_search(composed), flush=True)
-        for number, job_overrides in enumerate(jobs):
-            print(f"#{number} {' '.join(job_overrides)}", flush=True)
-            try:
-                print(describe_plan(_job(_compose(arguments, job_overrides), job_overrides)), flush=True)
-            except UserError as error:
-                failures += 1
-                print(f"would fail: {error}", flush=True)
-        if failures:
-            raise UserError(f"{failures} of {number + 1} jobs would fail, see above")
-        return True
-    if not multirun:
+    if multirun:
+        _check_study(composed)
+        if composed.dry_run:
+            _describe_study(composed, arguments)
+            return True
+    else:
+        if name := composed.hydra.runtime.choices.get("sweeps"):
+            raise UserError(f"sweeps={name} is a study of several jobs; add -m: slm -m sweeps={name}")
         job = _job(composed, sys.argv[1:])
         if job.config.dry_run:
             print(describe_plan(job), flush=True)
@@ -184,6 +169,32 @@ def _check_before_hydra(arguments: Namespace) -> bool:
         plan(job)
     make_output_root(composed.output_dir)
     return False
+
+
+def _check_study(composed: DictConfig) -> None:
+    """Raise `UserError` for what no job of a multirun could say by itself."""
+    if composed.hydra.runtime.choices["hydra/launcher"] == "gpus":
+        gpus.check(composed.hydra.launcher.n_jobs)
+    if study.is_search(composed) and composed.objective.metric is None:
+        raise UserError("a search needs objective.metric=, such as pruned/perplexity/bundled; see sweeps/search.yaml")
+
+
+def _describe_study(composed: DictConfig, arguments: Namespace) -> None:
+    """Print each job of a multirun and what it would do; `UserError` if one would fail."""
+    from slm_pipeline.runner import describe_plan
+
+    if study.is_search(composed):
+        print(_describe_search(composed), flush=True)
+    failures = 0
+    for number, overrides in enumerate(study.jobs(composed, arguments.overrides)):
+        print(f"#{number} {' '.join(overrides)}", flush=True)
+        try:
+            print(describe_plan(_job(_compose(arguments, overrides), overrides)), flush=True)
+        except UserError as error:
+            failures += 1
+            print(f"would fail: {error}", flush=True)
+    if failures:
+        raise UserError(f"{failures} of {number + 1} jobs would fail, see above")
 
 
 def compose_job(program: Sequence[str], overrides: Sequence[str], defaults: Sequence[str] = ()) -> Job:

@@ -83,6 +83,7 @@ REFUSED = {
     "added to an overlay": (["+sweeps.oops=1"], ["sweeps"]),
     "several methods at once": (["method=[slm,none]"], ["method=[slm,none]", "slm -m method=slm,none"]),
     "a sweep without -m": (["seed=1,2"], ["seed=1,2", "slm -m seed=1,2"]),
+    "a study without -m": (["sweeps=seeds"], ["sweeps=seeds", "slm -m sweeps=seeds"]),
     "unknown stage": (["stages=[prune]"], ["'prune'", "calibrate, merge, recover, evaluate"]),
     "unknown stage to force": (["force=[prune]"], ["'prune'", "calibrate, merge, recover, evaluate"]),
     "a stage without what it reads": (
