@@ -160,8 +160,7 @@ def _check_before_hydra(arguments: Namespace) -> bool:
             _describe_study(composed, arguments)
             return True
     else:
-        if name := composed.hydra.runtime.choices.get("sweeps"):
-            raise UserError(f"sweeps={name} is a study of several jobs; add -m: slm -m sweeps={name}")
+        _check_not_a_study(composed, overrides)
         job = _job(composed, sys.argv[1:])
         if job.config.dry_run:
             print(describe_plan(job), flush=True)
@@ -177,6 +176,16 @@ def _check_study(composed: DictConfig) -> None:
         gpus.check(composed.hydra.launcher.n_jobs)
     if study.is_search(composed) and composed.objective.metric is None:
         raise UserError("a search needs objective.metric=, such as pruned/perplexity/bundled; see sweeps/search.yaml")
+
+
+def _check_not_a_study(composed: DictConfig, overrides: Sequence[Override]) -> None:
+    """Raise `UserError` for a study without -m, unless all its axes have a value: that is how one of its jobs runs."""
+    name = composed.hydra.runtime.choices.get("sweeps")
+    axes = composed.hydra.sweeper.get("params") or {}
+    if name and (open_axes := sorted(set(axes) - {item.key_or_group for item in overrides})):
+        raise UserError(
+            f"sweeps={name} is a study over {', '.join(open_axes)}; add -m: slm -m sweeps={name}, or give each a value"
+        )
 
 
 def _describe_study(composed: DictConfig, arguments: Namespace) -> None:

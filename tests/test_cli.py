@@ -83,7 +83,7 @@ REFUSED = {
     "added to an overlay": (["+sweeps.oops=1"], ["sweeps"]),
     "several methods at once": (["method=[slm,none]"], ["method=[slm,none]", "slm -m method=slm,none"]),
     "a sweep without -m": (["seed=1,2"], ["seed=1,2", "slm -m seed=1,2"]),
-    "a study without -m": (["sweeps=seeds"], ["sweeps=seeds", "slm -m sweeps=seeds"]),
+    "a study without -m": (["sweeps=seeds"], ["sweeps=seeds is a study over", "slm -m sweeps=seeds"]),
     "unknown stage": (["stages=[prune]"], ["'prune'", "calibrate, merge, recover, evaluate"]),
     "unknown stage to force": (["force=[prune]"], ["'prune'", "calibrate, merge, recover, evaluate"]),
     "a stage without what it reads": (
@@ -214,6 +214,14 @@ def test_failing_job_of_a_sweep_is_a_failed_row_and_the_others_finish(base, tmp_
     layers = [json.loads((sweep / job / "summary.json").read_text())["num_layers"]["pruned"] for job in ("0", "2")]
     assert layers == [5, 4]
     assert not (sweep / "1" / "summary.json").exists()
+
+
+def test_one_job_of_a_study_runs_by_itself(base):
+    """The command that its summary names; the study itself needs -m, see above."""
+    outcome = run_slm(*base, "sweeps=seeds", "method=slm", "seed=1", "dry_run=true")
+    assert outcome.status == 0, outcome.err
+    outcome = run_slm(*base, "sweeps=seeds", "method=slm", "dry_run=true")
+    assert "sweeps=seeds is a study over seed; add -m" in outcome.err
 
 
 def test_dry_run_says_what_would_be_continued(base):
