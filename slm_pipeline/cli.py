@@ -181,10 +181,11 @@ def _check_study(composed: DictConfig) -> None:
 def _check_not_a_study(composed: DictConfig, overrides: Sequence[Override]) -> None:
     """Raise `UserError` for a study without -m, unless all its axes have a value: that is how one of its jobs runs."""
     name = composed.hydra.runtime.choices.get("sweeps")
-    axes = composed.hydra.sweeper.get("params") or {}
-    if name and (open_axes := sorted(set(axes) - {item.key_or_group for item in overrides})):
+    axes = {axis.lstrip("+") for axis in composed.hydra.sweeper.get("params") or {}}
+    if name and (without_value := sorted(axes - {item.key_or_group for item in overrides})):
         raise UserError(
-            f"sweeps={name} is a study over {', '.join(open_axes)}; add -m: slm -m sweeps={name}, or give each a value"
+            f"sweeps={name} is a study, of which one job needs a value for {', '.join(without_value)}; for all of them"
+            f" add -m: slm -m sweeps={name}"
         )
 
 
@@ -235,7 +236,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 def _check_group(item: Override) -> None:
     """Raise `UserError` unless an override of a group names one option."""
     group = item.key_or_group
-    if item.is_sweep_override() or not _is_group(group):
+    if item.is_sweep_override() or not (_is_group(group) or group == "sweeps"):
         return
     value = item.value()
     if isinstance(value, list):

@@ -82,8 +82,9 @@ REFUSED = {
     "added to a plug-in group": (["+method.oops=1"], ["method.oops", "merge_rule"]),
     "added to an overlay": (["+sweeps.oops=1"], ["sweeps"]),
     "several methods at once": (["method=[slm,none]"], ["method=[slm,none]", "slm -m method=slm,none"]),
+    "several studies at once": (["sweeps=[seeds,methods]"], ["sweeps=[seeds,methods]", "choose one"]),
     "a sweep without -m": (["seed=1,2"], ["seed=1,2", "slm -m seed=1,2"]),
-    "a study without -m": (["sweeps=seeds"], ["sweeps=seeds is a study over", "slm -m sweeps=seeds"]),
+    "a study without -m": (["sweeps=seeds"], ["a value for method, seed", "slm -m sweeps=seeds"]),
     "unknown stage": (["stages=[prune]"], ["'prune'", "calibrate, merge, recover, evaluate"]),
     "unknown stage to force": (["force=[prune]"], ["'prune'", "calibrate, merge, recover, evaluate"]),
     "a stage without what it reads": (
@@ -221,7 +222,7 @@ def test_one_job_of_a_study_runs_by_itself(base):
     outcome = run_slm(*base, "sweeps=seeds", "method=slm", "seed=1", "dry_run=true")
     assert outcome.status == 0, outcome.err
     outcome = run_slm(*base, "sweeps=seeds", "method=slm", "dry_run=true")
-    assert "sweeps=seeds is a study over seed; add -m" in outcome.err
+    assert "sweeps=seeds is a study, of which one job needs a value for seed; for all of them add -m" in outcome.err
 
 
 def test_dry_run_says_what_would_be_continued(base):

@@ -102,12 +102,12 @@ def loss_curve(
 
     panels = [("", loss)]
     if any("logit_eval_loss" in row for row in curve):
-        panels.append(("logit_", "nats per token, whole model"))
+        panels.append(("logit_", "nats, whole model"))
     with _figure(4.4 * len(panels), 2.8) as figure:
         for axes, (prefix, unit) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            trainings = _trainings(curve, prefix)
+            parts = trainings(curve, prefix)
             for key, name, marker in (("loss", "training", ""), ("eval_loss", "validation", "o")):
-                for number, rows in enumerate(trainings):
+                for number, rows in enumerate(parts):
                     points = [(row["step"], row[prefix + key]) for row in rows if prefix + key in row]
                     if points:
                         label = None if number else name
@@ -115,10 +115,11 @@ def loss_curve(
                             *zip(*points, strict=True), color=COLORS[name], lw=1.3, marker=marker, ms=4, label=label
                         )
             validation = [(row[prefix + "eval_loss"], row["step"]) for row in curve if prefix + "eval_loss" in row]
-            if validation and len(trainings) == 1:
+            if validation and len(parts) == 1:
                 best, step = min(validation)
                 axes.axhline(best, color=COLORS["reference"], lw=0.8, ls=":", label=f"best {best:.3f} at step {step:g}")
-            axes.set(xlabel="optimiser step", ylabel=f"loss ({unit})")
+            in_turn = "" if len(parts) == 1 else ", one layer after the other"
+            axes.set(xlabel=f"optimiser step{in_turn}", ylabel=f"loss ({unit})")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
             if spans_decades([value for line in axes.lines for value in line.get_ydata()]):
                 log_scale(axes, "y")
@@ -127,17 +128,17 @@ def loss_curve(
         return _save(figure, path_stem)
 
 
-def _trainings(curve: Sequence[Mapping[str, float]], prefix: str) -> list[list[Mapping[str, float]]]:
+def trainings(curve: Sequence[Mapping[str, float]], prefix: str = "") -> list[list[Mapping[str, float]]]:
     """The rows of one training after the other: a step validated twice ends one layer's and begins the next one's."""
-    trainings: list[list[Mapping[str, float]]] = [[]]
+    found: list[list[Mapping[str, float]]] = [[]]
     validated = None
     for row in curve:
         if prefix + "eval_loss" in row:
             if row["step"] == validated:
-                trainings.append([])
+                found.append([])
             validated = row["step"]
-        trainings[-1].append(row)
-    return trainings
+        found[-1].append(row)
+    return found
 
 
 def dynamic_skip(found: Mapping[str, Any], path_stem: Path, *, title: str) -> list[Path]:

@@ -113,9 +113,11 @@ def check_tokens(
     Raises:
         UserError: none does, or there is none, or as `tokenize_example`.
     """
-    for example in examples:
-        if "messages" in example:
-            _pieces(tokenizer, example, completion_only)
+    from tqdm import tqdm
+
+    if chats := [example for example in examples if "messages" in example]:
+        for chat in tqdm(chats, "check chats", disable=None):
+            _pieces(tokenizer, chat, completion_only)
     for example in examples:
         if tokenize_example(tokenizer, example, cutoff_len, completion_only=completion_only):
             return

@@ -105,7 +105,7 @@ class TrainingOptions:
     The defaults are the settings of the SLM authors (LLM-Pruner's Alpaca recipe), for one GPU: AdamW, linear decay
     after the warm-up, gradients clipped to norm 1, loss on the output only, the checkpoint with the lowest validation
     loss kept (where layers learn states: the last). Their data set is ``source=hub``. The learning rate is not theirs,
-    1e-4, but the one that won back most of a small model in docs/recovery.md.
+    1e-4, but chosen in docs/recovery.md, on a small model.
     """
 
     source: str = "bundled"  # bundled | hub | file
@@ -198,11 +198,6 @@ class TrainingOptions:
                 f"recovery.packing=true: a {source.model_type} model in transformers lets packed examples see each"
                 " other; use recovery.packing=false"
             )
-        if source.config.device.startswith("cuda:") and source.config.device != "cuda:0":
-            raise UserError(
-                f"model.device={source.config.device}: a recovery trains on the first GPU in sight; use"
-                f" CUDA_VISIBLE_DEVICES={source.config.device.removeprefix('cuda:')} and model.device=cuda"
-            )
         if self.num_processes > 1 and source.config.device not in ("auto", "cuda", "cpu"):
             raise UserError(
                 f"recovery.num_processes={self.num_processes}: each process takes a GPU of its own, so model.device="
@@ -213,6 +208,11 @@ class TrainingOptions:
         """Some example of each split bears a loss, and there are GPUs for all processes; see `Recovery`."""
         from slm_pipeline.models.loading import load_dense_tokenizer, resolve_device
 
+        if source.config.device.startswith("cuda:") and source.config.device != "cuda:0":
+            raise UserError(
+                f"model.device={source.config.device}: a recovery trains on the first GPU in sight; let"
+                " CUDA_VISIBLE_DEVICES show that one alone, and use model.device=cuda"
+            )
         if self.num_processes > 1 and resolve_device(source.config.device) == "cuda":
             from torch.cuda import device_count
 
@@ -245,7 +245,7 @@ class TrainingOptions:
         return train, validation
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase, data_dir: Path | None) -> None:
-        """Find out whether there is anything to train on; one example of each part is tokenized if the first is good.
+        """Find out whether there is anything to train on; see `tokens.check_tokens`.
 
         Raises:
             UserError: no training example, or no validation example, bears loss within ``cutoff_len``; or no data.

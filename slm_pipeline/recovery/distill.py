@@ -41,7 +41,8 @@ class Distill(TrainingOptions):
     The last weights are kept, not the best, so that both orders end alike; of the last part on logits the best. A
     validation loss above the first one is a warning. Metrics are those of the layers' losses, summed over the layers;
     tokens are those that each layer was trained on. The curve of ``order=blocks`` has one layer's losses after the
-    other's; the losses of the part on logits are called ``logit_loss`` and ``logit_eval_loss``, in nats per token.
+    other's; the losses of the part on logits are called ``logit_loss`` and ``logit_eval_loss``, in nats per counted
+    token.
     """
 
     completion_only: bool = False
@@ -108,8 +109,7 @@ class Distill(TrainingOptions):
             minutes = share / len(together)
             part = Part(folder, end=share, minutes=minutes, steps_before=_steps(fits), keep="last")
             fits.append(fit(objective, train, validation, self, problem, part))
-        layers_are = f"sum over {len(changed)} layers" if self.order == "joint" else f"{len(changed)} layers in turn"
-        metrics = {**_sum_of_layers(fits), "loss": f"{self.loss} of states, {layers_are}"}
+        metrics = {**_sum_of_layers(fits), "loss": f"{self.loss} of states, {len(changed)} layers"}
         if self.logit_share:
             train_only(problem, [layers[span.position] for span in changed])
             end_to_end = LogitMatching(teacher, problem.model)

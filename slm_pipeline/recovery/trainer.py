@@ -319,7 +319,7 @@ class Watch(TrainerCallback):
         if self.progress.seconds >= self.max_seconds:
             logger.info(
                 "%.3g of recovery.max_minutes=%g are over at step %d",
-                self.max_seconds / 60, self.options.max_minutes, state.global_step,
+                self.max_seconds / 60, self.options.max_minutes, self._step(state),
             )  # fmt: skip
             control.should_training_stop = control.should_evaluate = control.should_save = True
         if control.should_save or control.should_evaluate:
@@ -327,16 +327,16 @@ class Watch(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         loss = kwargs["metrics"]["eval_loss"]
-        better = state.best_metric is None or loss < state.best_metric
-        if self.part.keep == "best" and state.global_step and better:
+        if state.global_step and (state.best_metric is None or loss < state.best_metric):
             control.should_save = True
         logger.info(
-            "step %d of %d: validation loss %.4f%s", state.global_step, state.max_steps, loss, self._time_left(state)
-        )
+            "step %d of %d: validation loss %.4f%s",
+            self._step(state), self.part.steps_before + state.max_steps, loss, self._time_left(state),
+        )  # fmt: skip
         losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
         patience = self.options.early_stopping
         if patience is not None and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience]):
-            logger.info("no better validation loss in the last %d: stopped at step %d", patience, state.global_step)
+            logger.info("no better validation loss in the last %d: stopped at step %d", patience, self._step(state))
             control.should_training_stop = control.should_save = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -354,6 +354,10 @@ class Watch(TrainerCallback):
         collective.wait()  # until each process has written its part
         if collective.rank() == 0:
             mark_complete(self.folder / f"checkpoint-{state.global_step}", self.progress)
+
+    def _step(self, state: TrainerState) -> int:
+        """Of the whole recovery."""
+        return self.part.steps_before + state.global_step
 
     def _time_left(self, state: TrainerState) -> str:
         done = state.global_step - self.first_step

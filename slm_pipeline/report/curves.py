@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slm_pipeline.analysis import pictures
 from slm_pipeline.analysis.canvas import WIDTH, log_scale, new_figure, save, spans_decades
 from slm_pipeline.report.looks import BLACK, GREY, Look
 
@@ -245,34 +246,28 @@ class Training:
 
 
 def training_curves(trainings: Sequence[Training], path_stem: Path, *, title: str, note: str = "") -> list[Path]:
-    """Training losses (thin) and validation losses (with markers), a panel for each recovery.
+    """Training losses (thin) and validation losses (with markers), a panel for each recovery and unit of its losses.
 
     Returns:
         The files written.
     """
     from matplotlib.ticker import MaxNLocator
 
-    panels: dict[str, list[Training]] = {}
+    panels: dict[tuple[str, str], list[Training]] = {}
     for training in trainings:
-        panels.setdefault(training.panel, []).append(training)
+        panels.setdefault((training.panel, training.loss), []).append(training)
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
     with new_figure(WIDTH, 0.5 + 2.6 * down) as figure:
         grid = figure.subplots(down, across, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
-        for axes, (name, members) in zip(grid.flat, panels.items(), strict=False):
+        for axes, ((name, loss), members) in zip(grid.flat, panels.items(), strict=False):
             for training in members:
-                look = training.look
-                for key in ("loss", "eval_loss"):
-                    points = [(row["step"], row[key]) for row in training.rows if key in row]
-                    if points:
-                        style: dict[str, Any] = {"lw": 0.6, "alpha": 0.6, "zorder": 2}
-                        if key == "eval_loss":
-                            style = {"lw": 1.3, "marker": look.marker, "ms": 3.5, "label": training.label, "zorder": 3}
-                        axes.plot(*zip(*points, strict=True), color=look.color, ls=look.line, **style)
+                for rows in pictures.trainings(training.rows):
+                    _draw_training(axes, training, rows)
             axes.set_title(name, loc="left")
-            axes.set(xlabel="optimiser step", ylabel=f"loss ({members[0].loss})")
+            axes.set(xlabel="optimiser step", ylabel=f"loss ({loss})")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], nbins=5))
             if spans_decades([value for line in axes.lines for value in line.get_ydata()]):
                 log_scale(axes, "y")
@@ -283,6 +278,17 @@ def training_curves(trainings: Sequence[Training], path_stem: Path, *, title: st
         figure.suptitle(title, x=0.01, ha="left", size=9)
         _note(figure, note)
         return save(figure, path_stem)
+
+
+def _draw_training(axes: Axes, training: Training, rows: Sequence[Mapping[str, float]]) -> None:
+    look = training.look
+    for key in ("loss", "eval_loss"):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            style: dict[str, Any] = {"lw": 0.6, "alpha": 0.6, "zorder": 2}
+            if key == "eval_loss":
+                style = {"lw": 1.3, "marker": look.marker, "ms": 3.5, "label": training.label, "zorder": 3}
+            axes.plot(*zip(*points, strict=True), color=look.color, ls=look.line, **style)
 
 
 def _scales(axes: Axes, x: Axis, y: Axis) -> None:

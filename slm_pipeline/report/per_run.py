@@ -66,10 +66,16 @@ def _trainings(study: Study, folder: Path) -> Iterator[Picture]:
         recovery = (study.runs[i].summary or {})["recovery"]
         loss = recovery.get("loss", "nats per answer token")
         trainings.append(Training(recovery["name"], loss, label, looks[i], found[i]))
+        if logits := [_of_logits(row) for row in found[i] if "logit_loss" in row or "logit_eval_loss" in row]:
+            trainings.append(Training(recovery["name"], "nats, whole model", label, looks[i], logits))
     title = "training and validation loss"
     note = "thin: training, with markers: validation"
     files = curves.training_curves(trainings, folder / "training_loss", title=f"{study.name}: {title}", note=note)
     yield Picture(title, files)
+
+
+def _of_logits(row: Mapping[str, float]) -> dict[str, float]:
+    return {name.removeprefix("logit_"): value for name, value in row.items()}
 
 
 def _looks(study: Study, runs: Sequence[int], options: Sequence[str]) -> dict[int, Look]:

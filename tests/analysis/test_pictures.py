@@ -99,12 +99,14 @@ def test_loss_curve_of_layers_in_turn_and_of_the_whole_model(figure):
         {"step": 5, "logit_loss": 0.5},
         {"step": 6, "logit_eval_loss": 0.4},
     ]
-    states, logits = figure(pictures.loss_curve, curve, title="loss", loss="mse of states, 2 layers in turn").axes
+    states, logits = figure(pictures.loss_curve, curve, title="loss", loss="mse of states, 2 layers").axes
     lines = [line.get_xydata().tolist() for line in states.lines]
     assert lines == [[[1, 30.0]], [[3, 1.5]], [[0, 40.0], [2, 20.0]], [[2, 2.0], [4, 1.0]]]
     assert [text.get_text() for text in states.get_legend().get_texts()] == ["training", "validation"]
     assert states.get_yscale() == "log"
-    assert states.get_ylabel() == "loss (mse of states, 2 layers in turn)"
+    assert states.get_ylabel() == "loss (mse of states, 2 layers)"
+    assert states.get_xlabel() == "optimiser step, one layer after the other"
+    assert logits.get_xlabel() == "optimiser step"
     assert [line.get_xydata().tolist() for line in logits.lines[:2]] == [[[5, 0.5]], [[4, 0.6], [6, 0.4]]]
     assert logits.lines[2].get_label() == "best 0.400 at step 6"
 

@@ -60,7 +60,7 @@ def files(tmp_path, monkeypatch):
             " nothing",
         ),
         (["recovery.num_processes=2", "model.device=balanced"], "recovery.num_processes=2"),
-        (["model.device=cuda:1"], "use CUDA_VISIBLE_DEVICES=1 and model.device=cuda"),
+        (["model.device=cuda:1"], "let CUDA_VISIBLE_DEVICES show that one alone"),
         (["recovery=distill", "recovery.sharding=true", "recovery.num_processes=2"], "recovery.sharding=true"),
         (["recovery.source=bundled"], "recovery.path=good.json needs recovery.source=file, not bundled"),
         (["recovery.revision=v2"], "recovery.revision=v2 needs recovery.source=hub, not file"),

@@ -125,6 +125,19 @@ def test_each_recovery_has_a_panel(figure):
     assert [text.get_text() for text in lora.get_legend().get_texts()] == ["laco", "slm"]
 
 
+def test_layers_in_turn_have_lines_of_their_own_and_units_panels(figure):
+    rows = [{"step": 0, "eval_loss": 9.0}, {"step": 2, "eval_loss": 8.0}, {"step": 2, "eval_loss": 0.5}]
+    trainings = [
+        Training("distill", "kl of states, 2 layers", "slm", SLM, rows),
+        Training("distill", "nats, whole model", "slm", SLM, rows[:1]),
+    ]
+    states, logits = figure(curves.training_curves, trainings, title="t").axes
+    assert [line.get_xydata().tolist() for line in states.lines] == [[[0, 9.0], [2, 8.0]], [[2, 0.5]]]
+    assert (states.get_yscale(), logits.get_yscale()) == ("log", "linear")
+    assert (states.get_ylabel(), logits.get_ylabel()) == ("loss (kl of states, 2 layers)", "loss (nats, whole model)")
+    assert [text.get_text() for text in states.get_legend().get_texts()] == ["slm"]
+
+
 def test_strips_lie_on_one_axis_of_the_dense_layers(figure):
     found = [
         Strip("a", [[0], [1, 2, 3], [5]], [4], 6),

@@ -23,7 +23,8 @@ def test_searches_strips_and_trainings_are_drawn_once_for_each_that_differs(tmp_
         steps = [{"low": 27, "high": 28, "similarity": threshold, "accepted": True}]
         (folder / "plan.json").write_text(json.dumps({"threshold": threshold, "scores": {"steps": steps}}))
         store.mkdir(parents=True)
-        (store / "curve.json").write_text(json.dumps([{**row, "loss": 3.0 + job} for row in curve]))
+        logits = [{"step": 2, "logit_eval_loss": 0.5, "learning_rate": 1e-3}] if job == 1 else []
+        (store / "curve.json").write_text(json.dumps([*({**row, "loss": 3.0 + job} for row in curve), *logits]))
     per_run.draw(read_study(tmp_path / "t"), tmp_path)
     (traces,) = drawn["search_traces"]["arguments"]
     assert [(trace.label, trace.threshold) for trace in traces] == [("0.9", 0.9), ("0.8", 0.8)]
@@ -36,9 +37,11 @@ def test_searches_strips_and_trainings_are_drawn_once_for_each_that_differs(tmp_
     assert [(t.panel, t.label, t.loss) for t in trainings] == [
         ("lora", "0.9", "nats"),
         ("full", "0.9", "nats"),
+        ("full", "0.9", "nats, whole model"),
         ("lora", "0.8", "nats"),
     ]
-    assert trainings[2].rows[0] == {"step": 1, "loss": 5.0}
+    assert trainings[2].rows == [{"step": 2, "eval_loss": 0.5, "learning_rate": 1e-3}]
+    assert trainings[3].rows[0] == {"step": 1, "loss": 5.0}
 
 
 def test_a_training_whose_result_was_cleaned_away_is_read_from_the_log(tmp_path):
