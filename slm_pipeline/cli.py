@@ -236,7 +236,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 def _check_group(item: Override) -> None:
     """Raise `UserError` unless an override of a group names one option."""
     group = item.key_or_group
-    if item.is_sweep_override() or not (_is_group(group) or group == "sweeps"):
+    if item.is_sweep_override() or not _is_group(group):
         return
     value = item.value()
     if isinstance(value, list):
@@ -246,12 +246,16 @@ def _check_group(item: Override) -> None:
             f"{item.input_line} names several options of {group}; choose one, or one job each: slm -m {group}={names}"
         )
     if not isinstance(value, (str, type(None))):
-        names = ", ".join(sorted(file.stem for file in (config.CONF_DIR / group).glob("*.yaml")))
+        names = ", ".join(sorted(file.stem for file in _folder(group).glob("*.yaml")))
         raise UserError(f"{item.input_line}: {group} is a group, choose one of its options: {names}")
 
 
 def _is_group(name: str) -> bool:
-    return (config.CONF_DIR / name).is_dir()
+    return _folder(name).is_dir()
+
+
+def _folder(group: str) -> Path:
+    return (config.SWEEPS_ROOT if group == "sweeps" else config.CONF_DIR) / group
 
 
 def _compose(arguments: Namespace, overrides: list[str]) -> DictConfig:

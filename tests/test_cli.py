@@ -82,6 +82,7 @@ REFUSED = {
     "added to a plug-in group": (["+method.oops=1"], ["method.oops", "merge_rule"]),
     "added to an overlay": (["+sweeps.oops=1"], ["sweeps"]),
     "several methods at once": (["method=[slm,none]"], ["method=[slm,none]", "slm -m method=slm,none"]),
+    "a study by its number": (["sweeps=3"], ["sweeps=3", "choose one of its options", "seeds"]),
     "several studies at once": (["sweeps=[seeds,methods]"], ["sweeps=[seeds,methods]", "choose one"]),
     "a sweep without -m": (["seed=1,2"], ["seed=1,2", "slm -m seed=1,2"]),
     "a study without -m": (["sweeps=seeds"], ["a value for method, seed", "slm -m sweeps=seeds"]),

@@ -100,21 +100,17 @@ def loss_curve(
     """
     from matplotlib.ticker import MaxNLocator
 
-    panels = [("", loss)]
-    if any("logit_eval_loss" in row for row in curve):
-        panels.append(("logit_", "nats, whole model"))
+    panels = by_unit(curve, loss)
     with _figure(4.4 * len(panels), 2.8) as figure:
-        for axes, (prefix, unit) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            parts = trainings(curve, prefix)
-            for key, name, marker in (("loss", "training", ""), ("eval_loss", "validation", "o")):
-                for number, rows in enumerate(parts):
-                    points = [(row["step"], row[prefix + key]) for row in rows if prefix + key in row]
-                    if points:
-                        label = None if number else name
-                        axes.plot(
-                            *zip(*points, strict=True), color=COLORS[name], lw=1.3, marker=marker, ms=4, label=label
-                        )
-            validation = [(row[prefix + "eval_loss"], row["step"]) for row in curve if prefix + "eval_loss" in row]
+        grid = figure.subplots(1, len(panels), squeeze=False)
+        for axes, (unit, rows) in zip(grid[0], panels.items(), strict=True):
+            parts = trainings(rows)
+            for number, part in enumerate(parts):
+                for key, name, marker in (("loss", "training", ""), ("eval_loss", "validation", "o")):
+                    if points := [(row["step"], row[key]) for row in part if key in row]:
+                        style: dict[str, Any] = {"color": COLORS[name], "lw": 1.3, "marker": marker, "ms": 4}
+                        axes.plot(*zip(*points, strict=True), **style, label=None if number else name)
+            validation = [(row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row]
             if validation and len(parts) == 1:
                 best, step = min(validation)
                 axes.axhline(best, color=COLORS["reference"], lw=0.8, ls=":", label=f"best {best:.3f} at step {step:g}")
@@ -128,12 +124,23 @@ def loss_curve(
         return _save(figure, path_stem)
 
 
-def trainings(curve: Sequence[Mapping[str, float]], prefix: str = "") -> list[list[Mapping[str, float]]]:
+def by_unit(curve: Sequence[Mapping[str, Any]], loss: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a recovery's curve by what their losses are: ``loss``, or those on logits, without their prefix."""
+    rows = [{name.removeprefix("logit_"): value for name, value in row.items()} for row in curve]
+    on_logits = [any(name.startswith("logit_") for name in row) for row in curve]
+    panels = {
+        loss: [row for row, logits in zip(rows, on_logits, strict=True) if not logits],
+        "nats, whole model": [row for row, logits in zip(rows, on_logits, strict=True) if logits],
+    }
+    return {unit: rows for unit, rows in panels.items() if rows}
+
+
+def trainings(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """The rows of one training after the other: a step validated twice ends one layer's and begins the next one's."""
-    found: list[list[Mapping[str, float]]] = [[]]
+    found: list[list[Mapping[str, Any]]] = [[]]
     validated = None
-    for row in curve:
-        if prefix + "eval_loss" in row:
+    for row in rows:
+        if "eval_loss" in row:
             if row["step"] == validated:
                 found.append([])
             validated = row["step"]

@@ -205,7 +205,7 @@ class TrainingOptions:
             )
 
     def preflight(self, source: ModelSource, data_dir: Path | None) -> None:
-        """Some example of each split bears a loss, and there are GPUs for all processes; see `Recovery`."""
+        """Some example of each split bears a loss, and the GPUs are those that training can use; see `Recovery`."""
         from slm_pipeline.models.loading import load_dense_tokenizer, resolve_device
 
         if source.config.device.startswith("cuda:") and source.config.device != "cuda:0":

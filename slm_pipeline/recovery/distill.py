@@ -107,13 +107,16 @@ class Distill(TrainingOptions):
             objective = StateMatching(teacher, problem.model, spans, bodies, self.loss)
             folder = "checkpoints/" + "_".join(str(span.position) for span in spans)
             minutes = share / len(together)
-            part = Part(folder, end=share, minutes=minutes, steps_before=_steps(fits), keep="last")
+            part = Part(folder=folder, end=share, minutes=minutes, steps_before=_steps(fits), keep="last")
             fits.append(fit(objective, train, validation, self, problem, part))
         metrics = {**_sum_of_layers(fits), "loss": f"{self.loss} of states, {len(changed)} layers"}
         if self.logit_share:
             train_only(problem, [layers[span.position] for span in changed])
             end_to_end = LogitMatching(teacher, problem.model)
-            part = Part("checkpoints/logits", share, 1, self.logit_share, _steps(fits), prefix="logit_")
+            part = Part(
+                folder="checkpoints/logits", begin=share, minutes=self.logit_share, steps_before=_steps(fits),
+                prefix="logit_",
+            )  # fmt: skip
             last = fit(end_to_end, train, validation, self, problem, part)
             del metrics["best_step"]  # of which part?
             metrics |= {

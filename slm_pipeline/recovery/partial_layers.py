@@ -30,14 +30,13 @@ class PartialLayers(TrainingOptions):
     head: bool | None = None  # null: trained unless it is the embedding
     final_norm: bool = True
     name: ClassVar[str] = "partial_layers"
-    _NOTHING: ClassVar[str] = "recovery.num_layers=0 with recovery.final_norm=false and"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_layers < 0:
             raise UserError(f"recovery.num_layers={self.num_layers} must be at least 0")
         if self.num_layers == 0 and not self.final_norm and self.head is False:
-            raise UserError(f"{self._NOTHING} recovery.head=false train nothing")
+            raise UserError("recovery.num_layers=0, recovery.final_norm=false and recovery.head=false train nothing")
 
     def check(self, source: ModelSource, num_layers: int | None) -> None:
         super().check(source, num_layers)
@@ -54,7 +53,10 @@ class PartialLayers(TrainingOptions):
         from slm_pipeline.models.loading import ties_embeddings
 
         if self.num_layers == 0 and not self.final_norm and self.head is None and ties_embeddings(source):
-            raise UserError(f"{self._NOTHING} the head of {source.name}, which is its embedding, train nothing")
+            raise UserError(
+                "recovery.num_layers=0 and recovery.final_norm=false train nothing: the output head of"
+                f" {source.name} is its embedding, which stays frozen"
+            )
         if self.head and ties_embeddings(source):
             raise UserError(
                 f"recovery.head=true: the output head of {source.name} is its embedding, below every frozen layer;"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from slm_pipeline.analysis import pictures
 from slm_pipeline.report import curves
 from slm_pipeline.report.curves import Trace, Training
 from slm_pipeline.report.looks import Look
@@ -65,17 +66,12 @@ def _trainings(study: Study, folder: Path) -> Iterator[Picture]:
     for label, i in distinct:
         recovery = (study.runs[i].summary or {})["recovery"]
         loss = recovery.get("loss", "nats per answer token")
-        trainings.append(Training(recovery["name"], loss, label, looks[i], found[i]))
-        if logits := [_of_logits(row) for row in found[i] if "logit_loss" in row or "logit_eval_loss" in row]:
-            trainings.append(Training(recovery["name"], "nats, whole model", label, looks[i], logits))
+        for unit, rows in pictures.by_unit(found[i], loss).items():
+            trainings.append(Training(recovery["name"], unit, label, looks[i], rows))
     title = "training and validation loss"
     note = "thin: training, with markers: validation"
     files = curves.training_curves(trainings, folder / "training_loss", title=f"{study.name}: {title}", note=note)
     yield Picture(title, files)
-
-
-def _of_logits(row: Mapping[str, float]) -> dict[str, float]:
-    return {name.removeprefix("logit_"): value for name, value in row.items()}
 
 
 def _looks(study: Study, runs: Sequence[int], options: Sequence[str]) -> dict[int, Look]:

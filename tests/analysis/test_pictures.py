@@ -101,7 +101,7 @@ def test_loss_curve_of_layers_in_turn_and_of_the_whole_model(figure):
     ]
     states, logits = figure(pictures.loss_curve, curve, title="loss", loss="mse of states, 2 layers").axes
     lines = [line.get_xydata().tolist() for line in states.lines]
-    assert lines == [[[1, 30.0]], [[3, 1.5]], [[0, 40.0], [2, 20.0]], [[2, 2.0], [4, 1.0]]]
+    assert lines == [[[1, 30.0]], [[0, 40.0], [2, 20.0]], [[3, 1.5]], [[2, 2.0], [4, 1.0]]]
     assert [text.get_text() for text in states.get_legend().get_texts()] == ["training", "validation"]
     assert states.get_yscale() == "log"
     assert states.get_ylabel() == "loss (mse of states, 2 layers)"

@@ -56,8 +56,7 @@ def files(tmp_path, monkeypatch):
                 *("recovery=partial_layers", "recovery.num_layers=0", "recovery.final_norm=false"),
                 "model.architecture=gemma2",
             ],
-            "recovery.num_layers=0 with recovery.final_norm=false and the head of random, which is its embedding, train"
-            " nothing",
+            "recovery.num_layers=0 and recovery.final_norm=false train nothing: the output head of random is its",
         ),
         (["recovery.num_processes=2", "model.device=balanced"], "recovery.num_processes=2"),
         (["model.device=cuda:1"], "let CUDA_VISIBLE_DEVICES show that one alone"),
