@@ -172,9 +172,10 @@ class Artifact:
 
 
 def _no_space(error: Exception) -> bool:
-    """Whether the disk is full; safetensors says so in words alone."""
+    """Whether the disk is full; safetensors says so in words alone, torch.save that less was written than meant."""
     full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or os.strerror(errno.ENOSPC) in str(error)
+    words = (os.strerror(errno.ENOSPC), "unexpected pos")
+    return getattr(error, "errno", None) in full or any(phrase in str(error) for phrase in words)
 
 
 def check_store_format(root: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from slm_pipeline.artifacts import STORE_FORMAT, Artifact, check_store, digest, is_held, write_json, write_text
 from slm_pipeline.errors import UserError
@@ -195,6 +196,17 @@ def test_full_disk_is_a_user_error_and_keeps_what_was_done(error, tmp_path):
     assert not result.done
     assert (result.partial / "first task").read_text() == "done"
     assert result.produce(make_nothing)[1] is False
+
+
+def test_a_disk_that_is_full_for_a_training_checkpoint(tmp_path):
+    """As torch.save itself puts it, which names neither the disk nor its space."""
+
+    def make(folder: Path) -> dict:
+        torch.save({"moments": torch.zeros(100_000)}, "/dev/full")
+        return {}
+
+    with pytest.raises(UserError, match="no space left on the device"):
+        artifact(tmp_path).produce(make)
 
 
 def test_other_errors_pass_unchanged(tmp_path):
