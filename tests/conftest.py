@@ -8,12 +8,14 @@ import os
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+import hypothesis
 import pytest
 import torch
 
@@ -24,6 +26,18 @@ from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.source import ModelSource, describe
 
 torch.set_num_threads(1)
+
+# Property tests: the same few examples each time; SLM_TEST_EXAMPLES=20000 draws that many new ones. None may hang.
+_examples = os.environ.get("SLM_TEST_EXAMPLES")
+hypothesis.settings.register_profile(
+    "slm",
+    max_examples=int(_examples or 25),
+    derandomize=_examples is None,
+    deadline=timedelta(seconds=10),
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("slm")
 
 
 def random_source(architecture: str = "llama", num_layers: int = 6, **sizes: int) -> ModelSource:
