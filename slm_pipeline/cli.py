@@ -22,7 +22,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.main import get_args_parser
 from hydra.types import RunMode
@@ -148,7 +148,7 @@ def _check_before_hydra(arguments: Namespace) -> bool:
     )
     for item in overrides:
         if item.is_sweep_override() and not multirun:
-            raise UserError(f"{item.input_line} asks for several jobs; add -m: slm -m {item.input_line}")
+            raise UserError(f"{_several_jobs(item)}; for these add -m: slm -m {item.input_line}")
         _check_group(item)
     composed = _compose(arguments, [study.first_value(item) for item in overrides])
     from slm_pipeline.job import make_output_root
@@ -220,17 +220,48 @@ def compose_job(program: Sequence[str], overrides: Sequence[str], defaults: Sequ
     set_environment()
     for item in _parse(overrides):
         if item.is_sweep_override():
-            raise UserError(f"{item.input_line} asks for several jobs; {' '.join(program)} runs one")
+            raise UserError(f"{_several_jobs(item)}; {' '.join(program)} runs one")
         _check_group(item)
     composed = _compose(Namespace(config_dir=None, config_name=None), [*defaults, *overrides])
     return _job(composed, overrides, program)
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except ValueError as error:
-        raise UserError(f"cannot read the overrides {list(overrides)}: {error}") from error
+    """What Hydra reads in them.
+
+    Raises:
+        UserError: it cannot read one, or reads something else than the text that was meant; with the form that works.
+    """
+    parser = OverridesParser.create()
+    parsed = []
+    for override in overrides:
+        try:
+            item = parser.parse_override(override)
+        except (HydraException, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"cannot read {override[:300]}: {reason[:300]}{_or_as_text(override)}") from error
+        raw, value = override.partition("=")[2], item._value
+        if isinstance(value, str) and raw != raw.strip():
+            raise UserError(f"{override!r}: blanks at its ends are lost{_or_as_text(override)}")
+        if isinstance(value, (bool, int, float)) and str(value) != raw and config.is_text(item.key_or_group):
+            raise UserError(f"{override} is read as {value}{_or_as_text(override)}")
+        parsed.append(item)
+    return parsed
+
+
+def _or_as_text(override: str) -> str:
+    """The end of a message about an override: how a shell and Hydra take its value as one text, whatever is in it."""
+    key, equals, value = override.partition("=")
+    if not equals or len(value) > 300:
+        return ""
+    quoted = QuotedString(text=value, quote=Quote.double).with_quotes()
+    return f"; as one text it is written {shlex.quote(f'{key}={quoted}')}"
+
+
+def _several_jobs(item: Override) -> str:
+    """What a sweep without -m asks for."""
+    as_text = _or_as_text(item.input_line or "") if set("/ ") & set(item.input_line or "") else ""
+    return f"{item.input_line} asks for several jobs{as_text}"
 
 
 def _check_group(item: Override) -> None:
@@ -245,7 +276,7 @@ def _check_group(item: Override) -> None:
         raise UserError(
             f"{item.input_line} names several options of {group}; choose one, or one job each: slm -m {group}={names}"
         )
-    if not isinstance(value, (str, type(None))):
+    if not isinstance(value, str) or not value:
         names = ", ".join(sorted(file.stem for file in _folder(group).glob("*.yaml")))
         raise UserError(f"{item.input_line}: {group} is a group, choose one of its options: {names}")
 
@@ -270,8 +301,9 @@ def _compose(arguments: Namespace, overrides: list[str]) -> DictConfig:
             loader.repository.initialize_sources(loader.get_search_path())
         try:
             return compose(arguments.config_name or "config", overrides=overrides, return_hydra_config=True)
-        except ValueError as error:  # not every malformed override is an error of Hydra's own kind
-            raise UserError(f"cannot read the overrides {overrides}: {error}") from error
+        except (ValueError, OverflowError) as error:  # not every malformed override is an error of Hydra's own kind
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"cannot read the overrides {overrides}: {reason}") from error
 
 
 def _describe_search(composed: DictConfig) -> str:

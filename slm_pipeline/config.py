@@ -7,24 +7,44 @@ the only function that resolves such a name. Importing this module stays cheap: 
 
 from __future__ import annotations
 
+import difflib
+import functools
 import importlib
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from inspect import isabstract
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from slm_pipeline import ranges
 from slm_pipeline.artifacts import digest
 from slm_pipeline.errors import UserError
+from slm_pipeline.ranges import (
+    BatchSize,
+    Count,
+    CountOrZero,
+    FilePath,
+    FolderName,
+    NumLayers,
+    Range,
+    Seed,
+    Text,
+    Tokens,
+    UpToOne,
+)
 
 _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE if (_HERE / "conf").is_dir() else _HERE.parent  # an installed wheel carries conf/ and sweeps/ inside
 CONF_DIR = _ROOT / "conf"
 SWEEPS_ROOT = _ROOT  # the folder that holds the shipped sweeps/
 
+PLUG_INS = ("method", "recovery")  # groups whose options are classes, see `build`
 STAGES = ("calibrate", "merge", "recover", "evaluate")
 TARGETS = ("dense", "pruned", "recovered")
 
@@ -37,19 +57,19 @@ class ModelConfig:
     source: str = MISSING  # bundled | hub | local | random
     repo: str | None = None  # hub: repository
     revision: str | None = None  # hub: commit, tag or branch
-    path: str | None = None  # local: folder that transformers can load
+    path: FilePath | None = None  # local: folder that transformers can load
     dtype: str = "bfloat16"  # float32 | bfloat16 | float16
     device: str = "auto"  # auto (cuda if there is one) | cpu | cuda | cuda:N | balanced (spread over all GPUs)
     trust_remote_code: bool = False
-    published_thresholds: dict[str, float] = field(default_factory=dict)  # ratio option -> threshold
+    published_thresholds: dict[str, UpToOne] = field(default_factory=dict)  # ratio option -> threshold
     architecture: str | None = None  # random: a model_type of transformers, e.g. qwen3; the rest is for random too
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_heads: int | None = None
-    num_kv_heads: int | None = None
-    vocab_size: int | None = None
-    seed: int | None = None
+    num_layers: NumLayers | None = None
+    hidden_size: Count | None = None
+    intermediate_size: Count | None = None
+    num_heads: Count | None = None
+    num_kv_heads: Count | None = None
+    vocab_size: Annotated[int, Range(at_least=260, below=2**31)] | None = None  # 256 bytes and special tokens
+    seed: Seed | None = None
 
 
 @dataclass
@@ -57,11 +77,11 @@ class CalibrationConfig:
     """The text that a method looks at."""
 
     source: str = MISSING  # bundled | text_file | bookcorpus | c4 | wikitext2 | slimpajama
-    path: str | None = None  # text_file: a UTF-8 file; hub sets: a local folder in the hub's layout instead of the hub
-    num_samples: int = 10
-    seq_len: int = 128  # tokens
+    path: FilePath | None = None  # text_file: a UTF-8 file; hub sets: a local folder in the hub's layout
+    num_samples: Count = 10
+    seq_len: Tokens = 128
     sampling: str = "random"  # random | contiguous
-    seed: int = 1234
+    seed: Seed = 1234
 
 
 @dataclass
@@ -69,8 +89,8 @@ class ThresholdConfig:
     """Similarity floor of the threshold-driven methods."""
 
     kind: str = "auto"  # auto | fixed | published
-    value: float | None = None  # fixed: in [0, 1]
-    refine: int = 5  # auto: grid points tried above the best threshold found by halving
+    value: UpToOne | None = None  # fixed
+    refine: Annotated[int, Range(at_least=0, at_most=100)] = 5  # auto: grid points tried above the best from halving
     exhaustive: bool = False  # auto: walk the whole grid down from 0.99 instead
 
 
@@ -79,20 +99,20 @@ class PruningRatioConfig:
     """How much to remove."""
 
     of: str = "layers"  # layers | parameters
-    ratio: float | None = None  # fraction to remove, in (0, 1)
-    num_layers: int | None = None  # layers to keep, instead of a ratio
+    ratio: Annotated[float, Range(above=0, below=1)] | None = None  # fraction to remove
+    num_layers: NumLayers | None = None  # layers to keep, instead of a ratio
 
 
 @dataclass
 class PerplexityConfig:
     """Language-model loss over running text."""
 
-    corpora: list[str] = field(default_factory=list)  # bundled | wikitext2 | c4 | ptb | a text file
-    window: int = 1024  # tokens
-    stride: int | None = None  # null: windows do not overlap; else only the last `stride` tokens of a window are scored
+    corpora: list[FilePath] = field(default_factory=list)  # bundled | wikitext2 | c4 | ptb | a text file
+    window: Annotated[int, Range(at_least=2, at_most=2**20)] = 1024  # tokens
+    stride: Tokens | None = None  # null: windows do not overlap; else only a window's last `stride` tokens are scored
     bos: bool = False  # put the BOS token before every window
-    max_tokens: int | None = None  # null: the whole text
-    batch_size: int = 4
+    max_tokens: Count | None = None  # null: the whole text
+    batch_size: BatchSize = 4
 
 
 @dataclass
@@ -100,11 +120,11 @@ class EfficiencyConfig:
     """Speed and memory of generation, as the SLM authors measure it."""
 
     enabled: bool = False
-    batch_size: int = 1
-    output_len: int = 128  # tokens
-    num_runs: int = 30
-    num_warmup: int = 10  # of the runs, not counted
-    prompt: str = "The Leaning Tower of Pisa is known for"
+    batch_size: BatchSize = 1
+    output_len: Tokens = 128
+    num_runs: Count = 30
+    num_warmup: CountOrZero = 10  # of the runs, not counted
+    prompt: Annotated[str, Text(lines=True)] = "The Leaning Tower of Pisa is known for"
 
 
 @dataclass
@@ -112,10 +132,10 @@ class EvaluationConfig:
     """Which numbers, on which data."""
 
     of: list[str] = field(default_factory=lambda: list(TARGETS))
-    data: str = "bundled"  # bundled | hub | a folder with <task>.jsonl files
+    data: FilePath = "bundled"  # bundled | hub | a folder with <task>.jsonl files
     tasks: list[str] = field(default_factory=list)
-    limit: int | None = None  # first examples of each task; null: all
-    batch_size: int = 16
+    limit: Count | None = None  # first examples of each task; null: all
+    batch_size: BatchSize = 16
     perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
 
@@ -126,9 +146,9 @@ class TrackerConfig:
 
     kind: str = "jsonl"  # jsonl | wandb
     mode: str = "offline"  # wandb: offline | online
-    project: str = "slm_pipeline"
+    project: Annotated[str, Text(at_most=128, empty=False)] = "slm_pipeline"
     entity: str | None = None
-    tags: list[str] = field(default_factory=list)
+    tags: list[Annotated[str, Text(at_most=64, empty=False)]] = field(default_factory=list)
 
 
 @dataclass
@@ -148,15 +168,15 @@ class ObjectiveConfig:
 
     metric: str | None = None  # such as pruned/perplexity/bundled, pruned/average or num_layers; null: no number
     direction: str = "minimize"  # minimize | maximize
-    max_layers: int | None = None  # budget: more layers count as worse than anything within it
+    max_layers: NumLayers | None = None  # budget: more layers count as worse than anything within it
 
 
 @dataclass
 class Config:
     """The whole configuration of one job."""
 
-    name: str = "slm"
-    seed: int = 1234
+    name: FolderName = "slm"
+    seed: Seed = 1234
     stages: list[str] = field(default_factory=lambda: list(STAGES))
     force: list[str] = field(default_factory=list)  # stages to run again, with everything after them
     keep: str = "model"  # model | plan: whether the pruned weights stay on disk or are rebuilt from the plan
@@ -164,8 +184,8 @@ class Config:
     pictures: bool = True  # in the run's folder; without them a job of seconds in a large study takes half as long
     study: StudyConfig = field(default_factory=StudyConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    output_dir: str = "outputs"
-    data_dir: str | None = None  # where relative data paths are looked up; null: the directory you started in
+    output_dir: FilePath = "outputs"
+    data_dir: FilePath | None = None  # where relative data paths are looked up; null: the directory you started in
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     method: Any = None
@@ -177,8 +197,16 @@ class Config:
 
 
 def register() -> None:
-    """Make the schema known to Hydra, as ``schema`` in the defaults list."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    """Make the schema known to Hydra, as ``schema`` in the defaults list.
+
+    The plug-in groups are open: which keys they have is for their classes to say, see `build`, where an error can name
+    the option that lacks a key, and is one job's alone in a study.
+    """
+    schema = OmegaConf.structured(Config)
+    for group in PLUG_INS:
+        schema[group] = {}
+        OmegaConf.set_struct(schema[group], False)
+    ConfigStore.instance().store(name="schema", node=schema)
     OmegaConf.register_new_resolver("digest", _digest, replace=True)
 
 
@@ -196,50 +224,143 @@ def to_config(composed: DictConfig) -> Config:
     """The typed configuration of a composed one; interpolations resolved, unknown keys refused.
 
     Raises:
-        UserError: a key that does not exist (also one added with ``+``), a wrong type, or a missing value.
+        UserError: a key that does not exist (also one added with ``+``), a wrong type, a missing value, or one out of
+            its range.
     """
     values = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(values, dict)
     values.pop("hydra", None)
     plain = OmegaConf.create(values)
-    try:
+    with _refusals_in_one_line():
         OmegaConf.resolve(plain)
         if missing := sorted(OmegaConf.missing_keys(plain)):
             raise UserError(f"no value for {', '.join(missing)}; see slm --help")
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
-    except OmegaConfBaseException as error:
-        raise UserError(one_line(error)) from error
     assert isinstance(config, Config)
+    ranges.check(config)
     return config
 
 
-def build(node: Any, *, group: str) -> Any:
-    """The object that a plug-in group's YAML describes.
+@contextmanager
+def _refusals_in_one_line(group: str = "") -> Iterator[None]:
+    """Turn what OmegaConf has against a value, of the whole configuration or of a group, into a user's error."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        place = group and group + ("." if error.full_key else ": ")
+        raise UserError(place + one_line(error)) from error
+    except OverflowError as error:  # an integer of hundreds of digits where a float belongs
+        raise UserError(f"a number is too large: {error}") from error
+    except RecursionError as error:
+        raise UserError("values refer to one another in a circle: ${...}") from error
 
-    ``_target_`` names a dataclass of this package; the other keys are its fields, checked for name and type, then by
-    the class's own ``__post_init__``.
+
+def is_text(key: str) -> bool:
+    """Whether an option of the schema, by its whole name, holds one text."""
+    kind: Any = Config
+    for name in key.split("."):
+        kind = ranges.split(ranges.declared(kind).get(name))[0] if is_dataclass(kind) else None
+    return kind is str
+
+
+def build(node: Any, *, group: str) -> Any:
+    """The object that a plug-in group's YAML describes; None for ``recovery=none``, which has no class.
+
+    ``_target_`` names a dataclass of this package; the other keys are its fields, checked for name, type and range, and
+    by the class's own ``__post_init__``. The option ``none`` has no use for the keys of the others: see `unused`.
 
     Raises:
-        UserError: the class is not one of ours, a key is unknown, or a value is of the wrong type or range.
+        UserError: the class is not one of ours, it lacks a key, or a value is of the wrong type or range.
     """
-    values = dict(node)
-    target = values.pop("_target_", None)
+    target, values = _target_and_values(node, group)
+    if target is None and group == "recovery":
+        return None
+    options = _options_class(target, group)
+    lacking = set(values) - {option.name for option in fields(options)}
+    if lacking and options.name != "none":
+        raise UserError(_lacks(min(lacking), group, options))
+    with _refusals_in_one_line(group):
+        given = {key: value for key, value in values.items() if key not in lacking}
+        built = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(options), given))
+    ranges.check(built, f"{group}.")
+    return built
+
+
+def unused(node: Any, *, group: str) -> list[str]:
+    """Keys of a plug-in group that were set although its option is ``none``, by their whole names.
+
+    So ``recovery=none`` can be laid over an experiment, or stand in a study, that sets what the others read.
+
+    Raises:
+        UserError: no option of the group has such a key.
+    """
+    target, values = _target_and_values(node, group)
+    options = None if target is None and group == "recovery" else _options_class(target, group)
+    if options is not None and options.name != "none":
+        return []
+    own = {option.name for option in fields(options)} if options is not None else set()
+    extra = [key for key in values if key not in own]
+    known = _options_with(group)
+    for key in extra:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=3)
+            raise UserError(
+                f"{group}.{key} does not exist in any option of {group};"
+                f" {'did you mean' if near else 'there are'} {', '.join(near or sorted(known))}"
+            )
+    return [f"{group}.{key}" for key in extra]
+
+
+def _target_and_values(node: Any, group: str) -> tuple[Any, dict[str, Any]]:
+    if not isinstance(node or {}, (Mapping, DictConfig)):
+        raise UserError(f"{group}={ranges.short(node)} must be one of {', '.join(sorted(_names(group)))}")
+    values = {str(key): value for key, value in (node or {}).items()}
+    return values.pop("_target_", None), values
+
+
+def _options_class(target: Any, group: str) -> Any:
+    """The dataclass that ``_target_`` names."""
+    if target is None:
+        raise UserError(f"{group} has no option; choose one of {', '.join(sorted(_names(group)))}")
     if not isinstance(target, str) or not target.startswith("slm_pipeline."):
         raise UserError(f"{group}._target_={target!r} must name a class in slm_pipeline")
     module_name, _, class_name = target.rpartition(".")
     try:
         options = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{group}._target_={target!r} does not exist ({error})") from error
-    if not is_dataclass(options):
-        raise UserError(f"{group}._target_={target!r} is not a dataclass")
-    if unknown := sorted(set(values) - {option.name for option in fields(options)}):
-        allowed = ", ".join(option.name for option in fields(options))
-        raise UserError(f"{group}.{unknown[0]} does not exist; {group} has: {allowed}")
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(options), values))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{group}.{one_line(error)}") from error
+    does = {"method": "plan", "recovery": "run"}[group]
+    if not (is_dataclass(options) and hasattr(options, "name") and hasattr(options, does)) or isabstract(options):
+        raise UserError(f"{group}._target_={target!r} is not the class of a {group}")
+    return options
+
+
+def _lacks(key: str, group: str, options: Any) -> str:
+    """Why a key is refused: which options have it, or what is like it."""
+    message = f"{group}.{key} does not exist for {group}={options.name}"
+    if others := _options_with(group).get(key):
+        message += f", only for {group}={', '.join(others)}"
+    names = [option.name for option in fields(options)]
+    if near := difflib.get_close_matches(str(key), names):
+        message += f" (did you mean {', '.join(near)}?)"
+    return f"{message}; {group}={options.name} has: {', '.join(names)}"
+
+
+def _names(group: str) -> list[str]:
+    return [file.stem for file in (CONF_DIR / group).glob("*.yaml")]
+
+
+@functools.cache
+def _options_with(group: str) -> dict[str, list[str]]:
+    """Of each key of a plug-in group the shipped options that have it."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(_names(group)):
+        values: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / group / f"{name}.yaml"), resolve=False)
+        values = values.get(group, values)  # some are written from the top
+        target = values.get("_target_")
+        for option in fields(_options_class(target, group)) if target else ():
+            found.setdefault(option.name, []).append(name)
+    return found
 
 
 def one_line(error: Exception) -> str:

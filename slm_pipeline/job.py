@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from slm_pipeline import config as options
 from slm_pipeline import objective
 from slm_pipeline.artifacts import check_store_format
-from slm_pipeline.config import Config, build
+from slm_pipeline.config import Config, ThresholdConfig, build, unused
 from slm_pipeline.data import calibration
 from slm_pipeline.data.tasks import task_fingerprint
 from slm_pipeline.errors import UserError
-from slm_pipeline.evaluation import efficiency, perplexity, zero_shot
+from slm_pipeline.evaluation import efficiency, perplexity
 from slm_pipeline.methods.base import Method, PruningProblem, num_layers_to_remove
 from slm_pipeline.models.source import ModelSource, describe
 from slm_pipeline.recovery.base import Recovery
@@ -38,6 +38,7 @@ class Job:
         recovery: None for recovery=none.
         identities: what calibration text, recovery data and evaluation data are, as JSON for the artefacts' keys.
         command: the command line that gave this configuration.
+        remarks: what is worth a warning although the job can run, such as options that nothing reads.
     """
 
     config: Config
@@ -47,6 +48,7 @@ class Job:
     threshold: float | None
     command: str
     identities: dict[str, object] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def data_dir(self) -> Path | None:
@@ -150,10 +152,8 @@ def prepare(config: Config, command: str) -> Job:
     """
     _check_top_level(config)
     method: Method = build(config.method, group="method")
-    recovery: Recovery | None = None
-    if config.recovery:  # recovery=none is {}
-        recovery = build(config.recovery, group="recovery")
-    elif config.evaluation.of == ["recovered"] and "evaluate" in config.stages:
+    recovery: Recovery | None = build(config.recovery, group="recovery")
+    if recovery is None and config.evaluation.of == ["recovered"] and "evaluate" in config.stages:
         raise UserError("evaluation.of=[recovered] has nothing to score with recovery=none")
     source = describe(config.model)
     threshold = _threshold(config, method, command)
@@ -169,13 +169,27 @@ def prepare(config: Config, command: str) -> Job:
     identities["evaluation"] = _check_evaluation(config)
     objective.check(config)
     check_tracker(config.tracker)
-    job = Job(config, source, method, recovery, threshold, command, identities)
+    job = Job(config, source, method, recovery, threshold, command, identities, _unused_options(config, method))
     num_layers = None
     if source.num_layers is not None and (removed := job.num_layers_to_remove(source.num_layers)) is not None:
         num_layers = source.num_layers - removed
     if recovery is not None:
         recovery.check(source, num_layers)
     return job
+
+
+def _unused_options(config: Config, method: Method) -> list[str]:
+    """What was set although the options that were chosen have no use for it, in words."""
+    found = {f"{group}=none": unused(getattr(config, group), group=group) for group in options.PLUG_INS}
+    if config.threshold.kind != "auto" or not method.takes_threshold:
+        chosen = f"threshold={config.threshold.kind} with method={method.name}"
+        default = ThresholdConfig()
+        found[chosen] = [
+            f"threshold.{name}"
+            for name in ("refine", "exhaustive")
+            if getattr(config.threshold, name) != getattr(default, name)
+        ]
+    return [f"{chosen} does not use {', '.join(keys)}" for chosen, keys in found.items() if keys]
 
 
 def check_output_root(output_dir: str, option: str = "output_dir") -> None:
@@ -212,8 +226,6 @@ def _check_top_level(config: Config) -> None:
                 raise UserError(f"{option}={getattr(config, option)} has {value!r}; allowed: {', '.join(allowed)}")
     if config.keep not in ("model", "plan"):
         raise UserError(f"keep={config.keep!r} is not one of model, plan")
-    if config.name in ("", ".", "..") or "/" in config.name:
-        raise UserError(f"name={config.name!r} must be a folder name without a slash")
     if config.data_dir and not Path(config.data_dir).expanduser().is_dir():
         raise UserError(f"data_dir={config.data_dir!r} is not a folder")
     if config.output_dir.startswith("~"):
@@ -227,12 +239,8 @@ def _threshold(config: Config, method: Method, command: str) -> float | None:
     threshold, ratio = config.threshold, config.pruning_ratio
     if threshold.kind not in ("auto", "fixed", "published"):
         raise UserError(f"threshold.kind={threshold.kind!r} is not one of auto, fixed, published")
-    if threshold.refine < 0:
-        raise UserError(f"threshold.refine={threshold.refine} must be at least 0")
     if ratio.of not in ("layers", "parameters"):
         raise UserError(f"pruning_ratio.of={ratio.of!r} is not one of layers, parameters")
-    if ratio.ratio is not None and not 0 < ratio.ratio < 1:
-        raise UserError(f"pruning_ratio.ratio={ratio.ratio} must lie between 0 and 1, both excluded")
     if ratio.ratio is not None and ratio.num_layers is not None:
         raise UserError("pruning_ratio.ratio and pruning_ratio.num_layers exclude each other; set one of them to null")
     has_target = ratio.ratio is not None or ratio.num_layers is not None
@@ -258,8 +266,6 @@ def _threshold(config: Config, method: Method, command: str) -> float | None:
         return _published_threshold(config)
     if threshold.value is None:
         raise UserError("threshold=fixed needs a value: threshold=fixed threshold.value=0.8 pruning_ratio=none")
-    if not 0 <= threshold.value <= 1:
-        raise UserError(f"threshold.value={threshold.value} must lie in [0, 1]")
     if has_target:
         kept = [word for word in shlex.split(command) if not word.startswith("pruning_ratio")]
         raise UserError(
@@ -289,10 +295,9 @@ def _check_evaluation(config: Config) -> dict[str, object]:
     for target in evaluation.of:
         if target not in options.TARGETS:
             raise UserError(f"evaluation.of has {target!r}; allowed: {', '.join(options.TARGETS)}")
-    zero_shot.check(evaluation.limit, evaluation.batch_size)
     text, speed = evaluation.perplexity, evaluation.efficiency
-    perplexity.check(text.window, text.stride, text.batch_size, text.max_tokens)
-    efficiency.check(speed.batch_size, speed.output_len, speed.num_runs, speed.num_warmup)
+    perplexity.check(text.window, text.stride, text.max_tokens)
+    efficiency.check(speed.num_runs, speed.num_warmup)
     if "evaluate" not in config.stages or not evaluation.of:
         return {}
     folder = data_dir(config)

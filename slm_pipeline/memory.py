@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import resource
 import sys
 from pathlib import Path
+
+
+def of_machine() -> int:
+    """Bytes of main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def free() -> None:

@@ -21,7 +21,7 @@ def names(config: Config) -> list[str]:
         return found
     evaluation = config.evaluation
     for target in evaluation.of:
-        if target == "recovered" and not config.recovery:
+        if target == "recovered" and "_target_" not in (config.recovery or {}):  # recovery=none
             continue
         if evaluation.tasks:
             found += [f"{target}/{task}" for task in [*evaluation.tasks, "average"]]
@@ -34,8 +34,6 @@ def check(config: Config) -> None:
     objective = config.objective
     if objective.direction not in ("minimize", "maximize"):
         raise UserError(f"objective.direction={objective.direction!r} is not one of minimize, maximize")
-    if objective.max_layers is not None and objective.max_layers < 1:
-        raise UserError(f"objective.max_layers={objective.max_layers} must be at least 1")
     if objective.max_layers is not None and "num_layers" not in names(config):
         raise UserError("objective.max_layers needs the merge stage, which finds how many layers are left")
     if objective.metric is not None and objective.metric not in (known := names(config)):

@@ -96,7 +96,7 @@ def _artifact(stage: Stage, job: Job, known: Mapping[str, Artifact]) -> Artifact
 
 
 def describe_plan(job: Job) -> str:
-    """One line for each selected stage: run or reuse, and its folder."""
+    """One line for each selected stage: run or reuse, and its folder; then what is worth a warning."""
     lines = []
     for step, artifact in plan(job):
         if not step.selected:
@@ -107,6 +107,7 @@ def describe_plan(job: Job) -> str:
             action = "reuse" if step.stage.is_whole(job, artifact) and not step.forced else "run"
             resumed = " (continues an interrupted one)" if action == "run" and artifact.partial.exists() else ""
             lines.append(f"{step.stage.name:<20} {action:<6} {artifact.path}{resumed}")
+    lines += [f"{'':<20} {remark}" for remark in job.remarks]
     return "\n".join(lines)
 
 
@@ -186,6 +187,8 @@ def record_lost_job(composed: DictConfig, error: UserError) -> None:
 
 def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> dict[str, Any]:
     """Run the job's steps, then write and print what they found."""
+    for remark in job.remarks:
+        log.warning(remark)
     for step, known in plan(job):
         if step.selected and (step.forced or known is None or not step.stage.is_whole(job, known)):
             step.stage.preflight(job)

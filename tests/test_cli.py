@@ -50,7 +50,7 @@ REFUSED = {
     "unknown key of a method": (["method.oops=1"], ["method.oops"]),
     "wrong type": (["seed=x"], ["seed=x", "Integer"]),
     "wrong type in a method": (["method.protect_first=x"], ["method.protect_first", "'x'", "Integer"]),
-    "ratio above 1": (["pruning_ratio.ratio=1.2"], ["pruning_ratio.ratio=1.2", "between 0 and 1"]),
+    "ratio above 1": (["pruning_ratio.ratio=1.2"], ["pruning_ratio.ratio=1.2", "(0, 1)"]),
     "ratio that leaves no layer": (
         ["pruning_ratio.ratio=0.9"], ["0.9 of 6 layers leaves 1", "at least 3 must be left"]),
     "more layers kept than there are": (
@@ -76,7 +76,7 @@ REFUSED = {
     "unknown architecture": (["model.architecture=rwkv"], ["'rwkv'", "supported", "llama"]),
     "impossible sizes": (["model.num_kv_heads=3"], ["model.num_kv_heads=3", "model.num_heads=4"]),
     "negative learning rate": (
-        ["recovery=lora", "recovery.learning_rate=-1"], ["recovery.learning_rate=-1", "positive"]),
+        ["recovery=lora", "recovery.learning_rate=-1"], ["recovery.learning_rate=-1", "above 0"]),
     "added at the top": (["+oops=1"], ["oops"]),
     "added to a typed group": (["+model.oops=1"], ["model.oops"]),
     "added to a plug-in group": (["+method.oops=1"], ["method.oops", "merge_rule"]),

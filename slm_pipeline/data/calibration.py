@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from slm_pipeline import assets
+from slm_pipeline import assets, memory
 from slm_pipeline.config import CalibrationConfig
 from slm_pipeline.errors import UserError
 
@@ -65,15 +65,18 @@ def check(config: CalibrationConfig, data_dir: Path | None) -> dict[str, Any]:
     """Check the options and say what the text is, as JSON for the artefact's key, without reading all of it.
 
     Raises:
-        UserError: an unknown source or sampling, a count below 1, a missing file.
+        UserError: an unknown source or sampling, more tokens than memory holds, a missing file.
     """
     if config.source not in SOURCES:
         raise UserError(f"calibration.source={config.source!r} is not one of {', '.join(SOURCES)}")
     if config.sampling not in SAMPLING:
         raise UserError(f"calibration.sampling={config.sampling!r} is not one of {', '.join(SAMPLING)}")
-    for option in ("num_samples", "seq_len"):
-        if getattr(config, option) < 1:
-            raise UserError(f"calibration.{option}={getattr(config, option)} must be at least 1")
+    if (size := 8 * config.num_samples * config.seq_len) > (there := memory.of_machine()):  # int64
+        raise UserError(
+            f"calibration.num_samples={config.num_samples} x calibration.seq_len={config.seq_len} tokens take"
+            f" {size / 1e9:.0f} GB and this machine has {there / 1e9:.0f} GB:"
+            f" num_samples={there // 8 // config.seq_len} of this length fit"
+        )
     return {
         "text": _text_identity(config, data_dir),
         "num_samples": config.num_samples,
@@ -85,6 +88,8 @@ def check(config: CalibrationConfig, data_dir: Path | None) -> dict[str, Any]:
 
 def _text_identity(config: CalibrationConfig, data_dir: Path | None) -> str:
     if config.source == "bundled":
+        if config.path is not None:
+            raise UserError(f"calibration.path={config.path} needs calibration=text_file, not bundled")
         return f"bundled:{BUNDLED_TEXT}:{assets.texts_fingerprint(BUNDLED_TEXT)}"
     if config.source == "text_file":
         if not config.path:

@@ -96,7 +96,7 @@ def perplexity(
     """
     import torch
 
-    check(window, stride, batch_size, max_tokens)
+    check(window, stride, max_tokens)
     capacity = window - (bos_token_id is not None)  # tokens of the text in one window
     ids = torch.as_tensor(input_ids, dtype=torch.long)[:max_tokens]
     if len(ids) < capacity:
@@ -200,20 +200,12 @@ def corpus_fingerprint(corpus: str, data_dir: Path | None = None) -> str:
     return hashlib.sha256(_file(corpus, data_dir).read_bytes()).hexdigest()[:16]
 
 
-def check(window: int, stride: int | None, batch_size: int, max_tokens: int | None) -> None:
-    """Check the settings of ``perplexity`` without a model.
-
-    Raises:
-        UserError: one of them is out of its range.
-    """
-    if window < 2:
-        raise UserError(f"evaluation.perplexity.window={window} must be at least 2")
-    if stride is not None and not 1 <= stride < window:
+def check(window: int, stride: int | None, max_tokens: int | None) -> None:
+    """Raise `UserError` where the settings of ``perplexity`` do not go together."""
+    if stride is not None and stride >= window:
         raise UserError(
             f"evaluation.perplexity.stride={stride} must be in 1..{window - 1}, or null for windows that do not overlap"
         )
-    if batch_size < 1:
-        raise UserError(f"evaluation.perplexity.batch_size={batch_size} must be at least 1")
     if max_tokens is not None and max_tokens < window:
         raise UserError(
             f"evaluation.perplexity.max_tokens={max_tokens} is less than one window:"

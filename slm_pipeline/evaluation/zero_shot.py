@@ -77,7 +77,6 @@ def score_task(
     Raises:
         UserError: unknown task, missing or unusable data, or the batch does not fit into memory.
     """
-    check(limit, batch_size)
     with _loaded(task, data, data_dir) as loaded:
         import lm_eval
         import torch
@@ -149,18 +148,6 @@ def _texts(value: Any) -> list[str]:
     if isinstance(value, dict):
         value = value["text"]
     return [value] if isinstance(value, str) else list(value)
-
-
-def check(limit: int | None, batch_size: int) -> None:
-    """Check the settings of ``score_task`` without a model.
-
-    Raises:
-        UserError: one of them is out of its range.
-    """
-    if limit is not None and limit < 1:
-        raise UserError(f"evaluation.limit={limit} must be at least 1, or null for all examples")
-    if batch_size < 1:
-        raise UserError(f"evaluation.batch_size={batch_size} must be at least 1")
 
 
 def average(scores: dict[str, float]) -> float:

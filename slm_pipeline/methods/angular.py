@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
+from slm_pipeline.ranges import NumLayersOrZero
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class AngularDistance(LayerRemoval):
     Scores in the plan: distances[l] = d(l, n) for every allowed start l (null elsewhere).
     """
 
-    protect_first: int = 1
+    protect_first: NumLayersOrZero = 1
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(128, 1024))
 
     name: ClassVar[str] = "angular"

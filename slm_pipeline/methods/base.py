@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from slm_pipeline import ranges
 from slm_pipeline.errors import UserError
+from slm_pipeline.ranges import Count, NumLayersOrZero, Tokens
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 class CalibrationSize:
     """How much text the method's authors look at; conf/calibration takes it unless the user says otherwise."""
 
-    num_samples: int
-    seq_len: int  # tokens
+    num_samples: Count
+    seq_len: Tokens
 
 
 @dataclass
@@ -85,6 +87,9 @@ class Method(ABC):
 
     published_calibration: CalibrationSize
 
+    def __post_init__(self) -> None:
+        ranges.check(self, "method.")
+
     @property
     def num_protected(self) -> int:
         return 0
@@ -125,13 +130,8 @@ class ProtectsEnds(Method):
         protect_first, protect_last: layers at the input and output side that are never touched.
     """
 
-    protect_first: int = 0
-    protect_last: int = 0
-
-    def __post_init__(self) -> None:
-        for option in ("protect_first", "protect_last"):
-            if getattr(self, option) < 0:
-                raise UserError(f"method.{option}={getattr(self, option)} must be at least 0")
+    protect_first: NumLayersOrZero = 0
+    protect_last: NumLayersOrZero = 0
 
     @property
     def num_protected(self) -> int:

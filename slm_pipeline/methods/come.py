@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tqdm import tqdm
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, ProtectsEnds, PruningProblem
+from slm_pipeline.ranges import Range, UpToOne
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -56,10 +57,10 @@ class Come(ProtectsEnds):
     Scores in the plan: steps, each with the run, its SBI, the shares, and how many groups and neurons each layer gave.
     """
 
-    run_length: int = 2
+    run_length: Annotated[int, Range(at_least=2, at_most=10_000)] = 2
     repeat: str = "forbid"
-    power: float = 1.0
-    min_largest_share: float = 0.0
+    power: Annotated[float, Range(at_least=0, at_most=100)] = 1.0
+    min_largest_share: UpToOne = 0.0
     tokens: str = "all"
     official_gqa: bool = False
     fold_norm: bool = False
@@ -69,14 +70,8 @@ class Come(ProtectsEnds):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.run_length < 2:
-            raise UserError(f"method.run_length={self.run_length} must be at least 2")
         if self.repeat not in REPEATS:
             raise UserError(f"method.repeat={self.repeat!r} is not one of {', '.join(REPEATS)}")
-        if self.power < 0:
-            raise UserError(f"method.power={self.power} must be at least 0")
-        if not 0 <= self.min_largest_share <= 1:
-            raise UserError(f"method.min_largest_share={self.min_largest_share} must be in [0, 1]")
         if self.tokens not in ("all", "last"):
             raise UserError(f"method.tokens={self.tokens!r} is not one of all, last")
 
@@ -202,7 +197,7 @@ class ComePosterior(Come):
     Options: ``granularity`` is n. ``power`` and ``min_largest_share`` have no meaning here.
     """
 
-    granularity: int = 20
+    granularity: Annotated[int, Range(at_least=1, at_most=10_000)] = 20
 
     name: ClassVar[str] = "come_posterior"
     min_seq_len: ClassVar[int] = 2
@@ -211,8 +206,6 @@ class ComePosterior(Come):
         super().__post_init__()
         if self.run_length != 2:
             raise UserError(f"method.run_length={self.run_length}: come_posterior merges pairs")
-        if self.granularity < 1:
-            raise UserError(f"method.granularity={self.granularity} must be at least 1")
 
     def _merge(
         self, stack: ProgressiveStack, groups: Sequence[Sequence[int]], position: int, length: int

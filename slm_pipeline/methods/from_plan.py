@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, Method, PruningProblem
+from slm_pipeline.ranges import FilePath
 from slm_pipeline.surgery.mergekit import kept_layers
 from slm_pipeline.surgery.plan import Plan
 
@@ -24,7 +25,7 @@ class FromPlan(Method):
     the depth that the plan was made for; another model of that depth is allowed, with a warning.
     """
 
-    path: str
+    path: FilePath
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 
     name: ClassVar[str] = "from_plan"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize
 from slm_pipeline.methods.threshold import Search, Similarity, ThresholdMerging
+from slm_pipeline.ranges import NumLayers, NumLayersOrZero, Range
 
 if TYPE_CHECKING:
     from slm_pipeline.models.source import ModelSource
@@ -34,22 +35,16 @@ class Laco(ThresholdMerging):
     Scores in the plan: see `slm_pipeline.methods.threshold.ThresholdMerging`.
     """
 
-    num_merged: int = 4
-    lowest: int = 0
-    highest: int | None = None
-    interval: int = 1
+    num_merged: Annotated[int, Range(at_least=2, at_most=10_000)] = 4
+    lowest: NumLayersOrZero = 0
+    highest: NumLayers | None = None
+    interval: NumLayers = 1
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(5, 32))
 
     name: ClassVar[str] = "laco"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_merged < 2:
-            raise UserError(f"method.num_merged={self.num_merged} must be at least 2")
-        if self.interval < 1:
-            raise UserError(f"method.interval={self.interval} must be at least 1")
-        if self.lowest < 0:
-            raise UserError(f"method.lowest={self.lowest} must be at least 0")
         if self.highest is not None and self.highest <= self.lowest:
             raise UserError(f"method.highest={self.highest} must be above method.lowest={self.lowest}")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
+from slm_pipeline.ranges import Count, Range
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -56,9 +57,9 @@ class Mka(LayerRemoval):
 
     pairs: str = "similar"
     official: bool = False
-    sharpness: float = 1.0
-    num_points: int = 512
-    num_neighbors: int = 5
+    sharpness: Annotated[float, Range(at_least=0, at_most=1000)] = 1.0
+    num_points: Annotated[int, Range(at_least=3, at_most=2**16)] = 512
+    num_neighbors: Count = 5
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(64, 256))
 
     name: ClassVar[str] = "mka"
@@ -67,10 +68,6 @@ class Mka(LayerRemoval):
         super().__post_init__()
         if self.pairs not in PAIRS:
             raise UserError(f"method.pairs={self.pairs!r} is not one of {', '.join(PAIRS)}")
-        if self.sharpness < 0:
-            raise UserError(f"method.sharpness={self.sharpness} must be at least 0")
-        if self.num_neighbors < 1:
-            raise UserError(f"method.num_neighbors={self.num_neighbors} must be at least 1")
         if self.num_points < self.num_neighbors + 2:
             raise UserError(f"method.num_points={self.num_points} must be at least {self.num_neighbors + 2}")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.angular import AngularDistance
 from slm_pipeline.methods.base import PruningProblem
+from slm_pipeline.ranges import Count, NotNegative, Positive
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -45,11 +46,11 @@ class ReplaceMe(AngularDistance):
     """
 
     solver: str = "least_squares"
-    ridge: float = 0.0
+    ridge: NotNegative = 0.0
     accurate: bool = False
-    learning_rate: float = 1e-4
-    num_epochs: int = 10
-    batch_tokens: int = 1024
+    learning_rate: Positive = 1e-4
+    num_epochs: Count = 10
+    batch_tokens: Count = 1024
 
     name: ClassVar[str] = "replaceme"
 
@@ -59,13 +60,6 @@ class ReplaceMe(AngularDistance):
             raise UserError(f"method.protect_first={self.protect_first} must be at least 1: a layer must be left below")
         if self.solver not in SOLVERS:
             raise UserError(f"method.solver={self.solver!r} is not one of {', '.join(SOLVERS)}")
-        if self.ridge < 0:
-            raise UserError(f"method.ridge={self.ridge} must be at least 0")
-        if self.learning_rate <= 0:
-            raise UserError(f"method.learning_rate={self.learning_rate} must be above 0")
-        for option in ("num_epochs", "batch_tokens"):
-            if getattr(self, option) < 1:
-                raise UserError(f"method.{option}={getattr(self, option)} must be at least 1")
 
     def check(self, source: ModelSource) -> None:
         if source.architecture.output_norms:

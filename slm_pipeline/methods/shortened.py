@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
+from slm_pipeline.ranges import NumLayersOrZero, Range
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ class ShortenedLlama(LayerRemoval):
     criterion, so it is the default here too. ``protect_first=0 protect_last=0`` switches it off.
     """
 
-    protect_first: int = 4
-    protect_last: int = 2
+    protect_first: NumLayersOrZero = 4
+    protect_last: NumLayersOrZero = 2
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 
 
@@ -84,15 +85,10 @@ class ShortenedMagnitude(ShortenedLlama):
     Scores in the plan: magnitude of every layer.
     """
 
-    power: int = 1
+    power: Annotated[int, Range(at_least=1, at_most=2)] = 1
 
     name: ClassVar[str] = "shortened_magnitude"
     reads_calibration: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.power not in (1, 2):
-            raise UserError(f"method.power={self.power} must be 1 or 2")
 
     def plan(self, problem: PruningProblem) -> Plan:
         magnitude = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
+from slm_pipeline.ranges import Count, NumLayersOrZero
 from slm_pipeline.surgery.plan import Plan
 
 
@@ -28,19 +28,14 @@ class Sleb(LayerRemoval):
     candidates measured (null for one that was given up because it could not win any more).
     """
 
-    protect_first: int = 1
-    protect_last: int = 1
-    shortlist: int | None = None
+    protect_first: NumLayersOrZero = 1
+    protect_last: NumLayersOrZero = 1
+    shortlist: Count | None = None
     strict: bool = False
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(5, 2048))
 
     name: ClassVar[str] = "sleb"
     min_seq_len: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.shortlist is not None and self.shortlist < 1:
-            raise UserError(f"method.shortlist={self.shortlist} must be at least 1, or null for all")
 
     def plan(self, problem: PruningProblem) -> Plan:
         from slm_pipeline.engine.walk import Removal, RemovalWalk

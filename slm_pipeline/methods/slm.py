@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize
 from slm_pipeline.methods.threshold import Search, Similarity, ThresholdMerging, Window
+from slm_pipeline.ranges import NumLayersOrZero, Range
 from slm_pipeline.surgery.plan import groups_of_windows
 
 
@@ -36,20 +36,12 @@ class SlidingLayerMerging(ThresholdMerging):
     Scores in the plan: see `slm_pipeline.methods.threshold.ThresholdMerging`.
     """
 
-    protect_first: int = 1
-    protect_last: int = 1
-    max_window: int | None = None
+    protect_first: NumLayersOrZero = 1
+    protect_last: NumLayersOrZero = 1
+    max_window: Annotated[int, Range(at_least=2, at_most=10_000)] | None = None
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 
     name: ClassVar[str] = "slm"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for option in ("protect_first", "protect_last"):
-            if getattr(self, option) < 0:
-                raise UserError(f"method.{option}={getattr(self, option)} must be at least 0")
-        if self.max_window is not None and self.max_window < 2:
-            raise UserError(f"method.max_window={self.max_window} must be at least 2, or null for no limit")
 
     @property
     def num_protected(self) -> int:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from slm_pipeline.methods.angular import AngularDistance
 from slm_pipeline.methods.base import CalibrationSize, PruningProblem
+from slm_pipeline.ranges import NumLayersOrZero
 from slm_pipeline.surgery.plan import Plan
 
 
@@ -24,7 +25,7 @@ class Streamline(AngularDistance):
     Scores in the plan: distances[l] = 1 - mean cosine for every allowed start l (null elsewhere).
     """
 
-    protect_first: int = 0
+    protect_first: NumLayersOrZero = 0
     replacement: bool = False
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(50, 2048))
 

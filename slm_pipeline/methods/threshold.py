@@ -102,6 +102,7 @@ class ThresholdMerging(Method):
     takes_threshold: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.merge_rule not in RULES:
             raise UserError(f"method.merge_rule={self.merge_rule!r} is not one of {', '.join(RULES)}")
         if self.similarity not in SIMILARITIES:

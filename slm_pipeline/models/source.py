@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline import assets
+from slm_pipeline import assets, memory
 from slm_pipeline.artifacts import digest
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
@@ -28,6 +28,8 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+_SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "vocab_size", "seed")
+_OWN_OPTIONS = {"local": ("path",), "random": ("architecture", *_SIZES)}  # what no other source reads
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ def describe(config: ModelConfig) -> ModelSource:
     makers = {"bundled": _bundled, "hub": _hub, "local": _local, "random": _random}
     if config.source not in makers:
         raise UserError(f"model.source={config.source!r} is not one of {', '.join(makers)}")
+    for owner, names in _OWN_OPTIONS.items():
+        for name in names:
+            if config.source != owner and getattr(config, name) is not None:
+                raise UserError(f"model.{name}={getattr(config, name)} needs model={owner}, not {config.source}")
     source = makers[config.source](config)
     if source.model_type.startswith(PRUNED):
         raise UserError(
@@ -136,9 +142,9 @@ def _local(config: ModelConfig) -> ModelSource:
 
 def _random(config: ModelConfig) -> ModelSource:
     architectures.find({"model_type": config.architecture})
-    for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "vocab_size"):
-        if (getattr(config, name) or 0) < 1:
-            raise UserError(f"model.{name}={getattr(config, name)} must be at least 1")
+    for name in _SIZES:
+        if getattr(config, name) is None:
+            raise UserError(f"model.{name}=null: a random model needs a number")
     assert config.num_heads is not None
     assert config.num_kv_heads is not None
     assert config.hidden_size is not None
@@ -148,12 +154,33 @@ def _random(config: ModelConfig) -> ModelSource:
             f"model.num_heads={config.num_heads} must divide model.hidden_size={config.hidden_size}"
             f" and be a multiple of model.num_kv_heads={config.num_kv_heads}"
         )
-    if config.vocab_size < 260:
-        raise UserError(f"model.vocab_size={config.vocab_size} must be at least 260: 256 bytes and special tokens")
+    _check_size(config)
     irrelevant = ("name", "device", "published_thresholds")
     options = {key: value for key, value in asdict(config).items() if key not in irrelevant}
     assert config.architecture is not None
     return ModelSource(config, f"random:{digest(options)}", config.num_layers, config.architecture)
+
+
+def _check_size(config: ModelConfig) -> None:
+    """Raise `UserError` unless main memory holds a random model of these sizes.
+
+    Counted are its matrices alone; a model that is made on a GPU goes through main memory when it is saved.
+    """
+    hidden, heads = config.hidden_size or 0, config.num_heads or 1
+    keys_and_values = hidden // heads * (config.num_kv_heads or 0)
+    of_layer = 2 * hidden * (hidden + keys_and_values) + 2 * hidden * (config.intermediate_size or 0)
+    embedding = hidden * (config.vocab_size or 0)
+    num_bytes, there = (4 if config.dtype == "float32" else 2), memory.of_machine()
+    needed = num_bytes * (embedding + of_layer * (config.num_layers or 0))
+    if needed <= there:
+        return
+    fitting = (there // num_bytes - embedding) // of_layer
+    advice = f"model.num_layers={fitting} would fit" if fitting > 0 else "make model.hidden_size smaller"
+    raise UserError(
+        f"model=random with model.num_layers={config.num_layers}, model.hidden_size={config.hidden_size},"
+        f" model.intermediate_size={config.intermediate_size} and model.vocab_size={config.vocab_size} takes"
+        f" {needed / 1e9:.0f} GB and this machine has {there / 1e9:.0f} GB; {advice}"
+    )
 
 
 def _depth(description: dict[str, Any]) -> int:

@@ -8,8 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from slm_pipeline import ranges
 from slm_pipeline.data import batches, examples, tokens
 from slm_pipeline.errors import UserError
+from slm_pipeline.ranges import (
+    BatchSize,
+    Count,
+    CountOrZero,
+    FilePath,
+    NotNegative,
+    NumProcesses,
+    Positive,
+    Seed,
+    Share,
+    Tokens,
+    TotalTokens,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,37 +123,38 @@ class TrainingOptions:
     """
 
     source: str = "bundled"  # bundled | hub | file
-    path: str | None = None  # file: .json, .jsonl or .txt, or a folder of them: instructions, chats or texts
+    path: FilePath | None = None  # file: .json, .jsonl or .txt, or a folder of them: instructions, chats or texts
     repo: str = "yahma/alpaca-cleaned"  # hub: a data set of the same, or a local folder in the hub's layout
     revision: str = "main"  # hub: commit, tag or branch
-    num_examples: int | None = None  # examples to train on; None: all that validation leaves
-    validation_size: int = 2000  # examples held out
-    split_seed: int = 42
-    learning_rate: float = 2e-3
+    num_examples: Count | None = None  # examples to train on; None: all that validation leaves
+    validation_size: Count = 2000  # examples held out
+    split_seed: Seed = 42
+    learning_rate: Positive = 2e-3
     schedule: str = "linear"  # linear | cosine | constant, all after a linear warm-up
-    final_learning_rate: float = 0.0  # cosine: where it ends, as a share of learning_rate
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    num_epochs: float = 2.0  # training ends at the first of this and the next four
-    max_steps: int | None = None  # optimizer steps
-    budget_tokens: int | None = None  # input tokens without padding, turned into steps by their mean number per step
-    max_minutes: float | None = None  # of training and validating, over all attempts; cuts the schedule off
-    early_stopping: int | None = None  # validations in a row without a better loss that end the training
-    batch_size: int = 64  # examples per optimizer step
-    micro_batch_size: int = 4  # examples at a time in each process
-    warmup_steps: int = 100
-    cutoff_len: int = 256  # tokens
+    final_learning_rate: Share = 0.0  # cosine: where it ends, as a share of learning_rate
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    num_epochs: Positive = 2.0  # training ends at the first of this and the next four
+    max_steps: Count | None = None  # optimizer steps
+    budget_tokens: TotalTokens | None = None  # input tokens without padding, turned into steps by their mean per step
+    max_minutes: Positive | None = None  # of training and validating, over all attempts; cuts the schedule off
+    early_stopping: Count | None = None  # validations in a row without a better loss that end the training
+    batch_size: BatchSize = 64  # examples per optimizer step
+    micro_batch_size: BatchSize = 4  # examples at a time in each process
+    warmup_steps: CountOrZero = 100
+    cutoff_len: Tokens = 256
     packing: bool = False  # several examples in a row, none sees another; a packed row then counts as one example
     completion_only: bool = True  # loss on outputs and on the assistant's turns only; else on prompts too
-    eval_steps: int = 100
-    save_steps: int = 200  # each new best is saved besides
-    logging_steps: int = 10
+    eval_steps: Count = 100
+    save_steps: Count = 200  # each new best is saved besides
+    logging_steps: Count = 10
     gradient_checkpointing: bool = False
     dtype: str = "bfloat16"  # bfloat16 (autocast) | float32
-    num_processes: int = 1  # that train, each on a GPU of its own, on equal parts of every batch
+    num_processes: NumProcesses = 1  # that train, each on a GPU of its own, on equal parts of every batch
     sharding: bool = False  # FSDP: each holds a part of weights, gradients and moments; not where layers learn states
 
     def __post_init__(self) -> None:
+        ranges.check(self, "recovery.")
         for name, allowed in (
             ("source", examples.SOURCES),
             ("dtype", ("bfloat16", "float32")),
@@ -149,19 +164,6 @@ class TrainingOptions:
                 raise UserError(f"recovery.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         self._refuse_idle("path", source="file")
         self._refuse_idle("repo", "revision", source="hub")
-        for name in ("num_examples", "validation_size", "max_steps", "budget_tokens", "batch_size", "micro_batch_size",
-                     "cutoff_len", "eval_steps", "save_steps", "logging_steps", "early_stopping",
-                     "num_processes"):  # fmt: skip
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"recovery.{name}={value} must be at least 1")
-        for name in ("learning_rate", "num_epochs", "max_minutes", "max_grad_norm"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise UserError(f"recovery.{name}={value} must be a positive number")
-        for name in ("warmup_steps", "weight_decay"):
-            if (value := getattr(self, name)) < 0:
-                raise UserError(f"recovery.{name}={value} must be at least 0")
-        if not 0 <= self.final_learning_rate < 1:
-            raise UserError(f"recovery.final_learning_rate={self.final_learning_rate} must be in [0, 1)")
         if self.final_learning_rate and self.schedule != "cosine":
             raise UserError(
                 f"recovery.final_learning_rate={self.final_learning_rate} needs recovery.schedule=cosine,"

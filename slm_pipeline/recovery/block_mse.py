@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from slm_pipeline.errors import UserError
+from slm_pipeline.ranges import NotNegative, Positive, Share
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult
 from slm_pipeline.recovery.distill import Distill
 from slm_pipeline.recovery.spans import changed_spans
@@ -32,9 +33,9 @@ class BlockMse(Distill):
     loss: str = "mse"
     objective: str = "states"  # states | language_model
     schedule: str = "cosine"
-    final_learning_rate: float = 0.25
-    weight_decay: float = 1e-3
-    max_grad_norm: float = 5.0
+    final_learning_rate: Share = 0.25
+    weight_decay: NotNegative = 1e-3
+    max_grad_norm: Positive = 5.0
     gap: ClassVar[str] = "below"
     name: ClassVar[str] = "block_mse"
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_pipeline.errors import UserError
+from slm_pipeline.ranges import Share
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
 from slm_pipeline.recovery.spans import Span, changed_spans
 
@@ -48,7 +49,7 @@ class Distill(TrainingOptions):
     completion_only: bool = False
     loss: str = "kl"  # mse | cosine | kl | mse_cosine
     order: str = "joint"  # joint | blocks
-    logit_share: float = 0.0  # of the budget, in [0, 1): for the logits, at the end
+    logit_share: Share = 0.0  # of the budget: for the logits, at the end
     gap: ClassVar[str] = "above"
     name: ClassVar[str] = "distill"
 
@@ -61,8 +62,6 @@ class Distill(TrainingOptions):
             raise UserError(
                 f"recovery.sharding=true: recovery={self.name} needs every layer whole; use recovery.sharding=false"
             )
-        if not 0 <= self.logit_share < 1:
-            raise UserError(f"recovery.logit_share={self.logit_share} must be in [0, 1)")
         if self.early_stopping is not None and self.trains_states:
             raise UserError(
                 f"recovery.early_stopping={self.early_stopping}: recovery={self.name} keeps the last weights of every"

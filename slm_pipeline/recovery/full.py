@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from slm_pipeline.ranges import Positive
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
 
 
@@ -15,7 +16,7 @@ class Full(TrainingOptions):
     Weights, gradients and AdamW's two moments are float32: 16 bytes a parameter, beside the activations.
     """
 
-    learning_rate: float = 5e-4
+    learning_rate: Positive = 5e-4
     name: ClassVar[str] = "full"
 
     def run(self, problem: RecoveryProblem) -> RecoveryResult:

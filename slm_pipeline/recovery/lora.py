@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from slm_pipeline.errors import UserError
+from slm_pipeline.ranges import Range, Share
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
 from slm_pipeline.recovery.trainable import silent_modules
 
@@ -24,9 +25,9 @@ class Lora(TrainingOptions):
     to the model's own dtype once. Rank, alpha and dropout are those of ``script/lora_slm.sh`` in SLM's code.
     """
 
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.05
+    rank: Annotated[int, Range(at_least=1, at_most=2**16)] = 8
+    alpha: Annotated[int, Range(at_least=1, at_most=2**16)] = 16
+    dropout: Share = 0.05
     target_modules: list[str] | None = None  # None: every linear layer of every block, seven for Llama
     use_dora: bool = False  # arXiv 2402.09353
     use_rslora: bool = False  # arXiv 2312.03732: scale alpha / sqrt(rank) instead of alpha / rank
@@ -34,11 +35,6 @@ class Lora(TrainingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank", "alpha"):
-            if getattr(self, name) < 1:
-                raise UserError(f"recovery.{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"recovery.dropout={self.dropout} must be in [0, 1)")
         if self.target_modules == []:
             raise UserError("recovery.target_modules=[] trains nothing; name layers, or null for all")
 

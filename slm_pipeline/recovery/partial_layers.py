@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from slm_pipeline.errors import UserError
+from slm_pipeline.ranges import NumLayersOrZero
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
 
 if TYPE_CHECKING:
@@ -26,15 +27,13 @@ class PartialLayers(TrainingOptions):
     a gradient, so none of its activations is kept.
     """
 
-    num_layers: int = 3
+    num_layers: NumLayersOrZero = 3
     head: bool | None = None  # null: trained unless it is the embedding
     final_norm: bool = True
     name: ClassVar[str] = "partial_layers"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_layers < 0:
-            raise UserError(f"recovery.num_layers={self.num_layers} must be at least 0")
         if self.num_layers == 0 and not self.final_norm and self.head is False:
             raise UserError("recovery.num_layers=0, recovery.final_norm=false and recovery.head=false train nothing")
 

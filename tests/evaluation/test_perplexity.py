@@ -122,10 +122,7 @@ def test_perplexity_that_is_no_float_is_refused(tiny_llama):
     [
         ({"window": 64}, "text: 32 tokens are less than one window; evaluation.perplexity.window=64"),
         ({"max_tokens": 7}, "max_tokens=7 is less than one window"),
-        ({"window": 1}, "window=1 must be at least 2"),
         ({"stride": 8}, r"stride=8 must be in 1\.\.7, or null"),
-        ({"stride": 0}, "stride=0 must be in"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
     ],
 )
 def test_unusable_settings_are_user_errors(tiny_llama, settings, message):

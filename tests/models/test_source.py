@@ -17,6 +17,10 @@ from slm_pipeline.models.architectures import ARCHITECTURES
 from slm_pipeline.models.source import describe
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 5}
+RANDOM = {
+    "source": "random", "architecture": "llama", "dtype": "float32", "num_layers": 2, "hidden_size": 64,
+    "intermediate_size": 1024, "num_heads": 4, "num_kv_heads": 4, "vocab_size": 512,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -172,10 +176,19 @@ def test_supported_architectures_are_not(architecture, folder):
         ({"source": "hub"}, "needs model.repo="),
         ({"source": "random", "dtype": "int8"}, "model.dtype='int8' is not one of float32, bfloat16, float16"),
         ({"source": "random", "device": "tpu"}, "model.device='tpu' is not one of"),
-        ({"source": "random", "architecture": "llama", "num_layers": 0}, "model.num_layers=0 must be at least 1"),
+        ({**RANDOM, "num_layers": None}, "model.num_layers=null"),
+        (
+            {**RANDOM, "num_layers": 10_000, "hidden_size": 65536},
+            r"takes \d+ GB and this machine has 8 GB; make model.hidden_size smaller",
+        ),
+        (  # a layer has 2 * 1024 * 2048 + 2 * 1024 * 1024 numbers of 4 bytes, the embedding 4 GB
+            {**RANDOM, "num_layers": 10_000, "hidden_size": 1024, "vocab_size": 10**6},
+            r"takes 256 GB and this machine has 8 GB; model.num_layers=155 would fit",
+        ),
     ],
 )
-def test_unusable_options(options, message):
+def test_unusable_options(options, message, monkeypatch):
+    monkeypatch.setattr("slm_pipeline.memory.of_machine", lambda: 8 * 10**9)
     with pytest.raises(UserError, match=message):
         describe(ModelConfig(**{"name": "x", **options}))
 

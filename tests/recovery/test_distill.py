@@ -319,7 +319,7 @@ def test_block_mse_trains_the_layer_below_the_gap(data, tmp_path):
     [
         (lambda: distill(loss="l1"), "recovery.loss='l1' is not one of mse, cosine, kl, mse_cosine"),
         (lambda: distill(order="random"), "recovery.order='random' is not one of joint, blocks"),
-        (lambda: distill(logit_share=1.0), r"recovery.logit_share=1.0 must be in \[0, 1\)"),
+        (lambda: distill(logit_share=1.0), r"recovery.logit_share=1.0 must lie in \[0, 1\)"),
         (lambda: BlockMse(objective="x"), "recovery.objective='x' is not one of states, language_model"),
     ],
 )

@@ -201,10 +201,10 @@ def test_a_head_that_is_the_embedding_cannot_train_alone(data):
         ({"num_layers": 0, "head": False, "final_norm": False}, "train nothing"),
         ({"schedule": "step"}, "recovery.schedule='step' is not one of linear, cosine, constant"),
         ({"final_learning_rate": 0.1}, "recovery.final_learning_rate=0.1 needs recovery.schedule=cosine, not linear"),
-        ({"final_learning_rate": 1.0, "schedule": "cosine"}, r"recovery.final_learning_rate=1.0 must be in \[0, 1\)"),
+        ({"final_learning_rate": 1.0, "schedule": "cosine"}, r"recovery.final_learning_rate=1.0 must lie in \[0, 1\)"),
         ({"early_stopping": 0}, "recovery.early_stopping=0 must be at least 1"),
         ({"weight_decay": -0.1}, "recovery.weight_decay=-0.1 must be at least 0"),
-        ({"max_grad_norm": 0.0}, "recovery.max_grad_norm=0.0 must be a positive number"),
+        ({"max_grad_norm": 0.0}, "recovery.max_grad_norm=0.0 must be above 0"),
     ],
 )
 def test_bad_options(changes, message):
