@@ -29,7 +29,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from slm_pipeline import config, gpus, help_page, study
+from slm_pipeline import config, gpus, help_page, ranges, study
 from slm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -239,12 +239,16 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
             item = parser.parse_override(override)
         except (HydraException, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"cannot read {override[:300]}: {reason[:300]}{_or_as_text(override)}") from error
+            shown = override if override.isprintable() else repr(override)
+            raise UserError(f"cannot read {shown[:300]}: {reason[:300]}{_or_as_text(override)}") from error
         raw, value = override.partition("=")[2], item._value
         if isinstance(value, str) and raw != raw.strip():
             raise UserError(f"{override!r}: blanks at its ends are lost{_or_as_text(override)}")
-        if isinstance(value, (bool, int, float)) and str(value) != raw and config.is_text(item.key_or_group):
-            raise UserError(f"{override} is read as {value}{_or_as_text(override)}")
+        if isinstance(value, int) and value.bit_length() > 1000:
+            raise UserError(f"{item.key_or_group}={ranges.short(value)} is too large a number")
+        no_text = isinstance(value, (bool, int, float, list, dict)) and str(value) != raw
+        if no_text and config.is_text(item.key_or_group):
+            raise UserError(f"{override} is read as {item.value()}{_or_as_text(override)}")
         parsed.append(item)
     return parsed
 
@@ -252,7 +256,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 def _or_as_text(override: str) -> str:
     """The end of a message about an override: how a shell and Hydra take its value as one text, whatever is in it."""
     key, equals, value = override.partition("=")
-    if not equals or len(value) > 300:
+    if not equals or ranges.Text(at_most=300).fault(value):
         return ""
     quoted = QuotedString(text=value, quote=Quote.double).with_quotes()
     return f"; as one text it is written {shlex.quote(f'{key}={quoted}')}"

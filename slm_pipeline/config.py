@@ -247,10 +247,11 @@ def _refusals_in_one_line(group: str = "") -> Iterator[None]:
     try:
         yield
     except OmegaConfBaseException as error:
-        place = group and group + ("." if error.full_key else ": ")
-        raise UserError(place + one_line(error)) from error
+        message = one_line(error)
+        names_key = bool(error.full_key) and message.startswith(str(error.full_key))
+        raise UserError(f"{group}{'.' if names_key else ': '}{message}" if group else message) from error
     except OverflowError as error:  # an integer of hundreds of digits where a float belongs
-        raise UserError(f"a number is too large: {error}") from error
+        raise UserError(f"{group and group + ': '}{str(error).partition(chr(10))[0]}") from error
     except RecursionError as error:
         raise UserError("values refer to one another in a circle: ${...}") from error
 

@@ -17,8 +17,11 @@ from unittest import mock
 import pytest
 import torch
 from conftest import run_slm
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from slm_pipeline import config
+from slm_pipeline import cli, config
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -50,6 +53,51 @@ REFUSED = {
     "unknown key of a method": (["method.oops=1"], ["method.oops"]),
     "wrong type": (["seed=x"], ["seed=x", "Integer"]),
     "wrong type in a method": (["method.protect_first=x"], ["method.protect_first", "'x'", "Integer"]),
+    "a switch for a number": (["seed=true"], ["seed=true", "Integer"]),
+    "a fraction for a whole number": (["seed=1.5"], ["seed=1.5", "Integer"]),
+    "a float for a whole number": (["evaluation.limit=1e3"], ["evaluation.limit=1e3", "Integer"]),
+    "a list for a number": (["seed=[1]"], ["seed=[1]", "Integer"]),
+    "a mapping for a number": (["seed={a:1}"], ["seed={a:1}", "Integer"]),
+    "null for what must be": (["seed=null"], ["seed=null", "not Optional"]),
+    "a seed that no generator takes": (["seed=-1"], ["seed=-1 must be at least 0 and below 4294967296"]),
+    "no number": (["pruning_ratio.ratio=nan"], ["pruning_ratio.ratio=nan must lie in (0, 1)"]),
+    "an infinite number": (["pruning_ratio.ratio=1e400"], ["pruning_ratio.ratio=inf must lie in (0, 1)"]),
+    "an infinite number in a recovery": (
+        ["recovery=lora", "recovery.learning_rate=inf"], ["learning_rate=inf must be a finite number above 0"]),
+    "a number of 400 digits": ([f"seed={10**400}"], ["seed=about 10**400 is too large a number"]),
+    "a number of 5000 digits": ([f"seed={'9' * 5000}"], ["cannot read seed=999", "5000 digits"]),
+    "400 digits in a list": ([f"tracker.tags=[{10**400}]"], ["tracker.tags='1000", "has 401 bytes"]),
+    "400 digits for a fraction, in a mapping": (
+        [f"pruning_ratio={{ratio:{10**400}}}"], ["pruning_ratio is a group, choose one of its options"]),
+    "more layers than any model has": (["model.num_layers=1000000000"], ["model.num_layers=1000000000", "10000"]),
+    "a model larger than memory": (
+        ["model.num_layers=10000", "model.hidden_size=65536"], ["GB and this machine has", "hidden_size smaller"]),
+    "a name too long": ([f"name={'n' * 300}"], ["has 300 bytes; at most 200 are allowed"]),
+    "a name that a shell takes for a flag": (['name="-n"'], ["name='-n' must be a folder name"]),
+    "a control character": (['calibration.path="a\x1b"'], ["control character '\\x1b'"]),
+    "a stage twice": (["stages=[merge,merge]"], ["stages=['merge', 'merge'] has 'merge' twice"]),
+    "values in a circle": (["name=${digest:name}"], ["name", "recursion"]),
+    "no method": (["method=null"], ["method is a group, choose one of its options", "slm"]),
+    "a method that is none": (
+        ["method._target_=slm_pipeline.methods.base.PruningProblem"], ["is not the class of a method"]),
+    "the sizes of another model": (["model=smollm2_135m"], ["model.num_layers=6 needs model=random, not bundled"]),
+    "the text of another calibration": (["calibration=bundled"], ["calibration.path=", "needs calibration=text_file"]),
+    "a key of other methods": (
+        ["method=shortgpt", "method.merge_rule=mean"],
+        ["method.merge_rule does not exist for method=shortgpt, only for method=laco, slm"]),
+    "a key of another recovery": (
+        ["recovery=distill", "recovery.rank=3"],
+        ["recovery.rank does not exist for recovery=distill, only for recovery=lora"]),
+    "a key nearly right": (["method.merge_rul=mean"], ["method.merge_rul", "did you mean merge_rule?"]),
+    "a key of no recovery": (
+        ["recovery.max_step=3"],
+        ["recovery.max_step does not exist in any option of recovery; did you mean max_steps"]),
+    "a path that asks for several jobs": (
+        ["calibration.path=a, b"], ["add -m", "as one text it is written 'calibration.path=\"a, b\"'"]),
+    "a path that Hydra cannot read": (
+        ["calibration.path=/a=b (c)"], ["cannot read", "as one text it is written 'calibration.path=\"/a=b (c)\"'"]),
+    "a path with a blank at its end": (["calibration.path=a "], ["are lost", "'calibration.path=\"a \"'"]),
+    "a name that is read as a number": (["name=1.10"], ["name=1.10 is read as 1.1", "'name=\"1.10\"'"]),
     "ratio above 1": (["pruning_ratio.ratio=1.2"], ["pruning_ratio.ratio=1.2", "(0, 1)"]),
     "ratio that leaves no layer": (
         ["pruning_ratio.ratio=0.9"], ["0.9 of 6 layers leaves 1", "at least 3 must be left"]),
@@ -120,6 +168,61 @@ def test_refused_in_one_line_and_nothing_is_left(case, base, tmp_path, monkeypat
     for word in words:
         assert word in outcome.err
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+@given(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=300))
+def test_the_form_that_a_message_advises_is_read_as_the_text(text):
+    """Whatever is in it: also where it ends in a backslash, or holds both kinds of quotes."""
+    assume("${" not in text)  # asks for the value of another option
+    (word,) = shlex.split(cli._or_as_text(f"model.path={text}").rpartition("as one text it is written ")[2])
+    (item,) = cli._parse([word])
+    assert (item.key_or_group, item.is_sweep_override()) == ("model.path", False)
+    assert OmegaConf.create({"path": item.value()}).path == text
+
+
+@pytest.mark.parametrize(
+    ("given", "idle"),
+    [
+        (["recovery.max_steps=30", "recovery.rank=4"], "recovery=none does not use recovery.max_steps, recovery.rank"),
+        (["method=none", "pruning_ratio=none", "method.merge_rule=mean"], "method=none does not use method.merge_rule"),
+        (
+            ["method=shortgpt", "threshold.exhaustive=true"],
+            "threshold=auto with method=shortgpt does not use threshold.exhaustive",
+        ),
+    ],
+)
+def test_what_the_option_has_no_use_for_is_shown_and_changes_nothing(given, idle, base):
+    *plan, remark = run_slm(*base, *given, "dry_run=true").out.splitlines()
+    assert remark.strip() == idle
+    chosen = [override for override in given if override.partition("=")[0] in ("method", "pruning_ratio")]
+    assert run_slm(*base, *chosen, "dry_run=true").out.splitlines() == plan
+
+
+@pytest.mark.parametrize("experiment", ["two_cores", "lora_alpaca"])
+def test_an_experiment_without_its_recovery(experiment, base):
+    outcome = run_slm(*base, f"experiment={experiment}", "dry_run=true")
+    assert outcome.status == 0, outcome.err
+    assert [line.split()[0] for line in outcome.out.splitlines()] == ["calibrate", "merge", "recovery=none"]
+
+
+def test_a_key_that_some_options_of_a_study_lack_fails_their_jobs_alone(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("slm_pipeline.summary._draw", lambda *_: [])
+    (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": "Say a.", "output": letter} for letter in "abc"]))
+    data = ["recovery.source=file", f"recovery.path={tmp_path}/alpaca.json", "recovery.validation_size=1"]
+    outcome = run_slm("-m", *base, *data, "recovery=none,lora,distill", "recovery.rank=4", "dry_run=true")
+    jobs = outcome.out.split("\n#")
+    assert "recovery=none does not use recovery.source, recovery.path" in jobs[0]
+    assert "\nrecover " in jobs[1]
+    assert "would fail: recovery.rank does not exist for recovery=distill, only for recovery=lora" in jobs[2]
+    assert outcome.err == "error: 1 of 3 jobs would fail, see above\n"
+
+    run_slm("-m", *base, "method=reverse,slm", "method.merge_rule=mean", "recovery.max_steps=30")
+    (sweep,) = (tmp_path / "out" / "sweeps" / "slm").iterdir()
+    assert "2 jobs, 1 done, 1 FAILED" in (sweep / "summary.md").read_text()
+    reason = json.loads((sweep / "0" / "failure.json").read_text())["error"]
+    assert reason.startswith("method.merge_rule does not exist for method=reverse, only for method=laco, slm")
+    warnings = json.loads((sweep / "1" / "summary.json").read_text())["warnings"]
+    assert warnings == ["recovery=none does not use recovery.max_steps"]
 
 
 def test_fixed_threshold_with_a_ratio_gives_a_command_that_works(base, tmp_path):
