@@ -237,7 +237,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     for override in overrides:
         try:
             item = parser.parse_override(override)
-        except (HydraException, ValueError) as error:
+        except (HydraException, ValueError, RecursionError) as error:
             reason = str(error).strip().partition("\n")[0]
             shown = override if override.isprintable() else repr(override)
             raise UserError(f"cannot read {shown[:300]}: {reason[:300]}{_or_as_text(override)}") from error
@@ -305,7 +305,11 @@ def _compose(arguments: Namespace, overrides: list[str]) -> DictConfig:
             loader.repository.initialize_sources(loader.get_search_path())
         try:
             return compose(arguments.config_name or "config", overrides=overrides, return_hydra_config=True)
-        except (ValueError, OverflowError) as error:  # not every malformed override is an error of Hydra's own kind
+        except (
+            ValueError,
+            OverflowError,
+            RecursionError,
+        ) as error:  # not every malformed override is an error of Hydra's own kind
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"cannot read the overrides {overrides}: {reason}") from error
 

@@ -235,10 +235,16 @@ def to_config(composed: DictConfig) -> Config:
         OmegaConf.resolve(plain)
         if missing := sorted(OmegaConf.missing_keys(plain)):
             raise UserError(f"no value for {', '.join(missing)}; see slm --help")
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(Config), plain))
     assert isinstance(config, Config)
     ranges.check(config)
     return config
+
+
+@functools.cache
+def _schema(options: Any) -> DictConfig:
+    """The dataclass as OmegaConf checks values against it; making one takes longer than using it."""
+    return OmegaConf.structured(options)
 
 
 @contextmanager
@@ -282,7 +288,7 @@ def build(node: Any, *, group: str) -> Any:
         raise UserError(_lacks(min(lacking), group, options))
     with _refusals_in_one_line(group):
         given = {key: value for key, value in values.items() if key not in lacking}
-        built = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(options), given))
+        built = OmegaConf.to_object(OmegaConf.merge(_schema(options), given))
     ranges.check(built, f"{group}.")
     return built
 

@@ -177,6 +177,8 @@ def _check(value: Any, hint: Any, option: str) -> None:
     if value is None:
         return
     hint, allowed = split(hint)
+    if isinstance(value, (list, dict)) and get_origin(hint) is not type(value) and hint is not Any:
+        raise UserError(f"{option}={short(value)} is not one value")  # OmegaConf lets lists stand in lists of texts
     if is_dataclass(hint):
         check(value, f"{option}.")
     elif isinstance(value, list):

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from slm_pipeline import cli, config
+from slm_pipeline.errors import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -65,6 +66,10 @@ REFUSED = {
     "an infinite number in a recovery": (
         ["recovery=lora", "recovery.learning_rate=inf"], ["learning_rate=inf must be a finite number above 0"]),
     "a number of 400 digits": ([f"seed={10**400}"], ["seed=about 10**400 is too large a number"]),
+    "a mapping a thousand deep": (
+        [f"model.published_thresholds={'{a:' * 1000}1{'}' * 1000}"], ["cannot read", "maximum recursion depth"]),
+    "a list in a list": (["stages=[[merge]]"], ["stages=['merge'] is not one value"]),
+    "a list hundreds deep": ([f"tracker.tags={'[' * 250}{']' * 250}"], ["tracker.tags", "recursion"]),
     "a number of 5000 digits": ([f"seed={'9' * 5000}"], ["cannot read seed=999", "5000 digits"]),
     "400 digits in a list": ([f"tracker.tags=[{10**400}]"], ["tracker.tags='1000", "has 401 bytes"]),
     "400 digits for a fraction, in a mapping": (
@@ -178,6 +183,34 @@ def test_the_form_that_a_message_advises_is_read_as_the_text(text):
     (item,) = cli._parse([word])
     assert (item.key_or_group, item.is_sweep_override()) == ("model.path", False)
     assert OmegaConf.create({"path": item.value()}).path == text
+
+
+@given(
+    st.sampled_from(["name", "seed", "method", "tracker.tags", "model.path", "+x", "~y", "recovery.rank"]),
+    st.one_of(
+        st.text(st.characters(exclude_categories=())),
+        st.lists(st.sampled_from("a1.,:=()[]{}'\"\\$ ~#-"), max_size=12).map("".join),
+        st.sampled_from(
+            [
+                "[" * 300 + "]" * 300,
+                "{a:" * 300 + "1" + "}" * 300,
+                "f(" * 3000,
+                "9" * 5000,
+                "-" + "9" * 400,
+                "1e400",
+                "range(1,9)",
+                "glob(*)",
+            ]
+        ),
+    ),
+)
+def test_any_override_is_read_or_refused(key, value):
+    override = f"{key}={value}"
+    with suppress(UserError):
+        (item,) = cli._parse([override])
+        cli._check_group(item)
+        if item.is_sweep_override():
+            assert cli._several_jobs(item).startswith(f"{override} asks for several jobs")
 
 
 @pytest.mark.parametrize(

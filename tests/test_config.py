@@ -88,7 +88,7 @@ SCALARS = st.one_of(
 )  # fmt: skip
 VALUES = st.one_of(
     SCALARS,
-    st.lists(SCALARS, max_size=3),
+    st.lists(st.one_of(SCALARS, st.lists(SCALARS, max_size=2)), max_size=3),
     st.dictionaries(st.one_of(st.integers(), st.text(max_size=3), st.sampled_from(WORDS)), SCALARS, max_size=2),
 )
 

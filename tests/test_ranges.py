@@ -100,6 +100,7 @@ class Options:
         ({"free": float("-inf")}, "x.free=-inf must be a finite number"),
         ({"table": {"r20": float("nan")}}, "x.table.r20=nan must lie in [0, 1]"),
         ({"words": ["a", "b", "a"]}, "x.words=['a', 'b', 'a'] has 'a' twice"),
+        ({"words": ["a", ["b"]]}, "x.words=['b'] is not one value"),
         ({"words": ["a\x1b[0m"]}, "x.words='a\\x1b[0m' must not have the control character '\\x1b'"),
         ({"word": "a\0"}, "x.word='a\\x00' must not have the control character '\\x00'"),
         ({"word": "a\nb"}, "x.word='a\\nb' must not have the control character '\\n'"),
