@@ -19,7 +19,7 @@ from slm_pipeline.models.source import describe
 LLAMA = {"model_type": "llama", "num_hidden_layers": 5}
 RANDOM = {
     "source": "random", "architecture": "llama", "dtype": "float32", "num_layers": 2, "hidden_size": 64,
-    "intermediate_size": 1024, "num_heads": 4, "num_kv_heads": 4, "vocab_size": 512,
+    "intermediate_size": 1024, "num_heads": 4, "num_kv_heads": 4, "vocab_size": 512, "seed": 1,
 }  # fmt: skip
 
 
