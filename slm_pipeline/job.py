@@ -306,7 +306,7 @@ def _check_positions(config: Config, source: ModelSource, recovery: Recovery | N
         return []
     if source.architecture.learned_positions:
         raise UserError(f"{', '.join(longer)}: {source.name} has learned {most} positions and none for longer texts")
-    return [f"{', '.join(longer)}: {source.name} is made for {most} positions, and worse than it is on longer texts"]
+    return [f"{', '.join(longer)}: {source.name} is made for {most} positions; longer texts say little about it"]
 
 
 def _check_special_tokens(config: Config, source: ModelSource) -> None:

@@ -523,7 +523,7 @@ def _shape(sizes: Iterable[int | None]) -> str:
 def not_used(place: str, names: Iterable[str]) -> str:
     """That tensors of the files are not part of the model, in words."""
     names = list(names)
-    return f"{place}: {_count(names)} of its files are no part of the model and not used: {tensor_names(names)}"
+    return f"{place}: the model has no place for {_count(names)} of its files, not used: {tensor_names(names)}"
 
 
 def _count(names: list[str]) -> str:

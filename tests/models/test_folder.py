@@ -19,6 +19,7 @@ from model_folders import config, replace_by, weights
 
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
+from slm_pipeline.evaluation.zero_shot import score_task
 from slm_pipeline.models import folder as model_folder
 from slm_pipeline.models.loading import load_checkpoint, load_dense, load_dense_tokenizer, load_tokenizer
 from slm_pipeline.models.source import ModelSource, describe
@@ -205,7 +206,7 @@ def test_tensors_that_are_not_used_are_warned_about_and_sound_ones_are_not(sound
     assert caplog.messages == []
     folder = folders.copy(sound_models["llama"], tmp_path / "model", weights(lambda w: {**w, "v": torch.ones(1)}))
     load_dense(describe(options(folder)))
-    assert caplog.messages == [f"{folder}: 1 tensor of its files are no part of the model and not used: v"]
+    assert caplog.messages == [f"{folder}: the model has no place for 1 tensor of its files, not used: v"]
 
 
 JOB = (
@@ -227,8 +228,8 @@ def test_warnings_reach_the_summary_also_of_a_run_that_reuses(sound_models, here
     folders.copy(sound_models["llama"], here / "model", config(num_hidden_layers=3, max_position_embeddings=16))
     job = ["model=local", "model.path=model", "calibration.seq_len=24", "pruning_ratio=layers", *JOB]
     texts = [
-        "model.path='model': 9 tensors of its files are no part of the model and not used: ",
-        "calibration.seq_len=24: local is made for 16 positions, and worse than it is on longer texts",
+        "model.path='model': the model has no place for 9 tensors of its files, not used: ",
+        "calibration.seq_len=24: local is made for 16 positions; longer texts say little about it",
     ]
     dry = run_slm(*job, "pruning_ratio.num_layers=2", "dry_run=true")
     for _ in range(2):
@@ -285,7 +286,12 @@ def test_special_tokens_that_an_evaluation_needs(sound_models, here):
     assert "names neither a BOS nor an EOS token" in run_slm(*job, "evaluation=zero_shot").err
     asked = run_slm(*job, "evaluation=perplexity", "evaluation.perplexity.bos=true")
     assert "evaluation.perplexity.bos=true: the tokenizer of local has no BOS token" in asked.err
-    assert load_dense_tokenizer(describe(options(here / "model"))).pad_token is None
+    model, tokenizer = load_dense(describe(options(here / "model")))
+    assert tokenizer.pad_token is None
+    with pytest.raises(
+        UserError, match="piqa: the tokenizer has neither a BOS nor an EOS token, and lm-eval needs one"
+    ):
+        score_task(model, tokenizer, "piqa", data="bundled", limit=1, batch_size=1)
 
 
 def test_an_index_beside_a_single_file_is_said_not_to_be_read(sound_models, tmp_path):
