@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ def load_dense(source: ModelSource) -> tuple[Any, Any]:
     tokenizer = load_dense_tokenizer(source)
     if source.config.source == "random":
         return _random_model(source.config), tokenizer
-    place, revision = _place(source.config)
+    place, revision = _place(source)
     model = _load(place, source.config, revision)
     num_tokens, rows = 1 + max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
     if num_tokens > rows:
@@ -49,7 +50,7 @@ def load_dense_tokenizer(source: ModelSource) -> Any:
     """
     if source.config.source == "random":
         return byte_tokenizer()
-    place, revision = _place(source.config)
+    place, revision = _place(source)
     tokenizer = _load_tokenizer(place, source.config.trust_remote_code, revision)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -60,21 +61,22 @@ def ties_embeddings(source: ModelSource) -> bool:
     """Whether the dense model's output head is its embedding; known from its configuration, without weights."""
     if source.config.source == "random":
         return bool(_random_description(source.config).tie_word_embeddings)
-    place, revision = _place(source.config)
+    place, revision = _place(source)
     code = source.config.trust_remote_code
     with _refused_in_one_line("configuration", place):
         return bool(AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=code).tie_word_embeddings)
 
 
-def _place(config: ModelConfig) -> tuple[str, str | None]:
-    """What ``from_pretrained`` takes: a folder or repository, and a revision."""
+def _place(source: ModelSource) -> tuple[str, str | None]:
+    """What ``from_pretrained`` takes: a folder or repository, and a revision: the commit that the fingerprint names."""
+    config = source.config
     if config.source == "bundled":
         return str(assets.model_dir(config.name)), None
     if config.source == "hub":
         assert config.repo is not None
-        return config.repo, config.revision
+        return config.repo, source.commit
     assert config.path is not None
-    return str(Path(config.path).expanduser()), None
+    return os.path.expanduser(config.path), None
 
 
 def load_checkpoint(path: Path, config: ModelConfig) -> Any:

@@ -29,6 +29,7 @@ class ModelSource:
         max_positions: tokens that the model is made for; None if unknown, or if it is random and has no table of them.
         special_tokens: which of bos, eos, pad its tokenizer has; None if only loading it tells.
         warnings: what may not be as meant in it, in words.
+        commit: of a model on the hub.
     """
 
     config: ModelConfig
@@ -38,6 +39,7 @@ class ModelSource:
     max_positions: int | None = None
     special_tokens: frozenset[str] | None = None
     warnings: tuple[str, ...] = ()
+    commit: str | None = None
 
     @property
     def name(self) -> str:
@@ -105,6 +107,7 @@ def _hub(config: ModelConfig) -> ModelSource:
         description["num_hidden_layers"],
         description["model_type"],
         description.get("max_position_embeddings"),
+        commit=commit,
     )
 
 

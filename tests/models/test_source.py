@@ -15,7 +15,7 @@ from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
 from slm_pipeline.models import folder as model_folder
 from slm_pipeline.models.architectures import ARCHITECTURES
-from slm_pipeline.models.loading import load_dense
+from slm_pipeline.models.loading import byte_tokenizer, load_dense, load_dense_tokenizer
 from slm_pipeline.models.source import describe
 
 
@@ -216,6 +216,13 @@ def test_hub_model_is_known_by_its_commit(tmp_path, monkeypatch):
     source = describe(ModelConfig(name="x", source="hub", repo="a/b"))
     assert (source.fingerprint, source.num_layers) == ("hub:a/b@0123abc:bfloat16", 5)
     assert source.max_positions == 64
+    asked = []
+    monkeypatch.setattr(
+        "slm_pipeline.models.loading.AutoTokenizer.from_pretrained",
+        lambda place, revision, **_: asked.append((place, revision)) or byte_tokenizer(),
+    )
+    load_dense_tokenizer(source)
+    assert asked == [("a/b", "0123abc")]  # and not what the branch has become meanwhile
     write_config(snapshot, {"model_type": "llama", "num_hidden_layers": "5", "quantization_config": {"bits": 4}})
     with pytest.raises(UserError, match="model.repo='a/b': config.json has num_hidden_layers=.*; it is a quantised"):
         describe(ModelConfig(name="x", source="hub", repo="a/b"))
