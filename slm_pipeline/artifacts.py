@@ -51,6 +51,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def give_usual_modes(folder: Path) -> None:
+    """Give every file under ``folder`` the mode of a newly made one: some libraries leave theirs to the owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
+
+
 def is_held(lock: Path) -> bool:
     """Whether a living process holds the lock file, or may hold it; asking needs no right to write."""
     try:
@@ -165,6 +174,7 @@ class Artifact:
     def _put_in_place(self) -> None:
         old = self.path.with_name(f"{self.key}.old")
         shutil.rmtree(old, ignore_errors=True)
+        give_usual_modes(self.partial)
         if self.path.exists():
             os.replace(self.path, old)
         os.replace(self.partial, self.path)

@@ -95,6 +95,12 @@ class ModelView:
     def block_parameters(self, layer: int) -> int:
         return sum(parameter.numel() for parameter in self.layers[layer].parameters())
 
+    def attention_windows(self) -> list[int | None]:
+        """How many tokens back each layer attends, by the configuration; None: to all."""
+        window = getattr(self.config, "sliding_window", None)
+        kinds = getattr(self.config, "layer_types", None) or ["sliding_attention"] * self.num_layers
+        return [window if kind == "sliding_attention" else None for kind in kinds]
+
     def norm_names(self, layer: int) -> list[str]:
         """Names, within the block, of the parameters of its normalisation layers."""
         names = [name for name, _ in self.layers[layer].named_parameters()]
@@ -239,7 +245,7 @@ class ModelView:
         Args:
             blocks: the new blocks, input side first.
             sources: for each, the present index of the block whose entry in the configuration's per-layer lists
-                (``layer_types`` and the like) it keeps.
+                (`architectures.PER_LAYER_LISTS`) it keeps.
         """
         old_depth = self.num_layers
         parent, _, name = self.architecture.layers.rpartition(".")
@@ -248,8 +254,14 @@ class ModelView:
             for module in block.modules():
                 if hasattr(module, "layer_idx"):
                     cast(Any, module).layer_idx = position  # the slot in the KV cache
-        for key, value in list(vars(self.config).items()):
-            per_layer = isinstance(value, (list, tuple)) and len(value) == old_depth and not key.endswith("token_id")
-            if per_layer:
-                setattr(self.config, key, type(value)(value[source] for source in sources))
+        settings = vars(self.config)
+        for key in settings.keys() & set(architectures.PER_LAYER_LISTS):
+            if settings[key] is not None:
+                setattr(self.config, key, [settings[key][source] for source in sources])
+        for key in settings.keys() & set(architectures.LAYER_COUNTS):
+            if settings[key] is not None:
+                setattr(self.config, key, sum(source < settings[key] for source in sources))
+        if list(sources) != list(range(old_depth)):  # no period describes what is left
+            for key in settings.keys() & set(architectures.LAYER_PERIODS):
+                delattr(self.config, key)
         self.config.num_hidden_layers = len(blocks)
