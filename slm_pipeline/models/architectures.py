@@ -33,6 +33,7 @@ class Architecture:
     output_norms: bool = False  # a norm stands between a sublayer's last projection and the residual stream
     attention: str = "self_attn"
     attention_inputs: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # from the block
+    query_key_norms: tuple[str, ...] = ()  # the norms of queries and of keys where they are as wide as all heads
     attention_output: str = "self_attn.o_proj"
     heads_interleaved: bool = False  # one fused projection holds query, key and value of each head side by side
     mlp: tuple[str, ...] = ("mlp",)
@@ -70,6 +71,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo2": Architecture(
         attention_norms=("post_attention_layernorm",),
         mlp_norms=("post_feedforward_layernorm",),
+        query_key_norms=("self_attn.q_norm", "self_attn.k_norm"),
         input_rms_norms=False,
         output_norms=True,
     ),
@@ -131,9 +133,7 @@ def find(config: Mapping[str, Any]) -> Architecture:
     depth = config.get("num_hidden_layers")
     for key in PER_LAYER_LISTS:
         if isinstance(config.get(key), list) and depth is not None and len(config[key]) != depth:
-            raise UserError(
-                f"the model's configuration contradicts itself: {len(config[key])} {key} for {depth} layers"
-            )
+            raise UserError(f"config.json contradicts itself: {len(config[key])} {key} for {depth} layers")
     architecture = ARCHITECTURES.get(str(model_type).removeprefix(PRUNED))
     if architecture is None:
         raise UserError(f"model_type={model_type!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")

@@ -85,7 +85,7 @@ def _add_modelling_file(folder: Path) -> None:
 def _probe(model: Any) -> Tensor:
     """Logits at the end of a fixed sequence of token ids: [1, 16, vocabulary] float32 on the CPU.
 
-    The sequence is 16 tokens longer than the longest sliding window of up to 1024, unless the model has fewer positions.
+    The sequence is 16 tokens longer than the longest sliding window of up to 1024, if the model has so many positions.
     """
     view = ModelView(model)
     window = max((size for size in view.attention_windows() if size and size <= _LONGEST_PROBED_WINDOW), default=0)

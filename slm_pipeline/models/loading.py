@@ -16,6 +16,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.models import modeling_pruned
 from slm_pipeline.models.architectures import PRUNED
 from slm_pipeline.models.source import ModelSource
+from slm_pipeline.models.view import ModelView
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,8 @@ def _load(place: str, config: ModelConfig, revision: str | None) -> Any:
         )
     except OSError as error:
         raise UserError(f"cannot load the model {place}: {str(error).strip().splitlines()[0]}") from error
+    # transformers leaves apart what a checkpoint holds twice with different values, whatever its configuration says
+    model.config.tie_word_embeddings = ModelView(model).ties_embeddings
     return model.eval() if device == "balanced" else model.to(device).eval()
 
 

@@ -173,6 +173,9 @@ class ModelView:
     def attention_slices(self, layer: int, *, tiled_queries: bool = False) -> list[Slice]:
         """Which rows and columns belong to each key-value group: its keys and values, and its queries and outputs.
 
+        Gains of query and key norms that are as wide as all heads (OLMo 2) are among them; those of one head's width
+        (Qwen3, Gemma 3) serve all heads and belong to none.
+
         transformers keeps the query heads of a group side by side: head h uses group h // (heads per group).
         ``tiled_queries`` gives group g the heads g, g + groups, ... instead: wrong, but what CoMe's code does.
         """
@@ -186,10 +189,12 @@ class ModelView:
             widths = {inputs[0]: [3 * queries]}
         else:
             widths = {inputs[0]: [queries, keys, keys]}
+        for name, width in zip(self.architecture.query_key_norms, (queries, keys), strict=False):
+            widths[name] = [width]
         slices = self._slices(layer, widths, self.architecture.attention_output, queries, groups)
         if tiled_queries and len(inputs) == 3:
             tiled = [torch.arange(queries).view(-1, groups, keys // groups).transpose(0, 1).reshape(groups, -1)]
-            of_queries = (inputs[0], self.architecture.attention_output)
+            of_queries = (inputs[0], self.architecture.attention_output, *self.architecture.query_key_norms[:1])
             slices = [
                 replace(piece, units=tiled) if piece.parameter.startswith(of_queries) else piece for piece in slices
             ]

@@ -1,8 +1,8 @@
 """Run with transformers 4 first on the path: what it makes of the checkpoints in a folder.
 
 usage: load_with_transformers4.py FOLDER OUT.json. FOLDER/NAME.json says what to ask the checkpoint FOLDER/NAME:
-{"input_ids", "text", "options"}. OUT.json gets for each NAME {"logits", "dtype", "token_ids", "decoded", "generated"}, or
-{"error"} where the checkpoint says that it wants another transformers.
+{"input_ids", "text", "options"}. OUT.json gets for each NAME {"logits", "dtype", "token_ids", "decoded", "generated"},
+or {"error"} where the checkpoint says that it wants another transformers.
 """
 
 import json

@@ -107,18 +107,8 @@ def make_tokenizer(architecture: str) -> Any:
     """The family's own class with a vocabulary of bytes."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     by_letter = {piece: index for index, piece in enumerate(["<pad>", "<s>", "</s>", "<|endoftext|>", *letters])}
-    pieces = [
-        "<pad>",
-        "<eos>",
-        "<bos>",
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        "▁",
-        "I",
-        "t",
-    ]
+    coded = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<s>", "</s>", *coded, "▁", "I", "t"]
     by_piece = {piece: index for index, piece in enumerate(pieces)}
     if architecture.startswith("gemma"):
         return GemmaTokenizer(vocab=by_piece, merges=[])
