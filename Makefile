@@ -1,6 +1,6 @@
 # make help lists the targets. Everything is installed into .venv; the model and data go to the cache (SLM_CACHE).
 .DEFAULT_GOAL := help
-.PHONY: help install assets run test lint check-types bench clean
+.PHONY: help install transformers4 assets run test lint check-types bench clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,13 +22,20 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # pip uses one core; what does not compile are templates
 	touch $@
 
+transformers4: $(VENV)/transformers4/installed ## Make the folder with transformers 4 that the tests load checkpoints with
+
+$(VENV)/transformers4/installed: constraints-transformers4.txt $(VENV)/installed
+	@started=$$(date +%s) && rm -rf $(@D) \
+	  && $(BIN)/python -m pip $(INSTALL) --no-deps --target $(@D) --requirement $< \
+	  && touch $@ && echo "transformers 4 for the tests was installed in $$(($$(date +%s) - started)) s"
+
 assets: install ## Fetch the bundled model and data (about 180 MB, once)
 	$(BIN)/slm-fetch
 
 run: assets ## The main job on the bundled model: calibrate, merge, LoRA, evaluate (minutes on two cores)
 	$(BIN)/slm experiment=two_cores
 
-test: install lint check-types ## Lint, type-check and run all tests, two files at a time (as root: installs Slurm, Chromium)
+test: install transformers4 lint check-types ## Lint, type-check and run all tests, two files at a time (as root: installs Slurm, Chromium)
 	markers=$$(.ci/system-packages) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "$$markers"
 
 lint: install ## Style

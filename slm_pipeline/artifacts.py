@@ -33,12 +33,17 @@ STORE_FORMAT = 1
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` so that a reader sees the old file or the whole new one, never a part."""
+    """Write ``text`` to ``path`` as UTF-8, atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` so that a reader sees the old file or the whole new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -49,6 +54,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically. NaN and infinity are refused with ``ValueError``."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Give every file under ``folder`` the mode of a newly made one: some libraries leave theirs to the owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
 
 
 def is_held(lock: Path) -> bool:
@@ -165,6 +179,7 @@ class Artifact:
     def _put_in_place(self) -> None:
         old = self.path.with_name(f"{self.key}.old")
         shutil.rmtree(old, ignore_errors=True)
+        give_usual_modes(self.partial)
         if self.path.exists():
             os.replace(self.path, old)
         os.replace(self.partial, self.path)

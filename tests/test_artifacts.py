@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from slm_pipeline.artifacts import STORE_FORMAT, Artifact, check_store, digest, is_held, write_json, write_text
 from slm_pipeline.errors import UserError
@@ -24,6 +25,22 @@ def artifact(root: Path, **identity: object) -> Artifact:
 def make_nothing(folder: Path) -> dict:
     (folder / "plan").write_text("content")
     return {"answer": 42}
+
+
+def test_every_file_of_a_result_has_the_mode_that_the_umask_gives(tmp_path):
+    def make(folder: Path) -> dict:
+        (folder / "model").mkdir()
+        save_file({"x": torch.zeros(3)}, folder / "model" / "model.safetensors")  # leaves it to its owner alone
+        return {}
+
+    before = os.umask(0o027)
+    try:
+        found = artifact(tmp_path)
+        found.produce(make)
+    finally:
+        os.umask(before)
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in found.path.rglob("*") if file.is_file()}
+    assert modes == dict.fromkeys(["model.safetensors", "stage.json", "identity.json"], "0o640")
 
 
 def test_key_depends_on_stage_and_identity_alone(tmp_path):

@@ -33,6 +33,7 @@ class Architecture:
     output_norms: bool = False  # a norm stands between a sublayer's last projection and the residual stream
     attention: str = "self_attn"
     attention_inputs: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # from the block
+    query_key_norms: tuple[str, ...] = ()  # the norms of queries and of keys where they are as wide as all heads
     attention_output: str = "self_attn.o_proj"
     heads_interleaved: bool = False  # one fused projection holds query, key and value of each head side by side
     mlp: tuple[str, ...] = ("mlp",)
@@ -73,6 +74,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo2": Architecture(
         attention_norms=("post_attention_layernorm",),
         mlp_norms=("post_feedforward_layernorm",),
+        query_key_norms=("self_attn.q_norm", "self_attn.k_norm"),
         input_rms_norms=False,
         output_norms=True,
     ),
@@ -105,6 +107,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 
+# How configurations speak of single layers, here and in kindred architectures. No list is known by its length.
+PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # one entry for each layer
+LAYER_COUNTS = ("max_window_layers",)  # how many of the layers at the input side are of another kind than the rest
+LAYER_PERIODS = ("sliding_window_pattern", "_sliding_window_pattern", "no_rope_layer_interval")  # every n-th is
+
 PRUNED = "pruned_"  # prefix of the model types of checkpoints from which whole sublayers are absent
 
 # Configuration keys of models whose blocks depend on each other or choose their weights per token.
@@ -114,6 +121,7 @@ _UNSAFE = {
     "num_local_experts": "it is a mixture of experts",
     "n_routed_experts": "it is a mixture of experts",
     "num_nextn_predict_layers": "it has extra layers that predict further tokens",
+    "per_layer_config": "its layers differ in size or lack parts",
 }
 
 
@@ -121,12 +129,17 @@ def find(config: Mapping[str, Any]) -> Architecture:
     """The entry for a model configuration (``config.json`` as a mapping).
 
     Raises:
-        UserError: the architecture is not in the table, or its layers cannot be removed or merged safely.
+        UserError: the architecture is not in the table, or its layers cannot be removed or merged safely, or a list
+            with an entry for each layer has more or fewer.
     """
     model_type = config.get("model_type")
     for key, reason in _UNSAFE.items():
         if config.get(key):
             raise UserError(f"model_type={model_type!r} cannot be cut by layers: {reason} ({key}={config[key]})")
+    depth = config.get("num_hidden_layers")
+    for key in PER_LAYER_LISTS:
+        if isinstance(config.get(key), list) and depth is not None and len(config[key]) != depth:
+            raise UserError(f"config.json contradicts itself: {len(config[key])} {key} for {depth} layers")
     architecture = ARCHITECTURES.get(str(model_type).removeprefix(PRUNED))
     if architecture is None:
         raise UserError(f"model_type={model_type!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")

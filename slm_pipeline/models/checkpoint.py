@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from slm_pipeline import memory
-from slm_pipeline.artifacts import write_json, write_text
+from slm_pipeline.artifacts import give_usual_modes, write_json, write_text
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
-from slm_pipeline.models import modeling_pruned
+from slm_pipeline.models import config_files, modeling_pruned
 from slm_pipeline.models.architectures import PRUNED
-from slm_pipeline.models.loading import load_checkpoint
+from slm_pipeline.models.loading import load_checkpoint, load_tokenizer
 from slm_pipeline.models.view import ModelView
 
-_PROBE_LENGTH = 16  # tokens
+_PROBE_LENGTH = 16  # tokens, beyond the longest sliding window
+_LONGEST_PROBED_WINDOW = 1024  # tokens: Gemma 3's; above, the windows' settings are compared and the probe is short
+_PROBE_TEXT = "The 12 Zürich bankers said: 'Don't!'\n\n\tThey left  at 7:45, naïve as ever \U0001f642."
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # relative, of the logits; equal in most cases
 
 
@@ -31,26 +33,35 @@ def save(model: Any, tokenizer: Any, folder: Path, *, card: str, config: ModelCo
     memory is given back before the reload, so that two copies never share a GPU.
 
     Raises:
-        UserError: the reloaded model's logits differ.
+        UserError: the reloaded model's logits, size, attention windows or token ids differ.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    view = ModelView(model)
     model.config.dtype = config.dtype
+    model.config.tie_word_embeddings = view.ties_embeddings
     model.save_pretrained(partial)
     if model.config.model_type.startswith(PRUNED):
         _add_modelling_file(partial)
     tokenizer.save_pretrained(partial)
+    config_files.mend(partial, tokenizer)
     write_text(partial / "README.md", card)
-    expected = _probe(model)
-    num_parameters = ModelView(model).num_parameters()
+    give_usual_modes(partial)
+    expected, expected_ids = _probe(model), tokenizer(_PROBE_TEXT)["input_ids"]
+    windows, num_parameters = view.attention_windows(), view.num_parameters()
     if not hasattr(model, "hf_device_map"):  # a model spread over GPUs cannot be moved; there both copies must fit
         model.to("meta")
-    del model
+    del model, view
     memory.free()
     reloaded = load_checkpoint(partial, config)
     _compare(expected, _probe(reloaded), config.dtype, folder)
-    if ModelView(reloaded).num_parameters() != num_parameters:
+    found = ModelView(reloaded)
+    if found.num_parameters() != num_parameters:
         raise UserError(f"{folder}: the reloaded model has another number of parameters than the saved one")
+    if found.attention_windows() != windows:
+        raise UserError(f"{folder}: the reloaded model has other attention windows than the saved one")
+    if load_tokenizer(partial)(_PROBE_TEXT)["input_ids"] != expected_ids:
+        raise UserError(f"{folder}: the reloaded tokenizer gives other token ids than the saved one")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return reloaded
@@ -72,9 +83,15 @@ def _add_modelling_file(folder: Path) -> None:
 
 @torch.no_grad()
 def _probe(model: Any) -> Tensor:
-    """Logits of a fixed sequence of token ids: [1, 16, vocabulary] float32 on the CPU."""
-    token_ids = torch.arange(1, _PROBE_LENGTH + 1) * 97 % model.config.vocab_size
-    output = model(input_ids=token_ids[None].to(ModelView(model).device), use_cache=False)
+    """Logits at the end of a fixed sequence of token ids: [1, 16, vocabulary] float32 on the CPU.
+
+    The sequence is 16 tokens longer than the longest sliding window of up to 1024, if the model has so many positions.
+    """
+    view = ModelView(model)
+    window = max((size for size in view.attention_windows() if size and size <= _LONGEST_PROBED_WINDOW), default=0)
+    length = min(window + _PROBE_LENGTH, model.config.max_position_embeddings)
+    token_ids = torch.arange(1, length + 1) * 97 % model.config.vocab_size
+    output = model(input_ids=token_ids[None].to(view.device), use_cache=False, logits_to_keep=_PROBE_LENGTH)
     return output.logits.float().cpu()
 
 

@@ -20,6 +20,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.models import folder, modeling_pruned
 from slm_pipeline.models.architectures import PRUNED
 from slm_pipeline.models.source import RANDOM_POSITIONS, ModelSource, drawn_on
+from slm_pipeline.models.view import ModelView
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +108,8 @@ def _load(place: str, config: ModelConfig, revision: str | None) -> Any:
             trust_remote_code=config.trust_remote_code,
             **options,
         )
+        # transformers leaves apart what a checkpoint holds twice with different values, whatever its configuration says
+        model.config.tie_word_embeddings = ModelView(model).ties_embeddings
         return model.eval() if device == "balanced" else model.to(device).eval()
 
 

@@ -24,6 +24,8 @@ class NoAttention(nn.Module):
     its first layer.
     """
 
+    is_sliding = False  # transformers 4 asks Gemma 3's
+
     def __init__(self, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
@@ -60,7 +62,11 @@ def remove_children(layers: nn.ModuleList, absent: dict[str, list[int]]) -> None
 class _Pruned:
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # the architecture's own class comes next
-        remove_children(self.get_decoder().layers, config.absent)  # type: ignore[attr-defined]
+        if hasattr(self, "embed_out"):  # GPT-NeoX's head in transformers 4, which would draw its weights anew
+            raise ImportError("a GPT-NeoX checkpoint that lacks sublayers needs transformers 5 or later")
+        modules = self.modules()  # type: ignore[attr-defined]
+        layers = next(module for module in modules if isinstance(module, nn.ModuleList))  # it has no other list
+        remove_children(layers, config.absent)
 
 
 def __getattr__(name: str) -> Any:

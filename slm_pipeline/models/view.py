@@ -95,6 +95,12 @@ class ModelView:
     def block_parameters(self, layer: int) -> int:
         return sum(parameter.numel() for parameter in self.layers[layer].parameters())
 
+    def attention_windows(self) -> list[int | None]:
+        """How many tokens back each layer attends, by the configuration; None: to all."""
+        window = getattr(self.config, "sliding_window", None)
+        kinds = getattr(self.config, "layer_types", None) or ["sliding_attention"] * self.num_layers
+        return [window if kind == "sliding_attention" else None for kind in kinds]
+
     def norm_names(self, layer: int) -> list[str]:
         """Names, within the block, of the parameters of its normalisation layers."""
         names = [name for name, _ in self.layers[layer].named_parameters()]
@@ -167,6 +173,9 @@ class ModelView:
     def attention_slices(self, layer: int, *, tiled_queries: bool = False) -> list[Slice]:
         """Which rows and columns belong to each key-value group: its keys and values, and its queries and outputs.
 
+        Gains of query and key norms that are as wide as all heads (OLMo 2) are among them; those of one head's width
+        (Qwen3, Gemma 3) serve all heads and belong to none.
+
         transformers keeps the query heads of a group side by side: head h uses group h // (heads per group).
         ``tiled_queries`` gives group g the heads g, g + groups, ... instead: wrong, but what CoMe's code does.
         """
@@ -180,10 +189,12 @@ class ModelView:
             widths = {inputs[0]: [3 * queries]}
         else:
             widths = {inputs[0]: [queries, keys, keys]}
+        for name, width in zip(self.architecture.query_key_norms, (queries, keys), strict=False):
+            widths[name] = [width]
         slices = self._slices(layer, widths, self.architecture.attention_output, queries, groups)
         if tiled_queries and len(inputs) == 3:
             tiled = [torch.arange(queries).view(-1, groups, keys // groups).transpose(0, 1).reshape(groups, -1)]
-            of_queries = (inputs[0], self.architecture.attention_output)
+            of_queries = (inputs[0], self.architecture.attention_output, *self.architecture.query_key_norms[:1])
             slices = [
                 replace(piece, units=tiled) if piece.parameter.startswith(of_queries) else piece for piece in slices
             ]
@@ -239,7 +250,7 @@ class ModelView:
         Args:
             blocks: the new blocks, input side first.
             sources: for each, the present index of the block whose entry in the configuration's per-layer lists
-                (``layer_types`` and the like) it keeps.
+                (`architectures.PER_LAYER_LISTS`) it keeps.
         """
         old_depth = self.num_layers
         parent, _, name = self.architecture.layers.rpartition(".")
@@ -248,8 +259,14 @@ class ModelView:
             for module in block.modules():
                 if hasattr(module, "layer_idx"):
                     cast(Any, module).layer_idx = position  # the slot in the KV cache
-        for key, value in list(vars(self.config).items()):
-            per_layer = isinstance(value, (list, tuple)) and len(value) == old_depth and not key.endswith("token_id")
-            if per_layer:
-                setattr(self.config, key, type(value)(value[source] for source in sources))
+        settings = vars(self.config)
+        for key in settings.keys() & set(architectures.PER_LAYER_LISTS):
+            if settings[key] is not None:
+                setattr(self.config, key, [settings[key][source] for source in sources])
+        for key in settings.keys() & set(architectures.LAYER_COUNTS):
+            if settings[key] is not None:
+                setattr(self.config, key, sum(source < settings[key] for source in sources))
+        if list(sources) != list(range(old_depth)):  # no period describes what is left
+            for key in settings.keys() & set(architectures.LAYER_PERIODS):
+                delattr(self.config, key)
         self.config.num_hidden_layers = len(blocks)

@@ -20,7 +20,7 @@ from slm_pipeline.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2  # 2: CoMe keeps the q/k gains of OLMo 2 with their rows
 
 
 class Evaluate(Stage):

@@ -19,7 +19,7 @@ from slm_pipeline.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2  # 2: checkpoints that transformers 4 reads alike; CoMe keeps the q/k gains of OLMo 2 with their rows
 
 
 class Merge(Stage):

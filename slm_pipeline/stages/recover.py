@@ -20,8 +20,8 @@ from slm_pipeline.stages.merge import load_plan, load_pruned
 from slm_pipeline.tracking import Tracker
 
 # 2: checkpoints hold what trains alone, zeroed sublayers stay zero; 3: padding on the right; 4: the steps of a training
-# in parts add up; 5: losses on logits have names of their own
-VERSION = 5
+# in parts add up; 5: losses on logits have names of their own; 6: checkpoints that transformers 4 reads alike
+VERSION = 6
 
 
 class Recover(Stage):

@@ -2,6 +2,9 @@
 
 Head groups and neurons are units that a block applies independently and sums up. So a block may hold some units of one
 layer and some of another; its shape stays that of the layers.
+
+In OLMo 2 head groups are not quite independent: queries and keys are divided by their root mean square over all heads.
+Each row keeps its own gain, but in a block of several layers the root mean square is that of the rows put together.
 """
 
 from __future__ import annotations
@@ -35,9 +38,9 @@ def concatenate(
         heads: for each block the indices of the key-value groups that it gives, ascending; as many in all as a layer
             has. A group is its keys and values with all its query heads and their output columns.
         neurons: the same for the hidden neurons of the feed-forward network.
-        shares: for each block its share, summing to 1: weights of what cannot be cut (output biases, q/k norms).
+        shares: for each block its share, summing to 1: weights of what cannot be cut (output biases, q/k norms
+            that are one for all heads).
         official_gqa: pick query heads as the published code does, which gives a group the query heads of others.
-
         fold_norm: put each block's gains into the rows that it gives before they are taken (`folded`).
 
     Returns:

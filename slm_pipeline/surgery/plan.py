@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
-from slm_pipeline.artifacts import digest, write_json
+from slm_pipeline.artifacts import digest, write_bytes, write_json
 from slm_pipeline.errors import UserError
 from slm_pipeline.surgery.merge_rules import RULES
 
@@ -92,9 +91,7 @@ class Plan:
     def write(self, path: Path) -> None:
         """Write plan.json and, if there are tensors, plan.safetensors beside it, the latter first."""
         if self.tensors:
-            temporary = path.with_suffix(".safetensors.partial")
-            save_file(self.tensors, temporary)
-            os.replace(temporary, path.with_suffix(".safetensors"))
+            write_bytes(path.with_suffix(".safetensors"), save(self.tensors))
         values = asdict(self)
         del values["tensors"]
         write_json(path, values)

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import random_source
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.models import checkpoint
@@ -82,7 +82,7 @@ def test_loads_where_this_package_cannot_be_imported(tiny_llama, tmp_path):
     )
     program = (
         "import sys; sys.modules['slm_pipeline'] = None\n"  # any import of it raises
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer\n"
         f"folder = {str(tmp_path / 'model')!r}\n"
         "model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)\n"
         "ids = tokenizer('hello', return_tensors='pt').input_ids\n"
@@ -106,6 +106,53 @@ def test_a_checkpoint_that_reloads_differently_is_refused_and_not_kept(tiny_llam
     monkeypatch.setattr(checkpoint, "load_checkpoint", damaged)
     with pytest.raises(UserError, match="logits differ"):
         checkpoint.save(model, tokenizer, tmp_path / "model", card="# card", config=random_source().config)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(("window", "message"), [(20, "logits differ"), (4096, "other attention windows")])
+def test_a_reload_with_other_windows_is_refused(window, message, tmp_path, monkeypatch):
+    """The probe is longer than a window that a probe can pass; of wider ones the settings are compared."""
+    source = random_source("mistral", num_layers=2)
+    model, tokenizer = load_dense(source)
+    model.config.sliding_window = window
+    honest = checkpoint.load_checkpoint
+
+    def damaged(folder, config):
+        loaded = honest(folder, config)
+        loaded.config.sliding_window = None
+        return loaded
+
+    checkpoint.save(copy.deepcopy(model), tokenizer, tmp_path / "whole", card="", config=source.config)
+    monkeypatch.setattr(checkpoint, "load_checkpoint", damaged)
+    with pytest.raises(UserError, match=message):
+        checkpoint.save(model, tokenizer, tmp_path / "model", card="", config=source.config)
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_probe_ends_where_learned_positions_do(tmp_path):
+    source = random_source("opt", num_layers=2)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "opt",
+            vocab_size=300,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=9,
+        )
+    ).eval()
+    reloaded = checkpoint.save(model, byte_tokenizer(), tmp_path / "model", card="", config=source.config)
+    assert reloaded.config.max_position_embeddings == 9
+
+
+def test_a_tokenizer_that_reloads_differently_is_refused(tiny_llama, tmp_path, monkeypatch):
+    model, tokenizer = tiny_llama
+    other = byte_tokenizer()
+    other.add_tokens(["The 12"])
+    monkeypatch.setattr(checkpoint, "load_tokenizer", lambda folder: other)
+    with pytest.raises(UserError, match="reloaded tokenizer gives other token ids"):
+        checkpoint.save(model, tokenizer, tmp_path / "model", card="", config=random_source().config)
     assert not (tmp_path / "model").exists()
 
 

@@ -18,17 +18,33 @@ def two_parts(num_units, first):
     return [order[:first].sort().values, order[first:].sort().values]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])  # multi-head, grouped-query, multi-query
 def test_a_layer_cut_in_two_and_put_together_is_itself(architecture, num_kv_heads, input_ids):
+    """Its units in another order, each with its own biases and gains, none of which is 0 or 1."""
     model, _ = load_dense(random_source(architecture, num_layers=3, num_kv_heads=num_kv_heads))
     view = ModelView(model)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in view.layers[1].named_parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+        elif "q_proj" in name or "k_proj" in name or "qkv" in name or "query_key" in name:
+            parameter.mul_(20)  # else all positions get the same attention, whatever the queries are
+    groups, neurons = torch.arange(view.num_kv_heads), torch.arange(view.num_neurons)
     merged = concatenate(
         view,
         [Block(1), Block(1)],
-        heads=two_parts(view.num_kv_heads, view.num_kv_heads // 2),
-        neurons=two_parts(view.num_neurons, 17),
+        heads=[groups[-1:], groups[:-1]],
+        neurons=[neurons[17:], neurons[:17]],
         shares=[0.3, 0.7],
     )
+    moved = {
+        name for name, value in merged.replaced.items() if not torch.equal(value, view.layers[1].get_parameter(name))
+    }
+    assert {name.rpartition(".")[0] for name in moved} >= set(view.architecture.mlp_inputs)
+    if num_kv_heads > 1:
+        wide = {*view.architecture.attention_inputs, view.architecture.attention_output}
+        assert {name.rpartition(".")[0] for name in moved} >= wide | set(view.architecture.query_key_norms)
     runner = BlockRunner(view, input_ids)
     torch.testing.assert_close(runner.run(merged, runner.states[1]), runner.states[2], rtol=1e-4, atol=1e-6)
     shapes = {name: parameter.shape for name, parameter in view.layers[1].named_parameters()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from slm_pipeline.errors import UserError
@@ -32,6 +34,13 @@ def test_a_good_plan(tmp_path):
     assert read(tmp_path).num_layers == 4
     nested = [{"op": "merge", "layers": [3, 4], "rule": "mean"}, {"op": "merge", "layers": [2, 3, 4], "rule": "mean"}]
     assert read(tmp_path, ops=nested).num_layers == 4
+
+
+def test_its_tensors_can_be_read_by_whoever_can_read_the_plan(tmp_path):
+    plan = dataclasses.replace(read(tmp_path), tensors={"fold.0": np.eye(3, dtype=np.float32)})
+    plan.write(tmp_path / "plan.json")
+    assert (tmp_path / "plan.safetensors").stat().st_mode == (tmp_path / "plan.json").stat().st_mode
+    assert np.array_equal(Plan.read(tmp_path / "plan.json").tensors["fold.0"], np.eye(3))
 
 
 OVERLAPPING = [{"op": "merge", "layers": [3, 4], "rule": "mean"}, {"op": "merge", "layers": [2, 3], "rule": "mean"}]
