@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_pipeline.data.tasks import COLUMNS, task_source
+from slm_pipeline.data.tasks import COLUMNS, check_row, task_rows, task_source
 from slm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -189,41 +189,40 @@ def _load_task(task: str, source: Path | None, folder: Path) -> Any:
     file, split = TASK_FILES[task]
     settings: dict[str, Any] = {"include": str(Path(lm_eval.tasks.__file__).parent / file), "num_fewshot": 0}
     if source is not None:
-        file_format = "parquet" if source.suffix == ".parquet" else "json"
-        options = {"data_files": {split: str(source)}, "cache_dir": str(folder)}
-        _check_columns(source, COLUMNS[task], file_format, options)
         settings |= {
-            "dataset_path": file_format,
+            "dataset_path": "parquet",
             "dataset_name": None,
-            "dataset_kwargs": options,
+            "dataset_kwargs": {
+                "data_files": {split: str(_rewritten(task, source, folder))},
+                "cache_dir": str(folder),
+            },
             "training_split": None,
             "validation_split": "validation" if split == "validation" else None,
         }
     task_file = folder / f"{task}.yaml"
     task_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    place = "evaluation.data=hub" if source is None else str(source)
     try:
-        return lm_eval.tasks.TaskManager(include_defaults=False).load([str(task_file)])
+        loaded = lm_eval.tasks.TaskManager(include_defaults=False).load([str(task_file)])
     except (OSError, ValueError, LookupError, TemplateError) as error:
-        place = "evaluation.data=hub" if source is None else str(source)
         raise UserError(f"{place}: cannot load the examples of {task}: {_first_line(error)}") from error
+    if source is None:
+        for number, row in enumerate(loaded["tasks"][task].eval_docs, start=1):
+            check_row(task, row, f"evaluation.data=hub: {task}, row {number}")
+    return loaded
 
 
-def _check_columns(file: Path, columns: tuple[str, ...], file_format: str, options: dict[str, Any]) -> None:
-    """Read a task file as lm-eval will (which then takes it from the cache) and look at its columns."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+def _rewritten(task: str, source: Path, folder: Path) -> Path:
+    """The examples as a file in which nothing has to be guessed: JSON's reader takes some texts for dates."""
+    import pyarrow
+    import pyarrow.parquet
 
-    if file.stat().st_size == 0:
-        raise UserError(f"{file} is empty")
-    try:
-        (rows,) = load_dataset(file_format, **options).values()
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        raise UserError(f"{file} cannot be read as {file_format}: {_first_line(error.__cause__ or error)}") from error
-    missing = [column for column in columns if column not in rows.column_names]
-    if missing or not len(rows):
-        raise UserError(
-            f"{file} has {len(rows)} rows and lacks {', '.join(missing) or 'none'} of the columns {', '.join(columns)}"
-        )
+    file = folder / f"{task}.parquet"
+    rows = task_rows(task, source)
+    if task == "hellaswag":
+        rows = [{**row, "label": str(row["label"])} for row in rows]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file
 
 
 def _first_line(error: BaseException) -> str:
