@@ -62,6 +62,11 @@ def read_text(file: Path, option: str = "") -> str:
         ) from error
 
 
+def with_plain_newlines(text: str) -> str:
+    """A text whose lines end with \\n, whatever ended them."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def json_rows(file: Path) -> list[tuple[str, Any]]:
     """The rows of a .json (a list; also rows of a line each) or .jsonl (a row a line) file.
 
@@ -74,7 +79,7 @@ def json_rows(file: Path) -> list[tuple[str, Any]]:
     Raises:
         UserError: as `read_text`, or it is not JSON.
     """
-    text = read_text(file).removeprefix(_BOM)
+    text = with_plain_newlines(read_text(file).removeprefix(_BOM))
     if file.suffix == ".json" and text.strip():
         try:
             rows = _parse(text)
