@@ -46,7 +46,7 @@ class Job:
     recovery: Recovery | None
     threshold: float | None
     command: str
-    identities: dict[str, object] = field(default_factory=dict)
+    identities: dict[str, Any] = field(default_factory=dict)
 
     @property
     def data_dir(self) -> Path | None:
@@ -63,7 +63,7 @@ class Job:
             return [corpus for corpus in corpora if corpus == options.source and corpus != "bundled"]
         assert options.path is not None
         text = perplexity.corpus_fingerprint(options.path, self.data_dir)
-        return [corpus for corpus in corpora if perplexity.corpus_fingerprint(corpus, self.data_dir) == text]
+        return [corpus for corpus in corpora if self.identities["evaluation"]["corpora"][corpus] == text]
 
     def num_layers_to_remove(self, num_layers: int, count_parameters: ParameterCounts | None = None) -> int | None:
         """Layers that the method must remove from ``num_layers``; None when the threshold alone decides.
@@ -163,7 +163,7 @@ def prepare(config: Config, command: str) -> Job:
             f"calibration.seq_len={config.calibration.seq_len} must be at least {method.min_seq_len} for"
             f" method={method.name}, which predicts the next token"
         )
-    identities: dict[str, object] = {"calibration": calibration.check(config.calibration, data_dir(config))}
+    identities: dict[str, Any] = {"calibration": calibration.check(config.calibration, data_dir(config))}
     if recovery is not None and {"recover", "evaluate"}.intersection(config.stages):
         identities["recovery"] = recovery.data_identity(data_dir(config))
     identities["evaluation"] = _check_evaluation(config)
@@ -289,6 +289,10 @@ def _check_evaluation(config: Config) -> dict[str, object]:
     for target in evaluation.of:
         if target not in options.TARGETS:
             raise UserError(f"evaluation.of has {target!r}; allowed: {', '.join(options.TARGETS)}")
+    _refuse_repeated("evaluation.of", evaluation.of)
+    _refuse_repeated("evaluation.tasks", evaluation.tasks)
+    # tables and the objective know a text by the name of its file
+    _refuse_repeated("evaluation.perplexity.corpora", [Path(corpus).name for corpus in evaluation.perplexity.corpora])
     zero_shot.check(evaluation.limit, evaluation.batch_size)
     text, speed = evaluation.perplexity, evaluation.efficiency
     perplexity.check(text.window, text.stride, text.batch_size, text.max_tokens)
@@ -300,3 +304,8 @@ def _check_evaluation(config: Config) -> dict[str, object]:
         "tasks": {task: task_fingerprint(evaluation.data, task, folder) for task in evaluation.tasks},
         "corpora": {corpus: perplexity.corpus_fingerprint(corpus, folder) for corpus in evaluation.perplexity.corpora},
     }
+
+
+def _refuse_repeated(option: str, names: list[str]) -> None:
+    if repeated := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise UserError(f"{option} has {repeated[0]!r} twice")

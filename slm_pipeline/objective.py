@@ -36,6 +36,8 @@ def check(config: Config) -> None:
         raise UserError(f"objective.direction={objective.direction!r} is not one of minimize, maximize")
     if objective.max_layers is not None and objective.max_layers < 1:
         raise UserError(f"objective.max_layers={objective.max_layers} must be at least 1")
+    if objective.max_layers is not None and objective.metric is None:
+        raise UserError(f"objective.max_layers={objective.max_layers} is a budget for objective.metric, which is null")
     if objective.max_layers is not None and "num_layers" not in names(config):
         raise UserError("objective.max_layers needs the merge stage, which finds how many layers are left")
     if objective.metric is not None and objective.metric not in (known := names(config)):

@@ -32,11 +32,13 @@ def read_bytes(file: Path, option: str = "") -> bytes:
     """The whole file. ``option``: what named it, for messages.
 
     Raises:
-        UserError: it is a folder, or cannot be read.
+        UserError: it is no regular file, or cannot be read.
     """
     where = f"{option}: {file}" if option else str(file)
     if file.is_dir():
         raise UserError(f"{where} is a folder, not a file")
+    if file.exists() and not file.is_file():  # a pipe or a device may never end
+        raise UserError(f"{where} is not a regular file")
     try:
         return file.read_bytes()
     except OSError as error:
@@ -108,7 +110,7 @@ def parquet_rows(file: Path, columns: Sequence[str]) -> list[tuple[str, Any]]:
     """The rows of a parquet file, each with where it stands ("FILE, row 3"): dicts of those of ``columns`` it has.
 
     Raises:
-        UserError: it is a folder or cannot be read as parquet, or has one of the columns twice.
+        UserError: as `read_bytes`, it cannot be read as parquet, or has one of the columns twice.
     """
     import pyarrow
     import pyarrow.parquet
