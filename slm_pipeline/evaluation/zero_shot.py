@@ -184,6 +184,7 @@ def _load_task(task: str, source: Path | None, folder: Path) -> Any:
     """lm-eval's task, reading the file ``source`` unless that is None. ``folder`` takes temporary files."""
     import lm_eval.tasks
     import yaml
+    from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
 
     file, split = TASK_FILES[task]
@@ -204,8 +205,10 @@ def _load_task(task: str, source: Path | None, folder: Path) -> Any:
     place = "evaluation.data=hub" if source is None else str(source)
     try:
         loaded = lm_eval.tasks.TaskManager(include_defaults=False).load([str(task_file)])
-    except (OSError, ValueError, LookupError, TemplateError) as error:
-        raise UserError(f"{place}: cannot load the examples of {task}: {_first_line(error)}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, TemplateError, DatasetsError) as error:
+        raise UserError(
+            f"{place}: cannot load the examples of {task}: {_first_line(error.__cause__ or error)}"
+        ) from error
     if source is None:
         for number, row in enumerate(loaded["tasks"][task].eval_docs, start=1):
             check_row(task, row, f"evaluation.data=hub: {task}, row {number}")
