@@ -163,6 +163,25 @@ def check(limit: int | None, batch_size: int) -> None:
         raise UserError(f"evaluation.batch_size={batch_size} must be at least 1")
 
 
+def preflight(tokenizer: PreTrainedTokenizerBase, tasks: list[str], data: str) -> None:
+    """Check with the tokenizer alone that the tasks can be scored: lm-eval's own data can be had and has answers.
+
+    Those of a folder are looked at by `slm_pipeline.data.tasks.task_fingerprint`.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if tasks and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"evaluation.tasks={tasks}: the model's tokenizer has neither a BOS nor an EOS token, and lm-eval needs"
+            " one; name it in tokenizer_config.json, or use evaluation.tasks=[]"
+        )
+    if data == "hub":
+        for task in tasks:
+            with _loaded(task, data, None):
+                pass
+
+
 def average(scores: dict[str, float]) -> float:
     """Plain mean of the tasks' scores, as the papers report it."""
     return sum(scores.values()) / len(scores)

@@ -57,19 +57,14 @@ class Evaluate(Stage):
         return f"recovered:{results['recover'].key}" if "recover" in results else None
 
     def preflight(self, job: Job) -> None:
-        """Every text has a window of tokens, and lm-eval's own data sets can be had and have answers."""
+        """Every text has a window of tokens, and lm-eval's own data can be had; see both measures' ``preflight``."""
         from slm_pipeline.evaluation import perplexity, zero_shot
         from slm_pipeline.models.loading import load_dense_tokenizer
 
-        settings = job.config.evaluation
-        if settings.data == "hub":  # a folder's rows were looked at for their fingerprint
-            for task in settings.tasks:
-                zero_shot.task_documents(task, data="hub", limit=1)
-        text = settings.perplexity
-        if text.corpora:
-            perplexity.preflight(
-                load_dense_tokenizer(job.source), text.corpora, window=text.window, bos=text.bos, data_dir=job.data_dir
-            )
+        settings, text = job.config.evaluation, job.config.evaluation.perplexity
+        tokenizer = load_dense_tokenizer(job.source)
+        perplexity.preflight(tokenizer, text.corpora, window=text.window, bos=text.bos, data_dir=job.data_dir)
+        zero_shot.preflight(tokenizer, settings.tasks, settings.data)
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         from slm_pipeline.evaluation.efficiency import efficiency
