@@ -176,9 +176,7 @@ def check_tokens(
             _pieces(tokenizer, chat, completion_only)
     for example in examples:
         begun = {**example, "text": example["text"][: 8 * cutoff_len + 4096]} if "text" in example else example
-        if any(
-            tokenize_example(tokenizer, part, cutoff_len, completion_only=completion_only) for part in (begun, example)
-        ):
+        if tokenize_example(tokenizer, begun, cutoff_len, completion_only=completion_only):
             return
     raise _nothing_left(cutoff_len, len(examples))
 
