@@ -47,7 +47,7 @@ class Job:
     recovery: Recovery | None
     threshold: float | None
     command: str
-    identities: dict[str, object] = field(default_factory=dict)
+    identities: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     @property
@@ -65,7 +65,7 @@ class Job:
             return [corpus for corpus in corpora if corpus == options.source and corpus != "bundled"]
         assert options.path is not None
         text = perplexity.corpus_fingerprint(options.path, self.data_dir)
-        return [corpus for corpus in corpora if perplexity.corpus_fingerprint(corpus, self.data_dir) == text]
+        return [corpus for corpus in corpora if self.identities["evaluation"]["corpora"][corpus] == text]
 
     def num_layers_to_remove(self, num_layers: int, count_parameters: ParameterCounts | None = None) -> int | None:
         """Layers that the method must remove from ``num_layers``; None when the threshold alone decides.
@@ -163,7 +163,7 @@ def prepare(config: Config, command: str) -> Job:
             f"calibration.seq_len={config.calibration.seq_len} must be at least {method.min_seq_len} for"
             f" method={method.name}, which predicts the next token"
         )
-    identities: dict[str, object] = {"calibration": calibration.check(config.calibration, data_dir(config))}
+    identities: dict[str, Any] = {"calibration": calibration.check(config.calibration, data_dir(config))}
     if recovery is not None and {"recover", "evaluate"}.intersection(config.stages):
         identities["recovery"] = recovery.data_identity(data_dir(config))
     identities["evaluation"] = _check_evaluation(config)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from slm_pipeline.config import Config
 from slm_pipeline.errors import UserError
 from slm_pipeline.report import run as report
+from slm_pipeline.report.measurement import corpus_labels
 
 OVER_BUDGET = 1e9  # what each layer above `objective.max_layers` counts, far beyond any score or perplexity
 
@@ -25,7 +25,7 @@ def names(config: Config) -> list[str]:
             continue
         if evaluation.tasks:
             found += [f"{target}/{task}" for task in [*evaluation.tasks, "average"]]
-        found += [f"{target}/perplexity/{Path(corpus).name}" for corpus in evaluation.perplexity.corpora]
+        found += [f"{target}/perplexity/{label}" for label in corpus_labels(evaluation.perplexity.corpora).values()]
     return found
 
 
@@ -34,6 +34,8 @@ def check(config: Config) -> None:
     objective = config.objective
     if objective.direction not in ("minimize", "maximize"):
         raise UserError(f"objective.direction={objective.direction!r} is not one of minimize, maximize")
+    if objective.max_layers is not None and objective.metric is None:
+        raise UserError(f"objective.max_layers={objective.max_layers} is a budget for objective.metric, which is null")
     if objective.max_layers is not None and "num_layers" not in names(config):
         raise UserError("objective.max_layers needs the merge stage, which finds how many layers are left")
     if objective.metric is not None and objective.metric not in (known := names(config)):

@@ -188,9 +188,13 @@ def record_lost_job(composed: DictConfig, error: UserError) -> None:
 
 def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> dict[str, Any]:
     """Run the job's steps, then write and print what they found."""
-    for step, known in plan(job):
-        if step.selected and (step.forced or known is None or not step.stage.is_whole(job, known)):
-            step.stage.preflight(job)
+    due = {
+        step.stage.stage: step.stage  # those that evaluate look at the same
+        for step, known in plan(job)
+        if step.selected and (step.forced or known is None or not step.stage.is_whole(job, known))
+    }
+    for stage in due.values():
+        stage.preflight(job)
     for warning in job.warnings:
         log.warning("%s", warning)
     if "evaluate" in job.config.stages and job.config.evaluation.of:

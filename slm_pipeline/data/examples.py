@@ -25,6 +25,8 @@ from typing import Any
 
 from slm_pipeline import assets
 from slm_pipeline.artifacts import digest
+from slm_pipeline.data import hub
+from slm_pipeline.data.files import check_text, json_rows, listed, read_bytes, read_text, shown, with_plain_newlines
 from slm_pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 SOURCES = ("bundled", "hub", "file")
 BUNDLED_TEXTS = ("lambada", "squad", "drop", "sciq")  # neither an evaluation task nor the perplexity corpus
 SUFFIXES = (".json", ".jsonl", ".txt")
+INSTEAD = "recovery.source=bundled or recovery.source=file"  # of a hub
 PASSAGE_LEN = 2000  # characters; a book is cut into passages of that many, so that some of it can be held out
 ROLES = {role: role for role in ("system", "user", "assistant")}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **ROLES}
@@ -56,7 +59,8 @@ def load_examples(source: str, *, path: str | None, repo: str, revision: str, da
         data_dir: where relative paths are looked up; None: the working directory.
 
     Raises:
-        UserError: nothing there, a row of no known kind (the message gives its number, counted from 1), or no example.
+        UserError: nothing there, a row of no known kind (the message gives its file and its row or line),
+            or no example.
     """
     if source == "bundled":
         rows = _bundled_examples()
@@ -101,7 +105,7 @@ def examples_fingerprint(source: str, *, path: str | None, repo: str, revision: 
     if folder := _local_repo(repo, data_dir):
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         return "folder:" + digest({file.relative_to(folder).as_posix(): _sha256(file) for file in files})
-    return f"{repo}@{_hub_commit(repo, revision)}"
+    return f"{repo}@{hub.commit(repo, f'recovery.repo={repo!r}', INSTEAD, revision=revision)}"
 
 
 def split_examples(
@@ -190,48 +194,27 @@ def _find_files(path: str | None, data_dir: Path | None) -> list[Path]:
 
 
 def _read_file(file: Path) -> list[Example]:
-    try:
-        if file.suffix == ".txt":
-            rows = passages(file.read_text(encoding="utf-8"))
-        elif file.suffix == ".json":
-            rows = json.loads(file.read_text(encoding="utf-8"))
-        else:
-            rows = _read_lines(file)
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(f"{file} is not valid {file.suffix[1:].upper()}: {error}") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{file} holds a JSON {type(rows).__name__}, not a list of examples")
-    return [_example(row, f"{file}, row {number}") for number, row in enumerate(rows, start=1)]
-
-
-def _read_lines(file: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
-        try:
-            rows.append(json.loads(line or "null"))
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from error
-    return rows[:-1] if rows[-1] is None else rows
+    if file.suffix == ".txt":
+        return [{"text": passage} for passage in passages(with_plain_newlines(read_text(file)))]
+    return [_example(row, where) for where, row in json_rows(file)]
 
 
 def _read_hub(repo: str, revision: str, data_dir: Path | None) -> list[Example]:
-    from datasets import load_dataset
-
+    option = f"recovery.repo={repo!r}"
     folder = _local_repo(repo, data_dir)
-    try:
-        rows = load_dataset(str(folder)) if folder else load_dataset(repo, revision=revision)
-    except (OSError, ValueError) as error:
-        raise _unreachable(repo, error) from error
+    options = {} if folder else {"revision": revision}
+    rows = hub.load(str(folder or repo), option, INSTEAD, **options)
     if "train" not in rows:
-        raise UserError(f"recovery.repo={repo!r} has no train split; it has {', '.join(map(str, rows))}")
+        raise UserError(f"{option} has no train split; it has {listed(rows)}")
     return [_example(row, f"{repo}, row {number}") for number, row in enumerate(rows["train"], start=1)]
 
 
 def _example(row: Any, where: str) -> Example:
     if isinstance(row, str):
+        check_text(row, where, empty=True)
         return {"text": row}
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object or a string, got {row!r:.80}")
+        raise UserError(f"{where}: expected an object or a string, got {shown(row)}")
     row = {name: value for name, value in row.items() if value is not None}
     if "instruction" in row:
         found = {
@@ -248,23 +231,21 @@ def _example(row: Any, where: str) -> Example:
     else:
         raise UserError(
             f"{where}: expected instruction and output, or messages, or conversations, or text; its columns are"
-            f" {', '.join(map(str, row)) or 'empty'}"
+            f" {listed(row) or 'empty'}"
         )
     for name, value in found.items():
-        if not isinstance(value, str):
-            raise UserError(f"{where}: {name} must be a string, got {value!r:.80}")
+        check_text(value, f"{where}: {name}", empty=True)
     return found
 
 
 def _messages(turns: Any, who: str, what: str, roles: Mapping[str, str], where: str) -> list[dict[str, str]]:
     """The turns of a chat as {role, content}; ``who`` and ``what`` are the names that the row has for these."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise UserError(f"{where} must be a list of {{{who}, {what}}}, got {turns!r:.80}")
+        raise UserError(f"{where} must be a list of {{{who}, {what}}}, got {shown(turns)}")
     for turn in turns:
         if turn.get(who) not in list(roles):
-            raise UserError(f"{where}: {who} {turn.get(who)!r} is not one of {', '.join(roles)}")
-        if not isinstance(turn.get(what), str):
-            raise UserError(f"{where}: {what} must be a string, got {turn.get(what)!r:.80}")
+            raise UserError(f"{where}: {who} {shown(turn.get(who))} is not one of {', '.join(roles)}")
+        check_text(turn.get(what), f"{where}: {what}", empty=True)
     return [{"role": roles[turn[who]], "content": turn[what]} for turn in turns]
 
 
@@ -273,23 +254,5 @@ def _local_repo(repo: str, data_dir: Path | None) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _hub_commit(repo: str, revision: str) -> str:
-    from huggingface_hub import hf_hub_download
-
-    try:  # every repository has this small file
-        file = hf_hub_download(repo, ".gitattributes", repo_type="dataset", revision=revision)
-    except (OSError, ValueError) as error:
-        raise _unreachable(repo, error) from error
-    return Path(file).parent.name  # the hub's cache keeps files under snapshots/<commit>/
-
-
-def _unreachable(repo: str, error: Exception) -> UserError:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return UserError(
-        f"recovery.repo={repo!r} is no local folder and cannot be had from the hub ({reason});"
-        " without a hub use recovery.source=bundled or recovery.source=file"
-    )
-
-
 def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashlib.sha256(read_bytes(file)).hexdigest()

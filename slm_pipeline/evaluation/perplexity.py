@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from slm_pipeline import assets
+from slm_pipeline.data import hub
+from slm_pipeline.data.files import check_text, read_text
+from slm_pipeline.data.tokens import text_tokens
 from slm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,6 +63,8 @@ HUB_CORPORA = {
     ),
 }
 BUNDLED_TEXT = "coqa"
+OPTION = "evaluation.perplexity.corpora"
+INSTEAD = "bundled or a text file"  # of a hub
 
 
 def perplexity(
@@ -99,8 +104,7 @@ def perplexity(
     check(window, stride, max_tokens)
     capacity = window - (bos_token_id is not None)  # tokens of the text in one window
     ids = torch.as_tensor(input_ids, dtype=torch.long)[:max_tokens]
-    if len(ids) < capacity:
-        raise UserError(f"{label}: {len(ids)} tokens are less than one window; evaluation.perplexity.window={window}")
+    _check_length(len(ids), capacity, label, window)
     spans = _spans(len(ids), capacity, stride)
     model.eval()
     total, num_tokens = 0.0, 0
@@ -147,9 +151,14 @@ def perplexity(
 
 
 def corpus_tokens(
-    tokenizer: PreTrainedTokenizerBase, corpus: str, *, window: int, data_dir: Path | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: str,
+    *,
+    window: int,
+    max_tokens: int | None = None,
+    data_dir: Path | None = None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """An evaluation text as tokens, in one tokenizer call without special tokens.
+    """An evaluation text as tokens, those of one tokenizer call without special tokens.
 
     Args:
         tokenizer: the model's.
@@ -157,47 +166,78 @@ def corpus_tokens(
             the hub's ``wikitext2`` (test split, rows joined by blank lines), ``c4`` (validation, its first 1,100
             documents joined by spaces, 256 windows of them), ``ptb`` (test, sentences joined by spaces).
         window: tokens of one window, for corpora that are cut by windows.
+        max_tokens: the first so many are enough; None: all.
         data_dir: where a relative file is looked up; None: the working directory.
 
     Returns:
         [num_tokens] int64, and what the text is: corpus, source, split, join and the sha256 of the text.
 
     Raises:
-        UserError: unknown name, missing file, or the hub cannot be reached.
+        UserError: unknown name, missing or unreadable file, or neither the hub nor its cache has the text.
     """
     import torch
 
-    max_tokens = None
+    limits = [max_tokens] if max_tokens is not None else []
     if corpus == "bundled":
         text = "\n\n".join(assets.bundled_texts(BUNDLED_TEXT))
         about = {"source": BUNDLED_TEXT, "split": "validation", "join": "\n\n"}
     elif corpus in HUB_CORPORA:
-        hub = HUB_CORPORA[corpus]
-        text = hub.separator.join(_rows(corpus, hub))
-        about = {"source": hub.repo, "split": hub.split, "join": hub.separator}
-        max_tokens = hub.max_windows and hub.max_windows * window
+        of_hub = HUB_CORPORA[corpus]
+        text = of_hub.separator.join(_rows(corpus, of_hub))
+        about = {"source": of_hub.repo, "split": of_hub.split, "join": of_hub.separator}
+        if of_hub.max_windows is not None:
+            limits.append(of_hub.max_windows * window)
     else:
         file = _file(corpus, data_dir)
-        try:
-            text = file.read_bytes().decode()  # newlines as they are
-        except UnicodeDecodeError as error:
-            raise UserError(f"evaluation.perplexity.corpora: {file} is not UTF-8 text: {error}") from error
+        text = read_text(file, OPTION)
         about = {"source": file.name, "split": "file", "join": ""}
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
-    return ids[:max_tokens], {"corpus": corpus, **about, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    ids = torch.tensor(text_tokens(tokenizer, text, min(limits, default=None)), dtype=torch.long)
+    return ids, {"corpus": corpus, **about, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def corpus_fingerprint(corpus: str, data_dir: Path | None = None) -> str:
-    """What identifies an evaluation text: pinned for ``bundled``, the file's sha256, the hub's name. Fetches nothing.
+    """What identifies an evaluation text: pinned for ``bundled``, the file's sha256, the hub's commit and files.
 
     Raises:
-        UserError: neither a known name nor a file.
+        UserError: neither a known name nor a file, a file that is empty or not UTF-8, or the hub cannot be reached.
     """
     if corpus == "bundled":
         return assets.texts_fingerprint(BUNDLED_TEXT)
     if corpus in HUB_CORPORA:
-        return f"hub {HUB_CORPORA[corpus].repo} {HUB_CORPORA[corpus].files}"
-    return hashlib.sha256(_file(corpus, data_dir).read_bytes()).hexdigest()[:16]
+        of_hub = HUB_CORPORA[corpus]
+        place = hub.identity(
+            of_hub.repo, _option(corpus), INSTEAD, files=of_hub.files, revision=of_hub.revision or "main"
+        )
+        return f"hub {place} {of_hub.files}"
+    file = _file(corpus, data_dir)
+    if not (text := read_text(file, OPTION)).strip():
+        raise UserError(f"{OPTION}: {file} is empty")
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def preflight(
+    tokenizer: PreTrainedTokenizerBase,
+    corpora: list[str],
+    *,
+    window: int,
+    bos: bool,
+    data_dir: Path | None,
+) -> None:
+    """Check with the tokenizer alone that every text can be scored: it can be had, and has a window of tokens.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if corpora and bos and tokenizer.bos_token_id is None:
+        raise UserError("evaluation.perplexity.bos=true: the model's tokenizer has no BOS token")
+    for corpus in corpora:
+        ids, _ = corpus_tokens(tokenizer, corpus, window=window, max_tokens=window, data_dir=data_dir)
+        _check_length(len(ids), window - bos, Path(corpus).stem, window)
+
+
+def _check_length(num_tokens: int, capacity: int, label: str, window: int) -> None:
+    if num_tokens < capacity:
+        raise UserError(f"{label}: {num_tokens} tokens are less than one window; evaluation.perplexity.window={window}")
 
 
 def check(window: int, stride: int | None, max_tokens: int | None) -> None:
@@ -247,25 +287,31 @@ def _losses(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
     return torch.stack(losses)
 
 
-def _rows(name: str, hub: HubCorpus) -> list[str]:
-    from datasets import load_dataset
+def _rows(name: str, of_hub: HubCorpus) -> list[str]:
+    option = _option(name)
+    rows = hub.load(
+        of_hub.repo,
+        option,
+        INSTEAD,
+        data_files={of_hub.split: of_hub.files},
+        split=of_hub.split,
+        revision=None if Path(of_hub.repo).is_dir() else of_hub.revision,
+    )
+    texts = list(hub.column(rows, of_hub.column, option)[: of_hub.num_documents])
+    for number, text in enumerate(texts, start=1):
+        check_text(text, f"{option}: {of_hub.repo}, row {number}, column {of_hub.column}", empty=True)
+    return texts
 
-    try:
-        rows = load_dataset(hub.repo, data_files={hub.split: hub.files}, split=hub.split, revision=hub.revision)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"evaluation.perplexity.corpora: cannot load {name} ({hub.repo}): {reason}; a text file can be given"
-            " instead"
-        ) from error
-    return list(rows[: hub.num_documents or len(rows)][hub.column])
+
+def _option(corpus: str) -> str:
+    return f"{OPTION}={corpus}"
 
 
 def _file(corpus: str, data_dir: Path | None) -> Path:
     file = (data_dir or Path.cwd()) / Path(corpus).expanduser()
-    if not file.is_file():
+    if not file.exists():
         raise UserError(
-            f"evaluation.perplexity.corpora: {corpus!r} is not a file in {data_dir or Path.cwd()} and not one of"
+            f"{OPTION}: {corpus!r} is not a file in {data_dir or Path.cwd()} and not one of"
             f" bundled, {', '.join(HUB_CORPORA)}"
         )
     return file

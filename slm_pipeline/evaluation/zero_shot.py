@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_pipeline.data.tasks import COLUMNS, task_source
+from slm_pipeline.data.tasks import COLUMNS, check_row, task_rows, task_source
 from slm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -153,6 +153,25 @@ def _texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
+def preflight(tokenizer: PreTrainedTokenizerBase, tasks: list[str], data: str) -> None:
+    """Check with the tokenizer alone that the tasks can be scored: lm-eval's own data can be had and has answers.
+
+    Those of a folder are looked at by `slm_pipeline.data.tasks.task_fingerprint`.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if tasks and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"evaluation.tasks={tasks}: the model's tokenizer has neither a BOS nor an EOS token, and lm-eval needs"
+            " one; name it in tokenizer_config.json, or use evaluation.tasks=[]"
+        )
+    if data == "hub":
+        for task in tasks:
+            with _loaded(task, data, None):
+                pass
+
+
 def average(scores: dict[str, float]) -> float:
     """Plain mean of the tasks' scores, as the papers report it."""
     return sum(scores.values()) / len(scores)
@@ -174,46 +193,48 @@ def _load_task(task: str, source: Path | None, folder: Path) -> Any:
     """lm-eval's task, reading the file ``source`` unless that is None. ``folder`` takes temporary files."""
     import lm_eval.tasks
     import yaml
+    from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
 
     file, split = TASK_FILES[task]
     settings: dict[str, Any] = {"include": str(Path(lm_eval.tasks.__file__).parent / file), "num_fewshot": 0}
     if source is not None:
-        file_format = "parquet" if source.suffix == ".parquet" else "json"
-        options = {"data_files": {split: str(source)}, "cache_dir": str(folder)}
-        _check_columns(source, COLUMNS[task], file_format, options)
         settings |= {
-            "dataset_path": file_format,
+            "dataset_path": "parquet",
             "dataset_name": None,
-            "dataset_kwargs": options,
+            "dataset_kwargs": {
+                "data_files": {split: str(_rewritten(task, source, folder))},
+                "cache_dir": str(folder),
+            },
             "training_split": None,
             "validation_split": "validation" if split == "validation" else None,
         }
     task_file = folder / f"{task}.yaml"
     task_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    place = "evaluation.data=hub" if source is None else str(source)
     try:
-        return lm_eval.tasks.TaskManager(include_defaults=False).load([str(task_file)])
-    except (OSError, ValueError, LookupError, TemplateError) as error:
-        place = "evaluation.data=hub" if source is None else str(source)
-        raise UserError(f"{place}: cannot load the examples of {task}: {_first_line(error)}") from error
-
-
-def _check_columns(file: Path, columns: tuple[str, ...], file_format: str, options: dict[str, Any]) -> None:
-    """Read a task file as lm-eval will (which then takes it from the cache) and look at its columns."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    if file.stat().st_size == 0:
-        raise UserError(f"{file} is empty")
-    try:
-        (rows,) = load_dataset(file_format, **options).values()
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        raise UserError(f"{file} cannot be read as {file_format}: {_first_line(error.__cause__ or error)}") from error
-    missing = [column for column in columns if column not in rows.column_names]
-    if missing or not len(rows):
+        loaded = lm_eval.tasks.TaskManager(include_defaults=False).load([str(task_file)])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, TemplateError, DatasetsError) as error:
         raise UserError(
-            f"{file} has {len(rows)} rows and lacks {', '.join(missing) or 'none'} of the columns {', '.join(columns)}"
-        )
+            f"{place}: cannot load the examples of {task}: {_first_line(error.__cause__ or error)}"
+        ) from error
+    if source is None:
+        for number, row in enumerate(loaded["tasks"][task].eval_docs, start=1):
+            check_row(task, row, f"evaluation.data=hub: {task}, row {number}")
+    return loaded
+
+
+def _rewritten(task: str, source: Path, folder: Path) -> Path:
+    """The examples as a file in which nothing has to be guessed: JSON's reader takes some texts for dates."""
+    import pyarrow
+    import pyarrow.parquet
+
+    file = folder / f"{task}.parquet"
+    rows = task_rows(task, source)
+    if task == "hellaswag":
+        rows = [{**row, "label": str(row["label"])} for row in rows]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file
 
 
 def _first_line(error: BaseException) -> str:

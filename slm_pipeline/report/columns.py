@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from slm_pipeline.config import TARGETS
-from slm_pipeline.report.measurement import Summary, metrics_of, standard_errors
+from slm_pipeline.report.measurement import Summary, corpus_labels, metrics_of, standard_errors
 
 # Of a model's efficiency: the key in summary.json, and the column for each of dense, pruned and recovered.
 _EFFICIENCY = {
@@ -30,8 +29,9 @@ def measures(summary: Summary) -> dict[str, float]:
     if summary.get("threshold") is not None:
         found["threshold"] = summary["threshold"]
     for target, metrics in metrics_of(summary).items():
-        for corpus, value in metrics.get("perplexity", {}).items():
-            found[f"perplexity {Path(corpus).name} {target}"] = value["perplexity"]
+        perplexities = metrics.get("perplexity", {})
+        for corpus, label in corpus_labels(perplexities).items():
+            found[f"perplexity {label} {target}"] = perplexities[corpus]["perplexity"]
         for task, score in metrics.get("zero_shot", {}).items():
             found[f"{task} {target}"] = score
         for key, column in _EFFICIENCY.items():

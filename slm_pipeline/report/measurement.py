@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from slm_pipeline.report.tables import in_order
@@ -15,6 +17,13 @@ def metrics_of(summary: Summary) -> Mapping[str, Any]:
     """Scores and perplexities by model: dense, pruned, recovered."""
     metrics: Mapping[str, Any] = summary.get("metrics", {})
     return metrics
+
+
+def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
+    """What tables call each corpus: the name of its file, or its whole path where two files have one name."""
+    names = {corpus: Path(corpus).name for corpus in corpora}
+    counts = Counter(names.values())
+    return {corpus: name if counts[name] == 1 else corpus for corpus, name in names.items()}
 
 
 def task_details(summary: Summary, target: str) -> Mapping[str, Any]:

@@ -8,7 +8,15 @@ from typing import Any
 
 from slm_pipeline.artifacts import write_text
 from slm_pipeline.report.columns import change, count, perplexity
-from slm_pipeline.report.measurement import Summary, measurement, metrics_of, small_limit, standard_errors, task_details
+from slm_pipeline.report.measurement import (
+    Summary,
+    corpus_labels,
+    measurement,
+    metrics_of,
+    small_limit,
+    standard_errors,
+    task_details,
+)
 from slm_pipeline.report.tables import Lines, Table, in_order, wrapped
 from slm_pipeline.surgery.plan import format_groups
 
@@ -56,8 +64,9 @@ def flat_metrics(summary: Summary) -> dict[str, float]:
             flat[name] = summary[name]["pruned"]
     for target, found in metrics_of(summary).items():
         flat |= {f"{target}/{task}": score for task, score in found.get("zero_shot", {}).items()}
-        for corpus, value in found.get("perplexity", {}).items():
-            flat[f"{target}/perplexity/{Path(corpus).name}"] = value["perplexity"]
+        perplexities = found.get("perplexity", {})
+        for corpus, label in corpus_labels(perplexities).items():
+            flat[f"{target}/perplexity/{label}"] = perplexities[corpus]["perplexity"]
     return flat
 
 
@@ -101,7 +110,7 @@ def _result_table(summary: Summary) -> Table:
         if errors := standard_errors(summary, target):
             row = [f"+-{errors[task]:.1f}" if task in errors else "" for task in tasks]
             rows.append(["", *row, *("" for _ in corpora)])
-    return Table(["model", *tasks, *(f"perplexity {Path(corpus).name}" for corpus in corpora)], rows)
+    return Table(["model", *tasks, *(f"perplexity {label}" for label in corpus_labels(corpora).values())], rows)
 
 
 def _efficiency_table(summary: Summary) -> Table:

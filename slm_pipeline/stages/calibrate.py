@@ -36,11 +36,12 @@ class Calibrate(Stage):
         from slm_pipeline.analysis.similarity import TokenAlignment, map_summary
         from slm_pipeline.data.calibration import sample
         from slm_pipeline.engine.statistics import collect
-        from slm_pipeline.models.loading import load_dense
+        from slm_pipeline.models.loading import load_dense, load_dense_tokenizer
         from slm_pipeline.models.view import ModelView
 
-        model, tokenizer = load_dense(job.source)
-        samples = sample(job.config.calibration, tokenizer, job.data_dir)
+        # before the weights: a text that is too short needs no model to be found so
+        samples = sample(job.config.calibration, load_dense_tokenizer(job.source), job.data_dir)
+        model, _ = load_dense(job.source)
         save_file({"input_ids": samples.input_ids}, out / "samples.safetensors")
         write_json(
             out / "samples.json", {"mode": samples.mode, "fingerprint": samples.fingerprint, "samples": samples.ids}

@@ -11,7 +11,6 @@ from typing import Any
 
 from slm_pipeline.artifacts import Artifact, write_json
 from slm_pipeline.data.overlap import RUN, overlaps, word_passages
-from slm_pipeline.errors import UserError
 from slm_pipeline.job import Job
 from slm_pipeline.recovery.base import TrainingOptions
 from slm_pipeline.stages.base import Stage
@@ -56,6 +55,16 @@ class Evaluate(Stage):
             merge = results["merge"]
             return merge.record()["result"]["checkpoint"] if merge.done else None
         return f"recovered:{results['recover'].key}" if "recover" in results else None
+
+    def preflight(self, job: Job) -> None:
+        """Every text has a window of tokens, and lm-eval's own data can be had; see both measures' ``preflight``."""
+        from slm_pipeline.evaluation import perplexity, zero_shot
+        from slm_pipeline.models.loading import load_dense_tokenizer
+
+        settings, text = job.config.evaluation, job.config.evaluation.perplexity
+        tokenizer = load_dense_tokenizer(job.source)
+        perplexity.preflight(tokenizer, text.corpora, window=text.window, bos=text.bos, data_dir=job.data_dir)
+        zero_shot.preflight(tokenizer, settings.tasks, settings.data)
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         from slm_pipeline.evaluation.efficiency import efficiency
@@ -103,8 +112,10 @@ class Evaluate(Stage):
             for task in settings.tasks
         }
         for corpus in text.corpora:
-            input_ids, _ = corpus_tokens(tokenizer, corpus, window=text.window, data_dir=job.data_dir)
-            scored = tokenizer.decode(input_ids[: text.max_tokens], clean_up_tokenization_spaces=False)
+            input_ids, _ = corpus_tokens(
+                tokenizer, corpus, window=text.window, max_tokens=text.max_tokens, data_dir=job.data_dir
+            )
+            scored = tokenizer.decode(input_ids, clean_up_tokenization_spaces=False)
             documents[f"perplexity/{corpus}"] = word_passages(scored)
         train, _ = job.recovery.examples(job.data_dir)
         return overlaps(documents, train)
@@ -113,9 +124,9 @@ class Evaluate(Stage):
         from slm_pipeline.evaluation.perplexity import corpus_tokens, perplexity
 
         settings = job.config.evaluation.perplexity
-        input_ids, about = corpus_tokens(tokenizer, corpus, window=settings.window, data_dir=job.data_dir)
-        if settings.bos and tokenizer.bos_token_id is None:
-            raise UserError(f"evaluation.perplexity.bos=true: the tokenizer of {job.source.name} has no BOS token")
+        input_ids, about = corpus_tokens(
+            tokenizer, corpus, window=settings.window, max_tokens=settings.max_tokens, data_dir=job.data_dir
+        )
         result = perplexity(
             model,
             input_ids,

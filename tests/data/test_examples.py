@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slm_pipeline import assets
 from slm_pipeline.data import examples
@@ -184,6 +187,20 @@ def test_a_folder_is_read_by_name_and_every_file_counts(tmp_path):
             "conversations: from 'bing' is not one of human, gpt, system, user, assistant",
         ),
         ({"conversations": [{"role": "user", "content": "a"}]}, "conversations: from None is not one of"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, r"messages: role \['user'\] is not one of"),
+        ({"messages": [{"role": "user"}]}, "messages: content must be a string, got None"),
+        ({"messages": {"role": "user", "content": "a"}}, "row 2: messages must be a list of {role, content}, got {"),
+        (
+            {"messages": [{"role": "user", "content": "\udc00"}]},
+            r"messages: content has '\\udc00' at character 0, half",
+        ),
+        ({"text": "ab\ud83d"}, r"row 2: text has '\\ud83d' at character 2, half of a surrogate pair"),
+        ("ab\ud83d", r"row 2 has '\\ud83d' at character 2"),
+        ({"instruction": "a", "input": float("nan"), "output": "b"}, "row 2: input must be a string, got nan"),
+        ({"instruction": "a", "output": {"a": [1] * 99}}, r"row 2: output must be a string, got {'a': \[1, 1"),
+        ({"a\nb": 1}, r"its columns are 'a\\nb'$"),
+        ({}, "its columns are empty"),
+        (["text"], r"row 2: expected an object or a string, got \['text'\]"),
         ({"text": 3}, "row 2: text must be a string, got 3"),
         (None, "row 2: expected an object or a string, got None"),
     ],
@@ -213,9 +230,19 @@ def test_malformed_files(tmp_path, text, message):
         load("file", path="bad.json", data_dir=tmp_path)
 
 
+def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path):
+    line = json.dumps(EXAMPLE)
+    (tmp_path / "a.jsonl").write_text(f"\ufeff\n{line}\r\n \n\n{line}\n\n", encoding="utf-8")
+    (tmp_path / "b.json").write_text(f"\ufeff[{line}]", encoding="utf-8")
+    assert load("file", path=".", data_dir=tmp_path) == [EXAMPLE] * 3
+    (tmp_path / "a.jsonl").write_text(f"\n{line}\n\n5\n")
+    with pytest.raises(UserError, match="a.jsonl, line 4: expected an object or a string, got 5"):
+        fingerprint("file", path="a.jsonl", data_dir=tmp_path)
+
+
 def test_a_bad_line_is_named(tmp_path):
     (tmp_path / "bad.jsonl").write_text(json.dumps(EXAMPLE) + "\nnonsense\n")
-    with pytest.raises(UserError, match="bad.jsonl is not valid JSONL: line 2"):
+    with pytest.raises(UserError, match="bad.jsonl, line 2 is not valid JSON: Expecting value at column 1"):
         fingerprint("file", path="bad.jsonl", data_dir=tmp_path)
 
 
@@ -250,5 +277,63 @@ def test_chats_in_the_hubs_layout(tmp_path, monkeypatch):
 
 def test_an_unreachable_hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="recovery.repo='nobody/nothing' is no local folder and cannot be had"):
+    with pytest.raises(UserError, match="recovery.repo='nobody/nothing': nobody/nothing is no local folder and cannot"):
         fingerprint("hub", repo="nobody/nothing")
+
+
+JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=20),
+    lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(max_size=5), values, max_size=3),
+    max_leaves=8,
+)
+COLUMNS = ("instruction", "input", "output", "context", "response", "text", "messages", "conversations")
+TURN = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(("role", "from"), st.sampled_from(["user", "assistant", "gpt", "human"]) | JSON),
+        **dict.fromkeys(("content", "value"), st.text(max_size=9) | JSON),
+    },
+)
+ROW = JSON | st.dictionaries(
+    st.sampled_from(COLUMNS), st.text(max_size=9) | st.lists(TURN, max_size=3) | JSON, max_size=5
+)
+
+
+def examples_or_refusal(path: str, data_dir: Any) -> list[Any] | None:
+    """The examples; None where they are refused, in one line."""
+    message = None
+    try:
+        found = load("file", path=path, data_dir=data_dir)
+    except UserError as error:
+        message = str(error)
+    assert message is None or message.isprintable()
+    return None if message else found
+
+
+@given(rows=st.lists(ROW, max_size=3), suffix=st.sampled_from(["json", "jsonl"]))
+def test_rows_of_any_values_are_refused_or_are_examples_of_text(tmp_path_factory, rows, suffix):
+    folder = tmp_path_factory.getbasetemp()
+    lines = [json.dumps(row) for row in rows]
+    (folder / f"any.{suffix}").write_text("\n".join(lines) if suffix == "jsonl" else f"[{','.join(lines)}]")
+    for example in examples_or_refusal(f"any.{suffix}", folder) or []:
+        assert set(example) in ({"text"}, {"messages"}, {"instruction", "input", "output"})
+        texts = list(example.values())
+        if "messages" in example:
+            assert {turn["role"] for turn in example["messages"]} <= {"system", "user", "assistant"}
+            texts = [turn["content"] for turn in example["messages"]]
+        assert "".join(texts).encode()
+
+
+@given(
+    places=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4),
+    end=st.none() | st.integers(0, 10**6),
+    suffix=st.sampled_from(["json", "jsonl", "txt"]),
+)
+def test_mangled_files_are_refused_or_read(tmp_path_factory, places, end, suffix):
+    lines = [json.dumps(row) for row in (EXAMPLE, {"messages": CHAT}, {"text": "\u00e9 \U0001f600"}, "a")]
+    content = bytearray(("[" + ",".join(lines) + "]" if suffix == "json" else "\n".join(lines)).encode())
+    for place, byte in places:
+        content[place % len(content)] = byte
+    folder = tmp_path_factory.getbasetemp()
+    (folder / f"mangled.{suffix}").write_bytes(content[: end and end % len(content)])
+    examples_or_refusal(f"mangled.{suffix}", folder)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slm_pipeline.data import tasks
 from slm_pipeline.errors import UserError
+from tests.conftest import run_slm
 
 REQUESTS = {
     # one document for each answer option
@@ -112,10 +121,205 @@ def test_fingerprint_follows_the_content_and_fetches_nothing(tmp_path, monkeypat
     bundled = {task: tasks.task_fingerprint("bundled", task) for task in tasks.NUM_EXAMPLES}
     assert len(set(bundled.values())) == 7
     assert not (tmp_path / "cache").exists()
-    (tmp_path / "piqa.jsonl").write_text("a")
+    write(tmp_path / "piqa.jsonl", [GOOD["piqa"]])
     first = tasks.task_fingerprint(str(tmp_path), "piqa")
-    (tmp_path / "piqa.jsonl").write_text("b")
+    write(tmp_path / "piqa.jsonl", [{**GOOD["piqa"], "goal": "another"}])
     assert tasks.task_fingerprint(str(tmp_path), "piqa") != first
-    assert tasks.task_fingerprint("hub", "piqa") == "hub piqa"
     with pytest.raises(UserError, match="no zero-shot task 'mmlu'"):
         tasks.task_fingerprint("bundled", "mmlu")
+
+
+OPTIONS = {"text": ["ice", "fire", "snow"], "label": ["A", "B", "C"]}
+GOOD = {
+    "boolq": {"passage": "Sky -- It is blue.", "question": "is it blue", "label": 1},
+    "piqa": {"goal": "dry a cup", "sol1": "a towel", "sol2": "water", "label": 0},
+    "hellaswag": {"activity_label": "Cooking", "ctx_a": "A", "ctx_b": "", "endings": list("wxyz"), "label": "3"},
+    "winogrande": {"sentence": "Ann saw _ there.", "option1": "Bea", "option2": "Tom", "answer": "2"},
+    "arc_easy": {"question": "What is hot?", "choices": OPTIONS, "answerKey": "B"},
+    "arc_challenge": {"question": "What is hot?", "choices": OPTIONS, "answerKey": "C"},
+    "openbookqa": {"question_stem": "It is hot:", "choices": OPTIONS, "answerKey": " B"},
+}
+
+
+def write(file: Path, rows: list[Any]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.mark.parametrize("task", GOOD)
+def test_good_rows_are_read_from_all_three_formats(tmp_path, task):
+    rows = [GOOD[task], {**GOOD[task]}]
+    write(tmp_path / "a.jsonl", [{**row, "more": number} for number, row in enumerate(rows)])
+    write(tmp_path / "lines.json", rows)
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=2))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "lines.json", "list.json", "a.parquet"):
+        assert tasks.task_rows(task, tmp_path / name) == rows
+
+
+def test_blank_lines_and_a_byte_order_mark_are_passed_over_and_rows_keep_the_number_of_their_line(tmp_path):
+    line = json.dumps(GOOD["piqa"])
+    (tmp_path / "a.jsonl").write_text(f"\ufeff{line}\r\n\n  \n{line}\n\n", encoding="utf-8")
+    assert tasks.task_rows("piqa", tmp_path / "a.jsonl") == [GOOD["piqa"]] * 2
+    (tmp_path / "a.jsonl").write_text(f"{line}\n\n{line.replace('0}', '2}')}\n")
+    with pytest.raises(UserError, match=r"a.jsonl, line 3, column label: 2 is not one of 0, 1$"):
+        tasks.task_rows("piqa", tmp_path / "a.jsonl")
+
+
+def choices(**changed: Any) -> dict[str, Any]:
+    return {"choices": {**OPTIONS, **changed}}
+
+
+@pytest.mark.parametrize(
+    ("task", "changed", "message"),
+    [
+        *(("piqa", {"label": label}, f"label: {shown} is not one of 0, 1") for label, shown in (
+            (-1, "-1"), (2, "2"), (None, "None"), ("0", "'0'"), (True, "True"), (1.0, "1.0"), ([0], r"\[0\]"))),
+        ("boolq", {"label": False}, "label: False is not one of 0, 1"),
+        ("piqa", {"goal": None}, "goal must be a string, got None"),
+        ("piqa", {"sol2": " \n"}, r"sol2 is ' \\n'; it must not be empty"),
+        ("piqa", {"sol1": "x\ud83d"}, r"sol1 has '\\ud83d' at character 1, half of a surrogate pair"),
+        ("boolq", {"passage": float("nan")}, "passage must be a string, got nan"),
+        ("hellaswag", {"label": ""}, "label: '' is not one of '0', '1', '2', '3'"),
+        ("hellaswag", {"label": "4"}, "label: '4' is not one of"),
+        ("hellaswag", {"label": "03"}, "label: '03' is not one of"),
+        ("hellaswag", {"label": -1}, "label: -1 is not one of 0, 1, 2, 3"),
+        ("hellaswag", {"label": True}, "label: True is not one of"),
+        ("hellaswag", {"endings": "wxyz"}, "endings must be a list of two or more, got 'wxyz'"),
+        ("hellaswag", {"endings": ["a"], "label": "0"}, "endings must be a list of two or more"),
+        ("hellaswag", {"endings": ["a", None], "label": "0"}, "endings, option 2 must be a string, got None"),
+        ("hellaswag", {"endings": ["a", "[title]"], "label": "0"}, "endings, option 2: '.title.' is all in brackets"),
+        ("winogrande", {"answer": ""}, "answer: '' is not one of '1', '2'"),
+        ("winogrande", {"answer": 1}, "answer: 1 is not one of '1', '2'"),
+        ("winogrande", {"sentence": "Ann saw her."}, "sentence: 'Ann saw her.' must have _ for the option"),
+        ("winogrande", {"sentence": "Ann saw _"}, "sentence: .Ann saw _. must have _ for the option and words"),
+        ("arc_easy", {"answerKey": "D"}, "answerKey: 'D' is not one of 'A', 'B', 'C'"),
+        ("arc_easy", {"answerKey": 1}, "answerKey: 1 is not one of 'A', 'B', 'C'"),
+        ("arc_challenge", choices(label=["A", "B"]), "choices has 3 texts and 2 labels"),
+        ("arc_challenge", choices(label=["A", "B", "B"]), "choices.label has one label twice"),
+        ("openbookqa", choices(text=["a", "b", ""]), "choices.text, option 3 is ''; it must not be empty"),
+        ("openbookqa", {"choices": ["ice", "fire"]}, "choices must be an object of two lists, text and label"),
+    ],
+)  # fmt: skip
+def test_a_row_that_cannot_be_scored_is_refused_with_its_column(task, changed, message):
+    with pytest.raises(UserError, match=f"^FILE, row 7, column {message}"):
+        tasks.check_row(task, {**GOOD[task], **changed}, "FILE, row 7")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("piqa.jsonl", b"", "has no rows"),
+        ("piqa.jsonl", b"\n \n", "has no rows"),
+        ("piqa.json", b"[]", "has no rows"),
+        ("piqa.json", b'{"data": []}', "holds a JSON dict, not a list of rows"),
+        ("piqa.json", b'[{"goal"', "is not valid JSON: Expecting ':' delimiter"),
+        ("piqa.jsonl", b"not json", "line 1 is not valid JSON: Expecting value at column 1"),
+        ("piqa.jsonl", b'{"goal": "a", "goal": "b"}', "line 1 is not valid JSON: an object has 'goal' twice"),
+        ("piqa.jsonl", b"[" * 100_000, "line 1 is not valid JSON: it is nested too deeply"),
+        ("piqa.jsonl", b"[1, 2]", "line 1 must be an object with the columns goal, sol1, sol2, label, got .1, 2."),
+        ("piqa.jsonl", b'{"goal": "a"}', "line 1 lacks sol1, sol2, label of the columns"),
+        ("piqa.jsonl", b"caf\xe9", r"is not UTF-8 text: unexpected end of data at byte 3 \(0xe9\)"),
+        ("piqa.jsonl", gzip.compress(b"{}"), "is compressed with gzip, not UTF-8 text"),
+        ("piqa.jsonl", b"PAR1....", "is a parquet file, not UTF-8 text"),
+        ("piqa.parquet", b"", "cannot be read as parquet"),
+        ("piqa.parquet", b'{"goal": "a"}', "cannot be read as parquet: Parquet magic bytes not found"),
+        ("piqa.jsonl", None, "is a folder, not a file"),
+        ("piqa.parquet", None, "is a folder, not a file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, name, content, message):
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"/{name}.*{message}"):
+        tasks.task_fingerprint(str(tmp_path), "piqa")
+
+
+def test_a_parquet_file_names_the_row_and_a_column_that_is_there_twice(tmp_path):
+    table = pyarrow.Table.from_pylist([GOOD["piqa"], {**GOOD["piqa"], "label": None}])
+    pyarrow.parquet.write_table(table, tmp_path / "piqa.parquet")
+    with pytest.raises(UserError, match=r"piqa.parquet, row 2, column label: None is not one of 0, 1"):
+        tasks.task_fingerprint(str(tmp_path), "piqa")
+    pyarrow.parquet.write_table(table.append_column("goal", table["sol1"]), tmp_path / "piqa.parquet")
+    with pytest.raises(UserError, match="piqa.parquet has the column goal twice"):
+        tasks.task_fingerprint(str(tmp_path), "piqa")
+    pyarrow.parquet.write_table(table.drop_columns(["label"]), tmp_path / "piqa.parquet")
+    with pytest.raises(UserError, match="row 1 lacks label of the columns"):
+        tasks.task_fingerprint(str(tmp_path), "piqa")
+
+
+def test_a_dry_run_looks_at_the_rows(tmp_path):
+    write(tmp_path / "piqa.jsonl", [GOOD["piqa"], {**GOOD["piqa"], "label": -1}])
+    found = run_slm(
+        "model=random", "evaluation.tasks=[piqa]", f"evaluation.data={tmp_path}", "dry_run=true",
+        f"output_dir={tmp_path}/out", "recovery=none",
+    )  # fmt: skip
+    assert found.status == 2
+    assert found.err.endswith(f"error: {tmp_path}/piqa.jsonl, line 2, column label: -1 is not one of 0, 1\n")
+    assert not (tmp_path / "out" / "store").exists()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=20),
+    lambda values: st.lists(values, max_size=5) | st.dictionaries(st.text(max_size=5), values, max_size=3),
+    max_leaves=8,
+)
+
+
+def rows_or_refusal(task: str, file: Path) -> list[Any] | None:
+    """The rows, one or more; None where they are refused, in one line."""
+    message = None
+    try:
+        rows = tasks.task_rows(task, file)
+    except UserError as error:
+        message = str(error)
+    assert message is None or message.isprintable()
+    return None if message else rows
+
+
+@given(data=st.data())
+def test_rows_of_any_values_are_refused_or_have_one_right_option(tmp_path_factory, data):
+    task = data.draw(st.sampled_from(sorted(GOOD)))
+    row: Any = dict(GOOD[task])
+    for column in data.draw(st.sets(st.sampled_from(sorted(row)), max_size=2)):
+        if column == "choices":
+            value = data.draw(JSON | st.fixed_dictionaries({"text": JSON, "label": JSON}))
+        else:
+            value = data.draw(JSON | st.sampled_from([0, 1, 2, "0", "1", "2", "A", "", "_", ["a", "b"], ["", "b"]]))
+        row[column] = value
+    row = data.draw(st.just(row) | JSON)
+    file = tmp_path_factory.getbasetemp() / "any.json"
+    file.write_text(json.dumps([row]), encoding="utf-8")
+    (found,) = rows_or_refusal(task, file) or [None]
+    if found is None:
+        return
+    pyarrow.Table.from_pylist([found])  # what lm-eval is given
+    if task in ("boolq", "piqa"):
+        right = [found["label"] == number and type(found["label"]) is int for number in range(2)]
+    elif task == "hellaswag":
+        right = [str(found["label"]) == str(number) for number in range(len(found["endings"]))]
+    elif task == "winogrande":
+        right = [found["answer"] == number for number in ("1", "2")]
+    else:
+        right = [found["answerKey"].lstrip() == label for label in found["choices"]["label"]]
+    assert Counter(right)[True] == 1
+    json.dumps(found, ensure_ascii=False).encode()
+
+
+@given(data=st.data())
+def test_mangled_files_are_refused_or_read(tmp_path_factory, data):
+    task = data.draw(st.sampled_from(sorted(GOOD)))
+    suffix = data.draw(st.sampled_from(tasks.SUFFIXES))
+    file = tmp_path_factory.getbasetemp() / f"mangled.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD[task]] * 3), file)
+    else:
+        file.write_text("\n".join([json.dumps(GOOD[task])] * 3))
+    content = bytearray(file.read_bytes())
+    for place, byte in data.draw(
+        st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), min_size=1, max_size=4)
+    ):
+        content[place] = byte
+    file.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    rows_or_refusal(task, file)

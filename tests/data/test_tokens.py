@@ -6,7 +6,9 @@ import itertools
 import logging
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from slm_pipeline.data import tokens
@@ -194,3 +196,109 @@ def test_kinds_may_be_mixed(caplog):
     rows = tokens.tokenize_examples(tokenizer, mixed, 260, completion_only=True)
     assert [len(row["input_ids"]) for row in rows] == [50, 260, 41, len(tokens.prompt(EXAMPLE)) + 2]
     assert "1 of 4 examples dropped: no output within cutoff_len=260" in caplog.text
+
+
+WORDS = [
+    "the",
+    "river",
+    "runs",
+    "past",
+    "1999",
+    "mill.",
+    "Nothing",
+    "caf\u00e9",
+    "\u4e16\u754c",
+    "a",
+    "...",
+    "--",
+    "don't",
+]
+PARTS = [*WORDS, " ", " ", " ", "  ", "\n", ".\n\n", "\t", "<s>", "    ", "\U0001f600"]
+
+
+def trained(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on `WORDS`: as GPT-2's or Llama 3's (words apart), as Llama 2's (one space before every
+    text, words not apart), or one whose tokens reach over the spaces between words."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=kind == "llama2"))
+    text = ["the river runs past the mill. Nothing don't runs ... -- a the a 1999 caf\u00e9 \u4e16\u754c\n\n  a"] * 3
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=["<s>"], show_progress=False, max_token_length=6 if kind == "across" else None,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    if kind == "gpt2":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    elif kind == "across":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
+    tokenizer.train_from_iterator(text, trainer)
+    if kind == "llama2":
+        tokenizer.pre_tokenizer = None
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+KINDS = ["gpt2", "llama2", "across"]
+TRAINED = {kind: trained(kind) for kind in KINDS}
+
+
+class Counting:
+    """A tokenizer that notes how many characters it is given each time."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.given = tokenizer, []
+
+    def __call__(self, text, **options):
+        self.given.append(len(text))
+        return self.tokenizer(text, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(parts=st.lists(st.sampled_from(PARTS), max_size=80), repeat=st.sampled_from([1, 40]), data=st.data())
+def test_the_tokens_of_a_text_in_pieces_are_those_of_the_whole(kind, parts, repeat, data):
+    text = "".join(parts) * repeat
+    whole = TRAINED[kind](text, add_special_tokens=False)["input_ids"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "PIECE", data.draw(st.integers(1, 500)))
+        assert tokens.text_tokens(TRAINED[kind], text) == whole
+    needed = data.draw(st.integers(1, 50))
+    assert tokens.text_tokens(TRAINED[kind], text, needed) == whole[:needed]
+
+
+def test_a_line_of_megabytes_is_cut_between_words_before_it_is_tokenized():
+    text = "the river runs past the mill. 1999 " * 90_000  # 3 MB without an end of a line
+    tokenizer = Counting(TRAINED["gpt2"])
+    ids = tokens.text_tokens(tokenizer, text, 100)
+    assert len(ids) == 100
+    assert sum(tokenizer.given) < 10_000
+    tokenizer.given.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "PIECE", 5000)
+        assert tokens.text_tokens(tokenizer, text[:50_000])[:100] == ids
+    assert 5000 <= max(tokenizer.given) < 5100
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_text_gets_the_whole():
+    text = "the river runs past the mill. 1999 " * 200
+    tokenizer = Counting(TRAINED["llama2"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "PIECE", 1000)
+        tokens.text_tokens(tokenizer, text)
+    assert tokenizer.given[-1] == len(text)
+    tokenizer.given.clear()
+    tokens.text_tokens(tokenizer, text, 10)  # but its first tokens are those of a part
+    assert max(tokenizer.given) < 5000
+
+
+def test_an_example_of_megabytes_is_read_as_far_as_it_is_used():
+    text = "the river runs past the mill. 1999 " * 90_000
+    answer = {"instruction": "Write.", "input": "", "output": text}
+    tokenizer = TRAINED["gpt2"]
+    begun = {**answer, "output": text[:9000]}
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        ids = tokens._ids
+        patch.setattr(tokens, "_ids", lambda tokenizer, text: seen.append(len(text)) or ids(tokenizer, text))
+        assert tokens.tokenize_example(tokenizer, answer, 64) == tokens.tokenize_example(tokenizer, begun, 64)
+        tokens.check_tokens(tokenizer, [{"text": text}], 64)
+    assert max(seen) < 10_000

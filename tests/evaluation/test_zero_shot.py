@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from slm_pipeline.errors import UserError
-from slm_pipeline.evaluation.zero_shot import TASKS, average, score_task
+from slm_pipeline.evaluation.zero_shot import TASKS, average, score_task, task_requests
 
 
 def _choices(*texts: str, answer: str) -> dict:
@@ -68,6 +68,7 @@ ROWS = {
         {"id": "c", "question_stem": "It flies:", **_choices("a bird", "a stone in the sea", "mud", answer="B")},
     ],
 }
+HELLASWAG = ROWS["hellaswag"]
 
 
 def _options(task: str, row: dict) -> tuple[list[tuple[str, str]], int, list[str]]:
@@ -192,18 +193,22 @@ def test_model_tokenizer_and_logging_are_left_as_they_were(tiny_llama, folder):
     assert not model.training
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "is empty"),
-        ("not json\n", "cannot be read as json"),
-        ('{"goal": "a", "sol1": "b", "sol2": "c"}\n', "lacks label of the columns goal, sol1, sol2, label"),
-        ('{"goal": "a", "sol1": "b", "sol2": "c", "label": 7}\n', "cannot load the examples of piqa"),
-    ],
-)
-def test_unusable_task_file_is_a_user_error(tiny_llama, tmp_path, content, message):
-    (tmp_path / "piqa.jsonl").write_text(content)
-    with pytest.raises(UserError, match=message):
+def test_texts_that_look_like_dates_stay_texts_and_labels_may_be_numbers(sharp_model, tmp_path):
+    """A JSON reader takes a column of dates for time stamps, whose options lm-eval cannot read."""
+    model, tokenizer = sharp_model
+    rows = [{**ROWS["piqa"][0], "sol1": "2020-01-01", "sol2": "2021-03-05"}]
+    (tmp_path / "piqa.json").write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
+    (tmp_path / "hellaswag.json").write_text(json.dumps([{**row, "label": int(row["label"])} for row in HELLASWAG]))
+    (request, _) = task_requests("piqa", data=str(tmp_path), limit=2)
+    assert request == "Question: dry a cup\nAnswer: 2020-01-01"
+    result = score_task(model, tokenizer, "hellaswag", data=str(tmp_path), limit=None, batch_size=2)
+    right = [_right(model, tokenizer, "hellaswag", row, normalised=True) for row in HELLASWAG]
+    assert result["all"]["acc_norm"] == pytest.approx(sum(right) / 3)
+
+
+def test_unusable_task_file_is_a_user_error(tiny_llama, tmp_path):
+    (tmp_path / "piqa.jsonl").write_text('{"goal": "a", "sol1": "b", "sol2": "c", "label": 7}\n')
+    with pytest.raises(UserError, match=r"piqa.jsonl, line 1, column label: 7 is not one of 0, 1"):
         score_task(*tiny_llama, "piqa", data=str(tmp_path), limit=None, batch_size=1)
 
 
