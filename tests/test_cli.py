@@ -225,8 +225,8 @@ def test_any_override_is_read_or_refused(key, value):
     ],
 )
 def test_what_the_option_has_no_use_for_is_shown_and_changes_nothing(given, idle, base):
-    *plan, remark = run_slm(*base, *given, "dry_run=true").out.splitlines()
-    assert remark.strip() == idle
+    *plan, warning = run_slm(*base, *given, "dry_run=true").out.splitlines()
+    assert warning == f"warning: {idle}"
     chosen = [override for override in given if override.partition("=")[0] in ("method", "pruning_ratio")]
     assert run_slm(*base, *chosen, "dry_run=true").out.splitlines() == plan
 
@@ -235,7 +235,9 @@ def test_what_the_option_has_no_use_for_is_shown_and_changes_nothing(given, idle
 def test_an_experiment_without_its_recovery(experiment, base):
     outcome = run_slm(*base, f"experiment={experiment}", "dry_run=true")
     assert outcome.status == 0, outcome.err
-    assert [line.split()[0] for line in outcome.out.splitlines()] == ["calibrate", "merge", "recovery=none"]
+    *stages, warning = outcome.out.splitlines()
+    assert [line.split()[0] for line in stages] == ["calibrate", "merge"]
+    assert warning.startswith("warning: recovery=none does not use recovery.")
 
 
 def test_a_key_that_some_options_of_a_study_lack_fails_their_jobs_alone(base, tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ VALUES = st.one_of(
 
 @given(data=st.data())
 def test_any_values_give_a_job_or_a_users_error(data, composed, monkeypatch):
-    monkeypatch.setattr("slm_pipeline.data.examples._hub_commit", lambda repo, revision: "0" * 40)
+    monkeypatch.setattr("slm_pipeline.data.hub.commit", lambda *_, **__: "0" * 40)
     changed = copy.deepcopy(data.draw(st.sampled_from(composed)))
     for _ in range(data.draw(st.integers(1, 2))):
         key = data.draw(st.sampled_from(keys(changed)))

@@ -60,7 +60,7 @@ FAULTS = {
     "heads": ("llama", config(num_attention_heads=3, head_dim=None), "num_attention_heads=3, which does not divide"),
     "groups": ("llama", config(num_key_value_heads=3), "num_key_value_heads=3, which does not divide its 4 heads"),
     "pad beyond": ("llama", config(pad_token_id=300), "pad_token_id=300 and vocab_size=300"),
-    "layer types": ("gemma3_text", config(num_hidden_layers=3), "4 layer_types for num_hidden_layers=3"),
+    "layer types": ("gemma3_text", config(num_hidden_layers=3), "4 layer_types for 3 layers"),
     "bitsandbytes": ("llama", config(quantization_config={"quant_method": "bitsandbytes"}), '"bitsandbytes"'),
     "gptq": ("llama", config(quantization_config={"quant_method": "gptq"}), 'quantised checkpoint ."gptq".*dequantise'),
     "int8 weights": (
