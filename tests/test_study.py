@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import run_slm
+from filelock import FileLock
 from studies import finished, write_run
 from test_tracking import only
 
 from slm_pipeline import study
 from slm_pipeline.commands.study import status
+from slm_pipeline.config import TrackerConfig
 from slm_pipeline.report.runs import read_runs
 from slm_pipeline.stages.calibrate import Calibrate
 
@@ -65,7 +68,8 @@ def test_status(held, tmp_path):
     log = folder / "slm.log"
     log.write_text("2026-11-25 07:00:00,000 INFO slm_pipeline.runner: merge: starts\n\n")
     os.utime(log, (1000, 1000))
-    lines = status(read_runs(tmp_path), now=1300.0).splitlines()
+    with FileLock(tmp_path / ".study.lock"):  # as the study's process holds it
+        lines = status(read_runs(tmp_path), now=1300.0).splitlines()
     assert lines[0] == "4 jobs: 1 done, 1 FAILED, 1 running, 1 queued"
     cells = [line.split(maxsplit=2) for line in lines[3:]]
     assert cells == [
@@ -75,7 +79,7 @@ def test_status(held, tmp_path):
     ]
     process.kill()
     process.wait()
-    assert status(read_runs(tmp_path), now=1300.0).splitlines()[0].endswith("1 interrupted, 1 queued")
+    assert status(read_runs(tmp_path), now=1300.0).splitlines()[0].endswith("2 interrupted")
 
 
 def test_nothing_more_is_said_of_a_study_that_is_done(tmp_path):
@@ -115,26 +119,37 @@ def test_a_study_is_reported_once_and_to_wandb_as_a_run_of_its_own(sweep):
     assert groups == dict.fromkeys(runs, f"tiny/{sweep.name}")
 
 
-def test_an_interrupted_study_is_not_reported(monkeypatch):
+def begun(folder: Path) -> None:
+    """A study of one job, which is done, in this process."""
+    if not (folder / "0").exists():
+        write_run(folder / "0", ["seed=1"], finished(folder, 24, 30.0))
+    lock = FileLock(folder / ".study.lock")
+    lock.acquire()
+    study._begun[:] = [study._Begun(folder, "tiny", TrackerConfig(), "slm -m", ["0"], lock, None)]
+
+
+def test_an_interrupted_study_has_its_table_and_no_report(tmp_path, monkeypatch):
     reports = []
-    monkeypatch.setattr(study, "_report", lambda: reports.append(True))
+    monkeypatch.setattr(study, "_report", lambda *_: reports.append(True))
+    begun(tmp_path)
     with pytest.raises(KeyboardInterrupt), study.reported():
         raise KeyboardInterrupt
     assert not reports
+    assert (tmp_path / "summary.md").read_text().startswith(f"# {tmp_path.name}: 1 job, 1 done\n")
+    begun(tmp_path)
     with pytest.raises(ValueError, match="x"), study.reported():
         raise ValueError("x")
     assert reports == [True]
 
 
-def test_a_report_that_cannot_be_written_does_not_hide_the_studys_own_error(monkeypatch, caplog):
-    def full_disk() -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(study, "_report", full_disk)
+def test_a_report_that_cannot_be_written_does_not_hide_the_studys_own_error(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(study, "_report", Mock(side_effect=OSError("no space left")))
+    begun(tmp_path)
     with pytest.raises(ValueError, match="the job's"), study.reported():
         raise ValueError("the job's")
-    assert "no report: OSError: no space left" in caplog.text
-    with pytest.raises(OSError, match="no space left"), study.reported():
+    assert "no report of the study: OSError: no space left" in caplog.text
+    begun(tmp_path)
+    with study.reported():  # nor does it make a study fail
         pass
 
 
@@ -149,7 +164,7 @@ def test_a_job_that_its_cluster_stops_is_queued_until_it_comes_back(tmp_path, mo
         stopped.setattr(Calibrate, "run", lambda *_, **__: sys.exit(0))
         run_slm(*words)
     runs = read_runs(tmp_path / "s")
-    assert [run.status for run in runs] == ["queued", "queued"]
+    assert [run.status for run in runs] == ["queued", "interrupted"]  # nobody is there who could start the second
     assert (runs[0].path / study.REQUEUED).exists()
     assert run_slm(*words).status == 0
     assert [run.status for run in read_runs(tmp_path / "s")] == ["done", "done"]

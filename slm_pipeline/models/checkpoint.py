@@ -19,6 +19,7 @@ from slm_pipeline.models import modeling_pruned
 from slm_pipeline.models.architectures import PRUNED
 from slm_pipeline.models.loading import load_checkpoint
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.report.tables import code, code_block, markdown_escaped
 
 _PROBE_LENGTH = 16  # tokens
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # relative, of the logits; equal in most cases
@@ -93,13 +94,12 @@ def card(*, title: str, base: str, licence_note: str, body: str, command: str) -
 library_name: transformers
 tags: [pruning, depth-pruning]
 ---
-# {title}
+# {markdown_escaped(title)}
 
-Made from `{base}` by slm_pipeline. {licence_note}
+Made from {code(base)} by slm_pipeline. {licence_note}
 
 {body}
 
 Made by:
 
-    {command}
-"""
+{code_block(command, "bash")}"""
