@@ -66,6 +66,7 @@ def _hydra_main(composed: DictConfig) -> float | None:
 
 def main() -> None:
     """Console entry point. Exit status 0, 2 for a user's error (one ``error:`` line), 1 for anything else."""
+    be_heard_or_not()
     set_environment()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach us instead of being printed by Hydra
     if not sys.stderr.isatty():
@@ -113,8 +114,9 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 def be_heard_or_not() -> None:
-    """What a terminal cannot show is spelt out, and a log that cannot be written stops nobody."""
+    """What a terminal cannot show is spelt out; closed output or a log that cannot be written stops nobody."""
     logging.raiseExceptions = False
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -124,8 +126,7 @@ def _flush() -> None:
     """Now, as Python would at its end: a closed pipe or a full disk would change the exit status then."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         except (OSError, ValueError):
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -239,6 +240,7 @@ def _check_run(composed: DictConfig) -> bool:
         return True
     run_dir = study.folder(composed, "hydra.run.dir")
     check_output_root(str(run_dir), option="hydra.run.dir")
+    run_folder.check_outside(run_dir, job.store, "hydra.run.dir")
     run_folder.check_run(run_dir, "hydra.run.dir", run_folder.beginnings(composed.hydra))
     plan(job)
     return False

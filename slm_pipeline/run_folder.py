@@ -32,6 +32,12 @@ def check_run(folder: Path, option: str, beginnings: Collection[str]) -> None:
         _refuse(folder, option, found - set(beginnings), "a run")
 
 
+def check_outside(folder: Path, store: Path, option: str) -> None:
+    """Raise `UserError` if the folder is the store or lies in it."""
+    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(store)):
+        raise UserError(f"{option}={folder} lies in the store, {store}; choose a folder elsewhere")
+
+
 def beginnings(hydra: Any) -> set[str]:
     """What Hydra puts into a run's folder before the run can mark it, by its configuration."""
     return {str(hydra.output_subdir), f"{hydra.job.name}.log"}

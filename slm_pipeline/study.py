@@ -91,6 +91,7 @@ def check_folders(composed: DictConfig, listed: Sequence[Sequence[str]], loader:
     Of a search only its own folder can be known.
     """
     directory = folder(composed, "hydra.sweep.dir")
+    run_folder.check_outside(directory, Path(composed.output_dir) / "store", "hydra.sweep.dir")
     run_folder.check_study(directory, "hydra.sweep.dir")
     if _is_held(directory / STARTING):
         raise UserError(f"hydra.sweep.dir={directory}: another process runs a study there; choose another folder")

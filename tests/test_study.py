@@ -17,7 +17,7 @@ from filelock import FileLock
 from studies import finished, write_run
 from test_tracking import only
 
-from slm_pipeline import study
+from slm_pipeline import run_folder, runner, study
 from slm_pipeline.commands.study import status
 from slm_pipeline.config import TrackerConfig
 from slm_pipeline.report.runs import read_runs
@@ -27,7 +27,7 @@ TEXT = "The river runs past the mill and the tree.\n" * 80
 HOLD = """
 import sys, time
 from pathlib import Path
-from slm_pipeline import study
+from slm_pipeline import run_folder, runner, study
 with study.running(Path(sys.argv[1])):
     print("in", flush=True)
     time.sleep(60)
@@ -169,3 +169,123 @@ def test_a_job_that_its_cluster_stops_is_queued_until_it_comes_back(tmp_path, mo
     assert run_slm(*words).status == 0
     assert [run.status for run in read_runs(tmp_path / "s")] == ["done", "done"]
     assert not (runs[0].path / study.REQUEUED).exists()
+
+
+GLOB = ["model=random", "calibration=text_file", "calibration.path=text.txt", "calibration.num_samples=2"]
+GLOB += ["calibration.seq_len=16", "evaluation=none", "tracker=jsonl", "pictures=false", "recovery=none"]
+
+
+def test_options_are_chosen_by_a_pattern(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    words = ["-m", *GLOB, "method=glob([s*,la*],exclude=[short*,sl*])", "stages=[]", "hydra.sweep.dir=s"]
+    found = ["laco", "streamline"]
+    outcome = run_slm(*words, "dry_run=true")
+    assert outcome.status == 0, outcome.err
+    assert [word for word in outcome.out.split() if word.startswith("method=")] == [f"method={name}" for name in found]
+    assert run_slm(*words).status == 0
+    assert [(run.option("method"), run.status) for run in read_runs(tmp_path / "s")] == [
+        (name, "done") for name in found
+    ]
+    outcome = run_slm(*words[:-3], "method=glob(x*)")
+    assert (outcome.status, outcome.err) == (2, "error: method=glob(x*) sweeps over no option of a group\n")
+    outcome = run_slm("-m", *GLOB, "sweeps=search", "objective.metric=num_layers", "method=glob(la*)")
+    assert outcome.err == "error: method=glob(la*): a search chooses from a list, method=choice(laco)\n"
+
+
+@pytest.mark.parametrize("launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=1"]])
+def test_a_job_that_cannot_be_composed_is_a_failed_row_and_the_others_run(launcher, tmp_path, monkeypatch):
+    """Only lora has a rank, and only its job is not refused for it."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    words = ["-m", *GLOB[:-1], "recovery=distill,lora", "recovery.rank=4", "stages=[]", "hydra.sweep.dir=s"]
+    outcome = run_slm(*words, "dry_run=true")
+    assert "would fail: recovery=distill has no rank: Could not override 'recovery.rank'" in outcome.out
+    assert outcome.err == "error: 1 of 2 jobs would fail, see above\n"
+    outcome = run_slm(*words, *launcher)
+    assert outcome.status == 2
+    assert "error: recovery=distill has no rank: " in outcome.err
+    runs = read_runs(tmp_path / "s")
+    assert [(run.option("recovery"), run.status) for run in runs] == [("distill", "FAILED"), ("lora", "done")]
+    assert runs[0].reason.startswith("recovery=distill has no rank: ")
+
+
+def test_a_key_that_only_a_swept_option_has(tmp_path, monkeypatch):
+    """Hydra composes the study itself with the default method, which has no such key."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    words = ["-m", *GLOB, "method=come,come_posterior", "method.repeat=when_needed", "stages=[]"]
+    assert run_slm(*words, "hydra.sweep.dir=s").status == 0
+    assert [run.status for run in read_runs(tmp_path / "s")] == ["done", "done"]
+
+
+def test_a_mistake_that_all_jobs_share_is_said_before_any(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    outcome = run_slm("-m", *GLOB, "method=slm,laco", "oops=1")
+    assert outcome.status == 2
+    assert outcome.err.startswith("error: Could not override 'oops'")
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_study_that_is_refused_leaves_nothing_of_itself(earlier, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    if earlier:
+        Path("s").mkdir()
+        Path("s/study.json").write_text(json.dumps({"format": 1, "command": "slm earlier", "jobs": []}))
+    monkeypatch.setattr("submitit.AutoExecutor", Mock(side_effect=RuntimeError("no sbatch here")))
+    outcome = run_slm("-m", *GLOB, "seed=1,2", "hydra/launcher=slurm", "hydra.sweep.dir=s")
+    assert (outcome.status, "no sbatch here" in outcome.err) == (2, True)
+    assert Path("s").exists() == earlier
+    assert not earlier or run_folder.study_of(Path("s"))["command"] == "slm earlier"
+
+
+def test_ctrl_c_leaves_a_job_and_the_rest_interrupted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    words = ["-m", *GLOB, "seed=1,2,3", "stages=[]", "hydra.sweep.dir=s"]
+    execute, calls = runner.execute, []
+
+    def second_is_interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return execute(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "execute", second_is_interrupted)
+        outcome = run_slm(*words)
+    assert outcome.status == 130
+    assert outcome.err.endswith("error: interrupted; the same command goes on from here\n")
+    assert [run.status for run in read_runs(tmp_path / "s")] == ["done", "interrupted", "interrupted"]
+    assert "3 jobs, 1 done, 2 interrupted" in Path("s/summary.md").read_text()
+    assert run_slm(*words).status == 0
+    assert [run.status for run in read_runs(tmp_path / "s")] == ["done", "done", "done"]
+
+
+def test_sigterm_ends_a_run_like_ctrl_c_and_the_same_command_goes_on(tmp_path):
+    """A process of its own, ended while it works."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    program = "import time\nfrom slm_pipeline import runner\nfrom slm_pipeline.cli import main\n"
+    program += "def execute(*_):\n    print('here', flush=True)\n    time.sleep(60)\nrunner.execute = execute\nmain()"
+    words = [*GLOB, "stages=[]", "hydra.run.dir=run"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(study.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *words],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    assert [run.status for run in read_runs(tmp_path / "run")] == ["running"]
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert err.endswith("error: ended by SIGTERM; the same command goes on from here\n")
+    assert "Traceback" not in err
+    assert [run.status for run in read_runs(tmp_path / "run")] == ["interrupted"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert run_slm(*words).status == 0
+    assert [run.status for run in read_runs(tmp_path / "run")] == ["done"]
