@@ -36,12 +36,19 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def only_warned_about(what: str) -> Iterator[None]:
-    """Make an error inside a warning that begins with ``what``: for all that must not undo a finished result."""
+def only_warned_about(what: str, said: set[str] | None = None) -> Iterator[None]:
+    """Make an error inside a warning that begins with ``what``: for all that must not undo a finished result.
+
+    Args:
+        said: what was warned about before, and is not again.
+    """
     try:
         yield
     except Exception as error:
-        log.warning("%s: %s", what, printable(f"{type(error).__name__}: {error}"))
+        if said is None or what not in said:
+            log.warning("%s: %s", what, printable(f"{type(error).__name__}: {error}"))
+        if said is not None:
+            said.add(what)
 
 
 def printable(text: str) -> str:

@@ -36,6 +36,7 @@ class Tracker:
 
     def __init__(self, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
+        self._warned_about: set[str] = set()
         self._file = open(run_dir / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
 
     def log(self, metrics: Mapping[str, float], *, stage: str, step: int | None = None) -> None:
@@ -58,7 +59,7 @@ class Tracker:
             if not math.isfinite(value):
                 raise ValueError(f"{stage}/{name} is {value}" + ("" if step is None else f" at step {step}"))
             line[name] = value if isinstance(value, int) else float(value)
-        with only_warned_about(f"{self._file.name} lacks a line"):
+        with only_warned_about("metrics.jsonl lacks a line", self._warned_about):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
@@ -77,7 +78,7 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with only_warned_about(f"{self._file.name} was not closed"):
+        with only_warned_about("metrics.jsonl was not closed"):
             self._file.close()
 
 
@@ -136,7 +137,7 @@ class WandbTracker(Tracker):
     def log(self, metrics: Mapping[str, float], *, stage: str, step: int | None = None) -> None:
         super().log(metrics, stage=stage, step=step)
         values: dict[str, Any] = {f"{stage}/{name}": value for name, value in metrics.items()}
-        with only_warned_about("W&B lacks some metrics"):
+        with only_warned_about("W&B lacks some metrics", self._warned_about):
             if step is not None:
                 if stage not in self._stages_with_steps:
                     self._stages_with_steps.add(stage)
