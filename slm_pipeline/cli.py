@@ -6,14 +6,17 @@ Nothing heavy is imported here, so that help, tab completion and ``dry_run=true`
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,20 +25,21 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.main import get_args_parser
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from slm_pipeline import config, gpus, help_page, ranges, study
-from slm_pipeline.errors import UserError
+from slm_pipeline import composition, config, gpus, help_page, ranges, run_folder, study
+from slm_pipeline.composition import COMPOSITION_ERRORS, JobLoader
+from slm_pipeline.errors import Terminated, UserError, printable
 
 if TYPE_CHECKING:
     from slm_pipeline.job import Job
 
 config.register()
+composition.install()
 
 
 _error_of_single_run: list[UserError] = []
@@ -43,13 +47,19 @@ _error_of_single_run: list[UserError] = []
 
 @hydra.main(version_base="1.3", config_path=str(config.CONF_DIR), config_name="config")
 def _hydra_main(composed: DictConfig) -> float | None:
-    from slm_pipeline.runner import run_job
-
+    hydra_config = HydraConfig.get()
+    multirun = hydra_config.mode == RunMode.MULTIRUN
+    run_dir = Path(hydra_config.runtime.output_dir)
+    be_heard_or_not()
     try:
-        with study.running(Path(HydraConfig.get().runtime.output_dir)):
+        option = "hydra.sweep.subdir" if multirun else "hydra.run.dir"
+        run_folder.check_run(run_dir, option, run_folder.beginnings(hydra_config))
+        with study.running(run_dir):
+            from slm_pipeline.runner import run_job
+
             return run_job(composed)
     except UserError as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if multirun:
             raise
         _error_of_single_run.append(error)  # past Hydra, which would print a line of its own before ours
         return None
@@ -57,6 +67,7 @@ def _hydra_main(composed: DictConfig) -> float | None:
 
 def main() -> None:
     """Console entry point. Exit status 0, 2 for a user's error (one ``error:`` line), 1 for anything else."""
+    be_heard_or_not()
     set_environment()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach us instead of being printed by Hydra
     if not sys.stderr.isatty():
@@ -77,22 +88,67 @@ def main() -> None:
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Print a user's error as one line and exit with status 2; let a defect of ours show its traceback."""
+    """Print a user's error as one line and exit with status 2; let a defect of ours show its traceback.
+
+    SIGTERM ends what runs inside as Ctrl-C does, with status 143. Output that nobody takes is no error.
+    """
+    be_heard_or_not()
     try:
-        yield
+        with _terminated_by_signal():
+            yield
     except UserError as error:
         _fail(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
+    except COMPOSITION_ERRORS as error:
         _fail(config.one_line(error))
     except BrokenPipeError:  # the reader of our output has seen enough, as in `slm dry_run=true | head -3`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
             raise
         _fail(f"{error.filename or 'output_dir'}: {error.strerror}; nothing unfinished is taken for a result")
+    except Terminated:
+        _fail("ended by SIGTERM; the same command goes on from here", status=143)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from here", status=130)
+    finally:
+        _flush()
+
+
+def be_heard_or_not() -> None:
+    """What a terminal cannot show is spelt out; closed output or a log that cannot be written stops nobody."""
+    logging.raiseExceptions = False
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush() -> None:
+    """Now, as Python would at its end: a closed pipe or a full disk would change the exit status then."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextmanager
+def _terminated_by_signal() -> Iterator[None]:
+    """Raise `Terminated` at SIGTERM, unless somebody else takes care of it, as submitit does."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not ours:
+        yield
+        return
+
+    def end(*_: Any) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def set_environment() -> None:
@@ -140,42 +196,69 @@ def _only_asks_hydra(arguments: Namespace) -> bool:
 def _check_before_hydra(arguments: Namespace) -> bool:
     """Compose and check before Hydra makes a run folder; whether that was all (``dry_run=true``).
 
-    For a multirun only the first value of each sweep is composed here; each job is checked when it starts.
+    For a multirun only its first job is composed here, or another if that cannot be; each is checked when it starts.
     """
-    overrides = _parse(arguments.overrides)
-    multirun = arguments.multirun or any(
-        item.key_or_group == "hydra.mode" and str(item.value()).upper() == "MULTIRUN" for item in overrides
-    )
-    for item in overrides:
-        if item.is_sweep_override() and not multirun:
-            raise UserError(f"{_several_jobs(item)}; for these add -m: slm -m {item.input_line}")
-        _check_group(item)
-    composed = _compose(arguments, [study.first_value(item) for item in overrides])
-    from slm_pipeline.job import make_output_root
+    with _config_loader(arguments) as loader:
+        overrides = _parse(arguments.overrides, loader)
+        multirun = arguments.multirun or any(
+            item.key_or_group == "hydra.mode" and str(item.value()).upper() == "MULTIRUN" for item in overrides
+        )
+        for item in overrides:
+            if item.is_sweep_override() and not multirun:
+                raise UserError(f"{_several_jobs(item)}; for these add -m: slm -m {item.input_line}")
+            _check_group(item)
+        composed = _compose_one(arguments, overrides)
+        from slm_pipeline.job import make_output_root
+
+        if composed.hydra.job.chdir:
+            raise UserError(
+                "hydra.job.chdir=true would look for the paths of the configuration in the folder of each run; leave it"
+                " out: a run writes into its folder anyway, and paths start where you do"
+            )
+        if multirun:
+            _check_study(composed, overrides)
+            if composed.dry_run:
+                _describe_study(composed, arguments, loader)
+                return True
+            task = [item.input_line or "" for item in overrides if not item.is_hydra_override()]
+            study.check_folders(composed, study.jobs(composed, task, loader), loader)
+        else:
+            _check_not_a_study(composed, overrides)
+            if _check_run(composed):
+                return True
+        make_output_root(composed.output_dir)
+        return False
+
+
+def _check_run(composed: DictConfig) -> bool:
+    """Check a single run and its folder; whether that was all."""
+    from slm_pipeline.job import check_output_root
     from slm_pipeline.runner import describe_plan, plan
 
-    if multirun:
-        _check_study(composed)
-        if composed.dry_run:
-            _describe_study(composed, arguments)
-            return True
-    else:
-        _check_not_a_study(composed, overrides)
-        job = _job(composed, sys.argv[1:])
-        if job.config.dry_run:
-            print(describe_plan(job), flush=True)
-            return True
-        plan(job)
-    make_output_root(composed.output_dir)
+    job = _job(composed, sys.argv[1:])
+    if job.config.dry_run:
+        print(describe_plan(job), flush=True)
+        return True
+    run_dir = study.folder(composed, "hydra.run.dir")
+    check_output_root(str(run_dir), option="hydra.run.dir")
+    run_folder.check_outside(run_dir, job.store, "hydra.run.dir")
+    run_folder.check_run(run_dir, "hydra.run.dir", run_folder.beginnings(composed.hydra))
+    plan(job)
     return False
 
 
-def _check_study(composed: DictConfig) -> None:
+def _check_study(composed: DictConfig, overrides: Sequence[Override]) -> None:
     """Raise `UserError` for what no job of a multirun could say by itself."""
     if composed.hydra.runtime.choices["hydra/launcher"] == "gpus":
         gpus.check(composed.hydra.launcher.n_jobs)
-    if study.is_search(composed) and composed.objective.metric is None:
+    if not study.is_search(composed):
+        return
+    if composed.objective.metric is None:
         raise UserError("a search needs objective.metric=, such as pruned/perplexity/bundled; see sweeps/search.yaml")
+    for item in overrides:
+        if isinstance(item.value(), Glob):
+            names = ",".join(value.partition("=")[2] for value in composition.values(item))
+            raise UserError(f"{item.input_line}: a search chooses from a list, {item.key_or_group}=choice({names})")
 
 
 def _check_not_a_study(composed: DictConfig, overrides: Sequence[Override]) -> None:
@@ -189,20 +272,24 @@ def _check_not_a_study(composed: DictConfig, overrides: Sequence[Override]) -> N
         )
 
 
-def _describe_study(composed: DictConfig, arguments: Namespace) -> None:
+def _describe_study(composed: DictConfig, arguments: Namespace, loader: JobLoader) -> None:
     """Print each job of a multirun and what it would do; `UserError` if one would fail."""
     from slm_pipeline.runner import describe_plan
 
     if study.is_search(composed):
         print(_describe_search(composed), flush=True)
     failures = 0
-    for number, overrides in enumerate(study.jobs(composed, arguments.overrides)):
+    for number, overrides in enumerate(study.jobs(composed, arguments.overrides, loader)):
         print(f"#{number} {' '.join(overrides)}", flush=True)
         try:
             print(describe_plan(_job(_compose(arguments, overrides), overrides)), flush=True)
         except UserError as error:
             failures += 1
             print(f"would fail: {error}", flush=True)
+        except COMPOSITION_ERRORS as error:
+            failures += 1
+            said = composition.reason(error, overrides, composed.hydra.runtime.choices)
+            print(f"would fail: {said}", flush=True)
     if failures:
         raise UserError(f"{failures} of {number + 1} jobs would fail, see above")
 
@@ -218,21 +305,22 @@ def compose_job(program: Sequence[str], overrides: Sequence[str], defaults: Sequ
         UserError: for anything that can be known without loading the model.
     """
     set_environment()
-    for item in _parse(overrides):
-        if item.is_sweep_override():
-            raise UserError(f"{_several_jobs(item)}; {' '.join(program)} runs one")
-        _check_group(item)
-    composed = _compose(Namespace(config_dir=None, config_name=None), [*defaults, *overrides])
-    return _job(composed, overrides, program)
+    arguments = Namespace(config_dir=None, config_name=None)
+    with _config_loader(arguments) as loader:
+        for item in _parse(overrides, loader):
+            if item.is_sweep_override():
+                raise UserError(f"{_several_jobs(item)}; {' '.join(program)} runs one")
+            _check_group(item)
+        return _job(_compose(arguments, [*defaults, *overrides]), overrides, program)
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
+def _parse(overrides: Sequence[str], loader: JobLoader) -> list[Override]:
     """What Hydra reads in them.
 
     Raises:
         UserError: it cannot read one, or reads something else than the text that was meant; with the form that works.
     """
-    parser = OverridesParser.create()
+    parser = OverridesParser.create(config_loader=loader)
     parsed = []
     for override in overrides:
         try:
@@ -293,25 +381,38 @@ def _folder(group: str) -> Path:
     return (config.SWEEPS_ROOT if group == "sweeps" else config.CONF_DIR) / group
 
 
-def _compose(arguments: Namespace, overrides: list[str]) -> DictConfig:
-    """What Hydra itself will compose, ``--config-dir`` included."""
+@contextmanager
+def _config_loader(arguments: Namespace) -> Iterator[JobLoader]:
+    """What Hydra itself will load configurations with, ``--config-dir`` included; `_compose` works inside."""
     if arguments.config_dir and not Path(arguments.config_dir).is_dir():
         raise UserError(f"--config-dir={arguments.config_dir} is not a folder")
     with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF_DIR)):
+        loader: Any = GlobalHydra.instance().config_loader()
         if arguments.config_dir:
-            loader: Any = GlobalHydra.instance().config_loader()
             path = f"file://{Path(arguments.config_dir).absolute()}"
             loader.get_search_path().prepend("command-line", path, anchor="schema")
             loader.repository.initialize_sources(loader.get_search_path())
+        yield loader
+
+
+def _compose(arguments: Namespace, overrides: list[str]) -> DictConfig:
+    try:
+        return compose(arguments.config_name or "config", overrides=overrides, return_hydra_config=True)
+    except (ValueError, OverflowError, RecursionError) as error:  # not every one is an error of Hydra's own kind
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"cannot read the overrides {overrides}: {reason}") from error
+
+
+def _compose_one(arguments: Namespace, overrides: Sequence[Override]) -> DictConfig:
+    """The first job that can be composed; the error of the very first if none can."""
+    error: Exception | None = None
+    for chosen in composition.examples(overrides):
         try:
-            return compose(arguments.config_name or "config", overrides=overrides, return_hydra_config=True)
-        except (
-            ValueError,
-            OverflowError,
-            RecursionError,
-        ) as error:  # not every malformed override is an error of Hydra's own kind
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"cannot read the overrides {overrides}: {reason}") from error
+            return _compose(arguments, chosen)
+        except (UserError, *COMPOSITION_ERRORS) as found:
+            error = error or found
+    assert error is not None
+    raise error
 
 
 def _describe_search(composed: DictConfig) -> str:
@@ -331,5 +432,6 @@ def _job(composed: DictConfig, overrides: Sequence[str], program: Sequence[str] 
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(status)

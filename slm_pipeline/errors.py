@@ -1,8 +1,17 @@
-"""The one error type that is shown to people without a traceback, and how errors leave a process."""
+"""The one error type that is shown to people without a traceback, how errors leave a process, and what is none."""
 
 from __future__ import annotations
 
+import logging
 import pickle
+import re
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
+
+_BREAKS = re.compile(r"\s*[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]\s*")
 
 
 class UserError(Exception):
@@ -20,3 +29,38 @@ def portable(error: BaseException) -> BaseException:
     except Exception:  # whatever its class does when it is rebuilt
         return RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
     return error
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which clusters and containers send: everything ends as after Ctrl-C."""
+
+
+@contextmanager
+def only_warned_about(what: str, said: set[str] | None = None) -> Iterator[None]:
+    """Make an error inside a warning that begins with ``what``: for all that must not undo a finished result.
+
+    Args:
+        said: what was warned about before, and is not again.
+    """
+    try:
+        yield
+    except Exception as error:
+        if said is None or what not in said:
+            log.warning("%s: %s", what, printable(f"{type(error).__name__}: {error}"))
+        if said is not None:
+            said.add(what)
+
+
+def printable(text: str) -> str:
+    """One line that is safe on a terminal and in a file: a blank for each break, control characters spelt out.
+
+    Among the latter are escape sequences, marks that turn the direction of writing, and what is no character at all
+    (a file name that is not UTF-8 has such).
+    """
+    line = _BREAKS.sub(" ", text).strip()
+    if line.isprintable():  # so that nearly all text is left alone
+        return line
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn") else c
+        for c in line
+    )

@@ -18,10 +18,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from slm_pipeline import gpus, memory, objective, provenance, study, summary
+from slm_pipeline import gpus, memory, objective, provenance, run_folder, study, summary
 from slm_pipeline.artifacts import Artifact, check_store, is_held, write_json, write_text
+from slm_pipeline.composition import FAULT
 from slm_pipeline.config import TARGETS, to_config
-from slm_pipeline.errors import UserError
+from slm_pipeline.errors import UserError, only_warned_about
 from slm_pipeline.job import Job, prepare
 from slm_pipeline.report.write import write_summary_so_far
 from slm_pipeline.stages.base import Stage
@@ -112,7 +113,8 @@ def describe_plan(job: Job) -> str:
 
 
 def run_job(composed: DictConfig) -> float | None:
-    """Run one composed configuration inside Hydra. Leaves summary.json, or failure.json and an error.
+    """Run one composed configuration inside Hydra. Leaves summary.json, or failure.json and an error, or if it was
+    interrupted neither.
 
     Returns:
         The job's objective, for a sweeper that searches.
@@ -126,14 +128,16 @@ def run_job(composed: DictConfig) -> float | None:
     warnings = _WarningCollector()
     logging.getLogger("slm_pipeline").addHandler(warnings)
     try:
+        for left in ("summary.json", "failure.json", study.REQUEUED):  # of an earlier attempt in this folder
+            (run_dir / left).unlink(missing_ok=True)
+        if FAULT in composed:
+            raise UserError(composed[FAULT])
         config = to_config(composed)
         job = prepare(config, command)
         if config.dry_run:
             print(describe_plan(job))
             return None
         check_store(job.store)
-        for left in ("summary.json", "failure.json", study.REQUEUED):  # of an earlier attempt in this folder
-            (run_dir / left).unlink(missing_ok=True)
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
         choices = {
             group: choice
@@ -156,7 +160,7 @@ def run_job(composed: DictConfig) -> float | None:
         if isinstance(error, SystemExit):  # that is how a cluster's job ends that is back in the queue
             with suppress(OSError):  # a full disk
                 (run_dir / study.REQUEUED).touch()
-        else:
+        elif isinstance(error, Exception) and not (run_dir / "summary.json").exists():
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             _write_failure(run_dir, {"error": first_line, "type": type(error).__name__, "command": command})
         if isinstance(error, UserError):
@@ -165,7 +169,7 @@ def run_job(composed: DictConfig) -> float | None:
         raise
     finally:
         logging.getLogger("slm_pipeline").removeHandler(warnings)
-        if multirun and not composed.dry_run:
+        if multirun and not composed.dry_run and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
             write_summary_so_far(Path(hydra.sweep.dir))
 
 
@@ -180,6 +184,8 @@ def record_lost_job(composed: DictConfig, error: UserError) -> None:
     run_dir = sweep_dir / str(composed.hydra.sweep.subdir)
     overrides = list(composed.hydra.overrides.task)
     if not any((run_dir / name).exists() for name in ("summary.json", "failure.json")):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / run_folder.RUNNING).touch()
         write_text(run_dir / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
         command = shlex.join(["slm", *overrides])
         _write_failure(run_dir, {"error": str(error), "type": type(error).__name__, "command": command})
@@ -215,12 +221,13 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
         if step.selected:
             reused[stage.name] = _produce(step, artifact, job, results, tracker)
             _link(run_dir / stage.name, artifact.path)
-            stage.publish(artifact, tracker, reused=reused[stage.name])
+            with only_warned_about(f"{stage.name}: its numbers were not logged"):
+                stage.publish(artifact, tracker, reused=reused[stage.name])
         if artifact.done:
             results[stage.name] = artifact
     ran = {step.stage.name: results[step.stage.name] for step in steps(job) if step.stage.name in reused}
     found = summary.build(job, ran, reused, warnings)
-    summary.write(found, results, run_dir, tracker, draw=job.config.pictures)
+    summary.write(found, results, run_dir, tracker, warnings, draw=job.config.pictures)
     return found
 
 
@@ -286,8 +293,11 @@ def _warn_of_other_code(stage: str, record: Mapping[str, Any]) -> None:
 
 
 def _link(link: Path, target: Path) -> None:
-    link.unlink(missing_ok=True)
-    link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+    """For people to find their way; not every file system has links."""
+    with only_warned_about(f"no link {link}"):
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
 
 
 def _write_failure(run_dir: Path, failure: dict[str, Any]) -> None:
@@ -305,6 +315,9 @@ class _WarningCollector(logging.Handler):
         self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError):
+            return  # the other handlers say so
         if record.levelno == logging.WARNING and message not in self.messages:
             self.messages.append(message)

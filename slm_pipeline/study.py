@@ -1,6 +1,8 @@
 """A multirun as a whole: the jobs it has, which of them run, and its report when it ends. Imports nothing heavy.
 
-<sweep>/study.json            {"format", "command", "jobs": the overrides of each, null for a search}
+<sweep>/study.json            {"format", "command", "jobs": the overrides of each, "folders": of each, below <sweep>,
+                              "launcher": its class}; jobs and folders are null for a search
+<sweep>/.study.lock           held as long as the process lives that starts the jobs
 <sweep>/<job>/.running.lock   held as long as the job's process lives, however it ends
 <sweep>/study/                the study's own W&B run, with its table and plots
 """
@@ -8,9 +10,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import random
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +22,22 @@ from typing import Any
 
 from filelock import FileLock
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from slm_pipeline.artifacts import is_held, write_json
+from slm_pipeline import run_folder
+from slm_pipeline.artifacts import is_held, write_json, write_text
+from slm_pipeline.composition import COMPOSITION_ERRORS, values
 from slm_pipeline.config import TrackerConfig
-from slm_pipeline.errors import UserError
+from slm_pipeline.errors import UserError, only_warned_about
+from slm_pipeline.run_folder import RUNNING, STARTING, STUDY
 
 FORMAT = 1
-_LOCK = ".running.lock"
 REQUEUED = ".requeued"  # in the folder of a job that a cluster stopped and will start again
+_LONGEST = 255  # bytes of a file's name, on all file systems that are in use
 
 log = logging.getLogger(__name__)
 
@@ -38,28 +47,69 @@ def is_search(composed: DictConfig) -> bool:
     return composed.hydra.runtime.choices["hydra/sweeper"] != "basic"
 
 
-def jobs(composed: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
+def jobs(composed: DictConfig, overrides: Sequence[str], loader: ConfigLoader) -> list[list[str]]:
     """The overrides of each job of a multirun, as Hydra's own sweeper makes them; of a search, one within it.
 
     Args:
         composed: with Hydra's own part.
         overrides: of the command line.
+        loader: knows the options that ``glob()`` chooses from.
     """
     swept = [f"{key}={value}" for key, value in (composed.hydra.sweeper.params or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*swept, *overrides])
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*swept, *overrides])
     if is_search(composed):
-        return [[first_value(item) for item in parsed]]
+        return [[values(item)[0] for item in parsed]]
     (found,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return found
 
 
-def first_value(item: Override) -> str:
-    """An override with the first of the values that it sweeps over; as it is if it does not sweep."""
-    if not item.is_sweep_override():
-        return item.input_line or ""
-    if isinstance(interval := item.value(), IntervalSweep):
-        return f"{item.get_key_element()}={interval.start}"
-    return f"{item.get_key_element()}={next(iter(item.sweep_string_iterator()))}"
+def folder(composed: DictConfig, key: str) -> Path:
+    """The folder that ``hydra.run.dir`` or ``hydra.sweep.dir`` names."""
+    HydraConfig.instance().set_config(composed)  # for ${hydra:...}
+    try:
+        return Path(str(OmegaConf.select(composed, key)))
+    finally:
+        HydraConfig.instance().cfg = None
+
+
+def folders(composed: DictConfig, listed: Sequence[Sequence[str]], loader: ConfigLoader) -> list[str]:
+    """The folder of each job of a multirun, from the study's."""
+    if OmegaConf.to_container(composed.hydra.sweep, resolve=False)["subdir"] == "${hydra.job.num}":  # type: ignore
+        return [str(number) for number in range(len(listed))]
+    found = []
+    for number, overrides in enumerate(listed):
+        job = loader.load_sweep_config(composed, list(overrides))
+        with open_dict(job):
+            job.hydra.job.id = job.hydra.job.num = number
+        found.append(os.path.normpath(folder(job, "hydra.sweep.subdir")))
+    return found
+
+
+def check_folders(composed: DictConfig, listed: Sequence[Sequence[str]], loader: ConfigLoader) -> None:
+    """Raise `UserError` unless every job has a folder of its own, in which nothing is that is not ours; makes nothing.
+
+    Of a search only its own folder can be known.
+    """
+    directory = folder(composed, "hydra.sweep.dir")
+    run_folder.check_outside(directory, Path(composed.output_dir) / "store", "hydra.sweep.dir")
+    run_folder.check_study(directory, "hydra.sweep.dir")
+    if _is_held(directory / STARTING):
+        raise UserError(f"hydra.sweep.dir={directory}: another process runs a study there; choose another folder")
+    if is_search(composed):
+        return
+    taken: dict[str, int] = {}
+    for number, name in enumerate(folders(composed, listed, loader)):
+        if not run_folder.is_below(name):
+            raise UserError(f"hydra.sweep.subdir gives job {number} the folder {name!r}, not one below the study's")
+        if name in taken:
+            raise UserError(
+                f"hydra.sweep.subdir gives jobs {taken[name]} and {number} the same folder {name!r}, where one would"
+                " overwrite the other; ${hydra.job.num} or ${hydra.job.override_dirname} tells them apart"
+            )
+        if longest := [part for part in Path(name).parts if len(os.fsencode(part)) > _LONGEST]:
+            raise UserError(f"hydra.sweep.subdir gives job {number} a name of {len(longest[0])} characters")
+        taken[name] = number
+        run_folder.check_run(directory / name, "hydra.sweep.subdir", run_folder.beginnings(composed.hydra))
 
 
 @dataclass(frozen=True)
@@ -68,6 +118,9 @@ class _Begun:
     name: str
     tracker: TrackerConfig
     command: str
+    folders: list[str] | None
+    lock: FileLock
+    before: str | None  # what study.json said of an earlier study
 
 
 _begun: list[_Begun] = []  # the multirun of this process, until it is reported
@@ -77,10 +130,22 @@ def begin(composed: DictConfig) -> None:
     """Note what a multirun is going to do; called by Hydra before its first job, see `callbacks.WriteStudy`."""
     directory = Path(composed.hydra.sweep.dir)
     command = shlex.join(["slm", *sys.argv[1:]])
-    listed = None if is_search(composed) else jobs(composed, list(composed.hydra.overrides.task))
-    write_json(directory / "study.json", {"format": FORMAT, "command": command, "jobs": listed})
+    loader = GlobalHydra.instance().config_loader()
+    listed, names = None, None
+    if not is_search(composed):
+        state = random.getstate()
+        listed = jobs(composed, list(composed.hydra.overrides.task), loader)
+        random.setstate(state)  # so that Hydra shuffles alike
+        names = folders(composed, listed, loader)
+    file = directory / STUDY
+    before = file.read_text(encoding="utf-8") if run_folder.study_of(directory) else None
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / STARTING)
+    lock.acquire()
+    content = {"format": FORMAT, "command": command, "jobs": listed, "folders": names}
+    write_json(file, {**content, "launcher": str(composed.hydra.launcher.get("_target_"))})
     tracker: Any = OmegaConf.to_container(composed.tracker, resolve=True)
-    _begun[:] = [_Begun(directory, composed.name, TrackerConfig(**tracker), command)]
+    _begun[:] = [_Begun(directory, composed.name, TrackerConfig(**tracker), command, names, lock, before)]
 
 
 def group(name: str, directory: Path) -> str:
@@ -90,29 +155,56 @@ def group(name: str, directory: Path) -> str:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Report the multirun that runs inside, once, when it has ended: also with failed jobs, not if interrupted."""
+    """Report the multirun that runs inside, once, when it has ended: also with failed jobs.
+
+    After an interruption there is the table alone. A study that was refused before its first job leaves nothing.
+    """
     try:
         yield
-    except Exception:
-        try:
-            _report()
-        except Exception as error:  # the first error is the one to show
-            log.warning("no report: %s: %s", type(error).__name__, error)
+    except BaseException as error:
+        _end(error)
         raise
-    _report()
+    _end(None)
 
 
-def _report() -> None:
+def _end(error: BaseException | None) -> None:
     if not _begun:
         return
     study = _begun.pop()
+    study.lock.release()  # nobody starts another job: what has not begun will not
+    if isinstance(error, (UserError, *COMPOSITION_ERRORS)) and not _any_begun(study):
+        _withdraw(study)
+        return
+    with only_warned_about("no report of the study"):
+        if error is None or isinstance(error, Exception):
+            _report(study)
+        else:
+            from slm_pipeline.report.write import write_summary
+
+            write_summary(study.directory)
+
+
+def _any_begun(study: _Begun) -> bool:
+    if study.folders is None:
+        return any(study.directory.glob(f"*/{RUNNING}"))
+    return any((study.directory / name).exists() for name in study.folders)
+
+
+def _withdraw(study: _Begun) -> None:
+    if study.before is not None:
+        write_text(study.directory / STUDY, study.before)
+        return
+    for name in (STUDY, STARTING, "multirun.yaml"):
+        (study.directory / name).unlink(missing_ok=True)
+    with only_warned_about("left over"):
+        if not any(study.directory.iterdir()):
+            study.directory.rmdir()
+
+
+def _report(study: _Begun) -> None:
     from slm_pipeline.report.write import write_study
 
-    try:
-        written = write_study(study.directory)
-    except UserError as error:  # it ended before its first job
-        log.warning("no report: %s", error)
-        return
+    written = write_study(study.directory)
     log.info("the study's report: %s", study.directory / "report.html")
     if study.tracker.kind != "wandb":
         return
@@ -137,10 +229,26 @@ def _report() -> None:
 def running(run_dir: Path) -> Iterator[None]:
     """Show that a job works in this folder; waits for another that still does, such as its own dying predecessor."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(run_dir / _LOCK):
+    with FileLock(run_dir / RUNNING):
         yield
 
 
 def is_running(run_dir: Path) -> bool:
     """Whether a living process works in this folder."""
-    return is_held(run_dir / _LOCK)
+    return _is_held(run_dir / RUNNING)
+
+
+def will_start(directory: Path, study: Mapping[str, Any]) -> bool:
+    """Whether somebody is going to start what has not begun of a study: its process, or a cluster that has its jobs.
+
+    Args:
+        study: of `run_folder.study_of`.
+    """
+    return str(study.get("launcher")).endswith("SlurmLauncher") or _is_held(directory / STARTING)
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        return is_held(lock)
+    except OSError:  # it cannot be read
+        return False

@@ -11,6 +11,7 @@ from typing import Any
 from slm_pipeline import provenance
 from slm_pipeline.artifacts import Artifact, write_json
 from slm_pipeline.config import TARGETS
+from slm_pipeline.errors import only_warned_about
 from slm_pipeline.evaluation.zero_shot import average
 from slm_pipeline.job import Job
 from slm_pipeline.report.run import flat_metrics, score_table, write_summary_md
@@ -66,15 +67,30 @@ def build(job: Job, results: Mapping[str, Artifact], reused: Mapping[str, bool],
 
 
 def write(
-    summary: dict[str, Any], results: Mapping[str, Artifact], run_dir: Path, tracker: Tracker, *, draw: bool = True
+    summary: dict[str, Any],
+    results: Mapping[str, Artifact],
+    run_dir: Path,
+    tracker: Tracker,
+    warnings: list[str],
+    *,
+    draw: bool = True,
 ) -> None:
-    """Draw the pictures, write summary.json and summary.md, log both, and print the table."""
+    """Write summary.json; then, as far as that is possible, draw the pictures, write summary.md, log and print.
+
+    Args:
+        warnings: of the whole run, to which what is not possible is added.
+    """
+    file = run_dir / "summary.json"
+    write_json(file, {**summary, "pictures": []})  # the result: what fails from here on does not undo it
+    if "merge" in results:
+        with only_warned_about("plan.json was not written"):
+            load_plan(results["merge"]).write(run_dir / "plan.json")
     pictures = _draw(summary, results, run_dir) if draw else []
     summary["pictures"] = [picture.name for picture in pictures]
-    if "merge" in results:
-        load_plan(results["merge"]).write(run_dir / "plan.json")
-    write_json(run_dir / "summary.json", summary)
-    text = write_summary_md(run_dir, summary)
+    summary["warnings"] = list(warnings)
+    text = ""
+    with only_warned_about("summary.md was not written"):
+        text = write_summary_md(run_dir, summary)
     for picture in pictures:
         if picture.suffix == ".png":
             tracker.image(picture.stem, picture)
@@ -82,7 +98,11 @@ def write(
     if rows:
         tracker.table("scores", columns, rows)
     tracker.summary(flat_metrics(summary))
-    print(text)
+    with only_warned_about("the table was not printed"):
+        print(text, flush=True)
+    summary["warnings"] = list(warnings)
+    with only_warned_about("summary.json lacks pictures and late warnings"):
+        write_json(file, summary)
 
 
 def _pruning(job: Job, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,37 +161,67 @@ def _checkpoint(results: Mapping[str, Artifact]) -> Path | None:
 
 
 def _draw(summary: Mapping[str, Any], results: Mapping[str, Artifact], run_dir: Path) -> list[Path]:
-    from slm_pipeline.analysis import pictures
+    """The files of every picture that could be drawn."""
+    drawn: list[Path] = []
+    for name, draw in (
+        ("layer_similarity", _draw_similarity),
+        ("search_steps", _draw_search),
+        ("layer_groups", _draw_layers),
+        ("recovery_loss", _draw_recovery),
+    ):
+        with only_warned_about(f"no picture {name}"):
+            drawn += draw(summary, results, run_dir / name)
+    return drawn
+
+
+def _draw_similarity(summary: Mapping[str, Any], results: Mapping[str, Artifact], path_stem: Path) -> list[Path]:
     from slm_pipeline.analysis.heat_maps import LABELS, heat_maps
 
-    drawn: list[Path] = []
+    if "calibrate" not in results:
+        return []
+    values = json.loads((results["calibrate"].path / "similarity.json").read_text(encoding="utf-8"))
+    panels = [
+        {"title": LABELS[metric], "metric": metric, "matrix": values[metric], "patches": values["patches"][metric]}
+        for metric in ("cosine", "cka")
+    ]
+    done = []
+    if "merge" in results:
+        plan = load_plan(results["merge"])
+        windows = merged_windows(plan.layer_groups)
+        done = [{"name": plan.method, "windows": windows, "dropped": plan.dropped}]
+    about = f"{summary['model']}: layer similarity on the calibration text"
+    return heat_maps(panels, path_stem, title=about, plans=done)
+
+
+def _draw_search(summary: Mapping[str, Any], results: Mapping[str, Artifact], path_stem: Path) -> list[Path]:
+    from slm_pipeline.analysis import pictures
+
     plan = load_plan(results["merge"]) if "merge" in results else None
-    title = f"{summary['model']}, {summary['method']}"
-    if "calibrate" in results:
-        values = json.loads((results["calibrate"].path / "similarity.json").read_text(encoding="utf-8"))
-        panels = [
-            {"title": LABELS[metric], "metric": metric, "matrix": values[metric], "patches": values["patches"][metric]}
-            for metric in ("cosine", "cka")
-        ]
-        done = []
-        if plan is not None:
-            windows = merged_windows(plan.layer_groups)
-            done = [{"name": plan.method, "windows": windows, "dropped": plan.dropped}]
-        about = f"{summary['model']}: layer similarity on the calibration text"
-        drawn += heat_maps(panels, run_dir / "layer_similarity", title=about, plans=done)
-    if plan is not None and plan.scores.get("steps"):
-        drawn += pictures.search_steps(plan.scores["steps"], plan.threshold, run_dir / "search_steps", title=title)
-    if plan is not None and plan.ops:
-        drawn += pictures.layer_strip(
-            plan.layer_groups,
-            plan.dropped,
-            plan.model["num_layers"],
-            run_dir / "layer_groups",
-            without=plan.missing_sublayers(),
-        )
-    if "recover" in results:
-        curve = json.loads((results["recover"].path / "curve.json").read_text(encoding="utf-8"))
-        if curve:
-            loss = summary["recovery"]["loss"]
-            drawn += pictures.loss_curve(curve, run_dir / "recovery_loss", title=title, loss=loss)
-    return drawn
+    if plan is None or not plan.scores.get("steps"):
+        return []
+    return pictures.search_steps(plan.scores["steps"], plan.threshold, path_stem, title=_title(summary))
+
+
+def _draw_layers(summary: Mapping[str, Any], results: Mapping[str, Artifact], path_stem: Path) -> list[Path]:
+    from slm_pipeline.analysis import pictures
+
+    plan = load_plan(results["merge"]) if "merge" in results else None
+    if plan is None or not plan.ops:
+        return []
+    missing = plan.missing_sublayers()
+    return pictures.layer_strip(plan.layer_groups, plan.dropped, plan.model["num_layers"], path_stem, without=missing)
+
+
+def _draw_recovery(summary: Mapping[str, Any], results: Mapping[str, Artifact], path_stem: Path) -> list[Path]:
+    from slm_pipeline.analysis import pictures
+
+    if "recover" not in results:
+        return []
+    curve = json.loads((results["recover"].path / "curve.json").read_text(encoding="utf-8"))
+    if not curve:
+        return []
+    return pictures.loss_curve(curve, path_stem, title=_title(summary), loss=summary["recovery"]["loss"])
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    return f"{summary['model']}, {summary['method']}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from slm_pipeline.errors import UserError
+from slm_pipeline.errors import UserError, only_warned_about
 
 if TYPE_CHECKING:
     from slm_pipeline.config import TrackerConfig
@@ -30,11 +30,13 @@ class Tracker:
     """Writes ``<run_dir>/metrics.jsonl``: one JSON object a line, ``{"time", "stage", "step"?, <metric>: <value>...}``.
 
     Every line is on disk when `log` returns, so a killed run keeps what it measured. Use it as a context manager:
-    leaving the block closes the run, as failed if an exception is on its way out.
+    leaving the block closes the run, as failed if an exception is on its way out. A line that cannot be written, and
+    whatever a server does, is a warning: the numbers are in the stages' results.
     """
 
     def __init__(self, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
+        self._warned_about: set[str] = set()
         self._file = open(run_dir / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
 
     def log(self, metrics: Mapping[str, float], *, stage: str, step: int | None = None) -> None:
@@ -57,8 +59,9 @@ class Tracker:
             if not math.isfinite(value):
                 raise ValueError(f"{stage}/{name} is {value}" + ("" if step is None else f" at step {step}"))
             line[name] = value if isinstance(value, int) else float(value)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with only_warned_about("metrics.jsonl lacks a line", self._warned_about):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def table(self, name: str, columns: list[str], rows: list[list]) -> None:
         """Show a table. Only servers need it: the run's folder has the same numbers in summary.json and summary.md."""
@@ -75,7 +78,8 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        with only_warned_about("metrics.jsonl was not closed"):
+            self._file.close()
 
 
 class WandbTracker(Tracker):
@@ -133,31 +137,35 @@ class WandbTracker(Tracker):
     def log(self, metrics: Mapping[str, float], *, stage: str, step: int | None = None) -> None:
         super().log(metrics, stage=stage, step=step)
         values: dict[str, Any] = {f"{stage}/{name}": value for name, value in metrics.items()}
-        if step is not None:
-            if stage not in self._stages_with_steps:
-                self._stages_with_steps.add(stage)
-                self._run.define_metric(f"{stage}/step", hidden=True)
-                self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-            values[f"{stage}/step"] = step
-        self._run.log(values)
+        with only_warned_about("W&B lacks some metrics", self._warned_about):
+            if step is not None:
+                if stage not in self._stages_with_steps:
+                    self._stages_with_steps.add(stage)
+                    self._run.define_metric(f"{stage}/step", hidden=True)
+                    self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+                values[f"{stage}/step"] = step
+            self._run.log(values)
 
     def table(self, name: str, columns: list[str], rows: list[list]) -> None:
         import wandb
 
-        self._run.log({name: wandb.Table(columns=list(columns), data=rows, allow_mixed_types=True)})
+        with only_warned_about(f"W&B lacks the table {name}"):
+            self._run.log({name: wandb.Table(columns=list(columns), data=rows, allow_mixed_types=True)})
 
     def image(self, name: str, path: Path) -> None:
         import wandb
 
-        self._run.log({name: wandb.Image(str(path))})
+        with only_warned_about(f"W&B lacks the picture {name}"):
+            self._run.log({name: wandb.Image(str(path))})
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        self._run.summary.update(dict(values))
+        with only_warned_about("W&B lacks the final numbers"):
+            self._run.summary.update(dict(values))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._close:
+        with self._close, only_warned_about("the W&B run was not closed"):
             self._run.finish(exit_code=0 if kind is None else 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shlex
@@ -491,3 +492,50 @@ def test_a_dry_multirun_shows_every_job(base):
     assert "would fail: method=slm needs a target" in outcome.out
     assert "#2 pruning_ratio=r50" in outcome.out
     assert outcome.err == "error: 1 of 3 jobs would fail, see above\n"
+
+
+@pytest.mark.parametrize("multirun", [[], ["-m"]])
+def test_what_cannot_be_shown_does_not_undo_a_finished_job(multirun, base, tmp_path, monkeypatch):
+    """Neither the table nor pictures, summary.md, W&B or the study's report can be written."""
+    monkeypatch.setattr("builtins.print", mock.Mock(side_effect=BrokenPipeError("nobody reads")))
+    monkeypatch.setattr("slm_pipeline.summary._draw_similarity", mock.Mock(side_effect=RuntimeError("no font")))
+    monkeypatch.setattr("slm_pipeline.summary.write_summary_md", mock.Mock(side_effect=OSError("disk full")))
+    monkeypatch.setattr("slm_pipeline.report.write.write_study", mock.Mock(side_effect=OSError("disk full")))
+    monkeypatch.setattr("slm_pipeline.stages.base.Stage.publish", mock.Mock(side_effect=OSError("disk full")))
+    outcome = run_slm(*multirun, *base, "stages=[calibrate]")
+    assert outcome.status == 0, outcome.err
+    (file,) = (tmp_path / "out").glob("*/slm/*/**/summary.json")
+    summary = json.loads(file.read_text())
+    assert summary["pictures"] == []
+    assert summary["warnings"] == [
+        "no picture layer_similarity: RuntimeError: no font",
+        "summary.md was not written: OSError: disk full",
+        "the table was not printed: BrokenPipeError: nobody reads",
+    ]
+    assert not file.with_name("failure.json").exists()
+    assert "calibrate" in summary["stages"]
+
+
+def test_output_that_has_no_space_does_not_change_the_exit_status(base, tmp_path):
+    """A process of its own: what Python does with its streams at its end counts too."""
+    command = [sys.executable, "-m", "slm_pipeline", *base, "stages=[]"]
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment())
+    assert found.returncode == 0, found.stderr
+    assert "the table was not printed: OSError: [Errno 28] No space left on device" in found.stderr
+    assert len(list((tmp_path / "out").glob("runs/slm/*/summary.json"))) == 1
+
+
+def test_what_no_stream_can_show_is_spelt_out(monkeypatch):
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    cli.be_heard_or_not()
+    print("b\N{LATIN SMALL LETTER O WITH DIAERESIS}", flush=True)
+    assert sys.stdout.buffer.getvalue() == b"b\\xf6\n"
+    with pytest.raises(SystemExit), cli.errors_in_one_line():
+        raise UserError("two\nlines \x1b[31mred\u202e")
+    assert sys.stderr.buffer.getvalue() == b"error: two lines \\x1b[31mred\\u202e\n"
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, None)  # as after `>&-`
+    cli.be_heard_or_not()
+    print("nobody hears")

@@ -10,6 +10,7 @@ import struct
 import zlib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -258,3 +259,23 @@ def test_jobs_of_a_study_never_share_a_run_whatever_the_environment_says(tmp_pat
     ids = [only(tmp_path / job, "run").run_id for job in ("0", "1", "single")]
     assert len(set(ids)) == 3
     assert ids[2] == "fixed"
+
+
+def test_what_wandb_or_a_disk_cannot_take_is_said_once_and_ends_nothing(tmp_path, caplog):
+    with open_tracker(tmp_path / "run") as tracker:
+        run = tracker._run
+        broken = mock.Mock(side_effect=OSError(28, "No space left on device"))
+        with mock.patch.object(run, "log", broken), mock.patch.object(run, "finish", broken):
+            for step in range(3):
+                tracker.log({"loss": 1.0}, stage="recover", step=step)
+            tracker.table("scores", ["a"], [[1]])
+            tracker.image("layers", tmp_path / "absent.png")
+            tracker.__exit__(None, None, None)
+        with mock.patch.object(tracker, "_file", mock.Mock(write=broken)):
+            tracker.log({"loss": 1.0}, stage="recover", step=4)
+    said = [record.getMessage() for record in caplog.records]
+    assert said.count("W&B lacks some metrics: OSError: [Errno 28] No space left on device") == 1
+    for what in ("W&B lacks the table scores", "W&B lacks the picture layers", "the W&B run was not closed"):
+        assert sum(message.startswith(what) for message in said) == 1
+    assert any("lacks a line: OSError" in message for message in said)
+    assert [row["step"] for row in lines(tmp_path / "run")] == [0, 1, 2]

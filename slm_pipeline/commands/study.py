@@ -3,8 +3,9 @@
 slm-study status outputs/sweeps/thresholds/TIME
 slm-study status outputs/sweeps --watch 30
 
-queued: no process has begun it, or its cluster stopped it and will start it again; running: a process works in its
-folder; interrupted: its process is gone and left neither a result nor a reason, so the same command again is needed.
+queued: it has not begun and somebody will start it, the study's process or a cluster; running: a process works in its
+folder; interrupted: it has neither a result nor a reason and nobody is at it, so the same command again is needed;
+unreadable: its files were damaged, and how.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from slm_pipeline.cli import errors_in_one_line
 from slm_pipeline.errors import UserError
 from slm_pipeline.report.runs import STATUSES, Run, read_runs
 from slm_pipeline.report.tables import Table
+
+_TAIL = 65536  # bytes of a log in which its last line is looked for
 
 
 def status(runs: Sequence[Run], now: float) -> str:
@@ -45,13 +48,19 @@ def status(runs: Sequence[Run], now: float) -> str:
 def _state(run: Run, now: float) -> str:
     """The status, and why it failed or the last line of its log."""
     log = run.path / "slm.log"
-    if run.status not in ("running", "interrupted") or not log.exists():
+    if run.status not in ("running", "interrupted") or not log.is_file():
         return run.state
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL))
+            lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        age = now - log.stat().st_mtime
+    except OSError:
+        return run.state
     if not lines:
         return run.state
     message = lines[-1].partition(": ")[2] or lines[-1]  # without the time and the module's name
-    return f"{run.status}: {message} ({_age(now - log.stat().st_mtime)} ago)"
+    return f"{run.status}: {message} ({_age(age)} ago)"
 
 
 def _age(seconds: float) -> str:

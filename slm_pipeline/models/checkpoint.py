@@ -19,6 +19,7 @@ from slm_pipeline.models import config_files, modeling_pruned
 from slm_pipeline.models.architectures import PRUNED
 from slm_pipeline.models.loading import load_checkpoint, load_tokenizer
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.report.tables import code, code_block, markdown_escaped
 
 _PROBE_LENGTH = 16  # tokens, beyond the longest sliding window
 _LONGEST_PROBED_WINDOW = 1024  # tokens: Gemma 3's; above, the windows' settings are compared and the probe is short
@@ -110,13 +111,12 @@ def card(*, title: str, base: str, licence_note: str, body: str, command: str) -
 library_name: transformers
 tags: [pruning, depth-pruning]
 ---
-# {title}
+# {markdown_escaped(title)}
 
-Made from `{base}` by slm_pipeline. {licence_note}
+Made from {code(base)} by slm_pipeline. {licence_note}
 
 {body}
 
 Made by:
 
-    {command}
-"""
+{code_block(command, "bash")}"""

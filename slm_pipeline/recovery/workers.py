@@ -118,7 +118,8 @@ def _work(
     sender: Connection,
 ) -> None:
     """What each process does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    for one in (signal.SIGINT, signal.SIGTERM):  # sent to a group they reach the parent too, which ends this process
+        signal.signal(one, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         from torch import distributed

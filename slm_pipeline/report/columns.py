@@ -42,7 +42,8 @@ def measures(summary: Summary) -> dict[str, float]:
     if "recovery" in summary:
         found["tokens"] = summary["recovery"]["num_tokens"]
         found["recovery seconds"] = summary["recovery"]["seconds"]
-        found["recovery GB"] = summary["stages"]["recover"]["peak_memory_gb"]
+        if (peak := summary["stages"].get("recover", {}).get("peak_memory_gb")) is not None:
+            found["recovery GB"] = peak
     found["seconds"] = sum(stage["seconds"] for stage in summary["stages"].values() if not stage["reused"])
     return found
 

@@ -6,16 +6,19 @@ from typing import Any
 
 from slm_pipeline.report.columns import is_score
 from slm_pipeline.report.study import Study
-from slm_pipeline.report.tables import Lines, Table, csv_text, latex_escaped, wrapped
+from slm_pipeline.report.tables import Lines, Table, code, csv_text, latex_escaped, markdown_escaped, wrapped
 
 
 def markdown(study: Study) -> str:
     """Question, remarks, tables, how it was measured."""
-    title = f"# {study.question}\n\n{study.counts()}\n" if study.question else f"# {study.counts()}\n"
+    counts = markdown_escaped(study.counts())
+    title = f"# {markdown_escaped(study.question)}\n\n{counts}\n" if study.question else f"# {counts}\n"
     columns = study.shown_columns()
-    parts = [title, *(f"{line}\n" for line in study.remarks()), study.table(columns).markdown()]
+    shared = [f"All jobs: {code(' '.join(study.shared()))}\n"] if study.shared() else []
+    remarks = (f"{markdown_escaped(line)}\n" for line in study.remarks())
+    parts = [title, *shared, *remarks, study.table(columns).markdown()]
     if averages := study.averages(study.shown_columns(costs=False)):
-        parts += [f"## {study.averages_title()}\n", averages.markdown()]
+        parts += [f"## {markdown_escaped(study.averages_title())}\n", averages.markdown()]
     if measured := study.measured():
         parts += ["## How it was measured\n", Lines(measured).markdown()]
     return "\n".join(parts)
@@ -25,7 +28,8 @@ def text(study: Study) -> str:
     """The same for the terminal."""
     columns = study.shown_columns()
     title = [study.question] if study.question else []
-    remarks = [line.replace("`", "").replace("; the best is bold", "") for line in study.remarks()]
+    shared = [f"All jobs: {' '.join(study.shared())}"] if study.shared() else []
+    remarks = [*shared, *(line.replace("; the best is bold", "") for line in study.remarks())]
     parts = ["".join(wrapped(line, "") for line in (*title, study.counts(), *remarks)), study.table(columns).text()]
     if averages := study.averages(study.shown_columns(costs=False)):
         parts.append(f"{study.averages_title()}\n{averages.text()}")

@@ -6,10 +6,11 @@ import base64
 import hashlib
 import itertools
 from collections.abc import Sequence
-from html import escape
+from html import escape as html_escaped
 from pathlib import Path
 from typing import Any
 
+from slm_pipeline.errors import printable
 from slm_pipeline.report.columns import higher_is_better, is_detail, parted, shown
 from slm_pipeline.report.plots import Picture
 from slm_pipeline.report.runs import Run
@@ -52,13 +53,19 @@ def html(study: Study, pictures: Sequence[Picture]) -> str:
     )
 
 
+def escape(text: str) -> str:
+    """Plain text for HTML, in one line."""
+    return html_escaped(printable(text))
+
+
 def _section(title: str, content: str) -> str:
     return f"<section>\n<h2>{_text(title)}</h2>\n{content}\n</section>"
 
 
 def _notes(study: Study) -> str:
     """What is to be known before the table is read, in small print."""
-    remarks = [line.replace("`", "") for line in study.remarks()]
+    remarks = [f"All jobs: {' '.join(study.shared())}"] if study.shared() else []
+    remarks += study.remarks()
     parts = [
         f"<section><h2>{title}</h2><ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul></section>"
         for title, lines in (("About these runs", remarks), ("How it was measured", study.measured()))
@@ -159,7 +166,7 @@ def _group_row(study: Study, columns: Sequence[str]) -> str:
             classes = _classes(group=True, detail=detail)
             cells.append(
                 f"<th{classes} colspan={now or len(names)} data-compact={plain or len(names)} data-whole={len(names)}>"
-                f"<span>{target}</span></th>"
+                f"<span>{escape(target)}</span></th>"
             )
         else:
             cells += [f"<th{_classes(detail=_is_extra(study, name))}></th>" for name in names]
@@ -203,7 +210,7 @@ def _body(study: Study, i: int, columns: Sequence[str], width: int) -> str:
             )
         else:
             cells.append(f'<td{_classes(**classes)} data-value=""></td>')
-    failed = " failed" if run.status == "FAILED" else ""
+    failed = " failed" if run.status in ("FAILED", "unreadable") else ""
     cells.append(f'<td class="state{failed}" data-value="{escape(run.state)}">{escape(run.state)}</td>')
     more = f"<tr class=more hidden><td colspan={width}>{_more(run)}</td></tr>"
     return f"<tbody>\n<tr class=run>{''.join(cells)}</tr>\n{more}\n</tbody>"
@@ -225,7 +232,7 @@ def _more(run: Run) -> str:
         facts.append(("overrides", f"<code>{escape(' '.join(run.overrides))}</code>"))
     if "layer_groups" in summary:
         facts.append(("layers", f"<code>{escape(format_groups(summary['layer_groups']))}</code>"))
-        if summary["dropped"]:
+        if summary.get("dropped"):
             facts.append(("dropped", f"<code>{', '.join(map(str, summary['dropped']))}</code>"))
     if summary.get("warnings"):
         facts.append(("warnings", f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in summary['warnings'])}</ul>"))

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from slm_pipeline.analysis import pictures
-from slm_pipeline.report import curves
+from slm_pipeline.errors import only_warned_about
+from slm_pipeline.report import curves, damage
 from slm_pipeline.report.curves import Trace, Training
+from slm_pipeline.report.damage import Damaged
 from slm_pipeline.report.looks import Look
 from slm_pipeline.report.plots import Picture, label_of, series_looks, telling_options
 from slm_pipeline.report.runs import Run
 from slm_pipeline.report.strips import Strip, layer_strips
 from slm_pipeline.report.study import Study, text_of
 
+log = logging.getLogger(__name__)
+
 MOST = 40  # strips or traces in one picture
 
 
 def draw(study: Study, folder: Path) -> list[Picture]:
     """Every picture for which some run has left something, written into ``folder``."""
-    return [*_searches(study, folder), *_strips(study, folder), *_trainings(study, folder)]
+    drawn: list[Picture] = []
+    for name, plot in (("searches", _searches), ("layers", _strips), ("trainings", _trainings)):
+        with only_warned_about(f"no plot of the {name}"):
+            drawn += plot(study, folder)
+    return drawn
 
 
 def _searches(study: Study, folder: Path) -> Iterator[Picture]:
-    plans = {i: _json(run.path / "plan.json") for i, run in enumerate(study.runs) if run.summary}
+    plans = {i: _read(run.path / "plan.json", damage.PLAN) for i, run in enumerate(study.runs) if run.summary}
     found = {i: plan["scores"]["steps"] for i, plan in plans.items() if plan and plan["scores"].get("steps")}
     if not found:
         return
@@ -41,11 +50,11 @@ def _searches(study: Study, folder: Path) -> Iterator[Picture]:
 def _strips(study: Study, folder: Path) -> Iterator[Picture]:
     found = {}
     for i, run in enumerate(study.runs):
-        if run.summary and "layer_groups" in run.summary:
+        if run.summary and "layer_groups" in run.summary and "num_layers" in run.summary:
             lost = run.summary.get("sublayers", {})
             without = {name: lost.get(name, []) for name in ("attention", "mlp")}
             depth = run.summary["num_layers"]["dense"]
-            found[i] = (run.summary["layer_groups"], run.summary["dropped"], depth, without)
+            found[i] = (run.summary["layer_groups"], run.summary.get("dropped", []), depth, without)
     if not found:
         return
     distinct = _distinct(study, found, study.varied)
@@ -64,7 +73,7 @@ def _trainings(study: Study, folder: Path) -> Iterator[Picture]:
     looks = _looks(study, [i for _, i in distinct], options or ["recovery"])
     trainings = []
     for label, i in distinct:
-        recovery = (study.runs[i].summary or {})["recovery"]
+        recovery = (study.runs[i].summary or {}).get("recovery", {"name": "recovery"})
         loss = recovery.get("loss", "nats per answer token")
         for unit, rows in pictures.by_unit(found[i], loss).items():
             trainings.append(Training(recovery["name"], unit, label, looks[i], rows))
@@ -85,13 +94,15 @@ def training_rows(run: Run) -> list[dict[str, float]]:
     stage = (run.summary or {}).get("stages", {}).get("recover")
     if stage is None:
         return []
-    for path in (Path(stage["path"]) / "curve.json", run.path / "recover" / "curve.json"):
-        if (found := _json(path)) is not None:
+    for path in (*([Path(stage["path"])] if "path" in stage else []), run.path / "recover"):
+        if (found := _read(path / "curve.json", [damage.CURVE_ROW])) is not None:
             return list(found)
-    log = run.path / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    rows = [json.loads(line) for line in lines]
-    return [row for row in rows if row["stage"] == "recover" and "step" in row]
+    try:
+        rows = damage.read_lines(run.path / "metrics.jsonl", damage.LOGGED_ROW)
+    except Damaged as wrong:
+        log.warning("%s: %s", run.path, wrong)
+        return []
+    return [row for row in rows if row["stage"] == "recover"]
 
 
 def _distinct(study: Study, found: Mapping[int, Any], options: Sequence[str]) -> list[tuple[str, int]]:
@@ -113,5 +124,10 @@ def _cut(distinct: Sequence[Any]) -> list[str]:
     return [f"the first {MOST} of {len(distinct)}"] if len(distinct) > MOST else []
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def _read(path: Path, shape: Any) -> Any:
+    """The content of a file, None if it is not there or damaged."""
+    try:
+        return damage.read_json(path, shape)
+    except Damaged as wrong:
+        log.warning("%s: %s", path.parent, wrong)
+        return None

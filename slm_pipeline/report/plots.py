@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slm_pipeline.analysis.canvas import spans_decades
+from slm_pipeline.errors import only_warned_about
 from slm_pipeline.report import curves
 from slm_pipeline.report.columns import higher_is_better, is_score, parted, shown
 from slm_pipeline.report.curves import Axis, Curve, Point, pareto_front
@@ -29,7 +30,11 @@ class Picture:
 
 def draw(study: Study, folder: Path) -> list[Picture]:
     """Every plot for which the study has numbers, written into ``folder``."""
-    return [*_metric(study, folder), *_layers(study, folder), *_speed(study, folder)]
+    drawn: list[Picture] = []
+    for name, plot in (("metric", _metric), ("score by layers", _layers), ("score by speed", _speed)):
+        with only_warned_about(f"no plot of the {name}"):
+            drawn += plot(study, folder)
+    return drawn
 
 
 def _metric(study: Study, folder: Path) -> Iterator[Picture]:
@@ -158,8 +163,8 @@ def series_looks(
     tables = []
     for place, option in enumerate(options):
         wanted = {key[place] for key in keys}
-        values = {run.option(option) for run in study.runs}
-        named = [value for value in values if value is not None and text_of(value) in wanted]
+        values = {"" if (value := run.option(option)) is None else value for run in study.runs}  # not all have it
+        named = [value for value in values if text_of(value) in wanted]
         order = sorted(named, key=lambda value: (isinstance(value, str), value))
         looks = looks_of(option, order)
         tables.append({text_of(value): looks[value] for value in order})

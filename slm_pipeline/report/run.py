@@ -17,7 +17,7 @@ from slm_pipeline.report.measurement import (
     standard_errors,
     task_details,
 )
-from slm_pipeline.report.tables import Lines, Table, in_order, wrapped
+from slm_pipeline.report.tables import Lines, Table, code_block, in_order, markdown_escaped, wrapped
 from slm_pipeline.surgery.plan import format_groups
 
 
@@ -36,9 +36,9 @@ def write_summary_md(run_dir: Path, summary: Summary) -> str:
     sections = _sections(summary, run_dir, str)
     columns, scores = score_table(summary)
     sections["Scores one by one"] = Table(columns, [[_cell(value) for value in row] for row in scores])
-    parts = [f"# {title}\n", f"{counts}\n"]
+    parts = [f"# {markdown_escaped(title)}\n", f"{counts}\n"]
     parts += [f"## {name}\n\n{body.markdown()}" for name, body in sections.items() if body]
-    parts += [f"## Command\n\n```bash\n{summary['command']}\n```\n"]
+    parts += [f"## Command\n\n{code_block(summary['command'], 'bash')}"]
     write_text(run_dir / "summary.md", "\n".join(parts))
 
     parts = [wrapped(title, "") + wrapped(counts, "")]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from slm_pipeline.errors import UserError
+from slm_pipeline.report import damage
 from slm_pipeline.report.columns import (
     errors,
     higher_is_better,
@@ -125,8 +126,8 @@ class Study:
         return [item for item in first if all(item in run.overrides for run in self.runs)]
 
     def remarks(self) -> list[str]:
-        """What is to be known before reading the table: what all runs share, the order, the metric."""
-        lines = [f"All jobs: `{' '.join(self.shared())}`"] if self.shared() else []
+        """What is to be known before reading the table, besides what all runs share: the order, the metric."""
+        lines = []
         if self.dense:
             dense = (name for name in self.dense if not is_detail(name))
             lines.append("Dense model: " + ", ".join(f"{parted(n)[0]} {shown(n, self.dense[n])}" for n in dense))
@@ -294,9 +295,12 @@ def read_study(
 
 def _declared(runs: Sequence[Run]) -> dict[str, Any]:
     """What the runs' configurations say under ``study``: each key on which all that have one agree."""
-    said = [run.config["study"] for run in runs if run.config.get("study")]
-    keys = ("question", "metric", "x", "series", "sort_by")
-    return {key: said[0].get(key) for key in keys if said and all(one.get(key) == said[0].get(key) for one in said)}
+    said = [run.config["study"] for run in runs if isinstance(run.config.get("study"), Mapping)]
+    found = {key: said[0][key] for key in ("question", "metric", "x", "sort_by") if said and said[0].get(key)}
+    found = {key: value for key, value in found.items() if isinstance(value, str)}
+    if said and (series := said[0].get("series")) and damage.fault(series, [damage.text]) is None:
+        found["series"] = series
+    return {key: value for key, value in found.items() if all(one.get(key) == value for one in said)}
 
 
 def _differing(runs: Sequence[Run]) -> list[str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from slm_pipeline.errors import printable
 
 WIDTH = 100  # columns of the text for the terminal
 
@@ -28,7 +31,7 @@ class Table:
 
     def markdown(self) -> str:
         """A pipe table, aligned in its source too."""
-        escaped = [[cell.replace("|", "\\|") for cell in row] for row in (self.columns, *self.rows)]
+        escaped = [[markdown_escaped(cell).replace("|", "\\|") for cell in row] for row in (self.columns, *self.rows)]
         for row, column in self.bold:
             escaped[row + 1][column] = f"**{escaped[row + 1][column]}**"
         widths = self._widths(escaped)
@@ -38,7 +41,7 @@ class Table:
 
     def text(self) -> str:
         """Aligned columns; those that do not fit in `WIDTH` follow below, the first column repeated."""
-        cells = [list(row) for row in (self.columns, *self.rows)]
+        cells = [[printable(cell) for cell in row] for row in (self.columns, *self.rows)]
         widths, right = self._widths(cells), self._flush_right()
         blocks: list[list[int]] = [[0]]
         for column in range(1, len(widths)):
@@ -89,7 +92,7 @@ class Lines:
         return bool(self.lines)
 
     def markdown(self) -> str:
-        return "".join(f"- {line}\n" for line in self.lines)
+        return "".join(f"- {markdown_escaped(line)}\n" for line in self.lines)
 
     def text(self) -> str:
         return "".join(wrapped(line, "  ") for line in self.lines)
@@ -115,20 +118,45 @@ _LATEX = {
     "[": "{[}",  # after the end of a row, [ and * would be read as arguments of \\
     "]": "{]}",
     "*": "{*}",
-    "\n": " ",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
 
 
 def latex_escaped(text: str) -> str:
     """Plain text for LaTeX; "+-" becomes a plus-minus sign."""
-    return "$\\pm$".join("".join(_LATEX.get(character, character) for character in part) for part in text.split("+-"))
+    parts = printable(text).split("+-")
+    return "$\\pm$".join("".join(_LATEX.get(character, character) for character in part) for part in parts)
+
+
+def markdown_escaped(text: str) -> str:
+    """Plain text for Markdown, in one line: no HTML, no link, no code. Underscores and stars are left to be read."""
+    line = printable(text).replace("&", "&amp;").replace("<", "&lt;")
+    return line.replace("`", "\\`").replace("](", "]\\(").replace("][", "]\\[")
+
+
+def code(text: str) -> str:
+    """A span of code for Markdown, in which nothing is anything else."""
+    line = printable(text)
+    fence = _longer_than(line, 1)
+    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
+
+
+def code_block(text: str, language: str = "") -> str:
+    """A block of code for Markdown."""
+    lines = "\n".join(map(printable, text.splitlines()))
+    fence = _longer_than(lines, 3)
+    return f"{fence}{language}\n{lines}\n{fence}\n"
+
+
+def _longer_than(text: str, least: int) -> str:
+    """Backticks enough to enclose the text."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def wrapped(line: str, indent: str) -> str:
     """The line in lines of at most `WIDTH` columns, save for words that are longer; further ones are set in."""
     lines = textwrap.wrap(
-        line,
+        printable(line),
         WIDTH,
         initial_indent=indent,
         subsequent_indent=indent + "  ",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_pipeline.artifacts import write_text
+from slm_pipeline.errors import UserError
 from slm_pipeline.report import documents
 from slm_pipeline.report.runs import any_left
 from slm_pipeline.report.study import Study, read_study
@@ -37,7 +38,7 @@ def write_summary(directory: Path) -> str:
     """Write ``<directory>/summary.md``, the table of all jobs of a sweep so far, and return it. Draws nothing.
 
     Raises:
-        UserError: there is no run.
+        UserError: there is no run, or it cannot be written.
     """
     text = documents.markdown(read_study(directory))
     write_text(directory / "summary.md", text)
@@ -77,12 +78,19 @@ def write_report(study: Study, out: Path, formats: Sequence[str] = FORMATS) -> W
     }
     files = []
     for name, function in (texts[kind] for kind in FORMATS if kind in formats and kind in texts):
-        write_text(out / name, function(study))
-        files.append(out / name)
+        files.append(_write(out / name, function(study)))
     if "html" in formats:
         from slm_pipeline.report import page, per_run, plots
 
         pictures = [*plots.draw(study, out / "plots"), *per_run.draw(study, out / "plots")]
-        write_text(out / "report.html", page.html(study, pictures))
-        files += [out / "report.html", *(path for picture in pictures for path in picture.files)]
+        files.append(_write(out / "report.html", page.html(study, pictures)))
+        files += [path for picture in pictures for path in picture.files]
     return Written(columns, rows, files)
+
+
+def _write(file: Path, text: str) -> Path:
+    try:
+        write_text(file, text)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error
+    return file

@@ -143,3 +143,16 @@ def test_a_page_of_nothing_finished_is_still_a_page(sweep):
     assert html.pictures == []
     assert "4 jobs, 1 FAILED, 3 interrupted" in (sweep / "report.html").read_text()
     assert not read_study(sweep).best_runs
+
+
+def test_names_questions_and_reasons_cannot_be_markup(tmp_path):
+    bad = "<script>a</script>\x1b\ud800\n"
+    config = {"name": bad, "study": {"question": bad, "metric": "layers", "x": "note", "series": [], "sort_by": None}}
+    write_run(tmp_path / "s" / "0", [f"note={bad}0"], finished(tmp_path, 24, 20.0, warnings=[bad]), config=config)
+    write_run(tmp_path / "s" / "1", [f"note={bad}1"], bad, config=config)
+    write_study(tmp_path / "s")
+    page, markdown = ((tmp_path / "s" / name).read_text() for name in ("report.html", "summary.md"))
+    assert page.count("<script>") == 1  # its own
+    assert "&lt;script&gt;a&lt;/script&gt;" in page
+    assert "<script>" not in markdown.replace("`", "")
+    assert "\x1b" not in page + markdown

@@ -131,3 +131,13 @@ def test_efficiency_has_a_row_for_each_model(tmp_path, summary):
         "  pruned           2.5         51.25          0.538\n"
     ) in text
     assert "efficiency: cpu, float32, batch size 1, 128 new tokens, mean of 20 runs after 10 to warm up\n" in text
+
+
+def test_names_cannot_be_markup(tmp_path, summary):
+    summary |= {"name": "<script>a</script>", "command": "slm\n```\n<b>", "warnings": ["<i>\n# title"]}
+    text = write_summary_md(tmp_path, summary)
+    markdown = (tmp_path / "summary.md").read_text()
+    assert markdown.startswith("# &lt;script>a&lt;/script>: smollm2_135m")
+    assert "- &lt;i> # title\n" in markdown
+    assert "````bash\nslm\n```\n<b>\n````\n" in markdown
+    assert "  <i> # title\n" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from filelock import FileLock
 from studies import finished, write_run
 
 from slm_pipeline.errors import UserError
@@ -34,20 +35,41 @@ def test_a_folder_without_runs_is_an_error(sweep, tmp_path):
         read_runs(sweep, tmp_path / "empty")
 
 
-def test_jobs_that_have_no_folder_yet_are_queued(sweep):
-    jobs = [[f"pruning_ratio=r{i}"] for i in range(5)]
+def test_jobs_that_have_no_folder_yet_are_queued_while_somebody_will_start_them(sweep):
+    jobs = [["model=tiny", f"pruning_ratio=r{i}"] for i in range(5)]
     (sweep / "3").mkdir()  # made, but nothing in it yet
-    (sweep / "study.json").write_text(json.dumps({"format": 1, "command": "slm -m", "jobs": jobs}))
-    runs = read_runs(sweep)
-    assert [(run.job, run.status) for run in runs[2:]] == [
-        ("2", "done"),
-        ("3", "queued"),
-        ("4", "queued"),
-        ("10", "interrupted"),
-    ]
+    study = {"format": 1, "command": "slm -m", "jobs": jobs}
+    (sweep / "study.json").write_text(json.dumps(study))
+    with FileLock(sweep / ".study.lock"):  # as its process holds it
+        runs = read_runs(sweep)
+    assert [(run.job, run.status) for run in runs[2:]] == [("2", "done"), ("3", "queued"), ("4", "queued")]
     assert runs[3].option("pruning_ratio") == "r3"
+    assert [run.status for run in read_runs(sweep)[3:]] == ["interrupted", "interrupted"]
+    (sweep / "study.json").write_text(json.dumps({**study, "launcher": "hydra_plugins.slm_launchers.SlurmLauncher"}))
+    assert [run.status for run in read_runs(sweep)[3:]] == ["queued", "queued"]  # whoever put them there is not needed
     (sweep / "study.json").write_text(json.dumps({"format": 1, "command": "slm -m", "jobs": None}))
     assert len(read_runs(sweep)) == 4
+
+
+def test_a_study_counts_its_own_jobs_alone(sweep):
+    """Of an earlier one in the same folder are job 10, which this one does not have, and job 1, which differs."""
+    jobs = [["model=tiny", "pruning_ratio=r0"], ["model=tiny", "pruning_ratio=r7"], ["model=tiny", "pruning_ratio=r2"]]
+    write_run(sweep / "1" / "x", ["model=tiny"], None)
+    (sweep / "study.json").write_text(json.dumps({"format": 1, "command": "slm -m", "jobs": jobs}))
+    runs = read_runs(sweep)
+    assert [(run.job, run.state) for run in runs] == [("0", "done"), ("1", "interrupted"), ("2", "done")]
+    assert runs[1].option("pruning_ratio") == "r7"
+
+
+def test_folders_of_jobs_have_names_where_the_study_gives_them(tmp_path):
+    jobs = [["seed=1"], ["seed=2"], ["seed=3"]]
+    folders = ["seed=1", "a/seed=2", "a/seed=3"]
+    study = {"format": 1, "command": "slm -m", "jobs": jobs, "folders": folders}
+    write_run(tmp_path / "seed=1", jobs[0], finished(tmp_path, 24, 20.0))
+    write_run(tmp_path / "a" / "seed=2", jobs[1], "no")
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    found = {run.job: run.state for run in read_runs(tmp_path)}
+    assert found == {"seed=1": "done", "a/seed=2": "FAILED: no", "a/seed=3": "interrupted"}
 
 
 def test_runs_of_several_folders_are_named_from_what_these_have_in_common(sweep, seeds, tmp_path):

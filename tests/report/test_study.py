@@ -178,13 +178,13 @@ def test_the_table_is_not_written_after_each_of_many_small_jobs(tmp_path):
     (tmp_path / "study.json").write_text(json.dumps({"format": 1, "command": "slm", "jobs": [["seed=1"], ["seed=2"]]}))
     write_summary_so_far(tmp_path)
     table = (tmp_path / "summary.md").read_text()
-    assert "2 jobs, 1 done, 1 queued" in table
+    assert "2 jobs, 1 done, 1 interrupted" in table
     (tmp_path / "0" / "summary.json").unlink()
     write_summary_so_far(tmp_path)
     assert (tmp_path / "summary.md").read_text() == table  # a second has not passed
     os.utime(tmp_path / "summary.md", (1000, 1000))
     write_summary_so_far(tmp_path)
-    assert "1 interrupted, 1 queued" in (tmp_path / "summary.md").read_text()
+    assert "2 jobs, 2 interrupted" in (tmp_path / "summary.md").read_text()
     (tmp_path / "0" / "failure.json").write_text(json.dumps({"error": "x", "type": "UserError"}))
     write_run(tmp_path / "1", ["seed=2"], "y")
     write_summary_so_far(tmp_path)
@@ -193,11 +193,11 @@ def test_the_table_is_not_written_after_each_of_many_small_jobs(tmp_path):
 
 def test_a_table_that_cannot_be_written_does_not_fail_the_job(tmp_path, caplog):
     write_run(tmp_path / "0", ["seed=1"], finished(tmp_path, 24, 30.0))
-    (tmp_path / "0" / "summary.json").write_text('{"format": 1, "na')
+    (tmp_path / "summary.md").mkdir()
+    os.utime(tmp_path / "summary.md", (1000, 1000))
     write_summary_so_far(tmp_path)
     assert "cannot write" in caplog.text
-    assert "JSONDecodeError" in caplog.text
-    assert not (tmp_path / "summary.md").exists()
+    assert "IsADirectoryError" in caplog.text
 
 
 def test_a_run_over_the_budget_of_layers_is_never_the_best(tmp_path):

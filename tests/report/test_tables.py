@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import unicodedata
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from slm_pipeline.report.tables import Table, csv_text, latex_escaped
+from slm_pipeline.errors import printable
+from slm_pipeline.report.tables import Lines, Table, code, code_block, csv_text, latex_escaped, markdown_escaped
 
 
 def test_a_wide_table_goes_on_below_and_pipes_are_escaped():
@@ -59,3 +63,36 @@ def test_csv_keeps_every_digit_and_reads_back():
     text = csv_text(["name", "value", "note"], rows)
     assert text.startswith('name,value,note\n"a, ""b""",0.30000000000000004,\n')
     assert list(csv.reader(io.StringIO(text)))[2] == ["line\nbreak", "7", "x"]
+
+
+BAD = "<img src=x onerror=alert(1)>\n| a | [b](javascript:c) `d` \x1b[31m\u202e\ud800 ```"
+
+
+def test_names_are_text_in_markdown_and_nothing_else():
+    line = markdown_escaped(BAD)
+    assert line == (
+        "&lt;img src=x onerror=alert(1)> | a | [b]\\(javascript:c) \\`d\\` \\x1b[31m\\u202e\\ud800 \\`\\`\\`"
+    )
+    assert Lines([BAD]).markdown() == f"- {line}\n"
+    (_, _, row) = Table(["a"], [[BAD]]).markdown().splitlines()
+    assert row == f"| {line.replace('|', chr(92) + '|')} |"
+    assert code("a `b` ``c") == "``` a `b` ``c ```"
+    assert code("a_b") == "`a_b`"
+    assert code_block("a\n```\nb", "bash") == "````bash\na\n```\nb\n````\n"
+
+
+def test_control_characters_do_not_reach_a_terminal_or_break_a_row():
+    (_, row) = Table(["a", "b"], [[BAD, "1"]]).text().splitlines()
+    assert row.startswith("  <img src=x onerror=alert(1)> | a | [b](javascript:c) `d` \\x1b[31m\\u202e\\ud800 ```    1")
+    assert "\x1b" not in Lines([BAD]).text()
+    assert "\n" not in latex_escaped(BAD)
+
+
+@given(st.text())
+def test_any_text_is_one_safe_line(text):
+    line = printable(text)
+    assert not any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn") for character in line)
+    assert printable(line) == line
+    line.encode()
+    assert Table(["a"], [[text]]).markdown().count("\n") == 3
+    assert "<" not in markdown_escaped(text)
