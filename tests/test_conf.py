@@ -66,7 +66,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sound_models: dict[str
             random_source(num_layers=32), config=options, fingerprint=f"hub:{options.repo}"
         ),
     )
-    monkeypatch.setattr("slm_pipeline.data.examples._hub_commit", lambda repo, revision: "0" * 40)
+    monkeypatch.setattr("slm_pipeline.data.hub.commit", lambda *_, **__: "0" * 40)
     monkeypatch.setattr("slm_pipeline.tracking._has_api_key", lambda: True)
     return tmp_path
 
