@@ -72,7 +72,7 @@ class Method(ABC):
         name: as in conf/method/<name>.yaml.
         takes_threshold: whether ``threshold`` means anything to it.
         takes_ratio: whether it aims at a pruning ratio.
-        reads_calibration: whether its plan depends on the calibration text.
+        reads_calibration: whether its plan depends on the calibration text; else the plan's ``calibration`` is null.
         min_seq_len: tokens that a calibration sample needs; 2 where the next token is predicted.
         num_protected: layers that it never touches; a plan keeps at least one more.
     """
@@ -80,10 +80,13 @@ class Method(ABC):
     name: ClassVar[str]
     takes_threshold: ClassVar[bool] = False
     takes_ratio: ClassVar[bool] = True
-    reads_calibration: ClassVar[bool] = True
     min_seq_len: ClassVar[int] = 1
 
     published_calibration: CalibrationSize
+
+    @property
+    def reads_calibration(self) -> bool:
+        return True
 
     @property
     def num_protected(self) -> int:
@@ -112,7 +115,8 @@ class Method(ABC):
             "fingerprint": problem.source.fingerprint,
             "num_layers": problem.view.num_layers,
         }
-        plan = Plan(model=model, method=self.name, options=self.options(), calibration=problem.calibration, **decision)
+        calibration = problem.calibration if self.reads_calibration else None
+        plan = Plan(model=model, method=self.name, options=self.options(), calibration=calibration, **decision)
         plan.check(f"the plan of method={self.name}")
         return plan
 

@@ -74,6 +74,10 @@ class Mka(LayerRemoval):
         if self.num_points < self.num_neighbors + 2:
             raise UserError(f"method.num_points={self.num_points} must be at least {self.num_neighbors + 2}")
 
+    @property
+    def reads_calibration(self) -> bool:
+        return not self.official
+
     def plan(self, problem: PruningProblem) -> Plan:
         assert problem.num_remove is not None
         candidates = self.candidates(problem.view.num_layers)

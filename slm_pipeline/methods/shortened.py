@@ -87,7 +87,10 @@ class ShortenedMagnitude(ShortenedLlama):
     power: int = 1
 
     name: ClassVar[str] = "shortened_magnitude"
-    reads_calibration: ClassVar[bool] = False
+
+    @property
+    def reads_calibration(self) -> bool:
+        return False
 
     def __post_init__(self) -> None:
         super().__post_init__()

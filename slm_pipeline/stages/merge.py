@@ -13,13 +13,14 @@ from slm_pipeline.job import Job, ParameterCounts
 from slm_pipeline.report.run import sublayer_lines
 from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.calibrate import load_samples, load_statistics
-from slm_pipeline.surgery.mergekit import to_mergekit
+from slm_pipeline.surgery.mergekit import can_name, to_mergekit
 from slm_pipeline.surgery.plan import Plan, format_groups
 from slm_pipeline.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+# 2: the plan of a method that reads no calibration text names none; replaceme holds samples out of its fit
+VERSION = 2
 
 
 class Merge(Stage):
@@ -58,7 +59,10 @@ class Merge(Stage):
         if plan.ops and all(op["op"] == "drop" for op in plan.ops):
             model_name = job.config.model.repo or job.config.model.path or job.source.name
             kept = [layer for group in plan.layer_groups for layer in group]
-            write_text(out / "mergekit.yml", to_mergekit(kept, model_name, job.config.model.dtype))
+            if can_name(model_name):
+                write_text(out / "mergekit.yml", to_mergekit(kept, model_name, job.config.model.dtype))
+            else:
+                log.warning("no mergekit.yml: mergekit takes the + or @ in %s for an adapter or a revision", model_name)
         num_parameters = _parameters_after(plan, view, counts)
         sublayers = _missing_sublayers(plan, view)
         if job.config.keep == "model":
@@ -150,7 +154,7 @@ def save_pruned(plan: Plan, model: Any, tokenizer: Any, folder: Path, job: Job) 
 def _measured(plan: Plan) -> str:
     """What the method measured of the pruned model, as a sentence; empty if nothing."""
     accepted = [step for step in plan.scores.get("steps", []) if step["accepted"]]
-    num_tokens = plan.calibration.get("num_tokens")
+    num_tokens = (plan.calibration or {}).get("num_tokens")
     if accepted:
         return (
             f".\n\nSimilarity to the dense model on {num_tokens} calibration tokens: {accepted[-1]['similarity']:.4f}"
