@@ -107,6 +107,8 @@ def _pruning(job: Job, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
         pruning["plan_seconds"] = plan.scores["seconds"]
         if "num_evaluated" in plan.scores:
             pruning["windows"] = {name: plan.scores[f"num_{name}"] for name in ("evaluations", "evaluated")}
+    if "fit" in plan.scores:
+        pruning["fit"] = plan.scores["fit"]
     if "exact" in plan.scores:
         pruning["threshold_is_highest"] = plan.scores["exact"]
     return pruning

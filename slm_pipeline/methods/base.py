@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class CalibrationSize:
-    """How much text the method's authors look at; conf/calibration takes it unless the user says otherwise."""
+    """How much text a method looks at unless the user says otherwise; conf/calibration takes it.
+
+    It is what the method's authors use, or ours where theirs is too much for a first run; conf/method/<name>.yaml says
+    which.
+    """
 
     num_samples: int
     seq_len: int  # tokens
@@ -97,6 +101,13 @@ class Method(ABC):
         values = asdict(self)
         del values["published_calibration"]
         return values
+
+    def refuse_unused(self, why: str, *names: str) -> None:
+        """Raise `UserError` if one of these options, which do nothing ``why``, is not at its default."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in names and value != option.default:
+                raise UserError(f"method.{option.name}={value} does nothing {why}; leave it at {option.default}")
 
     def check(self, source: ModelSource) -> None:  # noqa: B027  # most methods work on any model
         """Raise `UserError` if the method cannot work on this model; called before anything expensive."""

@@ -81,6 +81,11 @@ class Come(ProtectsEnds):
             raise UserError(f"method.tokens={self.tokens!r} is not one of all, last")
 
     def check(self, source: ModelSource) -> None:
+        if self.official_gqa and source.architecture.fuses_queries:
+            raise UserError(
+                f"method.official_gqa=true: the published code cannot pick query heads in {source.name}, a"
+                f" {source.model_type} model, whose queries, keys and values are one projection"
+            )
         if self.fold_norm and not source.architecture.input_rms_norms:
             raise UserError(
                 f"method.fold_norm=true needs RMS norms right before the projections; {source.name} is a"
@@ -199,7 +204,7 @@ class ComePosterior(Come):
 
     Splits that give the same groups and neurons are measured once, and only blocks from the merged one up are run.
 
-    Options: ``granularity`` is n. ``power`` and ``min_largest_share`` have no meaning here.
+    Options: ``granularity`` is n. ``power`` and ``min_largest_share``, which are about CoMe's shares, are refused.
     """
 
     granularity: int = 20
@@ -213,6 +218,7 @@ class ComePosterior(Come):
             raise UserError(f"method.run_length={self.run_length}: come_posterior merges pairs")
         if self.granularity < 1:
             raise UserError(f"method.granularity={self.granularity} must be at least 1")
+        self.refuse_unused("in come_posterior, which searches the shares", "power", "min_largest_share")
 
     def _merge(
         self, stack: ProgressiveStack, groups: Sequence[Sequence[int]], position: int, length: int

@@ -10,7 +10,7 @@ from slm_pipeline.artifacts import write_text
 from slm_pipeline.report.columns import change, count, perplexity
 from slm_pipeline.report.measurement import Summary, measurement, metrics_of, small_limit, standard_errors, task_details
 from slm_pipeline.report.tables import Lines, Table, in_order, wrapped
-from slm_pipeline.surgery.plan import format_groups
+from slm_pipeline.surgery.plan import format_fit, format_groups
 
 
 def write_summary_md(run_dir: Path, summary: Summary) -> str:
@@ -121,6 +121,8 @@ def _layers(summary: Summary) -> list[str]:
     if summary["dropped"]:
         lines.append("dropped: " + ", ".join(map(str, summary["dropped"])))
     lines += sublayer_lines(summary.get("sublayers", {}))
+    if "fit" in summary:
+        lines.append(f"linear map in their place: {format_fit(summary['fit'])}")
     if not summary.get("threshold_is_highest", True):
         lines.append(
             f"threshold {summary['threshold']:g} reaches the pruning ratio, but a higher one may too:"

@@ -14,7 +14,7 @@ from slm_pipeline.report.run import sublayer_lines
 from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.calibrate import load_samples, load_statistics
 from slm_pipeline.surgery.mergekit import can_name, to_mergekit
-from slm_pipeline.surgery.plan import Plan, format_groups
+from slm_pipeline.surgery.plan import Plan, format_fit, format_groups
 from slm_pipeline.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,10 @@ class Merge(Stage):
         return artifact.done and (job.config.keep == "plan" or (artifact.path / "model").is_dir())
 
     def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
-        for step, row in enumerate(load_plan(artifact).scores.get("steps", [])):
+        scores = load_plan(artifact).scores
+        for line in scores.get("warnings", []):  # said again where the result is reused
+            log.warning("%s", line)
+        for step, row in enumerate(scores.get("steps", [])):
             tracker.log(
                 {"similarity": row["similarity"], "accepted": float(row["accepted"])}, stage=self.name, step=step
             )
@@ -159,6 +162,8 @@ def _measured(plan: Plan) -> str:
         return (
             f".\n\nSimilarity to the dense model on {num_tokens} calibration tokens: {accepted[-1]['similarity']:.4f}"
         )
+    if fit := plan.scores.get("fit"):
+        return f".\n\nThe linear map in the place of the layers that went: {format_fit(fit)}"
     rounds = plan.scores.get("rounds")
     if rounds and "loss" in rounds[-1]:
         return f".\n\nLoss on {num_tokens} calibration tokens: {rounds[-1]['loss']:.4f} nats a token"
