@@ -13,6 +13,7 @@ from slm_pipeline.artifacts import Artifact, write_json
 from slm_pipeline.config import TARGETS
 from slm_pipeline.evaluation.zero_shot import average
 from slm_pipeline.job import Job
+from slm_pipeline.report.measurement import parameters_at_work
 from slm_pipeline.report.run import flat_metrics, score_table, write_summary_md
 from slm_pipeline.stages.merge import load_plan
 from slm_pipeline.surgery.plan import Plan, merged_windows
@@ -94,7 +95,7 @@ def _pruning(job: Job, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
             "asked": ratio.ratio if ratio.num_layers is None else {"num_layers": ratio.num_layers},
             "of": ratio.of,
             "got_layers": round(1 - layers["pruned"] / layers["dense"], 4),
-            "got_parameters": round(1 - parameters["pruned"] / parameters["dense"], 4),
+            "got_parameters": round(1 - parameters_at_work(result) / parameters["dense"], 4),
         },
         "num_layers": layers,
         "parameters": parameters,

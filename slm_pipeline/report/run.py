@@ -8,7 +8,15 @@ from typing import Any
 
 from slm_pipeline.artifacts import write_text
 from slm_pipeline.report.columns import change, count, perplexity
-from slm_pipeline.report.measurement import Summary, measurement, metrics_of, small_limit, standard_errors, task_details
+from slm_pipeline.report.measurement import (
+    Summary,
+    measurement,
+    metrics_of,
+    parameters_at_work,
+    small_limit,
+    standard_errors,
+    task_details,
+)
 from slm_pipeline.report.tables import Lines, Table, in_order, wrapped
 from slm_pipeline.surgery.plan import format_fit, format_groups
 
@@ -51,9 +59,10 @@ def score_table(summary: Summary) -> tuple[list[str], list[list[Any]]]:
 def flat_metrics(summary: Summary) -> dict[str, float]:
     """What runs are compared by: ``num_layers``, ``pruned/average``, ``pruned/perplexity/<corpus>`` and the like."""
     flat: dict[str, float] = {}
-    for name in ("num_layers", "parameters"):
-        if name in summary:
-            flat[name] = summary[name]["pruned"]
+    if "num_layers" in summary:
+        flat["num_layers"] = summary["num_layers"]["pruned"]
+    if "parameters" in summary:
+        flat["parameters"] = parameters_at_work(summary)
     for target, found in metrics_of(summary).items():
         flat |= {f"{target}/{task}": score for task, score in found.get("zero_shot", {}).items()}
         for corpus, value in found.get("perplexity", {}).items():
@@ -66,10 +75,12 @@ def _headline(summary: Summary) -> tuple[str, str]:
     title = f"{summary['name']}: {summary['model']}, {summary['method']}{threshold}, seed {summary['seed']}"
     if "num_layers" not in summary:
         return title, "nothing merged in this run"
-    layers, parameters = summary["num_layers"], summary["parameters"]
+    layers, parameters, at_work = summary["num_layers"], summary["parameters"], parameters_at_work(summary)
+    working = {"dense": parameters["dense"], "pruned": at_work}
     return title, (
         f"layers {layers['dense']} -> {layers['pruned']} ({change(layers)}), parameters"
         f" {count(parameters['dense'])} -> {count(parameters['pruned'])} ({change(parameters)})"
+        + (f", {count(at_work)} of them at work ({change(working)})" if at_work < parameters["pruned"] else "")
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from slm_pipeline.artifacts import Artifact, digest, write_text
 from slm_pipeline.job import Job, ParameterCounts
+from slm_pipeline.report.measurement import parameters_at_work
 from slm_pipeline.report.run import sublayer_lines
 from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.calibrate import load_samples, load_statistics
@@ -88,7 +89,7 @@ class Merge(Stage):
                 {"similarity": row["similarity"], "accepted": float(row["accepted"])}, stage=self.name, step=step
             )
         result = artifact.record()["result"]
-        metrics = {"num_layers": result["num_layers"]["pruned"], "parameters": result["parameters"]["pruned"]}
+        metrics = {"num_layers": result["num_layers"]["pruned"], "parameters": parameters_at_work(result)}
         if result["threshold"] is not None:
             metrics["threshold"] = result["threshold"]
             if result["num_layers"]["pruned"] == result["num_layers"]["dense"]:

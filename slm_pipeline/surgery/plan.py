@@ -357,8 +357,8 @@ def is_share(value: Any) -> bool:
 
 
 def is_word(value: Any) -> bool:
-    """Whether it is a text of one line that can be written anywhere."""
-    return isinstance(value, str) and 0 < len(value) <= 1000 and value.isprintable()
+    """Whether it is a text of one line, maybe empty, that can be written anywhere."""
+    return isinstance(value, str) and len(value) <= 1000 and value.isprintable()
 
 
 def is_step(value: Any) -> bool:

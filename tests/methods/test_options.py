@@ -64,7 +64,7 @@ WITHOUT_OPTIONS = {"none", "from_plan"}
 
 @pytest.fixture(scope="module")
 def make_problem():
-    """A function of the number of layers to go and of a threshold: the problem of a Llama of eight layers of which layers 2 and 3 do least."""
+    """A function of layers to go and threshold: the problem of a Llama whose layers 2 and 3 do least."""
     source = random_source(num_layers=8, hidden_size=32)
     model, _ = load_dense(source)
     view = ModelView(model)
