@@ -12,6 +12,7 @@ import math
 import os
 import tempfile
 import time
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
@@ -30,6 +31,16 @@ def visible() -> list[str]:
     if chosen is not None:
         return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1")]
     return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+
+
+def models() -> list[str]:
+    """The names of this machine's GPUs, as its driver lists them; empty where it lists none."""
+    found = []
+    for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        with suppress(OSError):
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            found += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
+    return found
 
 
 def check(num_workers: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shlex
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
     from slm_pipeline.engine.statistics import Statistics
     from slm_pipeline.models.view import ModelView
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -289,6 +293,12 @@ def _published_threshold(config: Config) -> float:
         raise UserError(
             f"model={config.model.name} has no published threshold for pruning_ratio={option}; published: {known}"
         )
+    if ratio.ratio is not None:
+        log.warning(
+            "threshold=published: that %s goes with pruning_ratio=%s is inferred from the names in the authors'"
+            " scripts, which do not say how many layers it removes",
+            published[option], option,
+        )  # fmt: skip
     return published[option]
 
 

@@ -7,6 +7,8 @@ import gc
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -23,7 +25,7 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-_others_gb = 0.0  # peak of processes that worked for this one since the last reset
+_others_gb = 0.0  # peak since the last reset that this process's counters do not show: of other processes, of before
 
 
 def reset_peak() -> None:
@@ -36,6 +38,26 @@ def reset_peak() -> None:
     if torch is not None and torch.cuda.is_initialized():  # else nothing lies there yet, and torch refuses
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
+
+
+@dataclass
+class Peak:
+    """What `measured` found: 10^9 bytes, once it is over."""
+
+    gb: float = 0.0
+
+
+@contextlib.contextmanager
+def measured() -> Iterator[Peak]:
+    """Measure the peak of a part of what is being measured: `peak_gb` afterwards still tells that of the whole."""
+    before = peak_gb()
+    reset_peak()
+    peak = Peak()
+    try:
+        yield peak
+    finally:
+        peak.gb = peak_gb()
+        note_peak_of_others(before)
 
 
 def note_peak_of_others(gb: float) -> None:

@@ -14,6 +14,7 @@ from slm_pipeline.config import TARGETS
 from slm_pipeline.errors import only_warned_about
 from slm_pipeline.evaluation.zero_shot import average
 from slm_pipeline.job import Job
+from slm_pipeline.report.measurement import parameters_at_work
 from slm_pipeline.report.run import flat_metrics, score_table, write_summary_md
 from slm_pipeline.stages.merge import load_plan
 from slm_pipeline.surgery.plan import Plan, merged_windows
@@ -114,7 +115,7 @@ def _pruning(job: Job, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
             "asked": ratio.ratio if ratio.num_layers is None else {"num_layers": ratio.num_layers},
             "of": ratio.of,
             "got_layers": round(1 - layers["pruned"] / layers["dense"], 4),
-            "got_parameters": round(1 - parameters["pruned"] / parameters["dense"], 4),
+            "got_parameters": round(1 - parameters_at_work(result) / parameters["dense"], 4),
         },
         "num_layers": layers,
         "parameters": parameters,
@@ -127,6 +128,8 @@ def _pruning(job: Job, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
         pruning["plan_seconds"] = plan.scores["seconds"]
         if "num_evaluated" in plan.scores:
             pruning["windows"] = {name: plan.scores[f"num_{name}"] for name in ("evaluations", "evaluated")}
+    if "fit" in plan.scores:
+        pruning["fit"] = plan.scores["fit"]
     if "exact" in plan.scores:
         pruning["threshold_is_highest"] = plan.scores["exact"]
     return pruning

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -365,3 +366,21 @@ def test_a_new_method_is_one_python_file_and_one_yaml(here, monkeypatch):
         assert "method.keep_last=-1 must be at least 0" in run_slm(*overrides, "method.keep_last=-1").err
     finally:
         sys.modules.pop("slm_pipeline.methods.drop_top", None)
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in PLUG_INS if file.parent.name == "method"], ids=lambda path: path.stem
+)
+def test_every_method_says_whose_calibration_size_it_has(file):
+    (line,) = (line for line in file.read_text().splitlines() if "published_calibration:" in line)
+    assert re.search(r"# (ours|the authors'|as come: the authors')", line)
+    theirs_are_larger = ("angular", "replaceme", "shortgpt", "mka")
+    assert ("# ours; " in line) == (file.stem in (*theirs_are_larger, "finercut"))
+
+
+def test_a_threshold_whose_ratio_is_inferred_is_said_so(here, caplog):
+    assert job_of(["model=llama2_7b", "pruning_ratio=r35", "threshold=published"]).threshold == 0.68
+    assert "that 0.68 goes with pruning_ratio=r35 is inferred from the names in the authors' scripts" in caplog.text
+    caplog.clear()
+    assert job_of(["model=llama2_13b", "pruning_ratio=none", "threshold=published"]).threshold == 0.72
+    assert "inferred" not in caplog.text

@@ -34,3 +34,18 @@ def test_the_peak_of_processes_that_worked_meanwhile_counts_until_the_next_reset
     assert memory.peak_gb() == 1234.5
     memory.reset_peak()
     assert memory.peak_gb() < 100
+
+
+def test_a_part_is_measured_on_its_own_and_the_whole_still_knows_what_was_before():
+    memory.reset_peak()
+    block = bytearray(400 * 10**6)
+    del block
+    whole = memory.peak_gb()
+    with memory.measured() as outer:
+        with memory.measured() as inner:
+            pass
+        block = bytearray(100 * 10**6)
+        del block
+    assert inner.gb < outer.gb - 0.05
+    assert outer.gb < whole - 0.2
+    assert memory.peak_gb() == whole

@@ -69,7 +69,7 @@ def test_commands(arguments, tmp_path, monkeypatch):
     Path("plan.json").write_text(json.dumps({"model": plan, "layer_groups": [[i] for i in range(30)], **empty}))
     monkeypatch.setattr("slm_pipeline.models.source._hub", without_network)
     monkeypatch.setattr("slm_pipeline.models.source._local", without_network)
-    monkeypatch.setattr("slm_pipeline.data.examples._hub_commit", lambda *_: "0" * 40)
+    monkeypatch.setattr("slm_pipeline.data.hub.commit", lambda *_, **__: "0" * 40)
     outcome = run_slm(*arguments, *([] if "--help" in arguments else ["dry_run=true"]))
     assert outcome.status == 0, outcome.err
     assert not Path("outputs").exists()

@@ -8,14 +8,18 @@ every GPU, which also holds for a model that is spread over several.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import platform
 import statistics
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from slm_pipeline import memory
+from slm_pipeline import gpus, memory, provenance
 from slm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -80,11 +84,11 @@ def efficiency(
     )
     model.eval()
     generate: Any = model.generate
-    latencies = []
-    with torch.inference_mode():
-        for run in tqdm(range(num_runs), desc="generation speed", disable=None):
-            if run == num_warmup and model.device.type == "cuda":
-                memory.reset_peak()
+
+    def run(number: int, progress: tqdm) -> tuple[list[float], Any]:
+        """Seconds of each of so many calls, and what the last one gave."""
+        seconds, output = [], None
+        for _ in range(number):
             _synchronize()
             started = time.perf_counter()
             try:
@@ -97,8 +101,14 @@ def efficiency(
                     f" evaluation.efficiency.batch_size={max(1, batch_size // 2)}"
                 ) from error
             _synchronize()
-            latencies.append(time.perf_counter() - started)
-    latencies = latencies[num_warmup:]
+            seconds.append(time.perf_counter() - started)
+            progress.update()
+        return seconds, output
+
+    with torch.inference_mode(), tqdm(total=num_runs, desc="generation speed", disable=None) as progress:
+        run(num_warmup, progress)
+        with memory.measured() as peak:
+            latencies, output = run(num_runs - num_warmup, progress)
     if output.shape != (batch_size, prompt_len + output_len):
         raise RuntimeError(f"generate gave {tuple(output.shape)}, expected {(batch_size, prompt_len + output_len)}")
     speeds = [batch_size * output_len / latency for latency in latencies]
@@ -109,7 +119,7 @@ def efficiency(
         "tokens_per_second": statistics.fmean(speeds),
         "tokens_per_second_std": statistics.pstdev(speeds),
         "weights_gb": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9,
-        "peak_memory_gb": memory.peak_gb() if model.device.type == "cuda" else None,
+        "peak_memory_gb": peak.gb if model.device.type == "cuda" else None,
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "prompt_len": prompt_len,
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
@@ -120,6 +130,34 @@ def efficiency(
         "num_warmup": num_warmup,
         "prompt": prompt,
     }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What speed and memory depend on besides the model: the device, and the versions that run it. Imports no torch.
+
+    Args:
+        device: as in ``model.device``.
+    """
+    names = [] if device == "cpu" else gpus.visible()
+    where: dict[str, Any]
+    if names:
+        models = gpus.models()
+        alike = len(set(models)) <= 1
+        where = {"gpu": models[:1] if alike else {"of": models, "visible": names, "device": device}}
+        where["number"] = len(names) if device == "balanced" else 1
+    else:
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on a Mac
+        where = {"cpu": _cpu_model(), "number": usable}
+    versions = provenance.versions()
+    return {**where, **{name: versions.get(name) for name in ("torch", "transformers")}}
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def check(num_runs: int, num_warmup: int) -> None:

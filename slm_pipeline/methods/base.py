@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class CalibrationSize:
-    """How much text the method's authors look at; conf/calibration takes it unless the user says otherwise."""
+    """How much text a method looks at unless the user says otherwise; conf/calibration takes it.
+
+    It is what the method's authors use, or ours where theirs is too much for a first run; conf/method/<name>.yaml says
+    which.
+    """
 
     num_samples: Count
     seq_len: Tokens
@@ -74,7 +78,7 @@ class Method(ABC):
         name: as in conf/method/<name>.yaml.
         takes_threshold: whether ``threshold`` means anything to it.
         takes_ratio: whether it aims at a pruning ratio.
-        reads_calibration: whether its plan depends on the calibration text.
+        reads_calibration: whether its plan depends on the calibration text; else the plan's ``calibration`` is null.
         min_seq_len: tokens that a calibration sample needs; 2 where the next token is predicted.
         num_protected: layers that it never touches; a plan keeps at least one more.
     """
@@ -82,13 +86,16 @@ class Method(ABC):
     name: ClassVar[str]
     takes_threshold: ClassVar[bool] = False
     takes_ratio: ClassVar[bool] = True
-    reads_calibration: ClassVar[bool] = True
     min_seq_len: ClassVar[int] = 1
 
     published_calibration: CalibrationSize
 
     def __post_init__(self) -> None:
         ranges.check(self, "method.")
+
+    @property
+    def reads_calibration(self) -> bool:
+        return True
 
     @property
     def num_protected(self) -> int:
@@ -99,6 +106,13 @@ class Method(ABC):
         values = asdict(self)
         del values["published_calibration"]
         return values
+
+    def refuse_unused(self, why: str, *names: str) -> None:
+        """Raise `UserError` if one of these options, which do nothing ``why``, is not at its default."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in names and value != option.default:
+                raise UserError(f"method.{option.name}={value} does nothing {why}; leave it at {option.default}")
 
     def check(self, source: ModelSource) -> None:  # noqa: B027  # most methods work on any model
         """Raise `UserError` if the method cannot work on this model; called before anything expensive."""
@@ -117,7 +131,8 @@ class Method(ABC):
             "fingerprint": problem.source.fingerprint,
             "num_layers": problem.view.num_layers,
         }
-        plan = Plan(model=model, method=self.name, options=self.options(), calibration=problem.calibration, **decision)
+        calibration = problem.calibration if self.reads_calibration else None
+        plan = Plan(model=model, method=self.name, options=self.options(), calibration=calibration, **decision)
         plan.check(f"the plan of method={self.name}")
         return plan
 

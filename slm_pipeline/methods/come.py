@@ -76,6 +76,11 @@ class Come(ProtectsEnds):
             raise UserError(f"method.tokens={self.tokens!r} is not one of all, last")
 
     def check(self, source: ModelSource) -> None:
+        if self.official_gqa and source.architecture.fuses_queries:
+            raise UserError(
+                f"method.official_gqa=true: the published code cannot pick query heads in {source.name}, a"
+                f" {source.model_type} model, whose queries, keys and values are one projection"
+            )
         if self.fold_norm and not source.architecture.input_rms_norms:
             raise UserError(
                 f"method.fold_norm=true needs RMS norms right before the projections; {source.name} is a"
@@ -194,7 +199,7 @@ class ComePosterior(Come):
 
     Splits that give the same groups and neurons are measured once, and only blocks from the merged one up are run.
 
-    Options: ``granularity`` is n. ``power`` and ``min_largest_share`` have no meaning here.
+    Options: ``granularity`` is n. ``power`` and ``min_largest_share``, which are about CoMe's shares, are refused.
     """
 
     granularity: Annotated[int, Range(at_least=1, at_most=10_000)] = 20
@@ -206,6 +211,7 @@ class ComePosterior(Come):
         super().__post_init__()
         if self.run_length != 2:
             raise UserError(f"method.run_length={self.run_length}: come_posterior merges pairs")
+        self.refuse_unused("in come_posterior, which searches the shares", "power", "min_largest_share")
 
     def _merge(
         self, stack: ProgressiveStack, groups: Sequence[Sequence[int]], position: int, length: int

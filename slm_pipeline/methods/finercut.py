@@ -22,7 +22,8 @@ class FinerCut(ProtectsEnds):
     its norm, by how much the model's output differs from the dense model's.
 
     A ratio or a number of layers counts sublayers: twice as many of them go as another method would remove layers. A
-    layer that loses both goes altogether. All candidates of a round walk up the stack together
+    ratio of parameters counts those at work, with either export; zeroed ones do no work. A layer that loses both goes
+    altogether. All candidates of a round walk up the stack together
     (`slm_pipeline.engine.walk`). There is no published code, and of the paper only the abstract could be read: sample
     size, default objective and search range are ours.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, Method, PruningProblem
 from slm_pipeline.ranges import FilePath
-from slm_pipeline.surgery.mergekit import kept_layers
+from slm_pipeline.surgery.mergekit import Passthrough, read_passthrough
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class FromPlan(Method):
-    """The decision of ``path`` on this model. Takes no pruning ratio.
+    """The decision of ``path`` on this model. Takes no pruning ratio, and reads no calibration text: the plan's
+    ``calibration`` is null, what the original looked at is in its scores.
 
     ``path`` is a plan.json, or mergekit's passthrough YAML (.yml, .yaml) that keeps some layers. The model must have
     the depth that the plan was made for; another model of that depth is allowed, with a warning.
+
+    Scores in the plan: replayed, with the method, the calibration and the scores of the plan.json.
     """
 
     path: FilePath
@@ -30,39 +34,50 @@ class FromPlan(Method):
 
     name: ClassVar[str] = "from_plan"
     takes_ratio: ClassVar[bool] = False
-    reads_calibration: ClassVar[bool] = False
+
+    @property
+    def reads_calibration(self) -> bool:
+        return False
 
     @cached_property
-    def original(self) -> Plan | None:
-        """None for a mergekit file, which does not know the model's depth."""
-        path = Path(self.path).expanduser()
-        return None if path.suffix in (".yml", ".yaml") else Plan.read(path)
+    def original(self) -> Plan | Passthrough:
+        path = Path(os.path.expanduser(self.path))  # Path's own ends in a RuntimeError where nobody has that home
+        return read_passthrough(path) if path.suffix in (".yml", ".yaml") else Plan.read(path)
 
     def options(self) -> dict[str, Any]:
-        if self.original is None:
-            return {"kept": kept_layers(Path(self.path).expanduser())}
-        return {"plan": self.original.content(), "method": self.original.method}
+        """The whole file counts, not its edits alone: what it measured goes into the new plan."""
+        if isinstance(self.original, Passthrough):
+            return {"kept": self.original.kept}
+        return {"plan": self.original.fingerprint(), "method": self.original.method}
 
     def check(self, source: ModelSource) -> None:
-        if self.original is None:
-            kept = kept_layers(Path(self.path).expanduser())
-            if source.num_layers is not None and kept and kept[-1] >= source.num_layers:
-                raise UserError(f"{self.path} keeps layer {kept[-1]}; {source.name} has {source.num_layers} layers")
+        if isinstance(self.original, Plan):
+            self.original.check_model(source, self.path)
             return
-        self.original.check_model(source, self.path)
+        highest, dtype = self.original.kept[-1], self.original.dtype
+        if source.num_layers is not None and highest >= source.num_layers:
+            raise UserError(f"{self.path} keeps layer {highest}; {source.name} has {source.num_layers} layers")
+        if dtype not in (None, source.config.dtype):
+            raise UserError(
+                f"{self.path} asks for dtype={dtype[:40]!r}, the model is in model.dtype={source.config.dtype}; a plan"
+                " changes no type"
+            )
 
     def plan(self, problem: PruningProblem) -> Plan:
-        if self.original is None:
-            kept = kept_layers(Path(self.path).expanduser())
-            dropped = [layer for layer in range(problem.view.num_layers) if layer not in kept]
+        if isinstance(self.original, Passthrough):
+            kept = self.original.kept
+            dropped = sorted(set(range(problem.view.num_layers)).difference(kept))
             ops = [{"op": "drop", "layers": dropped}] if dropped else []
             return self._new_plan(problem, layer_groups=[[layer] for layer in kept], dropped=dropped, ops=ops)
+        original = self.original
+        replayed = {"method": original.method, "calibration": original.calibration, "scores": original.scores}
         return self._new_plan(
             problem,
-            threshold=self.original.threshold,
-            layer_groups=self.original.layer_groups,
-            dropped=self.original.dropped,
-            ops=self.original.ops,
-            tensors=self.original.tensors,
-            scores={"replayed": {"method": self.original.method, "scores": self.original.scores}},
+            threshold=original.threshold,
+            layer_groups=original.layer_groups,
+            dropped=original.dropped,
+            ops=original.ops,
+            tensors=original.tensors,
+            # Of a replay of a replay the first plan is what counts.
+            scores=original.scores if "replayed" in original.scores else {"replayed": replayed},
         )

@@ -70,6 +70,20 @@ class Mka(LayerRemoval):
             raise UserError(f"method.pairs={self.pairs!r} is not one of {', '.join(PAIRS)}")
         if self.num_points < self.num_neighbors + 2:
             raise UserError(f"method.num_points={self.num_points} must be at least {self.num_neighbors + 2}")
+        if self.official:
+            self.refuse_unused(
+                "with method.official=true, which looks at no similarity",
+                "pairs", "sharpness", "num_points", "num_neighbors",
+            )  # fmt: skip
+        if self.pairs == "last" and self.sharpness == 0:
+            self.refuse_unused(
+                "with method.pairs=last and method.sharpness=0, which ask for no similarity",
+                "num_points", "num_neighbors",
+            )  # fmt: skip
+
+    @property
+    def reads_calibration(self) -> bool:
+        return not self.official
 
     def plan(self, problem: PruningProblem) -> Plan:
         assert problem.num_remove is not None

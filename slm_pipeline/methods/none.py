@@ -17,7 +17,10 @@ class NoPruning(Method):
 
     name: ClassVar[str] = "none"
     takes_ratio: ClassVar[bool] = False
-    reads_calibration: ClassVar[bool] = False
+
+    @property
+    def reads_calibration(self) -> bool:
+        return False
 
     def plan(self, problem: PruningProblem) -> Plan:
         return self._new_plan(problem, layer_groups=groups_of_windows([], problem.view.num_layers), ops=[])

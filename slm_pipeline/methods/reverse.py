@@ -18,7 +18,10 @@ class ReverseOrder(LayerRemoval):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 
     name: ClassVar[str] = "reverse"
-    reads_calibration: ClassVar[bool] = False
+
+    @property
+    def reads_calibration(self) -> bool:
+        return False
 
     def plan(self, problem: PruningProblem) -> Plan:
         removed = self.candidates(problem.view.num_layers)[::-1][: problem.num_remove]

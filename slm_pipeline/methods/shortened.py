@@ -88,7 +88,10 @@ class ShortenedMagnitude(ShortenedLlama):
     power: Annotated[int, Range(at_least=1, at_most=2)] = 1
 
     name: ClassVar[str] = "shortened_magnitude"
-    reads_calibration: ClassVar[bool] = False
+
+    @property
+    def reads_calibration(self) -> bool:
+        return False
 
     def plan(self, problem: PruningProblem) -> Plan:
         magnitude = [

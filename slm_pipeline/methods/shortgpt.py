@@ -15,7 +15,7 @@ class ShortGPT(LayerRemoval):
 
     Departures from the published code: the last layer is scored on its true output, not on the final-normed one; no
     tokens x tokens matrix; the configuration says how many layers are left. The published calibration text is 50
-    books of PG19 in windows of 256 tokens.
+    whole books of PG19 in windows of 256 tokens; the size here is ours.
 
     Scores in the plan: block_influence of every layer, and the order of removal.
     """

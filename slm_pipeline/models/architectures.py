@@ -50,6 +50,11 @@ class Architecture:
         return (*self.attention_inputs, self.attention_output, *self.mlp_inputs, self.mlp_output)
 
     @property
+    def fuses_queries(self) -> bool:
+        """Whether queries, keys and values come from one projection."""
+        return len(self.attention_inputs) == 1
+
+    @property
     def norms(self) -> tuple[str, ...]:
         return self.attention_norms + self.mlp_norms
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from slm_pipeline.errors import UserError
+from slm_pipeline.recovery import collective
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
@@ -39,13 +43,57 @@ def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
-def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Each process writes its part of the optimizer's state."""
-    checkpoint.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Each process writes its part of the optimizer's state, as safetensors: a pickle runs what it holds when read."""
+    state = optimizer.state_dict()
+    tensors = {
+        f"{index}.{name}": _part(value).detach().cpu().contiguous()
+        for index, values in state["state"].items()
+        for name, value in values.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / _file(), metadata={"param_groups": json.dumps(state["param_groups"])})
+    collective.wait()  # the checkpoint is whole when all have written
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Read what `save_optimizer` wrote."""
-    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    checkpoint.load(state, checkpoint_id=folder)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Read what `save_optimizer` wrote, with as many processes.
+
+    Raises:
+        UserError: there is no such file: another version, or another number of processes, wrote the checkpoint.
+    """
+    if not (folder / _file()).is_file():
+        raise UserError(f"{folder} has no {_file()}: another version began this training; delete {folder.parent}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    with safe_open(folder / _file(), framework="pt") as file:
+        groups = json.loads(file.metadata()["param_groups"])
+        for key in file.keys():  # noqa: SIM118  # no mapping
+            index, _, name = key.partition(".")
+            values = state.setdefault(int(index), {})
+            values[name] = _put_together(file.get_tensor(key), parameters[int(index)])
+    for group in groups:
+        group["betas"] = tuple(group["betas"])
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _file() -> str:
+    return f"optimizer_{collective.rank()}_of_{collective.count()}.safetensors"
+
+
+def _part(value: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _put_together(part: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor, spread as ``parameter`` is, of which ``part`` is this process's; a step count is the same in all."""
+    if not isinstance(parameter, DTensor) or part.ndim != parameter.ndim:
+        return part
+    return DTensor.from_local(
+        part.to(parameter.device),
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

@@ -170,8 +170,8 @@ class RecoveryTrainer(Trainer):
             return None  # twice the size of what trains, and nobody goes on from here
         if not self.sharded:
             return super()._save_optimizer_and_scheduler(output_dir)
-        model, optimizer, scheduler = self._prepared()
-        sharding.save_optimizer(model, optimizer, Path(output_dir))
+        optimizer, scheduler = self._prepared()
+        sharding.save_optimizer(optimizer, Path(output_dir))
         if collective.rank() == 0:
             torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER)
         return None
@@ -179,15 +179,15 @@ class RecoveryTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.sharded or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        model, optimizer, scheduler = self._prepared()
-        sharding.load_optimizer(model, optimizer, Path(checkpoint))
+        optimizer, scheduler = self._prepared()
+        sharding.load_optimizer(optimizer, Path(checkpoint))
         scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
         return None
 
-    def _prepared(self) -> tuple[Any, Any, Any]:
-        """Model, optimizer and scheduler; the optimizer without what accelerate put around it."""
+    def _prepared(self) -> tuple[Any, Any]:
+        """Optimizer and scheduler; the optimizer without what accelerate put around it."""
         optimizer: Any = self.optimizer
-        return self.model, optimizer.optimizer, self.lr_scheduler
+        return optimizer.optimizer, self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         tokens, labels = num_tokens(inputs), (inputs["labels"] != IGNORED).sum()

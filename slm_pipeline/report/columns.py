@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from slm_pipeline.config import TARGETS
-from slm_pipeline.report.measurement import Summary, corpus_labels, metrics_of, standard_errors
+from slm_pipeline.report.measurement import (
+    Summary,
+    corpus_labels,
+    metrics_of,
+    parameters_at_work,
+    standard_errors,
+)
 
 # Of a model's efficiency: the key in summary.json, and the column for each of dense, pruned and recovered.
 _EFFICIENCY = {
@@ -19,13 +25,13 @@ _EFFICIENCY = {
 def measures(summary: Summary) -> dict[str, float]:
     """The numbers of a run by column: ``layers``, ``perplexity bundled pruned``, ``piqa pruned``, ``average pruned``...
 
-    Scores are in percent. What was not measured is absent.
+    Scores are in percent; ``parameters`` are those at work. What was not measured is absent.
     """
-    found: dict[str, float] = {
-        column: summary[key]["pruned"]
-        for column, key in (("layers", "num_layers"), ("parameters", "parameters"))
-        if key in summary
-    }
+    found: dict[str, float] = {}
+    if "num_layers" in summary:
+        found["layers"] = summary["num_layers"]["pruned"]
+    if "parameters" in summary:
+        found["parameters"] = parameters_at_work(summary)
     if summary.get("threshold") is not None:
         found["threshold"] = summary["threshold"]
     for target, metrics in metrics_of(summary).items():

@@ -26,6 +26,17 @@ def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
     return {corpus: name if counts[name] == 1 else corpus for corpus, name in names.items()}
 
 
+def zeroed_parameters(summary: Summary) -> int:
+    """Parameters that the pruned checkpoint holds and that do nothing, because their sublayers were removed."""
+    missing = summary.get("sublayers", {})
+    return int(missing["parameters"]) if missing.get("export") == "stock" else 0
+
+
+def parameters_at_work(summary: Summary) -> int:
+    """Parameters of the pruned model: what ratios, columns and axes count, whatever else the checkpoint holds."""
+    return int(summary["parameters"]["pruned"]) - zeroed_parameters(summary)
+
+
 def task_details(summary: Summary, target: str) -> Mapping[str, Any]:
     """The zero-shot scores of one model by task, each with its standard error and settings."""
     scores: Mapping[str, Any] = summary.get("details", {}).get(f"evaluate_{target}", {}).get("zero_shot", {})
@@ -55,7 +66,10 @@ def measurement(summary: Summary, *, costs: bool = True) -> list[str]:
             said.setdefault(line, []).append(target)
     everyone = list(metrics_of(summary))
     lines = [line if targets == everyone else f"{', '.join(targets)}: {line}" for line, targets in said.items()]
-    return lines + _efficiency_settings(summary) + (_shared_windows(summary) if costs else [])
+    lines += _efficiency_settings(summary) + (_shared_windows(summary) if costs else [])
+    if zeroed_parameters(summary):
+        lines.append("parameters: those at work; the checkpoint also holds those of the removed sublayers, as zeros")
+    return lines
 
 
 def _zero_shot_settings(details: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from slm_pipeline.errors import printable
 from slm_pipeline.report.columns import higher_is_better, is_detail, parted, shown
+from slm_pipeline.report.measurement import parameters_at_work
 from slm_pipeline.report.plots import Picture
 from slm_pipeline.report.runs import Run
 from slm_pipeline.report.study import Study, text_of
@@ -97,8 +98,10 @@ def _facts(study: Study) -> str:
     for name in ("num_layers", "parameters"):
         if name in summary:
             column = "layers" if name == "num_layers" else name
-            was, left = summary[name]["dense"], summary[name]["pruned"]
+            was = summary[name]["dense"]
+            left = parameters_at_work(summary) if name == "parameters" else summary[name]["pruned"]
             kept = f"of {shown(column, was)}, {100 * left / was:.1f}% left"
+            kept += " at work" if left < summary[name]["pruned"] else ""
             facts.append((column, shown(column, left), kept))
     cells = (
         f"<div><dt>{_text(name)}</dt><dd>{_text(value)}<small>{_text(note)}</small></dd></div>"

@@ -13,6 +13,7 @@ from slm_pipeline.report import curves
 from slm_pipeline.report.columns import higher_is_better, is_score, parted, shown
 from slm_pipeline.report.curves import Axis, Curve, Point, pareto_front
 from slm_pipeline.report.looks import BLUE, Look, combined, looks_of
+from slm_pipeline.report.measurement import zeroed_parameters
 from slm_pipeline.report.runs import Value
 from slm_pipeline.report.study import Study, mean_and_deviation, text_of
 
@@ -82,7 +83,7 @@ def _against(study: Study, column: str, x: str, path_stem: Path, title: str) -> 
         found,
         path_stem,
         title=f"{study.name}: {title}",
-        x=Axis(x, log=x in study.options and spans_decades(xs)),
+        x=Axis(_words(study, x), log=x in study.options and spans_decades(xs)),
         y=_axis(column, log=log_y),
         reference=reference,
         legend=", ".join(study.series),
@@ -199,6 +200,12 @@ def _axis(column: str, *, log: bool = False) -> Axis:
     unit = " in percent" if is_score(column) else ""
     direction = "higher" if higher_is_better(column) else "lower"
     return Axis(f"{column}{unit} ({direction} is better)", log)
+
+
+def _words(study: Study, x: str) -> str:
+    """What stands at the axis: the column, and what it counts where a checkpoint counts otherwise."""
+    zeroed = any(zeroed_parameters(run.summary) for run in study.runs if run.summary)
+    return "parameters at work" if x == "parameters" and zeroed else x
 
 
 def _note(study: Study, column: str, members: Sequence[Sequence[int]], x: str | None = None) -> str:

@@ -13,12 +13,13 @@ from slm_pipeline.report.measurement import (
     corpus_labels,
     measurement,
     metrics_of,
+    parameters_at_work,
     small_limit,
     standard_errors,
     task_details,
 )
 from slm_pipeline.report.tables import Lines, Table, code_block, in_order, markdown_escaped, wrapped
-from slm_pipeline.surgery.plan import format_groups
+from slm_pipeline.surgery.plan import format_fit, format_groups
 
 
 def write_summary_md(run_dir: Path, summary: Summary) -> str:
@@ -59,9 +60,10 @@ def score_table(summary: Summary) -> tuple[list[str], list[list[Any]]]:
 def flat_metrics(summary: Summary) -> dict[str, float]:
     """What runs are compared by: ``num_layers``, ``pruned/average``, ``pruned/perplexity/<corpus>`` and the like."""
     flat: dict[str, float] = {}
-    for name in ("num_layers", "parameters"):
-        if name in summary:
-            flat[name] = summary[name]["pruned"]
+    if "num_layers" in summary:
+        flat["num_layers"] = summary["num_layers"]["pruned"]
+    if "parameters" in summary:
+        flat["parameters"] = parameters_at_work(summary)
     for target, found in metrics_of(summary).items():
         flat |= {f"{target}/{task}": score for task, score in found.get("zero_shot", {}).items()}
         perplexities = found.get("perplexity", {})
@@ -75,10 +77,12 @@ def _headline(summary: Summary) -> tuple[str, str]:
     title = f"{summary['name']}: {summary['model']}, {summary['method']}{threshold}, seed {summary['seed']}"
     if "num_layers" not in summary:
         return title, "nothing merged in this run"
-    layers, parameters = summary["num_layers"], summary["parameters"]
+    layers, parameters, at_work = summary["num_layers"], summary["parameters"], parameters_at_work(summary)
+    working = {"dense": parameters["dense"], "pruned": at_work}
     return title, (
         f"layers {layers['dense']} -> {layers['pruned']} ({change(layers)}), parameters"
         f" {count(parameters['dense'])} -> {count(parameters['pruned'])} ({change(parameters)})"
+        + (f", {count(at_work)} of them at work ({change(working)})" if at_work < parameters["pruned"] else "")
     )
 
 
@@ -130,6 +134,8 @@ def _layers(summary: Summary) -> list[str]:
     if summary["dropped"]:
         lines.append("dropped: " + ", ".join(map(str, summary["dropped"])))
     lines += sublayer_lines(summary.get("sublayers", {}))
+    if "fit" in summary:
+        lines.append(f"linear map in their place: {format_fit(summary['fit'])}")
     if not summary.get("threshold_is_highest", True):
         lines.append(
             f"threshold {summary['threshold']:g} reaches the pruning ratio, but a higher one may too:"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from slm_pipeline.artifacts import Artifact, write_json
 from slm_pipeline.data.overlap import RUN, overlaps, word_passages
+from slm_pipeline.evaluation import efficiency
 from slm_pipeline.job import Job
 from slm_pipeline.recovery.base import TrainingOptions
 from slm_pipeline.stages.base import Stage
@@ -20,10 +22,19 @@ from slm_pipeline.tracking import Tracker
 log = logging.getLogger(__name__)
 
 VERSION = 2  # 2: CoMe keeps the q/k gains of OLMo 2 with their rows
+_FORCED_BY = {  # as in `runner.steps`: a forced stage forces those that read its result
+    "dense": {"evaluate"},
+    "pruned": {"calibrate", "merge", "evaluate"},
+    "recovered": {"calibrate", "merge", "recover", "evaluate"},
+}
 
 
 class Evaluate(Stage):
-    """Scores ``target``: dense, pruned or recovered. Leaves one JSON file per task and corpus."""
+    """Scores ``target``: dense, pruned or recovered. Leaves one JSON file per task and corpus.
+
+    Where speed is measured too, the result holds both, and belongs to the machine; the scores alone are an artefact
+    of their own beside it.
+    """
 
     stage = "evaluate"
 
@@ -37,10 +48,17 @@ class Evaluate(Stage):
         checkpoint = self._checkpoint(job, results)
         if checkpoint is None:
             return None
-        settings = dataclasses.asdict(job.config.evaluation)
+        scores = self._scores_identity(job, checkpoint)
+        speed = job.config.evaluation.efficiency
+        if not speed.enabled:
+            return scores
+        settings = {**scores["settings"], "efficiency": dataclasses.asdict(speed)}
+        return {**scores, "settings": settings, "machine": efficiency.machine(job.config.model.device)}
+
+    def _scores_identity(self, job: Job, checkpoint: str) -> dict[str, Any]:
+        """What the scores depend on: not how fast the model is, nor where that is measured."""
+        settings = {**dataclasses.asdict(job.config.evaluation), "efficiency": None}
         del settings["of"]
-        if not settings["efficiency"]["enabled"]:
-            settings["efficiency"] = None
         return {
             "version": VERSION,
             "checkpoint": checkpoint,
@@ -67,11 +85,28 @@ class Evaluate(Stage):
         zero_shot.preflight(tokenizer, settings.tasks, settings.data)
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
-        from slm_pipeline.evaluation.efficiency import efficiency
+        settings = job.config.evaluation
+        loaded = functools.cache(lambda: self._load(job, results))
+        if not settings.efficiency.enabled:
+            return self._scores(job, loaded, out)
+        scores: dict[str, Any] = {}
+        if settings.tasks or settings.perplexity.corpora:  # an artefact of their own, for jobs on any machine
+            checkpoint = self._checkpoint(job, results)
+            assert checkpoint is not None
+            own = Artifact(job.store, self.stage, self._scores_identity(job, checkpoint))
+            forced = not _FORCED_BY[self.target].isdisjoint(job.config.force)
+            record, _ = own.produce(functools.partial(self._scores, job, loaded), force=forced)
+            scores = record["result"]
+        options = dataclasses.asdict(settings.efficiency)
+        del options["enabled"]
+        speed = _finished(out / "efficiency.json", lambda: efficiency.efficiency(*loaded(), **options))
+        return {**scores, "efficiency": speed}
+
+    def _scores(self, job: Job, loaded: Callable[[], tuple[Any, Any]], out: Path) -> dict[str, Any]:
         from slm_pipeline.evaluation.zero_shot import score_task
 
         settings = job.config.evaluation
-        model, tokenizer = self._load(job, results)
+        model, tokenizer = loaded()
         scores: dict[str, Any] = {"zero_shot": {}, "perplexity": {}}
         for number, corpus in enumerate(settings.perplexity.corpora):  # two files may have the same name
             scores["perplexity"][corpus] = _finished(
@@ -91,10 +126,6 @@ class Evaluate(Stage):
                     data_dir=job.data_dir,
                 ),
             )
-        if settings.efficiency.enabled:
-            options = dataclasses.asdict(settings.efficiency)
-            del options["enabled"]
-            scores["efficiency"] = _finished(out / "efficiency.json", lambda: efficiency(model, tokenizer, **options))
         scored = settings.tasks or settings.perplexity.corpora
         if scored and self.target == "recovered" and isinstance(job.recovery, TrainingOptions):
             scores["overlap"] = _finished(out / "overlap.json", lambda: self._overlap(job, tokenizer))

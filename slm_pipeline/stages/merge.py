@@ -10,16 +10,19 @@ from typing import Any
 
 from slm_pipeline.artifacts import Artifact, digest, write_text
 from slm_pipeline.job import Job, ParameterCounts
+from slm_pipeline.report.measurement import parameters_at_work
 from slm_pipeline.report.run import sublayer_lines
 from slm_pipeline.stages.base import Stage
 from slm_pipeline.stages.calibrate import load_samples, load_statistics
-from slm_pipeline.surgery.mergekit import to_mergekit
-from slm_pipeline.surgery.plan import Plan, format_groups
+from slm_pipeline.surgery.mergekit import can_name, to_mergekit
+from slm_pipeline.surgery.plan import Plan, format_fit, format_groups
 from slm_pipeline.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # 2: checkpoints that transformers 4 reads alike; CoMe keeps the q/k gains of OLMo 2 with their rows
+# 2: checkpoints that transformers 4 reads alike; CoMe keeps the q/k gains of OLMo 2 with their rows; the plan of a
+# method that reads no calibration text names none; replaceme holds samples out of its fit
+VERSION = 2
 
 
 class Merge(Stage):
@@ -58,7 +61,10 @@ class Merge(Stage):
         if plan.ops and all(op["op"] == "drop" for op in plan.ops):
             model_name = job.config.model.repo or job.config.model.path or job.source.name
             kept = [layer for group in plan.layer_groups for layer in group]
-            write_text(out / "mergekit.yml", to_mergekit(kept, model_name, job.config.model.dtype))
+            if can_name(model_name):
+                write_text(out / "mergekit.yml", to_mergekit(kept, model_name, job.config.model.dtype))
+            else:
+                log.warning("no mergekit.yml: mergekit takes the + or @ in %s for an adapter or a revision", model_name)
         num_parameters = _parameters_after(plan, view, counts)
         sublayers = _missing_sublayers(plan, view)
         if job.config.keep == "model":
@@ -76,12 +82,15 @@ class Merge(Stage):
         return artifact.done and (job.config.keep == "plan" or (artifact.path / "model").is_dir())
 
     def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
-        for step, row in enumerate(load_plan(artifact).scores.get("steps", [])):
+        scores = load_plan(artifact).scores
+        for line in scores.get("warnings", []):  # said again where the result is reused
+            log.warning("%s", line)
+        for step, row in enumerate(scores.get("steps", [])):
             tracker.log(
                 {"similarity": row["similarity"], "accepted": float(row["accepted"])}, stage=self.name, step=step
             )
         result = artifact.record()["result"]
-        metrics = {"num_layers": result["num_layers"]["pruned"], "parameters": result["parameters"]["pruned"]}
+        metrics = {"num_layers": result["num_layers"]["pruned"], "parameters": parameters_at_work(result)}
         if result["threshold"] is not None:
             metrics["threshold"] = result["threshold"]
             if result["num_layers"]["pruned"] == result["num_layers"]["dense"]:
@@ -150,11 +159,13 @@ def save_pruned(plan: Plan, model: Any, tokenizer: Any, folder: Path, job: Job) 
 def _measured(plan: Plan) -> str:
     """What the method measured of the pruned model, as a sentence; empty if nothing."""
     accepted = [step for step in plan.scores.get("steps", []) if step["accepted"]]
-    num_tokens = plan.calibration.get("num_tokens")
+    num_tokens = (plan.calibration or {}).get("num_tokens")
     if accepted:
         return (
             f".\n\nSimilarity to the dense model on {num_tokens} calibration tokens: {accepted[-1]['similarity']:.4f}"
         )
+    if fit := plan.scores.get("fit"):
+        return f".\n\nThe linear map in the place of the layers that went: {format_fit(fit)}"
     rounds = plan.scores.get("rounds")
     if rounds and "loss" in rounds[-1]:
         return f".\n\nLoss on {num_tokens} calibration tokens: {rounds[-1]['loss']:.4f} nats a token"

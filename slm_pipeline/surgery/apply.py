@@ -22,7 +22,7 @@ def apply(plan: Plan, model: Any) -> Any:
     Its class stays, unless sublayers are missing and the plan's export is ``custom``.
 
     Raises:
-        UserError: the plan is for another depth.
+        UserError: the plan is for another depth, or its tensors are for other widths.
     """
     view = ModelView(model)
     blocks = planned_blocks(plan, view)
@@ -51,13 +51,14 @@ def planned_blocks(plan: Plan, view: ModelView) -> list[Block]:
     """The pruned model's blocks, input side first; nothing in the model changes.
 
     Raises:
-        UserError: the plan is for another depth.
+        UserError: the plan is for another depth, or its tensors are for other widths.
     """
     if plan.model["num_layers"] != view.num_layers:
         raise UserError(
             f"the plan is for {plan.model['name']} with {plan.model['num_layers']} layers;"
             f" this model has {view.num_layers}"
         )
+    plan.check_sizes(heads=view.num_kv_heads, neurons=view.num_neurons, width=view.config.hidden_size)
     blocks = {layer: Block(layer) for layer in range(view.num_layers)}  # by the lowest original layer of each
     for op in plan.ops:
         members = [blocks.pop(layer) for layer in sorted(op["layers"]) if layer in blocks]

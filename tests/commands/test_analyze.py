@@ -183,7 +183,7 @@ NOTHING_LEFT = (
             "argument --tolerance: invalid float value: 'x'; see slm-analyze dynamic-skip --help",
         ),
         (["dynamic-skip", "--wrong"], "unrecognized arguments: --wrong; see slm-analyze dynamic-skip --help"),
-        (["dynamic-skip", "--plan", "none.json"], "cannot read the plan none.json: No such file or directory"),
+        (["dynamic-skip", "--plan", "none.json"], "cannot read none.json: No such file or directory"),
         (
             ["dynamic-skip", "--plan", "plan.json", "model.num_layers=7"],
             "plan.json is a plan for 6 layers; random has 7",

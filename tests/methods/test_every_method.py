@@ -43,7 +43,10 @@ def test_its_checkpoint_reloads(name, architecture, input_ids, tmp_path):
     model, tokenizer = load_dense(source)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     view = ModelView(model)
-    plan = method.plan(PruningProblem(source, view, input_ids, collect(view, input_ids), 2, None, 5, False, {}))
+    looked_at = {"fingerprint": "f", "num_tokens": input_ids.numel()}
+    statistics = collect(view, input_ids)
+    plan = method.plan(PruningProblem(source, view, input_ids, statistics, 2, None, 5, False, looked_at))
+    assert plan.calibration == (None if name in ("shortened_magnitude", "reverse") else looked_at)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())  # it only reads the model
     assert all(module.training is False for module in model.modules())
     plan.write(tmp_path / "plan.json")

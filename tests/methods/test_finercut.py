@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -125,6 +126,24 @@ def test_protected_layers_keep_both(input_ids):
 def test_wrong_options(options, message):
     with pytest.raises(UserError, match=message):
         FinerCut(**options)
+
+
+@pytest.mark.parametrize("export", ["stock", "custom"])
+def test_a_ratio_of_parameters_counts_those_at_work(export, tmp_path):
+    """...whatever the checkpoint holds beside them, and the summary tells both."""
+    outcome = run_slm(
+        "model=random", "method=finercut", f"method.export={export}", "calibration.num_samples=2",
+        "calibration.seq_len=16", "calibration.source=text_file", f"calibration.path={__file__}", "pruning_ratio=r10",
+        "pruning_ratio.of=parameters", "recovery=none", "evaluation=none", "pictures=false", f"output_dir={tmp_path}",
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    (file,) = tmp_path.glob("runs/slm/*/summary.json")
+    summary = json.loads(file.read_text())
+    assert 0.1 <= summary["pruning_ratio"]["got_parameters"] < 0.25
+    dense, pruned = summary["parameters"].values()
+    at_work = pruned - (summary["sublayers"]["parameters"] if export == "stock" else 0)
+    assert summary["pruning_ratio"]["got_parameters"] == round(1 - at_work / dense, 4)
+    assert (pruned > 0.9 * dense) == (export == "stock") == ("of them at work" in outcome.out)
 
 
 @pytest.mark.parametrize("export", ["stock", "custom"])

@@ -35,6 +35,19 @@ def test_a_single_run_has_its_standard_error(sweep, drawn, tmp_path):
     assert drawn["metric"]["note"] == "bars: one standard error; left out: 2 of 4 jobs (1 FAILED, 1 interrupted)"
 
 
+@pytest.mark.parametrize(("export", "label", "place"), [
+    ("stock", "parameters at work", 100_000_013.0), ("custom", "parameters", 100_000_020.0),
+])  # fmt: skip
+def test_the_axis_says_which_parameters_it_counts(export, label, place, tmp_path, drawn):
+    missing = {"export": export, "attention": [3], "mlp": [], "parameters": 7}
+    for job, result in enumerate([finished(tmp_path, 20, 30.0, sublayers=missing), finished(tmp_path, 24, 20.0)]):
+        write_run(tmp_path / "p" / str(job), [f"pruning_ratio=r{job}"], result)
+    plots.draw(read_study(tmp_path / "p", x="parameters"), tmp_path)
+    assert drawn["metric"]["x"].label == label
+    (curve,) = drawn["metric"]["arguments"][0]
+    assert [point.x for point in curve.points] == [place, 100_000_024.0]
+
+
 def test_an_option_that_is_no_number_is_a_ranking(tmp_path, drawn):
     for job, (method, value) in enumerate([("slm", 500.0), ("laco", 20.0), ("mka", 30.0)]):
         write_run(tmp_path / "m" / str(job), [f"method={method}"], finished(tmp_path, 24, value))

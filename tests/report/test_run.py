@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from studies import perplexity, task
 
+from slm_pipeline.report.columns import measures
 from slm_pipeline.report.run import flat_metrics, score_table, write_summary_md
 from slm_pipeline.report.tables import WIDTH
 
@@ -48,6 +49,24 @@ def test_markdown_has_the_same_and_the_details(tmp_path, summary):
     assert "| dense | boolq | 60.00 |  11.20 | acc    |       20 |\n" in markdown
     assert f"```bash\n{summary['command']}\n```\n" in markdown
     assert f"- checkpoint: {tmp_path}/m/model\n" in markdown
+
+
+def test_zeroed_parameters_are_in_the_checkpoint_and_not_at_work(tmp_path, summary):
+    summary["sublayers"] = {"export": "stock", "attention": [3], "mlp": [], "parameters": 7_000_000}
+    text = " ".join(write_summary_md(tmp_path, summary).split())
+    assert "parameters 134.5M -> 113.3M (-15.8%), 106.3M of them at work (-21.0%)" in text
+    assert "parameters: those at work; the checkpoint also holds those of the removed sublayers, as zeros" in text
+    assert flat_metrics(summary)["parameters"] == measures(summary)["parameters"] == 106_276_160
+    summary["sublayers"]["export"] = "custom"  # then they are gone from the checkpoint, and counted as gone
+    assert flat_metrics(summary)["parameters"] == measures(summary)["parameters"] == 113_276_160
+    assert "at work" not in write_summary_md(tmp_path, summary)
+
+
+def test_a_linear_map_is_told_by_both_its_fits(tmp_path, summary):
+    fitted = {"num_tokens": 900, "cosine_before": 0.31, "cosine_after": 1.0}
+    summary["fit"] = {"fitted": fitted, "held_out": {**fitted, "num_tokens": 100, "cosine_after": 0.54}}
+    text = " ".join(write_summary_md(tmp_path, summary).split())
+    assert "cosine 0.31 -> 1.00 on 900 tokens fitted, 0.31 -> 0.54 on 100 held out" in text
 
 
 def test_small_limits_are_called_out_and_whole_tasks_are_not(tmp_path, summary):

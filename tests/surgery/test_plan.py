@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch_file
 
 from slm_pipeline.errors import UserError
-from slm_pipeline.surgery.plan import Plan, format_groups, groups_of_windows
+from slm_pipeline.surgery.plan import Plan, format_groups, groups_of_windows, read_text
 
 GOOD = {
     "format": 1,
@@ -52,7 +59,7 @@ OVERLAPPING = [{"op": "merge", "layers": [3, 4], "rule": "mean"}, {"op": "merge"
         ({"ops": [{"op": "merge", "layers": [1, 2, 3], "rule": "official"}]}, "ops do not lead to its layer_groups"),
         ({"ops": [{"op": "merge", "layers": [2, 3, 99], "rule": "official"}]}, "are not whole layers of the model"),
         ({"ops": [{"op": "merge", "layers": [2, 3, 4]}]}, "rule=None is not one of official"),
-        ({"ops": [{"op": "merge", "layers": [2, 3, 4], "rule": "concatenate"}]}, "needs the tensor None.heads.0"),
+        ({"ops": [{"op": "merge", "layers": [2, 3, 4], "rule": "concatenate"}]}, "needs the tensor 'None.heads.0'"),
         ({"ops": [{"op": "merge", "layers": [2, 3, 4], "rule": "weighted"}]}, "one share for each of its 3 parts"),
         ({"ops": [{"op": "twist", "layers": [2]}]}, "op 0 is 'twist'; this version knows drop, merge"),
         ({"ops": [{"op": "fold", "layers": [2]}]}, "op 0 needs the tensor None"),
@@ -98,3 +105,231 @@ LOST = {"op": "drop_sublayer", "layers": [2], "sublayer": "mlp", "export": "stoc
 def test_nothing_follows_the_loss_of_a_sublayer(ops, message, tmp_path):
     with pytest.raises(UserError, match=message):
         read(tmp_path, ops=ops)
+
+
+def test_a_method_that_reads_no_text_has_no_calibration(tmp_path):
+    assert read(tmp_path, calibration=None).calibration is None
+    assert read(tmp_path, calibration={"fingerprint": "f", "num_tokens": 5}).calibration["num_tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": {"name": "m", "fingerprint": "f", "num_layers": 10**12}},
+            "num_layers=1000000000000 must be a whole",
+        ),
+        ({"model": {"name": "m", "fingerprint": "f", "num_layers": True}}, "num_layers=True must be a whole number"),
+        ({"model": {"name": "m\ud800", "fingerprint": "f", "num_layers": 6}}, r"model.name='m\\ud800' must be a name"),
+        ({"model": []}, r"model=\[\] must be a mapping"),
+        ({"method": 3}, "method=3 must be a name"),
+        ({"calibration": {"num_tokens": "5"}}, "num_tokens='5' must be a whole number"),
+        ({"threshold": 1.5}, "threshold=1.5 must be null or a number in"),
+        ({"threshold": True}, "threshold=True must be null or a number in"),
+        ({"format": True}, "not a plan of format 1"),
+        ({"ops": {}}, "ops={} must be a list of mappings"),
+        ({"ops": [[]]}, r"ops=\[\[\]\] must be a list of mappings"),
+        ({"ops": [{"op": [], "layers": [1]}]}, r"op 0 is \[\]; this version knows"),
+        ({"ops": [{"op": "drop", "layers": 2}]}, "layers=2 must be a list of layers"),
+        ({"ops": [{"op": "drop", "layers": []}]}, r"layers=\[\] must be a list of layers"),
+        ({"ops": [{"op": "drop", "layers": [2, 2]}]}, r"layers=\[2, 2\] must be a list of layers, ascending"),
+        ({"ops": [{"op": "drop", "layers": [-1]}]}, r"layers=\[-1\] must be a list of layers"),
+        ({"ops": [{"op": "drop", "layers": [0.0]}]}, r"layers=\[0.0\] must be a list of layers"),
+        ({"ops": [{"op": "drop", "layers": [2], "scale": 0.5}]}, "op 0: drop has no 'scale'; it has op, layers"),
+        ({"ops": [{"op": "merge", "layers": [2, 3], "rule": {}}]}, "rule={} is not one of"),
+        (
+            {"ops": [{"op": "merge", "layers": [2, 3, 4], "rule": "mean", "shares": [1, 0, 0]}]},
+            "merge has no 'shares'; it has op, layers, rule",
+        ),
+        (
+            {"ops": [{"op": "merge", "layers": [2, 3, 4], "rule": "weighted", "shares": [0.5, 0.5, 0.5]}]},
+            "must be numbers in .* that sum to 1",
+        ),
+        (
+            {"ops": [{"op": "merge", "layers": [2, 3, 4], "rule": "weighted", "shares": [2, -1, 0]}]},
+            "must be numbers in .* that sum to 1",
+        ),
+        (
+            {"layer_groups": [], "dropped": list(range(6))},
+            "must name each of the 6 layers once, in order, and keep one",
+        ),
+        ({"layer_groups": [[0], [1], ["2", 3, 4], [5]]}, "which is no list of layers"),
+        ({"layer_groups": [[0], [1], [], [2, 3, 4], [5]]}, r"layer_groups has \[\], which is no list of layers"),
+        ({"scores": []}, r"scores=\[\] must be a mapping"),
+        (
+            {"scores": {"steps": [{"low": 1, "high": 2, "similarity": "high", "accepted": True}]}},
+            "scores.steps must be",
+        ),
+    ],
+)
+def test_values_of_the_wrong_type_or_size(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not a plan: Expecting value"),
+        ("null", "not a plan of format 1"),
+        ("[" * 100_000, "is not a plan: maximum recursion depth"),
+        ('{"format": 1, "scores": ' + '{"a":' * 60 + "1" + "}" * 61, "nested more than 50 deep"),
+        ('{"format": 1, "threshold": NaN}', "it has the number NaN"),
+        ('{"format": 1, "threshold": 1e999}', "it has the number 1e999"),
+        ('{"format": 1' + "0" * 5000 + "}", "is not a plan: Exceeds the limit"),
+    ],
+)
+def test_what_is_not_a_plan_at_all(text, message, tmp_path):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        Plan.read(tmp_path / "plan.json")
+
+
+def test_what_is_not_a_file(tmp_path):
+    (tmp_path / "long").write_bytes(b"1" * 11)
+    (tmp_path / "latin").write_bytes("\xe9t\xe9".encode("latin-1"))
+    os.mkfifo(tmp_path / "fifo")
+    for name, message in (
+        ("none", "No such file"),
+        (".", "is not a file"),
+        ("fifo", "is not a file"),
+        ("long", "more than 10 bytes"),
+        ("latin", "not UTF-8"),
+        ("a\0b", "No such file"),
+    ):
+        with pytest.raises(UserError, match=f"cannot read .*{message}"):
+            read_text(tmp_path / name, 10)
+
+
+FOLD = [{"op": "fold", "layers": [1], "tensor": "fold.0"}, *GOOD["ops"]]
+CONCATENATE = {
+    "layer_groups": [[0], [1], [2, 3], [4], [5]],
+    "ops": [{"op": "merge", "layers": [2, 3], "rule": "concatenate", "shares": [0.5, 0.5], "tensors": "m"}],
+}
+UNITS = {"m.heads.0": [0], "m.heads.1": [1], "m.neurons.0": [0, 3], "m.neurons.1": [1, 2]}
+
+
+def read_with(tmp_path, tensors, **changes):
+    save_file({name: np.asarray(value) for name, value in tensors.items()}, tmp_path / "plan.safetensors")
+    return read(tmp_path, **changes)
+
+
+def test_good_tensors_fit_one_size_of_model(tmp_path):
+    plan = read_with(tmp_path, {"fold.0": np.eye(4, dtype=np.float32)}, ops=FOLD)
+    plan.check_sizes(heads=2, neurons=4, width=4)
+    with pytest.raises(UserError, match=r"the linear map is \[4, 4\], the states are 5 wide"):
+        plan.check_sizes(heads=2, neurons=4, width=5)
+    plan = read_with(tmp_path, UNITS, **CONCATENATE)
+    plan.check_sizes(heads=2, neurons=4, width=4)
+    with pytest.raises(UserError, match="makes a layer of 2 heads; the model's have 3"):
+        plan.check_sizes(heads=3, neurons=4, width=4)
+    with pytest.raises(UserError, match="makes a layer of 4 neurons; the model's have 8"):
+        plan.check_sizes(heads=2, neurons=8, width=4)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (np.zeros((4, 3), np.float32), "must be a square matrix of finite floats"),
+        (np.zeros(4, np.float32), "must be a square matrix"),
+        (np.zeros((0, 0), np.float32), "must be a square matrix"),
+        (np.zeros((4, 4), np.int64), r"int64, \[4, 4\]\) must be a square matrix of finite floats"),
+        (np.full((4, 4), np.nan, np.float32), "finite floats"),
+        (np.full((4, 4), np.inf, np.float64), "finite floats"),
+    ],
+)
+def test_a_linear_map_that_is_none(matrix, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        read_with(tmp_path, {"fold.0": matrix}, ops=FOLD)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"m.heads.0": [-1]},
+        {"m.heads.1": [2]},
+        {"m.neurons.0": [3, 0]},
+        {"m.neurons.0": [3, 3]},
+        {"m.neurons.0": [[0, 3]]},
+        {"m.neurons.1": [1.0, 2.0]},
+        {"m.heads.0": np.array([0], np.int32)},
+    ],
+)
+def test_units_that_no_layer_has(changes, tmp_path):
+    (name,) = changes
+    with pytest.raises(UserError, match=f"the tensor {name} .* must be int64 indices, ascending, from 0 to "):
+        read_with(tmp_path, {**UNITS, **changes}, **CONCATENATE)
+
+
+def test_tensors_that_no_op_names_or_numpy_has_not(tmp_path):
+    with pytest.raises(UserError, match="holds 'm.extra', which no op names"):
+        read_with(tmp_path, {**UNITS, "m.extra": [1]}, **CONCATENATE)
+    save_torch_file({"fold.0": torch.eye(4, dtype=torch.bfloat16)}, tmp_path / "plan.safetensors")
+    with pytest.raises(UserError, match="plan.json is not a plan: "):
+        read(tmp_path, ops=FOLD)
+    (tmp_path / "plan.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="plan.json is not a plan: "):
+        read(tmp_path, ops=FOLD)
+
+
+def test_a_plan_without_tensors_leaves_none_of_another(tmp_path):
+    read_with(tmp_path, UNITS, **CONCATENATE).write(tmp_path / "plan.json")
+    assert (tmp_path / "plan.safetensors").exists()
+    plain = Plan(**GOOD)
+    plain.write(tmp_path / "plan.json")
+    assert not (tmp_path / "plan.safetensors").exists()
+    assert Plan.read(tmp_path / "plan.json") == plain
+
+
+# Values as they stand in JSON; layers, names and shares that are nearly right come up often.
+SCALARS = st.none() | st.booleans() | st.integers(-3, 7) | st.integers() | st.floats() | st.text(max_size=5)
+WORDS = st.sampled_from(
+    ["drop", "merge", "drop_sublayer", "fold", "op", "layers", "rule", "mean", "weighted", "shares"]
+)
+LAYERS = st.lists(st.integers(-1, 6), max_size=6)
+VALUES = st.recursive(
+    SCALARS | WORDS | LAYERS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=4)
+)
+NESTED = ["concatenate", "weighted", "official", "attention", "mlp", "stock", "custom"]
+OPS = st.fixed_dictionaries(
+    {"op": WORDS | VALUES, "layers": LAYERS | VALUES},
+    optional={
+        "rule": st.sampled_from(NESTED) | VALUES,
+        "shares": st.lists(st.sampled_from([0, 0.5, 1.0]) | VALUES, max_size=3) | VALUES,
+        "sublayer": st.sampled_from(NESTED) | VALUES,
+        "export": st.sampled_from(NESTED) | VALUES,
+        "tensor": VALUES,
+        "tensors": VALUES,
+    },
+)
+MODELS = st.fixed_dictionaries({}, optional=dict.fromkeys(("name", "fingerprint", "num_layers"), SCALARS))
+CHANGES = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(GOOD, VALUES),
+        "ops": st.lists(OPS, max_size=3) | VALUES,
+        "layer_groups": st.lists(LAYERS, max_size=6) | VALUES,
+        "dropped": LAYERS | VALUES,
+        "model": MODELS | VALUES,
+        "scores": st.dictionaries(st.sampled_from(["steps", "rounds"]), VALUES) | VALUES,
+    },
+)
+
+
+@given(CHANGES)
+def test_any_json_is_a_good_plan_or_refused(tmp_path, changes):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({**copy.deepcopy(GOOD), **changes}))
+    plan, message = None, ""
+    try:
+        plan = Plan.read(path)
+    except UserError as error:
+        message = str(error)
+    assert "\n" not in message
+    assert len(message) < 1000
+    if plan is None:
+        return
+    assert plan.num_layers >= 1
+    plan.content()
+    plan.write(path)
+    assert Plan.read(path).fingerprint() == plan.fingerprint()
