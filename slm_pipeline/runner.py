@@ -18,8 +18,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from slm_pipeline import gpus, memory, objective, provenance, study, summary
-from slm_pipeline.artifacts import Artifact, check_store, is_held, write_json, write_text
+from slm_pipeline import gpus, memory, objective, provenance, study, summary, users
+from slm_pipeline.artifacts import Artifact, check_store, is_held, remove, write_json, write_text
 from slm_pipeline.config import TARGETS, to_config
 from slm_pipeline.errors import UserError
 from slm_pipeline.job import Job, prepare
@@ -195,6 +195,9 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
                 "perplexity of %s: the calibration samples come from the same corpus, which favours the pruned model",
                 corpus,
             )
+    users.begin(job.store, run_dir)
+    for path in (job.config.model.path, getattr(job.method, "path", None)):
+        users.note_path(path, run_dir)
     results: dict[str, Artifact] = {}
     reused: dict[str, bool] = {}
     waiting = steps(job)
@@ -204,7 +207,10 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
         stage = step.stage
         if artifact is None:
             continue
+        users.note(artifact.path, run_dir)
         if step.selected:
+            if not all(results[name].intact for name in stage.needs if _runs(step, job, artifact)):
+                return execute(job, run_dir, tracker, warnings)  # what it would read is damaged, and is made again
             reused[stage.name] = _produce(step, artifact, job, results, tracker)
             _link(run_dir / stage.name, artifact.path)
             stage.publish(artifact, tracker, reused=reused[stage.name])
@@ -214,6 +220,10 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
     found = summary.build(job, ran, reused, warnings)
     summary.write(found, results, run_dir, tracker, draw=job.config.pictures)
     return found
+
+
+def _runs(step: Step, job: Job, artifact: Artifact) -> bool:
+    return step.forced or not step.stage.is_whole(job, artifact)
 
 
 def _next(waiting: list[Step], job: Job, results: Mapping[str, Artifact]) -> tuple[Step, Artifact | None]:
@@ -278,7 +288,7 @@ def _warn_of_other_code(stage: str, record: Mapping[str, Any]) -> None:
 
 
 def _link(link: Path, target: Path) -> None:
-    link.unlink(missing_ok=True)
+    remove(link)
     link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
 
 

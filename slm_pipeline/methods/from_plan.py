@@ -40,7 +40,7 @@ class FromPlan(Method):
     def options(self) -> dict[str, Any]:
         if self.original is None:
             return {"kept": kept_layers(Path(self.path).expanduser())}
-        return {"plan": self.original.content(), "method": self.original.method}
+        return {"plan": self.original.decision(), "method": self.original.method}
 
     def check(self, source: ModelSource) -> None:
         if self.original is None:

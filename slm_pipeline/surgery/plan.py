@@ -89,6 +89,14 @@ class Plan:
         tensors = {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in self.tensors.items()}
         return digest([self.ops, tensors] if tensors else self.ops)
 
+    def decision(self) -> str:
+        """A digest of everything that replaying the plan reads, shapes and measurements too: a plan that was put right
+        is another one, although its edits may be the same."""
+        values = asdict(self) | {
+            "tensors": {name: [str(value.dtype), list(value.shape)] for name, value in self.tensors.items()}
+        }
+        return digest([values, self.content()])
+
     def write(self, path: Path) -> None:
         """Write plan.json and, if there are tensors, plan.safetensors beside it, the latter first."""
         if self.tensors:
