@@ -60,7 +60,7 @@ def write_json(path: Path, value: Any) -> None:
 def is_held(lock: Path) -> bool:
     """Whether a living process holds the lock file, or may hold it; asking needs no right to write."""
     try:
-        file = os.open(lock, os.O_RDONLY)
+        file = os.open(lock, os.O_RDONLY | os.O_NONBLOCK)  # it may be a pipe
     except FileNotFoundError:
         return False
     except OSError:  # nobody may look
@@ -164,9 +164,9 @@ class Artifact:
 
     def _lock(self) -> AbstractContextManager[Any]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.lock.is_symlink() or self.lock.is_dir():
+        if os.path.lexists(self.lock) and (self.lock.is_symlink() or not self.lock.is_file()):
             log.warning("%s is no lock file: removed", self.lock)
-            self.lock.unlink() if self.lock.is_symlink() else self.lock.rmdir()
+            self.lock.rmdir() if self.lock.is_dir() and not self.lock.is_symlink() else self.lock.unlink()
         return FileLock(self.lock).acquire()
 
     def _prepare(self, *, afresh: bool) -> None:
@@ -187,10 +187,10 @@ class Artifact:
         if not os.path.lexists(partial):
             return False
         try:
-            identity = json.loads((partial / "identity.json").read_text(encoding="utf-8"))
+            identity = checksums.read_json(partial / "identity.json")
             if not partial.is_symlink() and digest([STORE_FORMAT, self.stage, identity]) == self.key:
                 return True
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError):
             if partial.is_dir() and not any(partial.iterdir()):  # an attempt that was killed as it began
                 return False
         log.warning("%s is not unfinished work of this result: removed", partial)
@@ -344,7 +344,7 @@ def remove(path: Path) -> None:
 def _no_space(error: Exception) -> bool:
     """Whether the disk is full; safetensors says so in words alone, torch.save that less was written than meant."""
     full = (errno.ENOSPC, errno.EDQUOT)
-    words = (os.strerror(errno.ENOSPC), "unexpected pos")
+    words = (os.strerror(errno.ENOSPC), "unexpected pos", "iostream error")
     return getattr(error, "errno", None) in full or any(phrase in str(error) for phrase in words)
 
 
@@ -354,8 +354,8 @@ def check_store_format(root: Path) -> None:
     if not os.path.lexists(marker):
         return
     try:
-        found = json.loads(marker.read_text(encoding="utf-8"))["format"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        found = checksums.read_json(marker)["format"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{marker} is not what a store begins with ({error}); choose another output_dir=") from error
     if found != STORE_FORMAT:
         raise UserError(

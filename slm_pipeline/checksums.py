@@ -31,6 +31,21 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
     return {**as_read, "checksum": digest(as_read)}
 
 
+def read_json(path: Path) -> Any:
+    """A JSON file's content. Never waits, as reading a named pipe would.
+
+    Raises:
+        ValueError: it is not a regular file of JSON.
+        OSError: it cannot be read.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("not a file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def read_sealed(path: Path) -> dict[str, Any]:
     """What `sealed` gave, without the checksum. Without one it is of an earlier version and read as it is.
 
@@ -39,13 +54,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         if value.pop("checksum", None) not in (None, digest(value)):
             raise ValueError("its content does not fit its checksum")
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"{path.name} is damaged: {error}") from error
     return value
@@ -115,11 +128,9 @@ def unreadable(folder: Path) -> str | None:
         name = path.relative_to(folder).as_posix()
         try:
             if path.suffix == ".json" and path.stat().st_size <= SMALL:
-                json.loads(path.read_text(encoding="utf-8"))
-            elif path.suffix == ".safetensors" and not _ends_where_it_says(path):
+                read_json(path)
+            elif path.suffix == ".safetensors" and path.is_file() and not _ends_where_it_says(path):
                 return f"{name} is cut off"
-        except RecursionError:
-            return f"{name} is damaged: nested too deeply"
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             return f"{name} is damaged: {error}"
     return None

@@ -210,8 +210,10 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
         users.note(artifact.path, run_dir)
         if step.selected:
             if not all(results[name].intact for name in stage.needs if _runs(step, job, artifact)):
-                return execute(job, run_dir, tracker, warnings)  # what it would read is damaged, and is made again
-            reused[stage.name] = _produce(step, artifact, job, results, tracker)
+                plan(job)  # says so if what it would read is damaged and is not selected
+                waiting = steps(job)  # else it is made again
+                continue
+            reused[stage.name] = _produce(step, artifact, job, results, tracker) and reused.get(stage.name, True)
             _link(run_dir / stage.name, artifact.path)
             stage.publish(artifact, tracker, reused=reused[stage.name])
         if artifact.done:

@@ -49,7 +49,7 @@ def note_path(path: str | None, run_dir: Path) -> None:
     """Note that a run reads ``path`` (a model, a plan) if that lies in a store, whichever."""
     if not path:
         return
-    place = Path(path).expanduser().resolve()
+    place = Path(os.path.realpath(Path(path).expanduser()))
     for folder in (place, *place.parents):
         if folder.parent.name in STAGES and (folder.parent.parent / "store.json").is_file():
             try:
@@ -170,7 +170,10 @@ class Users:
 
     def of(self, name: str) -> Use:
         """Who uses ``name``, such as "merge/0123456789abcdef"."""
-        use = Use(runs=set(self._links.get((self.store / name).resolve(), ())), doubts=list(self._unreadable.values()))
+        use = Use(
+            runs=set(self._links.get(Path(os.path.realpath(self.store / name)), ())),
+            doubts=list(self._unreadable.values()),
+        )
         use.recorded = bool(use.runs)
         for record, missing in self._records.values():
             use.recorded |= name in record.used_before or name in record.uses

@@ -7,6 +7,7 @@ same time take turns, and the later ones find most of what they need. Every line
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -88,6 +89,8 @@ def _open(path: Path, *, afresh: bool) -> tuple[Any, TextIO, dict[Stack, float]]
     try:
         if afresh:
             path.unlink(missing_ok=True)
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "not a file")
         known = _read(path)
         return held, open(path, "a", encoding="utf-8"), known
     except OSError:

@@ -75,7 +75,7 @@ def test_a_memo_that_cannot_be_used_costs_time_alone(tmp_path, caplog):
     with open_memo(tmp_path, "official", "final_hidden") as memo:
         memo.add(STACK, 0.5)
         assert memo[STACK] == 0.5
-    assert "cannot be used (Is a directory): this search evaluates every window itself" in caplog.text
+    assert "cannot be used (not a file): this search evaluates every window itself" in caplog.text
 
 
 def test_searches_at_the_same_time_take_turns(tmp_path):
