@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from slm_pipeline.errors import UserError
+from slm_pipeline.methods.from_plan import FromPlan
 from slm_pipeline.surgery.plan import Plan, format_groups, groups_of_windows
 
 GOOD = {
@@ -32,6 +34,21 @@ def test_a_good_plan(tmp_path):
     assert read(tmp_path).num_layers == 4
     nested = [{"op": "merge", "layers": [3, 4], "rule": "mean"}, {"op": "merge", "layers": [2, 3, 4], "rule": "mean"}]
     assert read(tmp_path, ops=nested).num_layers == 4
+
+
+def test_a_plan_put_right_is_another_decision_though_its_edits_are_the_same(tmp_path):
+    """Else its replay would find what the wrong one left in the store, under the same key."""
+    plan = read(tmp_path)
+    path = str(tmp_path / "plan.json")
+    options = FromPlan(path=path).options()
+    assert FromPlan(path=path).options() == options
+    for changes in ({"threshold": 0.9}, {"scores": {"steps": [1]}}, {"scores": {"loss": float("nan")}}):
+        other = read(tmp_path, **changes)
+        assert other.content() == plan.content()
+        assert FromPlan(path=path).options() != options
+    plan.tensors = {"fold": np.zeros((2, 3), dtype=np.float32)}
+    turned = Plan(**{**vars(plan), "tensors": {"fold": np.zeros((3, 2), dtype=np.float32)}})
+    assert turned.decision() != plan.decision()
 
 
 OVERLAPPING = [{"op": "merge", "layers": [3, 4], "rule": "mean"}, {"op": "merge", "layers": [2, 3], "rule": "mean"}]
