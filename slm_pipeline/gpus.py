@@ -7,9 +7,11 @@ place, nor do those of another study of the same user on this host.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import stat
 import tempfile
 import time
 from contextlib import suppress
@@ -52,6 +54,28 @@ def check(num_workers: int) -> None:
         )
     if num_workers < 1:
         raise UserError(f"hydra.launcher.n_jobs={num_workers} must be at least 1: jobs at a time on all GPUs together")
+    _lock_folder()
+
+
+def _lock_folder() -> Path:
+    """Where this user's locks lie: in a folder of the temporary directory that nobody else can have made or write to.
+
+    Raises:
+        UserError: somebody else was there first.
+    """
+    folder = Path(tempfile.gettempdir()) / f"slm_pipeline_gpus_{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    state = folder.lstat()  # not what a link leads to
+    if not stat.S_ISDIR(state.st_mode):
+        wrong = "is not a folder"
+    elif state.st_uid != os.getuid():
+        wrong = f"belongs to user {state.st_uid}"
+    elif state.st_mode & 0o077:
+        wrong = f"is open to other users (mode {stat.S_IMODE(state.st_mode):o}, must be 700)"
+    else:
+        return folder
+    raise UserError(f"{folder}, where the locks of the GPUs belong, {wrong}: remove it, or set TMPDIR to another place")
 
 
 def take_one(num_workers: int) -> str:
@@ -67,8 +91,7 @@ def take_one(num_workers: int) -> str:
     if _place is not None:
         return os.environ["CUDA_VISIBLE_DEVICES"]
     names = visible()
-    folder = Path(tempfile.gettempdir()) / f"slm_pipeline_gpus_{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = _lock_folder()
     places = list(product(range(math.ceil(num_workers / len(names))), names))
     waited = False
     while True:

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from slm_pipeline import gpus, memory, objective, provenance, run_folder, study, summary
+from slm_pipeline import gpus, memory, objective, provenance, run_folder, study, summary, users
 from slm_pipeline.artifacts import Artifact, check_store, is_held, write_json, write_text
 from slm_pipeline.composition import FAULT
 from slm_pipeline.config import TARGETS, to_config
@@ -209,6 +209,9 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
                 "perplexity of %s: the calibration samples come from the same corpus, which favours the pruned model",
                 corpus,
             )
+    users.begin(job.store, run_dir)
+    for path in (job.config.model.path, getattr(job.method, "path", None)):
+        users.note_path(path, run_dir)
     results: dict[str, Artifact] = {}
     reused: dict[str, bool] = {}
     waiting = steps(job)
@@ -218,8 +221,13 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
         stage = step.stage
         if artifact is None:
             continue
+        users.note(artifact.path, run_dir)
         if step.selected:
-            reused[stage.name] = _produce(step, artifact, job, results, tracker)
+            if not all(results[name].intact for name in stage.needs if _runs(step, job, artifact)):
+                plan(job)  # says so if what it would read is damaged and is not selected
+                waiting = steps(job)  # else it is made again
+                continue
+            reused[stage.name] = _produce(step, artifact, job, results, tracker) and reused.get(stage.name, True)
             _link(run_dir / stage.name, artifact.path)
             with only_warned_about(f"{stage.name}: its numbers were not logged"):
                 stage.publish(artifact, tracker, reused=reused[stage.name])
@@ -229,6 +237,10 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
     found = summary.build(job, ran, reused, warnings)
     summary.write(found, results, run_dir, tracker, warnings, draw=job.config.pictures)
     return found
+
+
+def _runs(step: Step, job: Job, artifact: Artifact) -> bool:
+    return step.forced or not step.stage.is_whole(job, artifact)
 
 
 def _next(waiting: list[Step], job: Job, results: Mapping[str, Artifact]) -> tuple[Step, Artifact | None]:

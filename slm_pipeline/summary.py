@@ -157,10 +157,8 @@ def _metrics(records: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 
 def _checkpoint(results: Mapping[str, Artifact]) -> Path | None:
     """Folder of the last model that was made and kept."""
-    for name in ("recover", "merge"):
-        if name in results and (results[name].path / "model").is_dir():
-            return results[name].path / "model"
-    return None
+    last = results.get("recover", results.get("merge"))
+    return last.path / "model" if last is not None and (last.path / "model").is_dir() else None
 
 
 def _draw(summary: Mapping[str, Any], results: Mapping[str, Artifact], run_dir: Path) -> list[Path]:

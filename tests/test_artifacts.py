@@ -14,7 +14,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from slm_pipeline.artifacts import STORE_FORMAT, Artifact, check_store, digest, is_held, write_json, write_text
+from slm_pipeline.artifacts import (
+    STORE_FORMAT,
+    Artifact,
+    check_store,
+    digest,
+    is_held,
+    note_complete,
+    write_json,
+    write_text,
+)
 from slm_pipeline.errors import UserError
 
 
@@ -105,6 +114,9 @@ def test_interrupted_work_is_continued_and_not_taken_for_a_result(tmp_path):
 
     def interrupted(folder: Path) -> dict:
         (folder / "first half").write_text("1")
+        note_complete(folder, "first half")
+        (folder / "second half").write_text("not all of it")
+        (folder / ".third.0123.tmp").write_text("of a write that was killed")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -113,6 +125,7 @@ def test_interrupted_work_is_continued_and_not_taken_for_a_result(tmp_path):
     assert (result.partial / "first half").exists()
 
     def rest(folder: Path) -> dict:
+        assert sorted(path.name for path in folder.iterdir()) == ["complete.json", "first half", "identity.json"]
         return {"halves": int((folder / "first half").read_text()) + 1}
 
     record, reused = result.produce(rest)

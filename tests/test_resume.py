@@ -121,13 +121,13 @@ def test_run_from_nothing(undisturbed):
         assert (undisturbed.folder / name).resolve() == Path(undisturbed.paths()[name])
 
 
-def kill_when(appears: str, store: Path, command: list[str]) -> None:
-    """Start ``command`` and kill it as soon as a file matching ``appears`` is in the store."""
+def kill_when(appears: str, store: Path, command: list[str], naming: str = "") -> None:
+    """Start ``command`` and kill it as soon as a file matching ``appears`` is in the store and has this text in it."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     with open(store.parent / "stderr", "w+") as stderr:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=environment)
         deadline = time.monotonic() + 120
-        while not any(store.glob(appears)):
+        while not any(path.is_dir() or naming in path.read_text(errors="replace") for path in store.glob(appears)):
             assert process.poll() is None, f"ended before {appears} was there: {Path(stderr.name).read_text()}"
             assert time.monotonic() < deadline, f"{appears} never came"
             time.sleep(0.002)
@@ -140,13 +140,13 @@ def test_killed_in_every_stage_it_ends_as_if_undisturbed(job, undisturbed, tmp_p
     store = tmp_path / "store"
     command = [sys.executable, "-m", "slm_pipeline", *job, f"output_dir={tmp_path}"]
     finished: list[str] = []
-    for stage, appears in (
-        ("calibrate", "*.partial/samples.safetensors"),
-        ("merge", "*.partial/plan.json"),
-        ("recover", "*.partial/checkpoints/checkpoint-4"),
-        ("evaluate", "*.partial/piqa.json"),
+    for stage, appears, naming in (
+        ("calibrate", "*.partial/samples.safetensors", ""),
+        ("merge", "*.partial/plan.json", ""),
+        ("recover", "*.partial/checkpoints/checkpoint-4", ""),
+        ("evaluate", "*.partial/complete.json", "piqa.json"),
     ):
-        kill_when(f"{stage}/{appears}", store, command)
+        kill_when(f"{stage}/{appears}", store, command, naming)
         (unfinished,) = (store / stage).glob("*.partial")
         assert not unfinished.with_suffix("").exists()
         assert sorted(str(path.parent.relative_to(store)) for path in store.glob("*/*/stage.json")) == sorted(finished)

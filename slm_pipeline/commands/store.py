@@ -1,115 +1,174 @@
-"""``slm-store list`` and ``slm-store clean``: what the store holds, how big it is, and what is no longer needed."""
+"""``slm-store``: what the store holds, whether it is as it was written, and what is no longer needed.
+
+slm-store list      every result, largest first
+slm-store verify    read every file and compare it with its checksum; exit status 1 if something is damaged
+slm-store clean     what no run uses; what cannot be proven unused stays and is listed with the reason
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
+from slm_pipeline.artifacts import read_record, remove, result_fault
+from slm_pipeline.cli import errors_in_one_line
 from slm_pipeline.config import STAGES
+from slm_pipeline.errors import UserError
+from slm_pipeline.users import FOLDER, Use, Users
+
+HOUR = 3600  # seconds; temporary files that are older are of writes that were killed
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A folder of the store: a finished result, or what an interrupted job left."""
+    """A folder of the store: a finished result, or what an interrupted job left.
+
+    Attributes:
+        state: "finished", "unfinished", "left over" of a removal that was killed, or "damaged: WHY".
+        record: what stage.json holds; empty if it is not finished.
+    """
 
     path: Path
     stage: str
-    finished: bool
+    state: str
     num_bytes: int
     age_days: float
-    used_by: int  # run folders that link to it
+    use: Use
+    record: dict[str, Any]
 
     @property
-    def removable(self) -> bool:
-        """No run folder links to it. Unfinished work counts as such: the job that would continue it may never come."""
-        return self.used_by == 0
+    def name(self) -> str:
+        """Of the result that it is, or is work on, from the store."""
+        return f"{self.stage}/{self.path.name.partition('.')[0]}"
+
+    @property
+    def lock(self) -> Path:
+        return self.path.with_name(f"{self.path.name.partition('.')[0]}.lock")
 
 
-def read_store(output_dir: Path) -> list[Entry]:
-    """Every entry below ``<output_dir>/store``, largest first."""
-    used = _links(output_dir)
-    entries = []
-    for stage in STAGES:
-        for path in sorted((output_dir / "store" / stage).glob("*")):
-            if path.is_dir():
-                files = [file.lstat() for file in path.rglob("*") if not file.is_dir()]
-                newest = max((state.st_mtime for state in files), default=path.stat().st_mtime)
-                entries.append(
-                    Entry(
-                        path=path,
-                        stage=stage,
-                        finished=(path / "stage.json").is_file() and not path.suffix,
-                        num_bytes=sum(state.st_size for state in files),
-                        age_days=(time.time() - newest) / 86400,
-                        used_by=used.get(path.resolve(), 0),
-                    )
-                )
-    return sorted(entries, key=lambda entry: -entry.num_bytes)
+def read_store(output_dir: Path, users: Users | None = None) -> list[Entry]:
+    """Every entry below ``<output_dir>/store``, largest first; nothing that lies there makes it fail."""
+    users = users or Users(output_dir)
+    entries = [
+        _read_entry(path, stage, users)
+        for stage in STAGES
+        for path in sorted((output_dir / "store" / stage).glob("*"))
+        if path.suffix != ".lock" and not path.name.startswith(".")
+    ]
+    return sorted((entry for entry in entries if entry is not None), key=lambda entry: -entry.num_bytes)
 
 
-def _links(output_dir: Path) -> dict[Path, int]:
-    """Store folder -> number of links to it in the folders of runs and sweeps."""
-    counts: dict[Path, int] = {}
-    for place in ("runs", "sweeps"):
-        for link in _symlinks(output_dir / place):
-            target = link.resolve()
-            counts[target] = counts.get(target, 0) + 1
-    return counts
+def _read_entry(path: Path, stage: str, users: Users) -> Entry | None:
+    """None if it has been removed meanwhile."""
+    sizes, newest = [], 0.0
+    for folder, _, files in os.walk(path):
+        for file in (Path(folder, name) for name in files):
+            try:
+                state = file.lstat()
+            except OSError:  # a job is at work
+                continue
+            sizes.append(state.st_size)
+            newest = max(newest, state.st_mtime)
+    try:
+        newest = newest or path.lstat().st_mtime
+    except OSError:
+        return None
+    record: dict[str, Any] = {}
+    if path.suffix:
+        described = "left over" if path.suffix == ".old" else "unfinished"
+    elif wrong := result_fault(path, stage, whole=False):
+        described = f"damaged: {wrong}"
+    else:
+        described, record = "finished", read_record(path, stage)
+    use = users.of(f"{stage}/{path.name.partition('.')[0]}")
+    return Entry(path, stage, described, sum(sizes), (time.time() - newest) / 86400, use, record)
 
 
-def _symlinks(folder: Path) -> Iterator[Path]:
-    for path in folder.glob("*"):
-        if path.is_symlink():
-            yield path
-        elif path.is_dir():
-            yield from _symlinks(path)
+def reason_to_keep(entry: Entry, use: Use, *, gone: bool = False, unrecorded: bool = False) -> str | None:
+    """Why an entry cannot be removed, in words; None if nobody uses it. See `Use.kept_because`."""
+    return None if entry.state == "left over" else use.kept_because(gone=gone, unrecorded=unrecorded)
 
 
-def clean(entries: list[Entry]) -> list[Entry]:
-    """Remove ``entries``, except those that a job is working on; returns what was removed."""
+def clean(entries: Sequence[Entry], users: Users, *, gone: bool = False, unrecorded: bool = False) -> list[Entry]:
+    """Remove those of ``entries`` that nobody uses and no job is working on; returns what was removed."""
     removed = []
     for entry in entries:
-        lock = entry.path.with_name(f"{entry.path.name.partition('.')[0]}.lock")
         try:
-            with FileLock(lock, timeout=0):
+            with FileLock(entry.lock, timeout=0):
+                users.refresh()  # a run notes what it uses before it asks for the lock
+                if reason := reason_to_keep(entry, users.of(entry.name), gone=gone, unrecorded=unrecorded):
+                    print(f"in use by now, left alone: {entry.path}: {reason}")
+                    continue
                 doomed = entry.path.with_name(f"{entry.path.name}.old")  # a result half deleted must not look whole
-                shutil.rmtree(doomed, ignore_errors=True)
+                remove(doomed)
                 os.replace(entry.path, doomed)
-                shutil.rmtree(doomed)
+                remove(doomed)
                 removed.append(entry)
         except Timeout:
             print(f"in use, left alone: {entry.path}")
+        except FileNotFoundError:  # another one cleans too
+            continue
+        except OSError as error:
+            print(f"cannot be removed, left alone: {entry.path}: {error.strerror}")
     return removed
 
 
+def sweep(store: Path) -> None:
+    """Remove what killed writes have left outside the results: those in results go with the work on them."""
+    for folder in (store, store / FOLDER, *(store / stage for stage in STAGES)):
+        for file in folder.glob(".*.tmp"):
+            try:
+                if time.time() - file.lstat().st_mtime > HOUR:
+                    remove(file)
+            except OSError:
+                continue
+
+
+def verify(entries: Sequence[Entry]) -> bool:
+    """Read every file of the finished results and print what is wrong with them; whether nothing is."""
+    damaged, without = 0, 0
+    results = [entry for entry in entries if not entry.path.suffix]
+    for entry in results:
+        if wrong := result_fault(entry.path, entry.stage, whole=True):
+            damaged += 1
+            print(f"{entry.path}: {wrong}")
+        elif "files" not in entry.record:
+            without += 1
+            print(f"{entry.path}: of a version that kept no checksums; it can be read")
+    whole = len(results) - damaged - without
+    print(f"{len(results)} results: {whole} as they were written, {without} without checksums, {damaged} damaged")
+    if damaged:
+        print("the command that made a damaged result makes it again")
+    return not damaged
+
+
 def _line(entry: Entry) -> str:
-    state = "" if entry.finished else "unfinished"
-    about = _about(entry.path) if entry.finished else ""
     return (
         f"{entry.stage:<10} {entry.path.name:<24} {_size(entry.num_bytes):>9} {entry.age_days:>6.1f} d"
-        f" {entry.used_by:>5} runs  {state}{about}"
+        f" {len(entry.use.runs):>5} runs  {_about(entry.record) if entry.state == 'finished' else entry.state}"
     )
 
 
-def _about(path: Path) -> str:
+def _about(record: dict[str, Any]) -> str:
     """A few words on what a result is, from its stage.json."""
-    result = json.loads((path / "stage.json").read_text(encoding="utf-8"))["result"]
-    if "num_layers" in result:
-        return f"{result['num_layers']['dense']} -> {result['num_layers']['pruned']} layers: {result['layers']}"
-    if "num_tokens" in result and "source" in result:
-        return f"{result['source']}, {result['num_samples']} x {result['seq_len']} tokens"
-    return ", ".join(
-        [*result.get("zero_shot", {}), *(f"perplexity {corpus}" for corpus in result.get("perplexity", {}))]
-    )
+    result = record["result"]
+    try:
+        if "num_layers" in result:
+            return f"{result['num_layers']['dense']} -> {result['num_layers']['pruned']} layers: {result['layers']}"
+        if "num_tokens" in result and "source" in result:
+            return f"{result['source']}, {result['num_samples']} x {result['seq_len']} tokens"
+        corpora = (f"perplexity {corpus}" for corpus in result.get("perplexity", {}))
+        return ", ".join([*result.get("zero_shot", {}), *corpora])
+    except (LookupError, TypeError):  # another version's
+        return ""
 
 
 def _size(num_bytes: int) -> str:
@@ -122,31 +181,53 @@ def _size(num_bytes: int) -> str:
 
 def main() -> None:
     """Console entry point."""
-    parser = argparse.ArgumentParser(prog="slm-store", description=__doc__)
-    parser.add_argument("command", choices=["list", "clean"])
+    parser = argparse.ArgumentParser(
+        prog="slm-store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=["list", "verify", "clean"])
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="default: outputs")
     parser.add_argument("--stage", choices=STAGES, help="only this stage's results")
     parser.add_argument("--older-than", type=float, default=0, metavar="DAYS", help="clean: only what is older")
+    parser.add_argument("--gone", action="store_true", help="clean: runs whose folders are not there were deleted")
+    parser.add_argument("--unrecorded", action="store_true", help="clean: also what no run has noted that it uses")
     parser.add_argument("--yes", action="store_true", help="clean: remove; without it, only say what would be removed")
     arguments = parser.parse_args()
-    if not (arguments.output_dir / "store").is_dir():
-        print(f"error: {arguments.output_dir} holds no store; name another with --output-dir", file=sys.stderr)
-        sys.exit(2)
-    entries = [entry for entry in read_store(arguments.output_dir) if arguments.stage in (None, entry.stage)]
-    if arguments.command == "clean":
-        entries = [entry for entry in entries if entry.removable and entry.age_days >= arguments.older_than]
-    lines = {entry.path: _line(entry) for entry in entries}
-    if arguments.command == "clean" and arguments.yes:
-        entries = clean(entries)
-    for entry in entries:
-        print(lines[entry.path])
-    total = _size(sum(entry.num_bytes for entry in entries))
-    if arguments.command == "list":
-        print(f"{len(entries)} results, {total}")
-    elif arguments.yes:
-        print(f"removed {len(entries)} results, {total}")
+    with errors_in_one_line():
+        if not (arguments.output_dir / "store").is_dir():
+            raise UserError(f"{arguments.output_dir} holds no store; name another with --output-dir")
+        users = Users(arguments.output_dir)
+        found = read_store(arguments.output_dir, users)
+        entries = [entry for entry in found if arguments.stage in (None, entry.stage)]
+        if arguments.command == "verify":
+            sys.exit(0 if verify(entries) else 1)
+        if arguments.command == "list":
+            for entry in entries:
+                print(_line(entry))
+            print(f"{len(entries)} results, {_size(sum(entry.num_bytes for entry in entries))}")
+        else:
+            _clean(entries, users, arguments)
+
+
+def _clean(entries: list[Entry], users: Users, arguments: argparse.Namespace) -> None:
+    proofs = {"gone": arguments.gone, "unrecorded": arguments.unrecorded}
+    unused = []
+    for entry in (entry for entry in entries if entry.age_days >= arguments.older_than):
+        reason = reason_to_keep(entry, entry.use, **proofs)
+        if reason is None:
+            unused.append(entry)
+        elif not entry.use.runs:
+            print(f"{_line(entry)}\n    stays: {reason}")
+    if arguments.yes:
+        unused = clean(unused, users, **proofs)
+        users.forget({entry.name for entry in unused})
+        sweep(arguments.output_dir / "store")
+    for entry in unused:
+        print(_line(entry))
+    total = _size(sum(entry.num_bytes for entry in unused))
+    if arguments.yes:
+        print(f"removed {len(unused)} results, {total}")
     else:
-        print(f"would remove {len(entries)} results that no run links to, {total}; add --yes to do it")
+        print(f"would remove {len(unused)} results that no run uses, {total}; add --yes to do it")
 
 
 if __name__ == "__main__":

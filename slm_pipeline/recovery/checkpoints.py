@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from slm_pipeline.artifacts import write_json
+from slm_pipeline import checksums
+from slm_pipeline.artifacts import remove, write_json
 from slm_pipeline.recovery import collective, sharding
 
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
+STATE = "trainer_state.json"
 TRAINED = "trained.safetensors"
 
 
@@ -61,39 +63,66 @@ def load_trained(model: nn.Module, folder: Path) -> None:
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole; those that were not are deleted."""
+    """The newest checkpoint from which a training can go on; those that are not whole are deleted.
+
+    Whole means that every file fits its checksum, and that the checkpoint which was best so far is there too.
+    """
     if collective.rank() == 0:
         _delete_incomplete(folder)
     collective.wait()
-    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    return max(folder.glob("checkpoint-*"), key=_step, default=None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _delete_incomplete(folder: Path) -> None:
-    for checkpoint in folder.glob("checkpoint-*"):
-        if not _is_complete(checkpoint):
-            logger.warning("%s is incomplete, an earlier attempt was stopped while writing it: deleted", checkpoint)
-            shutil.rmtree(checkpoint)
+    for checkpoint in folder.glob("*"):  # there are folders of other trainings too
+        if checkpoint.name.startswith("checkpoint-") and (wrong := _fault(checkpoint)):
+            logger.warning("%s is not whole, %s: deleted", checkpoint, wrong)
+            remove(checkpoint)
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step):
+        best = _best(checkpoint)
+        if best is not None and not (folder / best).is_dir():
+            logger.warning("%s is of no use without %s, which was the best: deleted", checkpoint, best)
+            remove(checkpoint)
+
+
+def _fault(checkpoint: Path) -> str | None:
+    if not checkpoint.name.removeprefix("checkpoint-").isdecimal() or not checkpoint.is_dir():
+        return "not a checkpoint"
+    if not (checkpoint / MARKER).is_file():
+        return "an earlier attempt was stopped while writing it"
+    try:
+        read_progress(checkpoint)
+        files = checksums.read_sealed(checkpoint / MARKER)["files"]
+        return checksums.fault(checkpoint, files, whole=True)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return str(error)
+
+
+def _best(checkpoint: Path) -> str | None:
+    """Name of the checkpoint that had the best validation loss when this one was written, None if none had."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return Path(state["best_model_checkpoint"]).name if state["best_model_checkpoint"] else None
 
 
 def mark_complete(checkpoint: Path, progress: Progress) -> None:
-    """Say that a checkpoint is whole by listing its files, so that one half deleted is not taken for whole either."""
-    write_json(checkpoint / MARKER, {**asdict(progress), "files": _file_sizes(checkpoint)})
+    """Say that a checkpoint is whole by listing its files with their checksums, then delete all but it and the best.
+
+    In this order, so that the best one so far is there as long as the last whole one may need it.
+    """
+    (checkpoint / MARKER).unlink(missing_ok=True)
+    write_json(checkpoint / MARKER, checksums.sealed({**asdict(progress), "files": checksums.describe(checkpoint)}))
+    kept = (checkpoint.name, _best(checkpoint))
+    for other in list(checkpoint.parent.glob("checkpoint-*")):
+        if other.name not in kept:
+            remove(other)
 
 
 def read_progress(checkpoint: Path) -> Progress:
     """The progress stored with a complete checkpoint."""
-    marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    marker = checksums.read_sealed(checkpoint / MARKER)
     del marker["files"]
     return Progress(**marker)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    if not (checkpoint / MARKER).is_file():
-        return False
-    listed: dict[str, int] = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
-    return listed == _file_sizes(checkpoint)
-
-
-def _file_sizes(checkpoint: Path) -> dict[str, int]:
-    files = sorted(file for file in checkpoint.iterdir() if file.is_file() and file.name != MARKER)
-    return {file.name: file.stat().st_size for file in files}

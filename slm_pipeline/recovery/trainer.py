@@ -96,7 +96,6 @@ def training_arguments(
         eval_steps=options.eval_steps,
         save_strategy="steps",
         save_steps=options.save_steps,
-        save_total_limit=2,  # the best and the last
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_strategy="steps",

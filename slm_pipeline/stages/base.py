@@ -19,11 +19,13 @@ class Stage(ABC):
         name: unique within a job (evaluate_dense, evaluate_pruned, ...).
         stage: which of `config.STAGES` it belongs to; its folder in the store.
         needs: names of the stages whose results it reads.
+        leaves: files and folders that every finished result has.
     """
 
     name: str
     stage: str
     needs: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
 
     @abstractmethod
     def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any] | None:
@@ -34,7 +36,8 @@ class Stage(ABC):
 
     @abstractmethod
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
-        """Fill ``out``, which may hold what an earlier attempt left; returns what stage.json keeps as the result."""
+        """Fill ``out``, which may hold what an earlier attempt noted as complete; returns what stage.json keeps as the
+        result."""
 
     @abstractmethod
     def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
@@ -42,4 +45,4 @@ class Stage(ABC):
 
     def is_whole(self, job: Job, artifact: Artifact) -> bool:
         """Whether the result is finished and has all that this job wants of it."""
-        return artifact.done
+        return artifact.done and all((artifact.path / name).exists() for name in self.leaves)

@@ -26,6 +26,7 @@ class Calibrate(Stage):
     [L + 1, L + 1] (null where undefined), their ``patches`` and CKA's ``settings``."""
 
     name = stage = "calibrate"
+    leaves = ("samples.safetensors", "samples.json", "statistics.safetensors", "similarity.json")
 
     def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any]:
         return {"version": VERSION, "model": job.source.fingerprint, "calibration": job.identities["calibration"]}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline.artifacts import Artifact, write_json
+from slm_pipeline.artifacts import Artifact, note_complete, write_json
 from slm_pipeline.data.overlap import RUN, overlaps, word_passages
 from slm_pipeline.evaluation import efficiency
 from slm_pipeline.job import Job
@@ -197,4 +197,5 @@ def _finished(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, An
     """The result in ``path``, computed and written first when it is not there."""
     if not path.exists():
         write_json(path, compute())
+        note_complete(path.parent, path.name)
     return json.loads(path.read_text(encoding="utf-8"))

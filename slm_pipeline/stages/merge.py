@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline.artifacts import Artifact, digest, write_text
+from slm_pipeline.artifacts import Artifact, digest, note_complete, write_text
 from slm_pipeline.job import Job, ParameterCounts
 from slm_pipeline.report.measurement import parameters_at_work
 from slm_pipeline.report.run import sublayer_lines
@@ -31,6 +31,7 @@ class Merge(Stage):
 
     name = stage = "merge"
     needs = ("calibrate",)
+    leaves = ("plan.json",)
 
     def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any]:
         ratio, threshold = job.config.pruning_ratio, job.config.threshold
@@ -57,6 +58,7 @@ class Merge(Stage):
         # Otherwise it was decided by an attempt that was interrupted, or that kept no weights.
         if not (out / "plan.json").is_file():
             self._plan(job, results["calibrate"], view).write(out / "plan.json")
+            note_complete(out, "plan.json", "plan.safetensors")
         plan = Plan.read(out / "plan.json")
         if plan.ops and all(op["op"] == "drop" for op in plan.ops):
             model_name = job.config.model.repo or job.config.model.path or job.source.name
@@ -79,7 +81,7 @@ class Merge(Stage):
         }
 
     def is_whole(self, job: Job, artifact: Artifact) -> bool:
-        return artifact.done and (job.config.keep == "plan" or (artifact.path / "model").is_dir())
+        return super().is_whole(job, artifact) and (job.config.keep == "plan" or (artifact.path / "model").is_dir())
 
     def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
         scores = load_plan(artifact).scores

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline.artifacts import Artifact, write_json
+from slm_pipeline.artifacts import Artifact, note_complete, write_json
 from slm_pipeline.job import Job
 from slm_pipeline.recovery import workers
 from slm_pipeline.recovery.base import RecoveryProblem
@@ -22,6 +22,7 @@ from slm_pipeline.tracking import Tracker
 # 2: checkpoints hold what trains alone, zeroed sublayers stay zero; 3: padding on the right; 4: the steps of a training
 # in parts add up; 5: losses on logits have names of their own; 6: checkpoints that transformers 4 reads alike
 VERSION = 6
+NOT_KEPT = ("checkpoints", "identity.json", "complete.json")
 
 
 class Recover(Stage):
@@ -29,6 +30,7 @@ class Recover(Stage):
 
     name = stage = "recover"
     needs = ("merge",)
+    leaves = ("model", "curve.json")
 
     def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any] | None:
         """None until the plan is known: equal plans share their recovery, whatever search led to them.
@@ -54,9 +56,10 @@ class Recover(Stage):
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         if not (out / "model").is_dir():  # else an attempt was interrupted after its model was safe
             self._train(job, results["merge"], out, tracker)
+            load_plan(results["merge"]).write(out / "model" / "plan.json")
+            note_complete(out, *(path.name for path in out.iterdir() if path.name not in NOT_KEPT))
         else:
             self._log_curve(_curve(out), tracker)
-        load_plan(results["merge"]).write(out / "model" / "plan.json")
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
         return metrics

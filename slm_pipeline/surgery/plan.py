@@ -97,8 +97,10 @@ class Plan:
         return digest([self.ops, tensors] if tensors else self.ops)
 
     def fingerprint(self) -> str:
-        """A digest of all that it says, what was measured included."""
-        return digest([self._values(), self.content()])
+        """A digest of all that it says, shapes and measurements too: a plan that was put right is another one, although
+        its edits may be the same."""
+        tensors = {name: [str(value.dtype), list(value.shape)] for name, value in self.tensors.items()}
+        return digest([self._values(), tensors, self.content()])
 
     def _values(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "tensors"}

@@ -7,7 +7,7 @@ import threading
 import pytest
 from conftest import random_source
 
-from slm_pipeline.engine.window_memo import open_memo
+from slm_pipeline.engine.window_memo import VERSION, open_memo
 from slm_pipeline.engine.windows import StackSimilarity
 from slm_pipeline.methods.base import PruningProblem
 from slm_pipeline.methods.slm import SlidingLayerMerging
@@ -47,6 +47,35 @@ def test_half_a_line_is_cut_off(tmp_path):
         memo.add((4, 5), 0.25)
     with open_memo(tmp_path, "official", "final_hidden") as memo:
         assert (memo[STACK], memo[(4, 5)]) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['[[[2, 3], 4, 5], 0.5, "0000000000000000"]', "[[[2, 3], 4, 5], 0.5]", "[", "\\xff", '{"a": 1}', "[[], null, 0]"],
+)
+def test_a_damaged_line_is_not_believed(line, tmp_path, caplog):
+    with open_memo(tmp_path, "official", "final_hidden") as memo:
+        memo.add((4, 5), 0.25)
+        memo.add((5, 6), 0.75)
+    (file,) = tmp_path.glob("*.jsonl")
+    first, second = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(first + line.encode() + b"\n" + second)
+    for _ in range(2):
+        with open_memo(tmp_path, "official", "final_hidden") as memo:
+            assert (len(memo), memo[(4, 5)], memo[(5, 6)]) == (2, 0.25, 0.75)
+    assert caplog.text.count(f"{file}: 1 damaged lines are not believed") == 1  # it is cut out
+    assert file.read_bytes() == first + second
+    file.write_bytes(first.replace(b"0.25", b"0.26"))
+    with open_memo(tmp_path, "official", "final_hidden") as memo:
+        assert len(memo) == 0
+
+
+def test_a_memo_that_cannot_be_used_costs_time_alone(tmp_path, caplog):
+    (tmp_path / f"windows_v{VERSION}_official_final_hidden.jsonl").mkdir()
+    with open_memo(tmp_path, "official", "final_hidden") as memo:
+        memo.add(STACK, 0.5)
+        assert memo[STACK] == 0.5
+    assert "cannot be used (not a file): this search evaluates every window itself" in caplog.text
 
 
 def test_searches_at_the_same_time_take_turns(tmp_path):

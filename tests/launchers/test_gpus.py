@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from conftest import run_slm
@@ -49,6 +51,32 @@ def test_workers_are_spread_evenly_and_wait_for_a_free_place(take):
         fifth.wait(2)
     seen[1][0].kill()  # however a process ends, its place is free
     assert fifth.stdout.readline().split() == ["GPU-8d96"] * 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "wrong"),
+    [
+        (0o755, os.getuid(), "is open to other users (mode 755, must be 700)"),
+        (0o700, os.getuid() + 1, f"belongs to user {os.getuid()}"),
+        (None, os.getuid(), "is not a folder"),
+    ],
+)
+def test_a_lock_folder_of_somebody_else_is_refused(mode, owner, wrong, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: owner)
+    folder = tmp_path / f"slm_pipeline_gpus_{owner}"
+    if mode is None:
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        folder.symlink_to("elsewhere")
+    else:
+        folder.mkdir()
+        folder.chmod(mode)
+    with pytest.raises(UserError) as error:
+        gpus.check(1)
+    assert str(error.value) == (
+        f"{folder}, where the locks of the GPUs belong, {wrong}: remove it, or set TMPDIR to another place"
+    )
 
 
 def test_gpus_in_sight(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -93,19 +94,62 @@ def test_killed_after_the_last_step(folder, undisturbed, monkeypatch):
 
 def test_checkpoints_half_written_or_half_deleted_are_not_taken(tmp_path):
     whole, torn, unmarked = (tmp_path / f"checkpoint-{step}" for step in (9, 10, 11))
+    progress = checkpoints.Progress(num_tokens=5, num_label_tokens=3, seconds=1.5, finished=True)
     for checkpoint in (whole, torn, unmarked):
         checkpoint.mkdir()
         (checkpoint / "weights").write_text("0123")
         (checkpoint / "optimizer").write_text("4567")
-    progress = checkpoints.Progress(num_tokens=5, num_label_tokens=3, seconds=1.5, finished=True)
-    checkpoints.mark_complete(whole, progress)
-    checkpoints.mark_complete(torn, progress)
+        write_state(checkpoint, best=whole)
+        if checkpoint != unmarked:
+            checkpoints.mark_complete(checkpoint, progress)
     (torn / "optimizer").unlink()
     assert checkpoints.last_complete_checkpoint(tmp_path) == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-9"]
     assert checkpoints.read_progress(whole) == progress
-    (whole / "weights").write_text("012")
+    (whole / "weights").write_text("0124")  # as many bytes
     assert checkpoints.last_complete_checkpoint(tmp_path) is None
+
+
+def write_state(checkpoint: Path, best: Path | None) -> None:
+    state = {"best_model_checkpoint": None if best is None else str(best)}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+
+
+def test_a_checkpoint_whose_best_is_gone_is_not_gone_on_from(tmp_path, caplog):
+    """Its training would end with weights that nobody has."""
+    first, best, last = (tmp_path / f"checkpoint-{step}" for step in (2, 4, 6))
+    for checkpoint, its_best in ((best, best), (last, best), (first, None)):
+        checkpoint.mkdir()
+        write_state(checkpoint, best=its_best)
+        checkpoints.mark_complete(checkpoint, checkpoints.Progress())
+        if checkpoint == last:
+            assert best.exists()
+    last.mkdir()
+    write_state(last, best=best)
+    checkpoints.mark_complete(last, checkpoints.Progress())
+    assert not first.exists()
+    assert checkpoints.last_complete_checkpoint(tmp_path) is None
+    assert f"{last} is of no use without checkpoint-4, which was the best: deleted" in caplog.text
+
+
+def test_a_new_best_checkpoint_that_was_never_finished_costs_nothing(folder, undisturbed, monkeypatch):
+    """Killed after the files of a new best checkpoint are there and before it is marked: the one before still is."""
+    out, marked = folder / "killed_at_a_mark", []
+
+    def mark(checkpoint, progress):
+        marked.append(checkpoint.name)
+        if len(marked) == 3:
+            raise KeyboardInterrupt
+        checkpoints.mark_complete(checkpoint, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("slm_pipeline.recovery.trainer.mark_complete", mark)
+        with pytest.raises(KeyboardInterrupt):
+            run_lora(folder, out)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == sorted(marked)
+    result = run_lora(folder, out)
+    assert result.metrics["eval_loss"] == undisturbed[0].metrics["eval_loss"]
+    assert result.curve == undisturbed[0].curve
 
 
 def test_loss_gone_bad_names_the_step(folder, tmp_path):

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
 from slm_pipeline.errors import UserError
+from slm_pipeline.methods.from_plan import FromPlan
 from slm_pipeline.surgery.plan import Plan, format_groups, groups_of_windows, read_text
 
 GOOD = {
@@ -48,6 +49,21 @@ def test_its_tensors_can_be_read_by_whoever_can_read_the_plan(tmp_path):
     plan.write(tmp_path / "plan.json")
     assert (tmp_path / "plan.safetensors").stat().st_mode == (tmp_path / "plan.json").stat().st_mode
     assert np.array_equal(Plan.read(tmp_path / "plan.json").tensors["fold.0"], np.eye(3))
+
+
+def test_a_plan_put_right_is_another_decision_though_its_edits_are_the_same(tmp_path):
+    """Else its replay would find what the wrong one left in the store, under the same key."""
+    plan = read(tmp_path)
+    path = str(tmp_path / "plan.json")
+    options = FromPlan(path=path).options()
+    assert FromPlan(path=path).options() == options
+    for changes in ({"threshold": 0.9}, {"scores": {"steps": [1]}}):
+        other = read(tmp_path, **changes)
+        assert other.content() == plan.content()
+        assert FromPlan(path=path).options() != options
+    plan.tensors = {"fold": np.zeros((2, 3), dtype=np.float32)}
+    turned = Plan(**{**vars(plan), "tensors": {"fold": np.zeros((3, 2), dtype=np.float32)}})
+    assert turned.fingerprint() != plan.fingerprint()
 
 
 OVERLAPPING = [{"op": "merge", "layers": [3, 4], "rule": "mean"}, {"op": "merge", "layers": [2, 3], "rule": "mean"}]
