@@ -22,24 +22,23 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Glob, Override
 from hydra.main import get_args_parser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from slm_pipeline import composition, config, gpus, help_page, ranges, run_folder, study
-from slm_pipeline.composition import COMPOSITION_ERRORS, JobLoader
+from slm_pipeline import config, gpus, help_page, run_folder, study
+from slm_pipeline.config import COMPOSITION_ERRORS
 from slm_pipeline.errors import Terminated, UserError, printable
+from slm_pipeline.overrides import asks_for_several_jobs, check_group, parse_overrides, swept_values
 
 if TYPE_CHECKING:
     from slm_pipeline.job import Job
 
 config.register()
-composition.install()
 
 
 _error_of_single_run: list[UserError] = []
@@ -196,18 +195,18 @@ def _only_asks_hydra(arguments: Namespace) -> bool:
 def _check_before_hydra(arguments: Namespace) -> bool:
     """Compose and check before Hydra makes a run folder; whether that was all (``dry_run=true``).
 
-    For a multirun only its first job is composed here, or another if that cannot be; each is checked when it starts.
+    For a multirun only its first job is composed here; each is checked when it starts.
     """
     with _config_loader(arguments) as loader:
-        overrides = _parse(arguments.overrides, loader)
+        overrides = parse_overrides(arguments.overrides, loader)
         multirun = arguments.multirun or any(
             item.key_or_group == "hydra.mode" and str(item.value()).upper() == "MULTIRUN" for item in overrides
         )
         for item in overrides:
             if item.is_sweep_override() and not multirun:
-                raise UserError(f"{_several_jobs(item)}; for these add -m: slm -m {item.input_line}")
-            _check_group(item)
-        composed = _compose_one(arguments, overrides)
+                raise UserError(f"{asks_for_several_jobs(item)}; for these add -m: slm -m {item.input_line}")
+            check_group(item)
+        composed = _compose(arguments, [swept_values(item)[0] for item in overrides])
         from slm_pipeline.job import make_output_root
 
         if composed.hydra.job.chdir:
@@ -257,7 +256,7 @@ def _check_study(composed: DictConfig, overrides: Sequence[Override]) -> None:
         raise UserError("a search needs objective.metric=, such as pruned/perplexity/bundled; see sweeps/search.yaml")
     for item in overrides:
         if isinstance(item.value(), Glob):
-            names = ",".join(value.partition("=")[2] for value in composition.values(item))
+            names = ",".join(value.partition("=")[2] for value in swept_values(item))
             raise UserError(f"{item.input_line}: a search chooses from a list, {item.key_or_group}=choice({names})")
 
 
@@ -272,7 +271,7 @@ def _check_not_a_study(composed: DictConfig, overrides: Sequence[Override]) -> N
         )
 
 
-def _describe_study(composed: DictConfig, arguments: Namespace, loader: JobLoader) -> None:
+def _describe_study(composed: DictConfig, arguments: Namespace, loader: ConfigLoader) -> None:
     """Print each job of a multirun and what it would do; `UserError` if one would fail."""
     from slm_pipeline.runner import describe_plan
 
@@ -288,8 +287,7 @@ def _describe_study(composed: DictConfig, arguments: Namespace, loader: JobLoade
             print(f"would fail: {error}", flush=True)
         except COMPOSITION_ERRORS as error:
             failures += 1
-            said = composition.reason(error, overrides, composed.hydra.runtime.choices)
-            print(f"would fail: {said}", flush=True)
+            print(f"would fail: {config.one_line(error)}", flush=True)
     if failures:
         raise UserError(f"{failures} of {number + 1} jobs would fail, see above")
 
@@ -307,82 +305,15 @@ def compose_job(program: Sequence[str], overrides: Sequence[str], defaults: Sequ
     set_environment()
     arguments = Namespace(config_dir=None, config_name=None)
     with _config_loader(arguments) as loader:
-        for item in _parse(overrides, loader):
+        for item in parse_overrides(overrides, loader):
             if item.is_sweep_override():
-                raise UserError(f"{_several_jobs(item)}; {' '.join(program)} runs one")
-            _check_group(item)
+                raise UserError(f"{asks_for_several_jobs(item)}; {' '.join(program)} runs one")
+            check_group(item)
         return _job(_compose(arguments, [*defaults, *overrides]), overrides, program)
 
 
-def _parse(overrides: Sequence[str], loader: JobLoader) -> list[Override]:
-    """What Hydra reads in them.
-
-    Raises:
-        UserError: it cannot read one, or reads something else than the text that was meant; with the form that works.
-    """
-    parser = OverridesParser.create(config_loader=loader)
-    parsed = []
-    for override in overrides:
-        try:
-            item = parser.parse_override(override)
-        except (HydraException, ValueError, RecursionError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            shown = override if override.isprintable() else repr(override)
-            raise UserError(f"cannot read {shown[:300]}: {reason[:300]}{_or_as_text(override)}") from error
-        raw, value = override.partition("=")[2], item._value
-        if isinstance(value, str) and raw != raw.strip():
-            raise UserError(f"{override!r}: blanks at its ends are lost{_or_as_text(override)}")
-        if isinstance(value, int) and value.bit_length() > 1000:
-            raise UserError(f"{item.key_or_group}={ranges.short(value)} is too large a number")
-        no_text = isinstance(value, (bool, int, float, list, dict)) and str(value) != raw
-        if no_text and config.is_text(item.key_or_group):
-            raise UserError(f"{override} is read as {item.value()}{_or_as_text(override)}")
-        parsed.append(item)
-    return parsed
-
-
-def _or_as_text(override: str) -> str:
-    """The end of a message about an override: how a shell and Hydra take its value as one text, whatever is in it."""
-    key, equals, value = override.partition("=")
-    if not equals or ranges.Text(at_most=300).fault(value):
-        return ""
-    quoted = QuotedString(text=value, quote=Quote.double).with_quotes()
-    return f"; as one text it is written {shlex.quote(f'{key}={quoted}')}"
-
-
-def _several_jobs(item: Override) -> str:
-    """What a sweep without -m asks for."""
-    as_text = _or_as_text(item.input_line or "") if set("/ ") & set(item.input_line or "") else ""
-    return f"{item.input_line} asks for several jobs{as_text}"
-
-
-def _check_group(item: Override) -> None:
-    """Raise `UserError` unless an override of a group names one option."""
-    group = item.key_or_group
-    if item.is_sweep_override() or not _is_group(group):
-        return
-    value = item.value()
-    if isinstance(value, list):
-        # Hydra would lay the options over one another without a word.
-        names = ",".join(map(str, value))
-        raise UserError(
-            f"{item.input_line} names several options of {group}; choose one, or one job each: slm -m {group}={names}"
-        )
-    if not isinstance(value, str) or not value:
-        names = ", ".join(sorted(file.stem for file in _folder(group).glob("*.yaml")))
-        raise UserError(f"{item.input_line}: {group} is a group, choose one of its options: {names}")
-
-
-def _is_group(name: str) -> bool:
-    return _folder(name).is_dir()
-
-
-def _folder(group: str) -> Path:
-    return (config.SWEEPS_ROOT if group == "sweeps" else config.CONF_DIR) / group
-
-
 @contextmanager
-def _config_loader(arguments: Namespace) -> Iterator[JobLoader]:
+def _config_loader(arguments: Namespace) -> Iterator[ConfigLoader]:
     """What Hydra itself will load configurations with, ``--config-dir`` included; `_compose` works inside."""
     if arguments.config_dir and not Path(arguments.config_dir).is_dir():
         raise UserError(f"--config-dir={arguments.config_dir} is not a folder")
@@ -401,18 +332,6 @@ def _compose(arguments: Namespace, overrides: list[str]) -> DictConfig:
     except (ValueError, OverflowError, RecursionError) as error:  # not every one is an error of Hydra's own kind
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"cannot read the overrides {overrides}: {reason}") from error
-
-
-def _compose_one(arguments: Namespace, overrides: Sequence[Override]) -> DictConfig:
-    """The first job that can be composed; the error of the very first if none can."""
-    error: Exception | None = None
-    for chosen in composition.examples(overrides):
-        try:
-            return _compose(arguments, chosen)
-        except (UserError, *COMPOSITION_ERRORS) as found:
-            error = error or found
-    assert error is not None
-    raise error
 
 
 def _describe_search(composed: DictConfig) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -44,6 +45,7 @@ _ROOT = _HERE if (_HERE / "conf").is_dir() else _HERE.parent  # an installed whe
 CONF_DIR = _ROOT / "conf"
 SWEEPS_ROOT = _ROOT  # the folder that holds the shipped sweeps/
 
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)  # of a configuration that cannot be put together
 PLUG_INS = ("method", "recovery")  # groups whose options are classes, see `build`
 STAGES = ("calibrate", "merge", "recover", "evaluate")
 TARGETS = ("dense", "pruned", "recovered")

@@ -20,7 +20,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from slm_pipeline import gpus, memory, objective, provenance, run_folder, study, summary, users
 from slm_pipeline.artifacts import Artifact, check_store, is_held, write_json, write_text
-from slm_pipeline.composition import FAULT
 from slm_pipeline.config import TARGETS, to_config
 from slm_pipeline.errors import UserError, only_warned_about
 from slm_pipeline.job import Job, prepare
@@ -130,8 +129,6 @@ def run_job(composed: DictConfig) -> float | None:
     try:
         for left in ("summary.json", "failure.json", study.REQUEUED):  # of an earlier attempt in this folder
             (run_dir / left).unlink(missing_ok=True)
-        if FAULT in composed:
-            raise UserError(composed[FAULT])
         config = to_config(composed)
         job = prepare(config, command)
         if config.dry_run:

@@ -30,9 +30,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from slm_pipeline import run_folder
 from slm_pipeline.artifacts import is_held, write_json, write_text
-from slm_pipeline.composition import COMPOSITION_ERRORS, values
-from slm_pipeline.config import TrackerConfig
+from slm_pipeline.config import COMPOSITION_ERRORS, TrackerConfig
 from slm_pipeline.errors import UserError, only_warned_about
+from slm_pipeline.overrides import swept_values
 from slm_pipeline.run_folder import RUNNING, STARTING, STUDY
 
 FORMAT = 1
@@ -58,7 +58,7 @@ def jobs(composed: DictConfig, overrides: Sequence[str], loader: ConfigLoader) -
     swept = [f"{key}={value}" for key, value in (composed.hydra.sweeper.params or {}).items()]
     parsed = OverridesParser.create(config_loader=loader).parse_overrides([*swept, *overrides])
     if is_search(composed):
-        return [[values(item)[0] for item in parsed]]
+        return [[swept_values(item)[0] for item in parsed]]
     (found,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return found
 
