@@ -24,7 +24,7 @@ def parse_overrides(overrides: Sequence[str], loader: ConfigLoader | None = None
     Raises:
         UserError: it cannot read one, or reads something else than the text that was meant; with the form that works.
     """
-    parser = OverridesParser.create(config_loader=loader)
+    parser = OverridesParser.create()
     parsed = []
     for override in overrides:
         try:
@@ -41,6 +41,7 @@ def parse_overrides(overrides: Sequence[str], loader: ConfigLoader | None = None
         no_text = isinstance(value, (bool, int, float, list, dict)) and str(value) != raw
         if no_text and config.is_text(item.key_or_group):
             raise UserError(f"{override} is read as {item.value()}{as_text_hint(override)}")
+        item.config_loader = loader
         parsed.append(item)
     return parsed
 
