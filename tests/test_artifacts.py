@@ -49,7 +49,7 @@ def test_every_file_of_a_result_has_the_mode_that_the_umask_gives(tmp_path):
     finally:
         os.umask(before)
     modes = {file.name: oct(file.stat().st_mode & 0o777) for file in found.path.rglob("*") if file.is_file()}
-    assert modes == dict.fromkeys(["model.safetensors", "stage.json", "identity.json"], "0o640")
+    assert modes == dict.fromkeys(["model.safetensors", "stage.json", "identity.json", "complete.json"], "0o640")
 
 
 def test_key_depends_on_stage_and_identity_alone(tmp_path):

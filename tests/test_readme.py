@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_slm
+from task_rows import TASK_ROWS
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -62,8 +63,8 @@ def test_commands(arguments, tmp_path, monkeypatch):
         json.dumps([{"instruction": str(i), "input": "", "output": "b"} for i in range(2100)])
     )
     Path("FOLDER").mkdir()
-    for task in ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"):
-        Path(f"FOLDER/{task}.jsonl").write_text("{}\n")
+    for task, row in TASK_ROWS.items():
+        Path(f"FOLDER/{task}.jsonl").write_text(json.dumps(row) + "\n")
     plan = {"name": "smollm2_135m", "fingerprint": "", "num_layers": 30}
     empty = {"method": "none", "options": {}, "calibration": {}, "ops": [], "format": 1}
     Path("plan.json").write_text(json.dumps({"model": plan, "layer_groups": [[i] for i in range(30)], **empty}))

@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from task_rows import TASK_ROWS
 
 from slm_pipeline.data import tasks
 from slm_pipeline.errors import UserError
@@ -121,33 +122,24 @@ def test_fingerprint_follows_the_content_and_fetches_nothing(tmp_path, monkeypat
     bundled = {task: tasks.task_fingerprint("bundled", task) for task in tasks.NUM_EXAMPLES}
     assert len(set(bundled.values())) == 7
     assert not (tmp_path / "cache").exists()
-    write(tmp_path / "piqa.jsonl", [GOOD["piqa"]])
+    write(tmp_path / "piqa.jsonl", [TASK_ROWS["piqa"]])
     first = tasks.task_fingerprint(str(tmp_path), "piqa")
-    write(tmp_path / "piqa.jsonl", [{**GOOD["piqa"], "goal": "another"}])
+    write(tmp_path / "piqa.jsonl", [{**TASK_ROWS["piqa"], "goal": "another"}])
     assert tasks.task_fingerprint(str(tmp_path), "piqa") != first
     with pytest.raises(UserError, match="no zero-shot task 'mmlu'"):
         tasks.task_fingerprint("bundled", "mmlu")
 
 
 OPTIONS = {"text": ["ice", "fire", "snow"], "label": ["A", "B", "C"]}
-GOOD = {
-    "boolq": {"passage": "Sky -- It is blue.", "question": "is it blue", "label": 1},
-    "piqa": {"goal": "dry a cup", "sol1": "a towel", "sol2": "water", "label": 0},
-    "hellaswag": {"activity_label": "Cooking", "ctx_a": "A", "ctx_b": "", "endings": list("wxyz"), "label": "3"},
-    "winogrande": {"sentence": "Ann saw _ there.", "option1": "Bea", "option2": "Tom", "answer": "2"},
-    "arc_easy": {"question": "What is hot?", "choices": OPTIONS, "answerKey": "B"},
-    "arc_challenge": {"question": "What is hot?", "choices": OPTIONS, "answerKey": "C"},
-    "openbookqa": {"question_stem": "It is hot:", "choices": OPTIONS, "answerKey": " B"},
-}
 
 
 def write(file: Path, rows: list[Any]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-@pytest.mark.parametrize("task", GOOD)
+@pytest.mark.parametrize("task", TASK_ROWS)
 def test_good_rows_are_read_from_all_three_formats(tmp_path, task):
-    rows = [GOOD[task], {**GOOD[task]}]
+    rows = [TASK_ROWS[task], {**TASK_ROWS[task]}]
     write(tmp_path / "a.jsonl", [{**row, "more": number} for number, row in enumerate(rows)])
     write(tmp_path / "lines.json", rows)
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=2))
@@ -157,9 +149,9 @@ def test_good_rows_are_read_from_all_three_formats(tmp_path, task):
 
 
 def test_blank_lines_and_a_byte_order_mark_are_passed_over_and_rows_keep_the_number_of_their_line(tmp_path):
-    line = json.dumps(GOOD["piqa"])
+    line = json.dumps(TASK_ROWS["piqa"])
     (tmp_path / "a.jsonl").write_text(f"\ufeff{line}\r\n\n  \n{line}\n\n", encoding="utf-8")
-    assert tasks.task_rows("piqa", tmp_path / "a.jsonl") == [GOOD["piqa"]] * 2
+    assert tasks.task_rows("piqa", tmp_path / "a.jsonl") == [TASK_ROWS["piqa"]] * 2
     (tmp_path / "a.jsonl").write_text(f"{line}\n\n{line.replace('0}', '2}')}\n")
     with pytest.raises(UserError, match=r"a.jsonl, line 3, column label: 2 is not one of 0, 1$"):
         tasks.task_rows("piqa", tmp_path / "a.jsonl")
@@ -202,7 +194,7 @@ def choices(**changed: Any) -> dict[str, Any]:
 )  # fmt: skip
 def test_a_row_that_cannot_be_scored_is_refused_with_its_column(task, changed, message):
     with pytest.raises(UserError, match=f"^FILE, row 7, column {message}"):
-        tasks.check_row(task, {**GOOD[task], **changed}, "FILE, row 7")
+        tasks.check_row(task, {**TASK_ROWS[task], **changed}, "FILE, row 7")
 
 
 @pytest.mark.parametrize(
@@ -237,7 +229,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, name, content, message)
 
 
 def test_a_parquet_file_names_the_row_and_a_column_that_is_there_twice(tmp_path):
-    table = pyarrow.Table.from_pylist([GOOD["piqa"], {**GOOD["piqa"], "label": None}])
+    table = pyarrow.Table.from_pylist([TASK_ROWS["piqa"], {**TASK_ROWS["piqa"], "label": None}])
     pyarrow.parquet.write_table(table, tmp_path / "piqa.parquet")
     with pytest.raises(UserError, match=r"piqa.parquet, row 2, column label: None is not one of 0, 1"):
         tasks.task_fingerprint(str(tmp_path), "piqa")
@@ -250,7 +242,7 @@ def test_a_parquet_file_names_the_row_and_a_column_that_is_there_twice(tmp_path)
 
 
 def test_a_dry_run_looks_at_the_rows(tmp_path):
-    write(tmp_path / "piqa.jsonl", [GOOD["piqa"], {**GOOD["piqa"], "label": -1}])
+    write(tmp_path / "piqa.jsonl", [TASK_ROWS["piqa"], {**TASK_ROWS["piqa"], "label": -1}])
     found = run_slm(
         "model=random", "evaluation.tasks=[piqa]", f"evaluation.data={tmp_path}", "dry_run=true",
         f"output_dir={tmp_path}/out", "recovery=none",
@@ -280,8 +272,8 @@ def rows_or_refusal(task: str, file: Path) -> list[Any] | None:
 
 @given(data=st.data())
 def test_rows_of_any_values_are_refused_or_have_one_right_option(tmp_path_factory, data):
-    task = data.draw(st.sampled_from(sorted(GOOD)))
-    row: Any = dict(GOOD[task])
+    task = data.draw(st.sampled_from(sorted(TASK_ROWS)))
+    row: Any = dict(TASK_ROWS[task])
     for column in data.draw(st.sets(st.sampled_from(sorted(row)), max_size=2)):
         if column == "choices":
             value = data.draw(JSON | st.fixed_dictionaries({"text": JSON, "label": JSON}))
@@ -309,13 +301,13 @@ def test_rows_of_any_values_are_refused_or_have_one_right_option(tmp_path_factor
 
 @given(data=st.data())
 def test_mangled_files_are_refused_or_read(tmp_path_factory, data):
-    task = data.draw(st.sampled_from(sorted(GOOD)))
+    task = data.draw(st.sampled_from(sorted(TASK_ROWS)))
     suffix = data.draw(st.sampled_from(tasks.SUFFIXES))
     file = tmp_path_factory.getbasetemp() / f"mangled.{suffix}"
     if suffix == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD[task]] * 3), file)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([TASK_ROWS[task]] * 3), file)
     else:
-        file.write_text("\n".join([json.dumps(GOOD[task])] * 3))
+        file.write_text("\n".join([json.dumps(TASK_ROWS[task])] * 3))
     content = bytearray(file.read_bytes())
     for place, byte in data.draw(
         st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), min_size=1, max_size=4)

@@ -45,7 +45,9 @@ def test_a_good_plan(tmp_path):
 
 
 def test_its_tensors_can_be_read_by_whoever_can_read_the_plan(tmp_path):
+    fold = {"op": "fold", "layers": [0], "tensor": "fold.0"}
     plan = dataclasses.replace(read(tmp_path), tensors={"fold.0": np.eye(3, dtype=np.float32)})
+    plan.ops = [*plan.ops, fold]
     plan.write(tmp_path / "plan.json")
     assert (tmp_path / "plan.safetensors").stat().st_mode == (tmp_path / "plan.json").stat().st_mode
     assert np.array_equal(Plan.read(tmp_path / "plan.json").tensors["fold.0"], np.eye(3))
@@ -57,7 +59,7 @@ def test_a_plan_put_right_is_another_decision_though_its_edits_are_the_same(tmp_
     path = str(tmp_path / "plan.json")
     options = FromPlan(path=path).options()
     assert FromPlan(path=path).options() == options
-    for changes in ({"threshold": 0.9}, {"scores": {"steps": [1]}}):
+    for changes in ({"threshold": 0.9}, {"scores": {"loss": 1.0}}):
         other = read(tmp_path, **changes)
         assert other.content() == plan.content()
         assert FromPlan(path=path).options() != options
