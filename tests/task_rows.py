@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+OPTIONS = {"text": ["ice", "fire", "snow"], "label": ["A", "B", "C"]}
 TASK_ROWS: dict[str, dict] = {
     "boolq": {"passage": "Sky -- It is blue.", "question": "is it blue", "label": 1},
     "piqa": {"goal": "dry a cup", "sol1": "a towel", "sol2": "water", "label": 0},

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from task_rows import TASK_ROWS
+from task_rows import OPTIONS, TASK_ROWS
 
 from slm_pipeline.data import tasks
 from slm_pipeline.errors import UserError
@@ -128,9 +128,6 @@ def test_fingerprint_follows_the_content_and_fetches_nothing(tmp_path, monkeypat
     assert tasks.task_fingerprint(str(tmp_path), "piqa") != first
     with pytest.raises(UserError, match="no zero-shot task 'mmlu'"):
         tasks.task_fingerprint("bundled", "mmlu")
-
-
-OPTIONS = {"text": ["ice", "fire", "snow"], "label": ["A", "B", "C"]}
 
 
 def write(file: Path, rows: list[Any]) -> None:
