@@ -212,8 +212,8 @@ class Artifact:
 
     def _work(self, make: Callable[[Path], dict[str, Any]]) -> None:
         started, clock = datetime.now(timezone.utc), time.monotonic()
-        memory.reset_peak()
-        result = make(self.partial)
+        with memory.measured() as peak:  # a stage may make a result inside another's making
+            result = make(self.partial)
         record = {
             "format": STORE_FORMAT,
             "stage": self.stage,
@@ -222,7 +222,7 @@ class Artifact:
             "result": result,
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - clock, 3),
-            "peak_memory_gb": memory.peak_gb(),
+            "peak_memory_gb": peak.gb,
             "provenance": provenance.collect(),
         }
         (self.partial / "stage.json").unlink(missing_ok=True)

@@ -67,13 +67,13 @@ def note_peak_of_others(gb: float) -> None:
 
 
 def peak_gb() -> float:
-    """Peak memory in 10^9 bytes since the last reset: of all accelerators, else of this process, or of the others."""
+    """Peak memory in 10^9 bytes since the last reset: of all accelerators, of this process where none was used, or of
+    the others."""
+    total = 0
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         total = sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
-    else:
-        total = _peak_of_this_process()
-    return round(max(total / 1e9, _others_gb), 3)
+    return round(max((total or _peak_of_this_process()) / 1e9, _others_gb), 3)
 
 
 def _peak_of_this_process() -> int:

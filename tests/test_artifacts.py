@@ -282,3 +282,16 @@ def test_write_text_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
         write_text(tmp_path / "note", "new")
     assert (tmp_path / "note").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["note"]
+
+
+def test_a_result_made_inside_anothers_making_leaves_the_outer_peak(tmp_path):
+    def outer(folder: Path) -> dict:
+        block = bytearray(300 * 10**6)
+        del block
+        artifact(tmp_path, inner=True).produce(lambda _: {})
+        return {}
+
+    found = artifact(tmp_path, inner=False)
+    found.produce(outer)
+    peaks = [result.record()["peak_memory_gb"] for result in (found, artifact(tmp_path, inner=True))]
+    assert peaks[0] > peaks[1] + 0.25

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import torch
+
 from slm_pipeline import memory
 
 CHILD = """
@@ -49,3 +51,16 @@ def test_a_part_is_measured_on_its_own_and_the_whole_still_knows_what_was_before
     assert inner.gb < outer.gb - 0.05
     assert outer.gb < whole - 0.2
     assert memory.peak_gb() == whole
+
+
+def test_a_job_on_the_processor_of_a_machine_with_gpus_has_a_peak(monkeypatch):
+    """Something looked at the GPU, so that torch has begun to use it; nothing was put there."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
+    allocated = [0]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: allocated[0])
+    memory.reset_peak()
+    assert 0.05 < memory.peak_gb() < 100
+    allocated[0] = 7_000_000_000_000
+    assert memory.peak_gb() == 7000
