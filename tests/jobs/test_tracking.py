@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from wandb_files import history, only, wandb_records
+from wandb_files import history, nested, only, wandb_records
 
 from slm_pipeline.config import TrackerConfig
 from slm_pipeline.errors import UserError
