@@ -38,9 +38,10 @@ run: assets ## The main job on the bundled model: calibrate, merge, LoRA, evalua
 test: install transformers4 lint check-types ## Lint, type-check and run all tests, two files at a time (as root: installs Slurm, Chromium)
 	markers=$$(.ci/system-packages) && OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "$$markers"
 
-lint: install ## Style
+lint: install ## Style, and that imports go one way
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 check-types: install ## Types
 	$(BIN)/mypy

@@ -132,7 +132,7 @@ class _Launcher(BaseSubmititLauncher):
         return JobReturn(overrides=overrides, status=JobStatus.FAILED, _return_value=error)
 
     def _record(self, number: int, overrides: Sequence[str], error: UserError) -> None:
-        from slm_pipeline.runner import record_lost_job
+        from slm_pipeline.jobs.runner import record_lost_job
 
         assert self.hydra_context is not None
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))

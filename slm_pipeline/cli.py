@@ -30,13 +30,16 @@ from hydra.main import get_args_parser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from slm_pipeline import config, gpus, help_page, run_folder, study
-from slm_pipeline.config import COMPOSITION_ERRORS
+from slm_pipeline import config
+from slm_pipeline.config import COMPOSITION_ERRORS, help_page
+from slm_pipeline.config.overrides import asks_for_several_jobs, check_group, parse_overrides, swept_values
 from slm_pipeline.errors import Terminated, UserError, printable
-from slm_pipeline.overrides import asks_for_several_jobs, check_group, parse_overrides, swept_values
+from slm_pipeline.jobs import study
+from slm_pipeline.machine import gpus
+from slm_pipeline.store import run_folder
 
 if TYPE_CHECKING:
-    from slm_pipeline.job import Job
+    from slm_pipeline.jobs.job import Job
 
 config.register()
 
@@ -53,8 +56,8 @@ def _hydra_main(composed: DictConfig) -> float | None:
     try:
         option = "hydra.sweep.subdir" if multirun else "hydra.run.dir"
         run_folder.check_run(run_dir, option, run_folder.beginnings(hydra_config))
-        with study.running(run_dir):
-            from slm_pipeline.runner import run_job
+        with run_folder.running(run_dir):
+            from slm_pipeline.jobs.runner import run_job
 
             return run_job(composed)
     except UserError as error:
@@ -207,7 +210,7 @@ def _check_before_hydra(arguments: Namespace) -> bool:
                 raise UserError(f"{asks_for_several_jobs(item)}; for these add -m: slm -m {item.input_line}")
             check_group(item)
         composed = _compose(arguments, [swept_values(item)[0] for item in overrides])
-        from slm_pipeline.job import make_output_root
+        from slm_pipeline.jobs.job import make_output_root
 
         if composed.hydra.job.chdir:
             raise UserError(
@@ -231,8 +234,8 @@ def _check_before_hydra(arguments: Namespace) -> bool:
 
 def _check_run(composed: DictConfig) -> bool:
     """Check a single run and its folder; whether that was all."""
-    from slm_pipeline.job import check_output_root
-    from slm_pipeline.runner import describe_plan, plan
+    from slm_pipeline.jobs.job import check_output_root
+    from slm_pipeline.jobs.runner import describe_plan, plan
 
     job = _job(composed, sys.argv[1:])
     if job.config.dry_run:
@@ -273,7 +276,7 @@ def _check_not_a_study(composed: DictConfig, overrides: Sequence[Override]) -> N
 
 def _describe_study(composed: DictConfig, arguments: Namespace, loader: ConfigLoader) -> None:
     """Print each job of a multirun and what it would do; `UserError` if one would fail."""
-    from slm_pipeline.runner import describe_plan
+    from slm_pipeline.jobs.runner import describe_plan
 
     if study.is_search(composed):
         print(_describe_search(composed), flush=True)
@@ -345,7 +348,7 @@ def _describe_search(composed: DictConfig) -> str:
 
 
 def _job(composed: DictConfig, overrides: Sequence[str], program: Sequence[str] = ("slm",)) -> Job:
-    from slm_pipeline.job import prepare
+    from slm_pipeline.jobs.job import prepare
 
     return prepare(config.to_config(composed), shlex.join([*program, *overrides]))
 

@@ -201,7 +201,7 @@ def test_an_experiment_without_its_recovery(experiment, base):
 
 
 def test_a_key_that_some_options_of_a_study_lack_fails_their_jobs_alone(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("slm_pipeline.summary._draw", lambda *_: [])
+    monkeypatch.setattr("slm_pipeline.jobs.summary._draw", lambda *_: [])
     (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": "Say a.", "output": letter} for letter in "abc"]))
     data = ["recovery.source=file", f"recovery.path={tmp_path}/alpaca.json", "recovery.validation_size=1"]
     outcome = run_slm("-m", *base, *data, "recovery=none,lora,distill", "recovery.rank=4", "dry_run=true")
@@ -247,7 +247,7 @@ def full_disk(folder: Path) -> Iterator[None]:
 
 def test_no_space_left_keeps_what_is_finished_and_the_same_job_goes_on(base, tmp_path, monkeypatch):
     """The model's weights are 2 MB: calibration fits, the pruned model does not."""
-    monkeypatch.setattr("slm_pipeline.summary._draw", lambda *_: [])
+    monkeypatch.setattr("slm_pipeline.jobs.summary._draw", lambda *_: [])
     small, store = tmp_path / "small", tmp_path / "out" / "store"
     with full_disk(small):
         outcome = run_slm(*base, "model.hidden_size=128", f"output_dir={small}/out")
@@ -299,7 +299,7 @@ def test_dry_run_says_what_would_run_and_leaves_nothing(multirun, base, tmp_path
 
 
 def test_failing_job_of_a_sweep_is_a_failed_row_and_the_others_finish(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("slm_pipeline.summary._draw", lambda *_: [])
+    monkeypatch.setattr("slm_pipeline.jobs.summary._draw", lambda *_: [])
     outcome = run_slm("-m", *base, "pruning_ratio.ratio=0.2,0.9,0.4")
     assert outcome.status == 2
     errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
@@ -333,7 +333,7 @@ def test_dry_run_says_what_would_be_continued(base):
 
 def test_target_out_of_reach_names_the_nearest_one_which_works(base, tmp_path, monkeypatch):
     """Four unprotected layers in windows of two can lose two, not three."""
-    monkeypatch.setattr("slm_pipeline.summary._draw", lambda *_: [])
+    monkeypatch.setattr("slm_pipeline.jobs.summary._draw", lambda *_: [])
     outcome = run_slm(*base, "method.max_window=2", "pruning_ratio=r50")
     assert outcome.status == 2
     (message,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
@@ -349,7 +349,7 @@ def test_target_out_of_reach_names_the_nearest_one_which_works(base, tmp_path, m
 
 
 def test_threshold_that_nothing_reaches_is_a_warning_and_the_dense_model(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("slm_pipeline.summary._draw", lambda *_: [])
+    monkeypatch.setattr("slm_pipeline.jobs.summary._draw", lambda *_: [])
     outcome = run_slm(*base, "threshold=fixed", "threshold.value=1", "pruning_ratio=none")
     assert outcome.status == 0, outcome.err
     (summary,) = (tmp_path / "out" / "runs").glob("*/*/summary.json")
@@ -368,7 +368,7 @@ def test_threshold_that_nothing_reaches_is_a_warning_and_the_dense_model(base, t
     ],
 )
 def test_what_stops_a_job_is_said_in_one_line(error, status, words, base, monkeypatch):
-    monkeypatch.setattr("slm_pipeline.stages.calibrate.Calibrate.run", mock.Mock(side_effect=error))
+    monkeypatch.setattr("slm_pipeline.jobs.stages.calibrate.Calibrate.run", mock.Mock(side_effect=error))
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (0, 141_000_000_000))
     outcome = run_slm(*base)
     assert outcome.status == status
@@ -378,7 +378,9 @@ def test_what_stops_a_job_is_said_in_one_line(error, status, words, base, monkey
 
 
 def test_a_defect_of_ours_shows_its_traceback(base, monkeypatch):
-    monkeypatch.setattr("slm_pipeline.stages.calibrate.Calibrate.run", mock.Mock(side_effect=RuntimeError("a defect")))
+    monkeypatch.setattr(
+        "slm_pipeline.jobs.stages.calibrate.Calibrate.run", mock.Mock(side_effect=RuntimeError("a defect"))
+    )
     with pytest.raises(RuntimeError, match="a defect"):
         run_slm(*base)
 
@@ -457,10 +459,10 @@ def test_a_dry_multirun_shows_every_job(base):
 def test_what_cannot_be_shown_does_not_undo_a_finished_job(multirun, base, tmp_path, monkeypatch):
     """Neither the table nor pictures, summary.md, W&B or the study's report can be written."""
     monkeypatch.setattr("builtins.print", mock.Mock(side_effect=BrokenPipeError("nobody reads")))
-    monkeypatch.setattr("slm_pipeline.summary._draw_similarity", mock.Mock(side_effect=RuntimeError("no font")))
-    monkeypatch.setattr("slm_pipeline.summary.write_summary_md", mock.Mock(side_effect=OSError("disk full")))
+    monkeypatch.setattr("slm_pipeline.jobs.summary._draw_similarity", mock.Mock(side_effect=RuntimeError("no font")))
+    monkeypatch.setattr("slm_pipeline.jobs.summary.write_summary_md", mock.Mock(side_effect=OSError("disk full")))
     monkeypatch.setattr("slm_pipeline.report.write.write_study", mock.Mock(side_effect=OSError("disk full")))
-    monkeypatch.setattr("slm_pipeline.stages.base.Stage.publish", mock.Mock(side_effect=OSError("disk full")))
+    monkeypatch.setattr("slm_pipeline.jobs.stages.base.Stage.publish", mock.Mock(side_effect=OSError("disk full")))
     outcome = run_slm(*multirun, *base, "stages=[calibrate]")
     assert outcome.status == 0, outcome.err
     (file,) = (tmp_path / "out").glob("*/slm/*/**/summary.json")

@@ -14,7 +14,7 @@ from conftest import run_slm
 from naive import naive_search
 from safetensors.torch import load_file
 
-from slm_pipeline import assets
+from slm_pipeline.assets import texts
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.data import tokens
 from slm_pipeline.models.loading import load_dense, load_dense_tokenizer
@@ -38,7 +38,7 @@ def smollm2():
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "passages.txt"
-    path.write_text("\n".join(assets.bundled_texts("lambada")[:40]), encoding="utf-8")
+    path.write_text("\n".join(texts.bundled_texts("lambada")[:40]), encoding="utf-8")
     return path
 
 
@@ -74,7 +74,7 @@ def test_the_published_loop_decides_alike_and_costs_twice_as_much(smollm2, text,
 @pytest.mark.real
 def test_the_bundled_tokenizer_has_the_same_tokens_in_pieces(monkeypatch):
     tokenizer = load_dense_tokenizer(describe(ModelConfig(name="smollm2_135m", source="bundled", device="cpu")))
-    documents = assets.bundled_texts("lambada")[:200]
+    documents = texts.bundled_texts("lambada")[:200]
     for text in ("\n\n".join(documents), " ".join(documents).replace("\n", " ")):
         whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         monkeypatch.setattr(tokens, "PIECE", 1000)

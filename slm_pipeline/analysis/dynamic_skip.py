@@ -25,7 +25,7 @@ from slm_pipeline.engine.blocks import BlockRunner, batches
 from slm_pipeline.engine.keep_sets import keep_set_losses
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
-from slm_pipeline.report.tables import Table
+from slm_pipeline.show.tables import Table
 from slm_pipeline.surgery.apply import planned_blocks
 from slm_pipeline.surgery.plan import Plan
 

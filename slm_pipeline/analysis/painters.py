@@ -22,7 +22,7 @@ from tqdm import tqdm
 from slm_pipeline.engine.blocks import BlockRunner, batches
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
-from slm_pipeline.report.tables import Table
+from slm_pipeline.show.tables import Table
 from slm_pipeline.surgery.block import Block
 
 _SAMPLE_TOKENS = 2048  # tokens of text whose states of all layers are in memory at once

@@ -29,7 +29,7 @@ from slm_pipeline.analysis.patches import agreement, contrast, patches, windows_
 from slm_pipeline.engine.blocks import entering_and_leaving
 from slm_pipeline.engine.statistics import MAX_BATCH_TOKENS, check_finite, token_cosines
 from slm_pipeline.errors import UserError
-from slm_pipeline.report.tables import Table
+from slm_pipeline.show.tables import Table
 from slm_pipeline.surgery.plan import Plan, merged_windows
 
 if TYPE_CHECKING:

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from slm_pipeline import cli
-from slm_pipeline.artifacts import write_json
 from slm_pipeline.config import CalibrationConfig
 from slm_pipeline.data import calibration
 from slm_pipeline.data.tasks import task_fingerprint, task_source
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation import perplexity
 from slm_pipeline.evaluation.zero_shot import TASKS
-from slm_pipeline.job import Job, check_output_root
+from slm_pipeline.jobs.job import Job, check_output_root
+from slm_pipeline.store.files import write_json
 from slm_pipeline.surgery.plan import Plan, merged_windows
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ def dynamic_skip(words: list[str]) -> None:
     job, plans, out = _prepare("dynamic-skip", options, num_samples=32, predicts=True)
 
     from slm_pipeline.analysis import dynamic_skip as analysis
-    from slm_pipeline.analysis import pictures
     from slm_pipeline.models.loading import load_dense
     from slm_pipeline.models.view import ModelView
+    from slm_pipeline.show import pictures
 
     model, tokenizer = load_dense(job.source)
     samples = calibration.sample(job.config.calibration, tokenizer, job.data_dir)
@@ -139,10 +139,11 @@ def similarity(words: list[str]) -> None:
         task_source(job.config.evaluation.data, task, job.data_dir)  # fetches what is bundled
         task_fingerprint(job.config.evaluation.data, task, job.data_dir)  # looks at the rows of a folder
 
-    from slm_pipeline.analysis import cka, heat_maps
+    from slm_pipeline.analysis import cka
     from slm_pipeline.analysis import similarity as analysis
     from slm_pipeline.models.loading import load_dense, load_dense_tokenizer
     from slm_pipeline.models.view import ModelView
+    from slm_pipeline.show import heat_maps
 
     _names("--estimator", options.estimator, cka.ESTIMATORS, one=True)
     _names("--kernel", options.kernel, cka.KERNELS, one=True)
@@ -227,9 +228,9 @@ def painters(words: list[str]) -> None:
             raise UserError(str(error).replace("evaluation.perplexity.corpora", "--corpus")) from error
 
     from slm_pipeline.analysis import painters as analysis
-    from slm_pipeline.analysis import pictures
     from slm_pipeline.models.loading import load_dense
     from slm_pipeline.models.view import ModelView
+    from slm_pipeline.show import pictures
 
     model, tokenizer = load_dense(job.source)
     text = job.config.calibration

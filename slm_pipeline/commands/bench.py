@@ -22,14 +22,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slm_pipeline import cli, memory
+from slm_pipeline import cli
 from slm_pipeline.commands import bench_recovery, bench_sweep
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine import memory
 from slm_pipeline.methods.base import PruningProblem
-from slm_pipeline.report.tables import Table
+from slm_pipeline.show.tables import Table
 
 if TYPE_CHECKING:
-    from slm_pipeline.job import Job
+    from slm_pipeline.jobs.job import Job
     from slm_pipeline.models.view import ModelView
 
 METHODS = (

@@ -32,7 +32,7 @@ from slm_pipeline.surgery.plan import Plan, groups_of_windows
 
 if TYPE_CHECKING:
     from slm_pipeline.data.tokens import Row
-    from slm_pipeline.job import Job
+    from slm_pipeline.jobs.job import Job
     from slm_pipeline.models.source import ModelSource
 
 _DEFAULTS = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 
-from slm_pipeline.assets import model_dir
 from slm_pipeline.cli import errors_in_one_line
 from slm_pipeline.data.tasks import bundled_task_files
+from slm_pipeline.models.bundled import model_dir
 
 
 def main() -> None:

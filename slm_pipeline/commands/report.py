@@ -12,7 +12,7 @@ from pathlib import Path
 
 from slm_pipeline.cli import errors_in_one_line
 from slm_pipeline.errors import UserError
-from slm_pipeline.job import check_output_root
+from slm_pipeline.jobs.job import check_output_root
 from slm_pipeline.report import documents
 from slm_pipeline.report.study import read_study
 from slm_pipeline.report.write import FORMATS, write_report

@@ -18,11 +18,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from slm_pipeline.artifacts import read_record, remove, result_fault
 from slm_pipeline.cli import errors_in_one_line
 from slm_pipeline.config import STAGES
 from slm_pipeline.errors import UserError
-from slm_pipeline.users import FOLDER, Use, Users
+from slm_pipeline.store.files import remove
+from slm_pipeline.store.record import read_record, result_fault
+from slm_pipeline.store.users import FOLDER, Use, Users
 
 HOUR = 3600  # seconds; temporary files that are older are of writes that were killed
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from slm_pipeline.cli import errors_in_one_line
 from slm_pipeline.errors import UserError
 from slm_pipeline.report.runs import STATUSES, Run, read_runs
-from slm_pipeline.report.tables import Table
+from slm_pipeline.show.tables import Table
 
 _TAIL = 65536  # bytes of a log in which its last line is looked for
 

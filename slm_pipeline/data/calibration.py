@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from slm_pipeline import assets, memory
+from slm_pipeline.assets import texts
 from slm_pipeline.config import CalibrationConfig
 from slm_pipeline.data import hub
 from slm_pipeline.data.files import check_text, read_text
 from slm_pipeline.data.tokens import text_tokens
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine import memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +96,7 @@ def _text_identity(config: CalibrationConfig, data_dir: Path | None) -> str:
     if config.source == "bundled":
         if config.path is not None:
             raise UserError(f"calibration.path={config.path} needs calibration=text_file, not bundled")
-        return f"bundled:{BUNDLED_TEXT}:{assets.texts_fingerprint(BUNDLED_TEXT)}"
+        return f"bundled:{BUNDLED_TEXT}:{texts.texts_fingerprint(BUNDLED_TEXT)}"
     if config.source == "text_file":
         if not config.path:
             raise UserError("calibration=text_file needs calibration.path=FILE")
@@ -170,7 +171,7 @@ class _TooFewDocuments(Exception):
 
 def _rows(config: CalibrationConfig, data_dir: Path | None) -> Sequence[str]:
     if config.source == "bundled":
-        return assets.bundled_texts(BUNDLED_TEXT)
+        return texts.bundled_texts(BUNDLED_TEXT)
     hub_set = HUB_SETS[config.source]
     option = f"calibration={config.source}"
     place = str(find_file(config.path, data_dir, "calibration.path")) if config.path else hub_set.repo

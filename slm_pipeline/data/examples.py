@@ -23,11 +23,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline import assets
-from slm_pipeline.artifacts import digest
+from slm_pipeline.assets import texts
 from slm_pipeline.data import hub
 from slm_pipeline.data.files import check_text, json_rows, listed, read_bytes, read_text, shown, with_plain_newlines
 from slm_pipeline.errors import UserError
+from slm_pipeline.store.checksums import digest
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def examples_fingerprint(source: str, *, path: str | None, repo: str, revision: 
         UserError: a file is missing or malformed, or the hub cannot be reached.
     """
     if source == "bundled":
-        return "bundled:" + digest({name: assets.texts_fingerprint(name) for name in BUNDLED_TEXTS})
+        return "bundled:" + digest({name: texts.texts_fingerprint(name) for name in BUNDLED_TEXTS})
     if source == "file":
         found = _find_files(path, data_dir)
         for file in found:
@@ -140,7 +140,7 @@ def split_examples(
 
 
 def _bundled_examples() -> list[Example]:
-    halves = [split_passage(text) for name in BUNDLED_TEXTS for text in assets.bundled_texts(name)]
+    halves = [split_passage(text) for name in BUNDLED_TEXTS for text in texts.bundled_texts(name)]
     return [
         {"instruction": "Continue the passage.", "input": first, "output": second}
         for first, second in filter(None, halves)

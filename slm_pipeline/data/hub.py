@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline.artifacts import digest
 from slm_pipeline.errors import UserError
+from slm_pipeline.store.checksums import digest
 
 MAX_HASHED = 1 << 26  # bytes of a folder that are read to tell it from another; below that: all
 _BLOCK = 1 << 16

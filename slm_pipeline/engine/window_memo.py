@@ -18,8 +18,8 @@ from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
 
-from slm_pipeline.artifacts import write_text
-from slm_pipeline.checksums import digest
+from slm_pipeline.store.checksums import digest
+from slm_pipeline.store.files import write_text
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from slm_pipeline import gpus, memory, provenance
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine import gpus, memory, provenance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from slm_pipeline import assets
+from slm_pipeline.assets import texts
 from slm_pipeline.data import hub
 from slm_pipeline.data.files import check_text, read_text
 from slm_pipeline.data.tokens import text_tokens
@@ -179,7 +179,7 @@ def corpus_tokens(
 
     limits = [max_tokens] if max_tokens is not None else []
     if corpus == "bundled":
-        text = "\n\n".join(assets.bundled_texts(BUNDLED_TEXT))
+        text = "\n\n".join(texts.bundled_texts(BUNDLED_TEXT))
         about = {"source": BUNDLED_TEXT, "split": "validation", "join": "\n\n"}
     elif corpus in HUB_CORPORA:
         of_hub = HUB_CORPORA[corpus]
@@ -202,7 +202,7 @@ def corpus_fingerprint(corpus: str, data_dir: Path | None = None) -> str:
         UserError: neither a known name nor a file, a file that is empty or not UTF-8, or the hub cannot be reached.
     """
     if corpus == "bundled":
-        return assets.texts_fingerprint(BUNDLED_TEXT)
+        return texts.texts_fingerprint(BUNDLED_TEXT)
     if corpus in HUB_CORPORA:
         of_hub = HUB_CORPORA[corpus]
         place = hub.identity(

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from slm_pipeline.config.ranges import NumLayersOrZero
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
-from slm_pipeline.ranges import NumLayersOrZero
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:

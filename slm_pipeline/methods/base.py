@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slm_pipeline import ranges
+from slm_pipeline.config import ranges
+from slm_pipeline.config.ranges import Count, NumLayersOrZero, Tokens
 from slm_pipeline.errors import UserError
-from slm_pipeline.ranges import Count, NumLayersOrZero, Tokens
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tqdm import tqdm
 
+from slm_pipeline.config.ranges import Range, UpToOne
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, ProtectsEnds, PruningProblem
-from slm_pipeline.ranges import Range, UpToOne
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from slm_pipeline.config.ranges import FilePath
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, Method, PruningProblem
-from slm_pipeline.ranges import FilePath
 from slm_pipeline.surgery.mergekit import Passthrough, read_passthrough
 from slm_pipeline.surgery.plan import Plan
 

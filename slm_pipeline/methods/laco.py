@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from slm_pipeline.config.ranges import NumLayers, NumLayersOrZero, Range
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize
 from slm_pipeline.methods.threshold import Search, Similarity, ThresholdMerging
-from slm_pipeline.ranges import NumLayers, NumLayersOrZero, Range
 
 if TYPE_CHECKING:
     from slm_pipeline.models.source import ModelSource

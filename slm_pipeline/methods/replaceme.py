@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from slm_pipeline.config.ranges import Count, NotNegative, Positive, Share
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.angular import AngularDistance
 from slm_pipeline.methods.base import PruningProblem
-from slm_pipeline.ranges import Count, NotNegative, Positive, Share
 from slm_pipeline.surgery.plan import Plan, format_fit
 
 if TYPE_CHECKING:

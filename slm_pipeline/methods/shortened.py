@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
+from slm_pipeline.config.ranges import NumLayersOrZero, Range
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
-from slm_pipeline.ranges import NumLayersOrZero, Range
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from slm_pipeline.config.ranges import Count, NumLayersOrZero
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
-from slm_pipeline.ranges import Count, NumLayersOrZero
 from slm_pipeline.surgery.plan import Plan
 
 

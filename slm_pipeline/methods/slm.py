@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
+from slm_pipeline.config.ranges import NumLayersOrZero, Range
 from slm_pipeline.methods.base import CalibrationSize
 from slm_pipeline.methods.threshold import Search, Similarity, ThresholdMerging, Window
-from slm_pipeline.ranges import NumLayersOrZero, Range
 from slm_pipeline.surgery.plan import groups_of_windows
 
 

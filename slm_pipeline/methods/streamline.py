@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from slm_pipeline.config.ranges import NumLayersOrZero
 from slm_pipeline.methods.angular import AngularDistance
 from slm_pipeline.methods.base import CalibrationSize, PruningProblem
-from slm_pipeline.ranges import NumLayersOrZero
 from slm_pipeline.surgery.plan import Plan
 
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slm_pipeline import memory
-from slm_pipeline.artifacts import give_usual_modes, write_json, write_text
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine import memory
 from slm_pipeline.models import config_files, modeling_pruned
 from slm_pipeline.models.architectures import PRUNED
 from slm_pipeline.models.loading import load_checkpoint, load_tokenizer
 from slm_pipeline.models.view import ModelView
-from slm_pipeline.report.tables import code, code_block, markdown_escaped
+from slm_pipeline.show.tables import code, code_block, markdown_escaped
+from slm_pipeline.store.files import give_usual_modes, write_json, write_text
 
 _PROBE_LENGTH = 16  # tokens, beyond the longest sliding window
 _LONGEST_PROBED_WINDOW = 1024  # tokens: Gemma 3's; above, the windows' settings are compared and the probe is short

@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline.artifacts import write_json
+from slm_pipeline.store.files import write_json
 
 log = logging.getLogger(__name__)
 

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import find_adapter_config_file
 
-from slm_pipeline import assets
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
-from slm_pipeline.models import folder, modeling_pruned
+from slm_pipeline.models import bundled, folder, modeling_pruned
 from slm_pipeline.models.architectures import PRUNED
+from slm_pipeline.models.checked import load_checked
 from slm_pipeline.models.source import RANDOM_POSITIONS, ModelSource, drawn_on
 from slm_pipeline.models.view import ModelView
 
@@ -72,7 +71,7 @@ def _place(source: ModelSource) -> tuple[str, str | None]:
     """What ``from_pretrained`` takes: a folder or repository, and a revision: the commit that the fingerprint names."""
     config = source.config
     if config.source == "bundled":
-        return str(assets.model_dir(config.name)), None
+        return str(bundled.model_dir(config.name)), None
     if config.source == "hub":
         assert config.repo is not None
         return config.repo, source.commit
@@ -111,39 +110,6 @@ def _load(place: str, config: ModelConfig, revision: str | None) -> Any:
         # transformers leaves apart what a checkpoint holds twice with different values, whatever its configuration says
         model.config.tie_word_embeddings = ModelView(model).ties_embeddings
         return model.eval() if device == "balanced" else model.to(device).eval()
-
-
-def load_checked(model_class: Any, place: Path | str, **options: Any) -> Any:
-    """``model_class.from_pretrained(place, **options)``, if the weights there are those of the model and no others.
-
-    transformers fills in random numbers for what is missing or of another shape, and applies an adapter that happens to
-    lie beside the weights.
-
-    Raises:
-        UserError: a tensor is missing or of another shape, or there is an adapter. Tensors that are not used are warned
-            about.
-    """
-    if find_adapter_config_file(str(place), revision=options.get("revision")):
-        raise UserError(f"{place} holds an adapter beside the weights: merge it into them, or move its files away")
-    transformers_log = logging.getLogger("transformers.modeling_utils")
-    transformers_log.addFilter(_is_no_load_report)  # said below, in a line
-    try:
-        model, found = model_class.from_pretrained(
-            place, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    finally:
-        transformers_log.removeFilter(_is_no_load_report)
-    problems = [folder.lacking(sorted(found["missing_keys"]))] if found["missing_keys"] else []
-    problems += folder.unequal({name: (saved, wanted) for name, saved, wanted in sorted(found["mismatched_keys"])})
-    if problems:
-        raise UserError(f"{place}: {'; '.join(problems)}")
-    if found["unexpected_keys"]:
-        log.warning("%s", folder.not_used(str(place), sorted(found["unexpected_keys"])))
-    return model
-
-
-def _is_no_load_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
 
 
 @contextmanager

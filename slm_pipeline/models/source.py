@@ -7,12 +7,13 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from slm_pipeline import assets, gpus, memory
-from slm_pipeline.artifacts import digest
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine import gpus, memory
 from slm_pipeline.models import architectures, folder
 from slm_pipeline.models.architectures import PRUNED, Architecture
+from slm_pipeline.models.bundled import BUNDLED_MODELS, model_fingerprint
+from slm_pipeline.store.checksums import digest
 
 DTYPES = ("float32", "bfloat16", "float16")
 _SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "vocab_size", "seed")
@@ -79,10 +80,10 @@ def describe(config: ModelConfig) -> ModelSource:
 
 
 def _bundled(config: ModelConfig) -> ModelSource:
-    if config.name not in assets.BUNDLED_MODELS:
-        raise UserError(f"model.name={config.name!r} is not bundled; bundled: {', '.join(assets.BUNDLED_MODELS)}")
-    bundled = assets.BUNDLED_MODELS[config.name]
-    fingerprint = f"{assets.model_fingerprint(config.name)}:{config.dtype}"
+    if config.name not in BUNDLED_MODELS:
+        raise UserError(f"model.name={config.name!r} is not bundled; bundled: {', '.join(BUNDLED_MODELS)}")
+    bundled = BUNDLED_MODELS[config.name]
+    fingerprint = f"{model_fingerprint(config.name)}:{config.dtype}"
     return ModelSource(config, fingerprint, bundled.num_layers, bundled.model_type, bundled.max_positions)
 
 

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from slm_pipeline import ranges
-from slm_pipeline.data import batches, examples, tokens
-from slm_pipeline.errors import UserError
-from slm_pipeline.ranges import (
+from slm_pipeline.config import ranges
+from slm_pipeline.config.ranges import (
     BatchSize,
     Count,
     CountOrZero,
@@ -24,6 +22,8 @@ from slm_pipeline.ranges import (
     Tokens,
     TotalTokens,
 )
+from slm_pipeline.data import batches, examples, tokens
+from slm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from slm_pipeline.config.ranges import NotNegative, Positive, Share
 from slm_pipeline.errors import UserError
-from slm_pipeline.ranges import NotNegative, Positive, Share
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult
 from slm_pipeline.recovery.distill import Distill
 from slm_pipeline.recovery.spans import changed_spans

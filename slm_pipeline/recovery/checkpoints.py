@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from slm_pipeline import checksums
-from slm_pipeline.artifacts import remove, write_json
 from slm_pipeline.recovery import collective, sharding
+from slm_pipeline.store import checksums
+from slm_pipeline.store.files import remove, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from slm_pipeline.config.ranges import Share
 from slm_pipeline.errors import UserError
-from slm_pipeline.ranges import Share
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
 from slm_pipeline.recovery.spans import Span, changed_spans
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from slm_pipeline.ranges import Positive
+from slm_pipeline.config.ranges import Positive
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from slm_pipeline.config.ranges import Range, Share
 from slm_pipeline.errors import UserError
-from slm_pipeline.ranges import Range, Share
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
 from slm_pipeline.recovery.trainable import silent_modules
 

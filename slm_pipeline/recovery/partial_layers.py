@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from slm_pipeline.config.ranges import NumLayersOrZero
 from slm_pipeline.errors import UserError
-from slm_pipeline.ranges import NumLayersOrZero
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
 
 if TYPE_CHECKING:

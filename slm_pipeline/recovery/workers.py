@@ -20,8 +20,8 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slm_pipeline import memory
 from slm_pipeline.errors import UserError, portable
+from slm_pipeline.machine import memory
 from slm_pipeline.recovery.base import Recovery, RecoveryProblem
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from slm_pipeline.report.columns import is_score
 from slm_pipeline.report.study import Study
-from slm_pipeline.report.tables import Lines, Table, code, csv_text, latex_escaped, markdown_escaped, wrapped
+from slm_pipeline.results.columns import is_score
+from slm_pipeline.show.tables import Lines, Table, code, csv_text, latex_escaped, markdown_escaped, wrapped
 
 
 def markdown(study: Study) -> str:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from slm_pipeline.errors import printable
-from slm_pipeline.report.columns import higher_is_better, is_detail, parted, shown
-from slm_pipeline.report.measurement import parameters_at_work
 from slm_pipeline.report.plots import Picture
 from slm_pipeline.report.runs import Run
 from slm_pipeline.report.study import Study, text_of
-from slm_pipeline.report.tables import Table, in_order
+from slm_pipeline.results.columns import higher_is_better, is_detail, parted, shown
+from slm_pipeline.results.measurement import parameters_at_work
+from slm_pipeline.show.tables import Table, in_order
 from slm_pipeline.surgery.plan import format_groups
 
 _HERE = Path(__file__).resolve().parent

@@ -8,16 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline.analysis import pictures
 from slm_pipeline.errors import only_warned_about
-from slm_pipeline.report import curves, damage
-from slm_pipeline.report.curves import Trace, Training
+from slm_pipeline.report import damage
 from slm_pipeline.report.damage import Damaged
-from slm_pipeline.report.looks import Look
 from slm_pipeline.report.plots import Picture, label_of, series_looks, telling_options
 from slm_pipeline.report.runs import Run
-from slm_pipeline.report.strips import Strip, layer_strips
 from slm_pipeline.report.study import Study, text_of
+from slm_pipeline.show import curves, pictures
+from slm_pipeline.show.curves import Trace, Training
+from slm_pipeline.show.looks import Look
+from slm_pipeline.show.strips import Strip, layer_strips
 
 log = logging.getLogger(__name__)
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slm_pipeline.analysis.canvas import spans_decades
 from slm_pipeline.errors import only_warned_about
-from slm_pipeline.report import curves
-from slm_pipeline.report.columns import higher_is_better, is_score, parted, shown
-from slm_pipeline.report.curves import Axis, Curve, Point, pareto_front
-from slm_pipeline.report.looks import BLUE, Look, combined, looks_of
-from slm_pipeline.report.measurement import zeroed_parameters
 from slm_pipeline.report.runs import Value
 from slm_pipeline.report.study import Study, mean_and_deviation, text_of
+from slm_pipeline.results.columns import higher_is_better, is_score, parted, shown
+from slm_pipeline.results.measurement import zeroed_parameters
+from slm_pipeline.show import curves
+from slm_pipeline.show.canvas import spans_decades
+from slm_pipeline.show.curves import Axis, Curve, Point, pareto_front
+from slm_pipeline.show.looks import BLUE, Look, combined, looks_of
 
 _PLAIN = Look(BLUE, "o", "-")
 _LONGEST = 36  # characters of a value in a legend

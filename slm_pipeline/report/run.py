@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline.artifacts import write_text
-from slm_pipeline.report.columns import change, count, perplexity
-from slm_pipeline.report.measurement import (
+from slm_pipeline.results.columns import change, count, perplexity
+from slm_pipeline.results.measurement import (
     Summary,
     corpus_labels,
     measurement,
@@ -18,7 +17,8 @@ from slm_pipeline.report.measurement import (
     standard_errors,
     task_details,
 )
-from slm_pipeline.report.tables import Lines, Table, code_block, in_order, markdown_escaped, wrapped
+from slm_pipeline.show.tables import Lines, Table, code_block, in_order, markdown_escaped, wrapped
+from slm_pipeline.store.files import write_text
 from slm_pipeline.surgery.plan import format_fit, format_groups
 
 
@@ -55,21 +55,6 @@ def score_table(summary: Summary) -> tuple[list[str], list[list[Any]]]:
         for task, found in task_details(summary, target).items()
     ]
     return ["model", "task", "score", "stderr", "metric", "examples"], rows
-
-
-def flat_metrics(summary: Summary) -> dict[str, float]:
-    """What runs are compared by: ``num_layers``, ``pruned/average``, ``pruned/perplexity/<corpus>`` and the like."""
-    flat: dict[str, float] = {}
-    if "num_layers" in summary:
-        flat["num_layers"] = summary["num_layers"]["pruned"]
-    if "parameters" in summary:
-        flat["parameters"] = parameters_at_work(summary)
-    for target, found in metrics_of(summary).items():
-        flat |= {f"{target}/{task}": score for task, score in found.get("zero_shot", {}).items()}
-        perplexities = found.get("perplexity", {})
-        for corpus, label in corpus_labels(perplexities).items():
-            flat[f"{target}/perplexity/{label}"] = perplexities[corpus]["perplexity"]
-    return flat
 
 
 def _headline(summary: Summary) -> tuple[str, str]:

@@ -12,9 +12,8 @@ from typing import Any
 
 from slm_pipeline.errors import UserError, printable
 from slm_pipeline.report.damage import FAILURE, SUMMARY, Damaged, read_json, read_yaml, text
-from slm_pipeline.report.measurement import Summary
-from slm_pipeline.run_folder import STUDY, study_of
-from slm_pipeline.study import REQUEUED, is_running, will_start
+from slm_pipeline.results.measurement import Summary
+from slm_pipeline.store.run_folder import REQUEUED, STUDY, is_running, study_of, will_start
 
 STATUSES = ("done", "FAILED", "unreadable", "running", "interrupted", "queued")
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.report import damage
-from slm_pipeline.report.columns import (
+from slm_pipeline.report.runs import STATUSES, Run, Value, read_runs
+from slm_pipeline.results.columns import (
     errors,
     higher_is_better,
     is_cost,
@@ -21,9 +22,8 @@ from slm_pipeline.report.columns import (
     parted,
     shown,
 )
-from slm_pipeline.report.measurement import measurement, small_limit
-from slm_pipeline.report.runs import STATUSES, Run, Value, read_runs
-from slm_pipeline.report.tables import Table, in_order
+from slm_pipeline.results.measurement import measurement, small_limit
+from slm_pipeline.show.tables import Table, in_order
 
 # Options that change no number: where things go, and what a study says of itself.
 _ASIDE = ("hydra", "study", "sweeps", "output_dir", "data_dir", "tracker", "dry_run", "keep", "local")

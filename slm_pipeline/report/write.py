@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline.artifacts import write_text
 from slm_pipeline.errors import UserError
 from slm_pipeline.report import documents
 from slm_pipeline.report.runs import any_left
 from slm_pipeline.report.study import Study, read_study
+from slm_pipeline.store.files import write_text
 
 log = logging.getLogger(__name__)
 

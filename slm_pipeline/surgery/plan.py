@@ -18,8 +18,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from slm_pipeline.artifacts import digest, write_bytes, write_json
 from slm_pipeline.errors import UserError
+from slm_pipeline.store.checksums import digest
+from slm_pipeline.store.files import write_bytes, write_json
 from slm_pipeline.surgery.merge_rules import RULES
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from slm_pipeline import assets
+from slm_pipeline.assets import texts
 from slm_pipeline.config import CalibrationConfig
 from slm_pipeline.data.calibration import HUB_SETS, check, sample
 from slm_pipeline.errors import UserError
@@ -173,13 +173,13 @@ def test_folder_that_changes_is_another_text(tmp_path):
 
 
 def test_bundled_passages(monkeypatch):
-    monkeypatch.setattr(assets, "bundled_texts", lambda name: {"lambada": ROWS}[name])
+    monkeypatch.setattr(texts, "bundled_texts", lambda name: {"lambada": ROWS}[name])
     found = sample(options("bundled", num_samples=5), byte_tokenizer(), None)
     assert (found.mode, sorted(row["row"] for row in found.ids)) == ("documents", [1, 2, 3, 5, 7])
 
 
 def test_bundled_passages_that_are_too_short_become_one_long_text(monkeypatch, caplog):
-    monkeypatch.setattr(assets, "bundled_texts", lambda name: ROWS)
+    monkeypatch.setattr(texts, "bundled_texts", lambda name: ROWS)
     with caplog.at_level("INFO"):
         found = sample(options("bundled", num_samples=3, seq_len=61), byte_tokenizer(), None)
     assert "joined to one long text" in caplog.text

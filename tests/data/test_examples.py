@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slm_pipeline import assets
+from slm_pipeline.assets import texts
 from slm_pipeline.data import examples
 from slm_pipeline.errors import UserError
 
@@ -61,7 +61,7 @@ def test_passages_are_cut_at_a_sentence_near_the_middle_or_between_words():
 
 def test_bundled_examples_are_the_passages(monkeypatch):
     texts = {name: [f"First of {name}. Second of {name}.", "word"] for name in examples.BUNDLED_TEXTS}
-    monkeypatch.setattr(assets, "bundled_texts", texts.get)
+    monkeypatch.setattr(texts, "bundled_texts", texts.get)
     found = load("bundled")
     assert [example["input"] for example in found] == [f"First of {name}." for name in examples.BUNDLED_TEXTS]
     assert found[1] == {
@@ -72,9 +72,9 @@ def test_bundled_examples_are_the_passages(monkeypatch):
 
 
 def test_bundled_fingerprint_follows_every_text(monkeypatch):
-    monkeypatch.setattr(assets, "texts_fingerprint", lambda name: name)
+    monkeypatch.setattr(texts, "texts_fingerprint", lambda name: name)
     before = fingerprint("bundled")
-    monkeypatch.setattr(assets, "texts_fingerprint", lambda name: name.replace("sciq", "changed"))
+    monkeypatch.setattr(texts, "texts_fingerprint", lambda name: name.replace("sciq", "changed"))
     assert fingerprint("bundled") != before
 
 

@@ -125,7 +125,7 @@ def test_a_run_says_how_much_of_its_evaluation_it_trained_on(tmp_path, monkeypat
         "evaluation.perplexity.corpora=[corpus.txt]", "evaluation.perplexity.window=128",
         "evaluation.perplexity.max_tokens=3600",
     ]  # fmt: skip
-    monkeypatch.setattr("slm_pipeline.summary._draw", lambda *_: [])
+    monkeypatch.setattr("slm_pipeline.jobs.summary._draw", lambda *_: [])
     for _ in range(2):  # the second time all is reused
         outcome = run_slm(*overrides)
         assert outcome.status == 0, outcome.err

@@ -144,7 +144,7 @@ def test_text_file_is_tokenised_as_it_is(tiny_llama, tmp_path):
 
 def test_bundled_text_is_coqa_joined_by_blank_lines(tiny_llama, monkeypatch):
     _, tokenizer = tiny_llama
-    monkeypatch.setattr("slm_pipeline.assets.bundled_texts", lambda name: {"coqa": ["A b.", "C d."]}[name])
+    monkeypatch.setattr("slm_pipeline.assets.texts.bundled_texts", lambda name: {"coqa": ["A b.", "C d."]}[name])
     ids, about = corpus_tokens(tokenizer, "bundled", window=8)
     assert tokenizer.decode(ids) == "A b.\n\nC d."
     assert (about["corpus"], about["source"], about["split"]) == ("bundled", "coqa", "validation")

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SLURM_LOCAL = ["hydra/launcher=slurm_local", "hydra.launcher.array_parallelism=2"]
 KILLED_BEFORE_MERGE = """
 import os
-from slm_pipeline.stages.merge import Merge
+from slm_pipeline.jobs.stages.merge import Merge
 
 run = Merge.run
 def dies(self, job, *arguments, **options):

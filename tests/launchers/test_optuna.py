@@ -10,12 +10,12 @@ import pytest
 import yaml
 from conftest import run_slm
 
-from slm_pipeline.objective import OVER_BUDGET
+from slm_pipeline.results.objective import OVER_BUDGET
 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slm_pipeline.summary._draw", lambda *_: [])
+    monkeypatch.setattr("slm_pipeline.jobs.summary._draw", lambda *_: [])
 
 
 @pytest.fixture

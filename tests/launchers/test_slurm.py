@@ -173,7 +173,7 @@ def table(sweep: Path) -> list[dict[str, Any]]:
 
 
 def test_a_study_on_slurm_survives_a_requeue_and_a_cancelled_job(slurm, study, tmp_path, monkeypatch):
-    monkeypatch.setattr("slm_pipeline.summary._draw", lambda *_: [])
+    monkeypatch.setattr("slm_pipeline.jobs.summary._draw", lambda *_: [])
     assert run_slm(*study, f"output_dir={tmp_path}/local").status == 0
     (local,) = (tmp_path / "local" / "sweeps").glob("*/*")
     expected = table(local)

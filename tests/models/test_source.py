@@ -212,7 +212,7 @@ def test_supported_architectures_are_described_and_loaded(architecture, tmp_path
     ],
 )
 def test_unusable_options(options, message, monkeypatch):
-    monkeypatch.setattr("slm_pipeline.memory.of_machine", lambda: 8 * 10**9)
+    monkeypatch.setattr("slm_pipeline.machine.memory.of_machine", lambda: 8 * 10**9)
     with pytest.raises(UserError, match=message):
         describe(ModelConfig(**{"name": "x", **options}))
 

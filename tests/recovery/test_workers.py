@@ -23,8 +23,8 @@ from conftest import random_source, run_slm
 from recovery.conftest import BUDGET, problem
 from safetensors.torch import load_file
 
-from slm_pipeline import memory
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine import memory
 from slm_pipeline.recovery import workers
 from slm_pipeline.recovery.block_mse import BlockMse
 from slm_pipeline.recovery.collective import Trained

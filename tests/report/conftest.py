@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from studies import dense_only, finished, write_run
 
-from slm_pipeline.report import curves, per_run
+from slm_pipeline.report import per_run
+from slm_pipeline.show import curves
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def test_a_plot_that_fails_does_not_cost_the_report(three, tmp_path, monkeypatch
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("slm_pipeline.report.curves.against", fails)
+    monkeypatch.setattr("slm_pipeline.show.curves.against", fails)
     monkeypatch.setattr(per_run, "layer_strips", fails)
     written = write_report(read_study(three), tmp_path / "out")
     assert {path.stem for path in written.pictures} == {"score_by_speed", "search_traces", "training_loss"}

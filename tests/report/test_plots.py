@@ -7,9 +7,10 @@ from itertools import product
 import pytest
 from studies import finished, perplexity, write_run
 
-from slm_pipeline.report import curves, plots
-from slm_pipeline.report.looks import METHODS, RECOVERIES
+from slm_pipeline.report import plots
 from slm_pipeline.report.study import read_study
+from slm_pipeline.show import curves
+from slm_pipeline.show.looks import METHODS, RECOVERIES
 
 
 def points(curve: curves.Curve) -> list[tuple[float, float, float | None]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from studies import perplexity, task
 
-from slm_pipeline.report.columns import measures
-from slm_pipeline.report.run import flat_metrics, score_table, write_summary_md
-from slm_pipeline.report.tables import WIDTH
+from slm_pipeline.report.run import score_table, write_summary_md
+from slm_pipeline.results.columns import flat_metrics, measures
+from slm_pipeline.show.tables import WIDTH
 
 
 def test_text_holds_the_run_in_lines_that_fit_a_terminal(tmp_path, summary, monkeypatch):

@@ -10,7 +10,7 @@ from studies import finished, write_run
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.report.runs import read_runs
-from slm_pipeline.study import REQUEUED
+from slm_pipeline.store.run_folder import REQUEUED
 
 
 def test_every_job_is_found_in_order(sweep):

@@ -1,0 +1,385 @@
+"""The schema of every option we own, and the one place where YAML turns into objects.
+
+The dataclasses below are the root of the Hydra configuration: a misspelt key or a wrong type is refused while the
+configuration is composed. Groups that plug in (``method``, ``recovery``) name a class with ``_target_``; `build` is
+the only function that resolves such a name. Importing this module stays cheap: no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from inspect import isabstract
+from pathlib import Path
+from typing import Annotated, Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from slm_pipeline.config import ranges
+from slm_pipeline.config.ranges import (
+    BatchSize,
+    Count,
+    CountOrZero,
+    FilePath,
+    FolderName,
+    NumLayers,
+    Range,
+    Seed,
+    Text,
+    Tokens,
+    UpToOne,
+)
+from slm_pipeline.errors import UserError
+from slm_pipeline.store.checksums import digest
+
+_HERE = Path(__file__).resolve().parent.parent
+_ROOT = _HERE if (_HERE / "conf").is_dir() else _HERE.parent  # an installed wheel carries conf/ and sweeps/ inside
+CONF_DIR = _ROOT / "conf"
+SWEEPS_ROOT = _ROOT  # the folder that holds the shipped sweeps/
+
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)  # of a configuration that cannot be put together
+PLUG_INS = ("method", "recovery")  # groups whose options are classes, see `build`
+STAGES = ("calibrate", "merge", "recover", "evaluate")
+TARGETS = ("dense", "pruned", "recovered")
+
+
+@dataclass
+class ModelConfig:
+    """Where weights and tokenizer come from, and how they are placed."""
+
+    name: str = MISSING  # short name for tables and folders
+    source: str = MISSING  # bundled | hub | local | random
+    repo: str | None = None  # hub: repository
+    revision: str | None = None  # hub: commit, tag or branch
+    path: FilePath | None = None  # local: folder that transformers can load
+    dtype: str = "bfloat16"  # float32 | bfloat16 | float16
+    device: str = "auto"  # auto (cuda if there is one) | cpu | cuda | cuda:N | balanced (spread over all GPUs)
+    trust_remote_code: bool = False
+    published_thresholds: dict[str, UpToOne] = field(default_factory=dict)  # ratio option -> threshold
+    architecture: str | None = None  # random: a model_type of transformers, e.g. qwen3; the rest is for random too
+    num_layers: NumLayers | None = None
+    hidden_size: Count | None = None
+    intermediate_size: Count | None = None
+    num_heads: Count | None = None
+    num_kv_heads: Count | None = None
+    vocab_size: Annotated[int, Range(at_least=260, below=2**31)] | None = None  # 256 bytes and special tokens
+    seed: Seed | None = None
+
+
+@dataclass
+class CalibrationConfig:
+    """The text that a method looks at."""
+
+    source: str = MISSING  # bundled | text_file | bookcorpus | c4 | wikitext2 | slimpajama
+    path: FilePath | None = None  # text_file: a UTF-8 file; hub sets: a local folder in the hub's layout
+    num_samples: Count = 10
+    seq_len: Tokens = 128
+    sampling: str = "random"  # random | contiguous
+    seed: Seed = 1234
+
+
+@dataclass
+class ThresholdConfig:
+    """Similarity floor of the threshold-driven methods."""
+
+    kind: str = "auto"  # auto | fixed | published
+    value: UpToOne | None = None  # fixed
+    refine: Annotated[int, Range(at_least=0, at_most=100)] = 5  # auto: grid points tried above the best from halving
+    exhaustive: bool = False  # auto: walk the whole grid down from 0.99 instead
+
+
+@dataclass
+class PruningRatioConfig:
+    """How much to remove."""
+
+    of: str = "layers"  # layers | parameters
+    ratio: Annotated[float, Range(above=0, below=1)] | None = None  # fraction to remove
+    num_layers: NumLayers | None = None  # layers to keep, instead of a ratio
+
+
+@dataclass
+class PerplexityConfig:
+    """Language-model loss over running text."""
+
+    corpora: list[FilePath] = field(default_factory=list)  # bundled | wikitext2 | c4 | ptb | a text file
+    window: Annotated[int, Range(at_least=2, at_most=2**20)] = 1024  # tokens
+    stride: Tokens | None = None  # null: windows do not overlap; else only a window's last `stride` tokens are scored
+    bos: bool = False  # put the BOS token before every window
+    max_tokens: Count | None = None  # null: the whole text
+    batch_size: BatchSize = 4
+
+
+@dataclass
+class EfficiencyConfig:
+    """Speed and memory of generation, as the SLM authors measure it."""
+
+    enabled: bool = False
+    batch_size: BatchSize = 1
+    output_len: Tokens = 128
+    num_runs: Count = 30
+    num_warmup: CountOrZero = 10  # of the runs, not counted
+    prompt: Annotated[str, Text(lines=True)] = "The Leaning Tower of Pisa is known for"
+
+
+@dataclass
+class EvaluationConfig:
+    """Which numbers, on which data."""
+
+    of: list[str] = field(default_factory=lambda: list(TARGETS))
+    data: FilePath = "bundled"  # bundled | hub | a folder with <task>.jsonl files
+    tasks: list[str] = field(default_factory=list)
+    limit: Count | None = None  # first examples of each task; null: all
+    batch_size: BatchSize = 16
+    perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
+    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go; metrics.jsonl is always written."""
+
+    kind: str = "jsonl"  # jsonl | wandb
+    mode: str = "offline"  # wandb: offline | online
+    project: Annotated[str, Text(at_most=128, empty=False)] = "slm_pipeline"
+    entity: str | None = None
+    tags: list[Annotated[str, Text(at_most=64, empty=False)]] = field(default_factory=list)
+
+
+@dataclass
+class StudyConfig:
+    """What a multirun asks, and how its table and its plot answer; see sweeps/."""
+
+    question: str | None = None  # in words, the title of its report
+    metric: str | None = None  # the column that answers it, e.g. "perplexity bundled pruned"
+    x: str | None = None  # what it is drawn against: a column such as layers, or an option such as threshold.value
+    series: list[str] = field(default_factory=list)  # options whose values name the curves, e.g. [method]
+    sort_by: str | None = None  # a column of the table, best first; null: in the order of the jobs
+
+
+@dataclass
+class ObjectiveConfig:
+    """The number that a job returns to a sweeper that searches, such as Optuna's."""
+
+    metric: str | None = None  # such as pruned/perplexity/bundled, pruned/average or num_layers; null: no number
+    direction: str = "minimize"  # minimize | maximize
+    max_layers: NumLayers | None = None  # budget: more layers count as worse than anything within it
+
+
+@dataclass
+class Config:
+    """The whole configuration of one job."""
+
+    name: FolderName = "slm"
+    seed: Seed = 1234
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    force: list[str] = field(default_factory=list)  # stages to run again, with everything after them
+    keep: str = "model"  # model | plan: whether the pruned weights stay on disk or are rebuilt from the plan
+    dry_run: bool = False
+    pictures: bool = True  # in the run's folder; without them a job of seconds in a large study takes half as long
+    study: StudyConfig = field(default_factory=StudyConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    output_dir: FilePath = "outputs"
+    data_dir: FilePath | None = None  # where relative data paths are looked up; null: the directory you started in
+    model: ModelConfig = field(default_factory=ModelConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    method: Any = None
+    threshold: ThresholdConfig = field(default_factory=ThresholdConfig)
+    pruning_ratio: PruningRatioConfig = field(default_factory=PruningRatioConfig)
+    recovery: Any = None
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+
+def register() -> None:
+    """Make the schema known to Hydra, as ``schema`` in the defaults list.
+
+    The plug-in groups are open: which keys they have is for their classes to say, see `build`, where an error can name
+    the option that lacks a key, and is one job's alone in a study.
+    """
+    schema = OmegaConf.structured(Config)
+    for group in PLUG_INS:
+        schema[group] = {}
+        OmegaConf.set_struct(schema[group], False)
+    ConfigStore.instance().store(name="schema", node=schema)
+    OmegaConf.register_new_resolver("digest", _digest, replace=True)
+
+
+def _digest(*keys: str, _root_: DictConfig) -> str:
+    """``${digest:model,evaluation}``: six digits that change with these parts of the configuration."""
+    parts = {key: _root_[key] for key in keys}
+    plain = {
+        key: OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part
+        for key, part in parts.items()
+    }
+    return digest(plain)[:6]
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The typed configuration of a composed one; interpolations resolved, unknown keys refused.
+
+    Raises:
+        UserError: a key that does not exist (also one added with ``+``), a wrong type, a missing value, or one out of
+            its range.
+    """
+    values = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(values, dict)
+    values.pop("hydra", None)
+    plain = OmegaConf.create(values)
+    with _refusals_in_one_line():
+        OmegaConf.resolve(plain)
+        if missing := sorted(OmegaConf.missing_keys(plain)):
+            raise UserError(f"no value for {', '.join(missing)}; see slm --help")
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(Config), plain))
+    assert isinstance(config, Config)
+    ranges.check(config)
+    return config
+
+
+@functools.cache
+def _schema(options: Any) -> DictConfig:
+    """The dataclass as OmegaConf checks values against it; making one takes longer than using it."""
+    return OmegaConf.structured(options)
+
+
+@contextmanager
+def _refusals_in_one_line(group: str = "") -> Iterator[None]:
+    """Turn what OmegaConf has against a value, of the whole configuration or of a group, into a user's error."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        message = one_line(error)
+        names_key = bool(error.full_key) and message.startswith(str(error.full_key))
+        raise UserError(f"{group}{'.' if names_key else ': '}{message}" if group else message) from error
+    except OverflowError as error:  # an integer of hundreds of digits where a float belongs
+        raise UserError(f"{group and group + ': '}{str(error).partition(chr(10))[0]}") from error
+    except RecursionError as error:
+        raise UserError("values refer to one another in a circle: ${...}") from error
+
+
+def is_text(key: str) -> bool:
+    """Whether an option of the schema, by its whole name, holds one text."""
+    kind: Any = Config
+    for name in key.split("."):
+        kind = ranges.split(ranges.declared(kind).get(name))[0] if is_dataclass(kind) else None
+    return kind is str
+
+
+def build(node: Any, *, group: str) -> Any:
+    """The object that a plug-in group's YAML describes; None for ``recovery=none``, which has no class.
+
+    ``_target_`` names a dataclass of this package; the other keys are its fields, checked for name, type and range, and
+    by the class's own ``__post_init__``. The option ``none`` has no use for the keys of the others: see `unused`.
+
+    Raises:
+        UserError: the class is not one of ours, it lacks a key, or a value is of the wrong type or range.
+    """
+    target, values = _target_and_values(node, group)
+    if target is None and group == "recovery":
+        return None
+    options = _options_class(target, group)
+    lacking = set(values) - {option.name for option in fields(options)}
+    if lacking and options.name != "none":
+        raise UserError(_lacks(min(lacking), group, options))
+    with _refusals_in_one_line(group):
+        given = {key: value for key, value in values.items() if key not in lacking}
+        built = OmegaConf.to_object(OmegaConf.merge(_schema(options), given))
+    ranges.check(built, f"{group}.")
+    return built
+
+
+def unused(node: Any, *, group: str) -> list[str]:
+    """Keys of a plug-in group that were set although its option is ``none``, by their whole names.
+
+    So ``recovery=none`` can be laid over an experiment, or stand in a study, that sets what the others read.
+
+    Raises:
+        UserError: no option of the group has such a key.
+    """
+    target, values = _target_and_values(node, group)
+    options = None if target is None and group == "recovery" else _options_class(target, group)
+    if options is not None and options.name != "none":
+        return []
+    own = {option.name for option in fields(options)} if options is not None else set()
+    extra = [key for key in values if key not in own]
+    known = _options_with(group)
+    for key in extra:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=3)
+            raise UserError(
+                f"{group}.{key} does not exist in any option of {group};"
+                f" {'did you mean' if near else 'there are'} {', '.join(near or sorted(known))}"
+            )
+    return [f"{group}.{key}" for key in extra]
+
+
+def _target_and_values(node: Any, group: str) -> tuple[Any, dict[str, Any]]:
+    if not isinstance(node or {}, (Mapping, DictConfig)):
+        raise UserError(f"{group}={ranges.short(node)} must be one of {', '.join(sorted(_names(group)))}")
+    values = {str(key): value for key, value in (node or {}).items()}
+    return values.pop("_target_", None), values
+
+
+def _options_class(target: Any, group: str) -> Any:
+    """The dataclass that ``_target_`` names."""
+    if target is None:
+        raise UserError(f"{group} has no option; choose one of {', '.join(sorted(_names(group)))}")
+    if not isinstance(target, str) or not target.startswith("slm_pipeline."):
+        raise UserError(f"{group}._target_={target!r} must name a class in slm_pipeline")
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        options = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{group}._target_={target!r} does not exist ({error})") from error
+    does = {"method": "plan", "recovery": "run"}[group]
+    if not (is_dataclass(options) and hasattr(options, "name") and hasattr(options, does)) or isabstract(options):
+        raise UserError(f"{group}._target_={target!r} is not the class of a {group}")
+    return options
+
+
+def _lacks(key: str, group: str, options: Any) -> str:
+    """Why a key is refused: which options have it, or what is like it."""
+    message = f"{group}.{key} does not exist for {group}={options.name}"
+    if others := _options_with(group).get(key):
+        message += f", only for {group}={', '.join(others)}"
+    names = [option.name for option in fields(options)]
+    if near := difflib.get_close_matches(str(key), names):
+        message += f" (did you mean {', '.join(near)}?)"
+    return f"{message}; {group}={options.name} has: {', '.join(names)}"
+
+
+def _names(group: str) -> list[str]:
+    return [file.stem for file in (CONF_DIR / group).glob("*.yaml")]
+
+
+@functools.cache
+def _options_with(group: str) -> dict[str, list[str]]:
+    """Of each key of a plug-in group the shipped options that have it."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(_names(group)):
+        values: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / group / f"{name}.yaml"), resolve=False)
+        values = values.get(group, values)  # some are written from the top
+        target = values.get("_target_")
+        for option in fields(_options_class(target, group)) if target else ():
+            found.setdefault(option.name, []).append(name)
+    return found
+
+
+def one_line(error: Exception) -> str:
+    """An OmegaConf or Hydra message without its trailing location block."""
+    message = str(error)
+    if isinstance(error.__cause__, OmegaConfBaseException):  # Hydra names the override, OmegaConf what is wrong with it
+        message += f": {error.__cause__}"
+    message = message.partition("Config search path:")[0]
+    message = re.sub(r"To append to your config use \S+", "See slm --cfg job for all keys.", message.strip())
+    lines = [line.strip() for line in message.splitlines()]
+    key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
+    first = " ".join(line for line in lines if not re.match(r"(full_key|object_type|reference_type):?", line))
+    return f"{key}: {first}" if key and key not in first else first

@@ -1,0 +1,104 @@
+"""The overrides of a command line: what Hydra reads in them, or how they have to be written. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
+from hydra.errors import HydraException
+
+from slm_pipeline import config
+from slm_pipeline.config import ranges
+from slm_pipeline.errors import UserError
+
+
+def parse_overrides(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
+    """What Hydra reads in them.
+
+    Args:
+        loader: knows the options that ``glob()`` chooses from.
+
+    Raises:
+        UserError: it cannot read one, or reads something else than the text that was meant; with the form that works.
+    """
+    parser = OverridesParser.create()
+    parsed = []
+    for override in overrides:
+        try:
+            item = parser.parse_override(override)
+        except (HydraException, ValueError, RecursionError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            shown = override if override.isprintable() else repr(override)
+            raise UserError(f"cannot read {shown[:300]}: {reason[:300]}{as_text_hint(override)}") from error
+        raw, value = override.partition("=")[2], item._value
+        if isinstance(value, str) and raw != raw.strip():
+            raise UserError(f"{override!r}: blanks at its ends are lost{as_text_hint(override)}")
+        if isinstance(value, int) and value.bit_length() > 1000:
+            raise UserError(f"{item.key_or_group}={ranges.short(value)} is too large a number")
+        no_text = isinstance(value, (bool, int, float, list, dict)) and str(value) != raw
+        if no_text and config.is_text(item.key_or_group):
+            raise UserError(f"{override} is read as {item.value()}{as_text_hint(override)}")
+        item.config_loader = loader
+        parsed.append(item)
+    return parsed
+
+
+def as_text_hint(override: str) -> str:
+    """The end of a message about an override: how a shell and Hydra take its value as one text, whatever is in it."""
+    key, equals, value = override.partition("=")
+    if not equals or ranges.Text(at_most=300).fault(value):
+        return ""
+    quoted = QuotedString(text=value, quote=Quote.double).with_quotes()
+    return f"; as one text it is written {shlex.quote(f'{key}={quoted}')}"
+
+
+def asks_for_several_jobs(item: Override) -> str:
+    """What a sweep without -m asks for."""
+    as_text = as_text_hint(item.input_line or "") if set("/ ") & set(item.input_line or "") else ""
+    return f"{item.input_line} asks for several jobs{as_text}"
+
+
+def check_group(item: Override) -> None:
+    """Raise `UserError` unless an override of a group names one option."""
+    group = item.key_or_group
+    if item.is_sweep_override() or not _is_group(group):
+        return
+    value = item.value()
+    if isinstance(value, list):
+        # Hydra would lay the options over one another without a word.
+        names = ",".join(map(str, value))
+        raise UserError(
+            f"{item.input_line} names several options of {group}; choose one, or one job each: slm -m {group}={names}"
+        )
+    if not isinstance(value, str) or not value:
+        names = ", ".join(sorted(file.stem for file in _folder(group).glob("*.yaml")))
+        raise UserError(f"{item.input_line}: {group} is a group, choose one of its options: {names}")
+
+
+def _is_group(name: str) -> bool:
+    return _folder(name).is_dir()
+
+
+def _folder(group: str) -> Path:
+    return (config.SWEEPS_ROOT if group == "sweeps" else config.CONF_DIR) / group
+
+
+def swept_values(item: Override) -> list[str]:
+    """An override with each of the values that it sweeps over, an interval with its lower end; itself if it does not.
+
+    Raises:
+        UserError: there is no value.
+    """
+    if not item.is_sweep_override():
+        return [item.input_line or ""]
+    if isinstance(interval := item.value(), IntervalSweep):
+        return [f"{item.get_key_element()}={interval.start}"]
+    found = [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
+    if not found:
+        what = "no option of a group" if isinstance(item.value(), Glob) else "nothing"
+        raise UserError(f"{item.input_line} sweeps over {what}")
+    return found

@@ -1,0 +1,336 @@
+"""Run a job: the stages that are not already done, then the table, the pictures and the log."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from slm_pipeline.config import TARGETS, to_config
+from slm_pipeline.errors import UserError, only_warned_about
+from slm_pipeline.jobs import study, summary
+from slm_pipeline.jobs.job import Job, prepare
+from slm_pipeline.jobs.stages.base import Stage
+from slm_pipeline.jobs.stages.calibrate import Calibrate
+from slm_pipeline.jobs.stages.evaluate import Evaluate
+from slm_pipeline.jobs.stages.merge import Merge
+from slm_pipeline.jobs.stages.recover import Recover
+from slm_pipeline.jobs.tracking import Tracker, open_tracker
+from slm_pipeline.machine import gpus, memory, provenance
+from slm_pipeline.report.write import write_summary_so_far
+from slm_pipeline.results import objective
+from slm_pipeline.store import run_folder, users
+from slm_pipeline.store.artifact import Artifact, check_store
+from slm_pipeline.store.files import is_held, write_json, write_text
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of this job: to be run if selected, else only read if another needs it and it is there."""
+
+    stage: Stage
+    selected: bool
+    forced: bool
+
+
+def steps(job: Job) -> list[Step]:
+    """The job's stages in order. A forced stage forces those that read its result."""
+    targets = [target for target in TARGETS if target in job.config.evaluation.of]
+    stages: list[Stage] = [Calibrate(), Merge()]
+    if job.recovery is not None:
+        stages.append(Recover())
+    elif "recovered" in targets:
+        targets.remove("recovered")
+    stages += [Evaluate(target) for target in targets]
+    forced: set[str] = set()
+    result = []
+    for stage in stages:
+        if stage.stage in job.config.force or forced.intersection(stage.needs):
+            forced.add(stage.name)
+        result.append(Step(stage, stage.stage in job.config.stages, stage.name in forced))
+    return result
+
+
+def plan(job: Job) -> list[tuple[Step, Artifact | None]]:
+    """Each step with its artefact, as far as that is known before anything runs.
+
+    Raises:
+        UserError: a selected stage reads the result of one that is neither selected nor done.
+    """
+    known: dict[str, Artifact] = {}
+    planned: list[tuple[Step, Artifact | None]] = []
+    will_run: set[str] = set()
+    for step in steps(job):
+        stage = step.stage
+        artifact = _artifact(stage, job, known)
+        if artifact is not None:
+            known[stage.name] = artifact
+        if step.selected:
+            for name in stage.needs:
+                if name not in will_run and not (name in known and known[name].done):
+                    raise UserError(
+                        f"stages={job.config.stages}: {stage.name} needs the result of {name}, which is not there;"
+                        f" add {name} to stages"
+                    )
+            will_run.add(stage.name)
+        planned.append((step, artifact))
+    return planned
+
+
+def _artifact(stage: Stage, job: Job, known: Mapping[str, Artifact]) -> Artifact | None:
+    """Where the stage's result belongs; None while that is not known before an earlier stage has run."""
+    if not all(name in known for name in stage.needs):
+        return None
+    identity = stage.identity(job, known)
+    return Artifact(job.store, stage.stage, identity) if identity is not None else None
+
+
+def describe_plan(job: Job) -> str:
+    """One line for each selected stage: run or reuse, and its folder; then what is worth a warning."""
+    lines = []
+    for step, artifact in plan(job):
+        if not step.selected:
+            continue
+        if artifact is None:
+            lines.append(f"{step.stage.name:<20} run    {job.store / step.stage.stage}/ (named once the plan is known)")
+        else:
+            action = "reuse" if step.stage.is_whole(job, artifact) and not step.forced else "run"
+            resumed = " (continues an interrupted one)" if action == "run" and artifact.partial.exists() else ""
+            lines.append(f"{step.stage.name:<20} {action:<6} {artifact.path}{resumed}")
+    lines += [f"warning: {warning}" for warning in job.warnings]
+    return "\n".join(lines)
+
+
+def run_job(composed: DictConfig) -> float | None:
+    """Run one composed configuration inside Hydra. Leaves summary.json, or failure.json and an error, or if it was
+    interrupted neither.
+
+    Returns:
+        The job's objective, for a sweeper that searches.
+    """
+    hydra = HydraConfig.get()
+    run_dir = Path(hydra.runtime.output_dir)
+    multirun = hydra.mode == RunMode.MULTIRUN
+    command = shlex.join(["slm", *(hydra.overrides.task if multirun else sys.argv[1:])])
+    if multirun and hydra.runtime.choices["hydra/launcher"] == "gpus":
+        gpus.take_one(hydra.launcher.n_jobs)
+    warnings = _WarningCollector()
+    logging.getLogger("slm_pipeline").addHandler(warnings)
+    try:
+        for left in ("summary.json", "failure.json", run_folder.REQUEUED):  # of an earlier attempt in this folder
+            (run_dir / left).unlink(missing_ok=True)
+        config = to_config(composed)
+        job = prepare(config, command)
+        if config.dry_run:
+            print(describe_plan(job))
+            return None
+        check_store(job.store)
+        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+        choices = {
+            group: choice
+            for group, choice in hydra.runtime.choices.items()
+            if isinstance(choice, str) and "/" not in group
+        }
+        of_study = study.group(config.name, Path(hydra.sweep.dir)) if multirun else None
+        with open_tracker(
+            config.tracker,
+            run_dir=run_dir,
+            name=f"{of_study or config.name}/{run_dir.name}",
+            run_config=asdict(config),
+            group=of_study,
+            tags=[f"{group}={choice}" for group, choice in choices.items()],
+            job_type=config.stages[-1] if config.stages else "none",
+        ) as tracker:
+            found = execute(job, run_dir, tracker, warnings.messages)
+        return objective.value(config, found)
+    except BaseException as error:
+        if isinstance(error, SystemExit):  # that is how a cluster's job ends that is back in the queue
+            with suppress(OSError):  # a full disk
+                (run_dir / run_folder.REQUEUED).touch()
+        elif isinstance(error, Exception) and not (run_dir / "summary.json").exists():
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            _write_failure(run_dir, {"error": first_line, "type": type(error).__name__, "command": command})
+        if isinstance(error, UserError):
+            log.error("error: %s", error) if multirun else log.debug("error: %s", error)
+            log.debug("where it came from", exc_info=error)
+        raise
+    finally:
+        logging.getLogger("slm_pipeline").removeHandler(warnings)
+        if multirun and not composed.dry_run and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            write_summary_so_far(Path(hydra.sweep.dir))
+
+
+def record_lost_job(composed: DictConfig, error: UserError) -> None:
+    """Leave a FAILED row of a multirun for a job that could not leave one itself: cancelled, killed, never started.
+
+    Args:
+        composed: the job's configuration with Hydra's own part, its number in it.
+        error: what became of it. Not written where the job did leave a result or a reason.
+    """
+    sweep_dir = Path(composed.hydra.sweep.dir)
+    run_dir = sweep_dir / str(composed.hydra.sweep.subdir)
+    overrides = list(composed.hydra.overrides.task)
+    if not any((run_dir / name).exists() for name in ("summary.json", "failure.json")):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / run_folder.RUNNING).touch()
+        write_text(run_dir / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+        command = shlex.join(["slm", *overrides])
+        _write_failure(run_dir, {"error": str(error), "type": type(error).__name__, "command": command})
+    write_summary_so_far(sweep_dir)
+
+
+def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> dict[str, Any]:
+    """Run the job's steps, then write and print what they found."""
+    due = {
+        step.stage.stage: step.stage  # those that evaluate look at the same
+        for step, known in plan(job)
+        if step.selected and (step.forced or known is None or not step.stage.is_whole(job, known))
+    }
+    for stage in due.values():
+        stage.preflight(job)
+    for warning in job.warnings:
+        log.warning("%s", warning)
+    if "evaluate" in job.config.stages and job.config.evaluation.of:
+        for corpus in job.corpora_of_calibration():
+            log.warning(
+                "perplexity of %s: the calibration samples come from the same corpus, which favours the pruned model",
+                corpus,
+            )
+    users.begin(job.store, run_dir)
+    for path in (job.config.model.path, getattr(job.method, "path", None)):
+        users.note_path(path, run_dir)
+    results: dict[str, Artifact] = {}
+    reused: dict[str, bool] = {}
+    waiting = steps(job)
+    while waiting:
+        step, artifact = _next(waiting, job, results)
+        waiting.remove(step)
+        stage = step.stage
+        if artifact is None:
+            continue
+        users.note(artifact.path, run_dir)
+        if step.selected:
+            if not all(results[name].intact for name in stage.needs if _runs(step, job, artifact)):
+                plan(job)  # says so if what it would read is damaged and is not selected
+                waiting = steps(job)  # else it is made again
+                continue
+            reused[stage.name] = _produce(step, artifact, job, results, tracker) and reused.get(stage.name, True)
+            _link(run_dir / stage.name, artifact.path)
+            with only_warned_about(f"{stage.name}: its numbers were not logged"):
+                stage.publish(artifact, tracker, reused=reused[stage.name])
+        if artifact.done:
+            results[stage.name] = artifact
+    ran = {step.stage.name: results[step.stage.name] for step in steps(job) if step.stage.name in reused}
+    found = summary.build(job, ran, reused, warnings)
+    summary.write(found, results, run_dir, tracker, warnings, draw=job.config.pictures)
+    return found
+
+
+def _runs(step: Step, job: Job, artifact: Artifact) -> bool:
+    return step.forced or not step.stage.is_whole(job, artifact)
+
+
+def _next(waiting: list[Step], job: Job, results: Mapping[str, Artifact]) -> tuple[Step, Artifact | None]:
+    """The first step that needs none of those before it and that no other job is at, or the first if all are taken.
+
+    So the jobs of a sweep do not wait for the one that scores their common dense model: they score their own meanwhile.
+    """
+    names = {step.stage.name for step in waiting}
+    ready = [
+        (step, _artifact(step.stage, job, results)) for step in waiting if not names.intersection(step.stage.needs)
+    ]
+    free = (pair for pair in ready if pair[1] is None or not is_held(pair[1].lock))
+    return next(free, ready[0])
+
+
+def _produce(step: Step, artifact: Artifact, job: Job, results: Mapping[str, Artifact], tracker: Tracker) -> bool:
+    stage = step.stage
+    if not stage.is_whole(job, artifact) or step.forced:
+        log.info("%s: %s", stage.name, "continues" if artifact.partial.exists() and not step.forced else "starts")
+    started = time.monotonic()
+    with _out_of_memory_explained(stage.name):
+        record, was_reused = artifact.produce(
+            functools.partial(stage.run, job, results, tracker=tracker),
+            is_whole=lambda: stage.is_whole(job, artifact),
+            force=step.forced,
+        )
+    if was_reused:
+        _warn_of_other_code(stage.name, record)
+        log.info("%s: reused, %s", stage.name, artifact.path)
+    else:
+        log.info("%s: done in %.1f s, %s", stage.name, time.monotonic() - started, artifact.path)
+        memory.free()  # looks at every object there is: not after a stage that made none
+    return was_reused
+
+
+@contextmanager
+def _out_of_memory_explained(stage: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the latter is torch's, on a CPU
+            raise UserError(
+                f"{stage} ran out of memory; a smaller model, batch size or calibration.num_samples would fit"
+            ) from error
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        _, total = torch.cuda.mem_get_info()
+        raise UserError(
+            f"{stage} ran out of GPU memory ({total / 1e9:.0f} GB in all): halve evaluation.batch_size,"
+            " recovery.micro_batch_size or calibration.num_samples, use model.dtype=bfloat16, or spread the model over"
+            " several GPUs with model.device=balanced"
+        ) from error
+
+
+def _warn_of_other_code(stage: str, record: Mapping[str, Any]) -> None:
+    made, now = record["provenance"], provenance.collect()
+    if made["versions"].get("slm_pipeline") != now["versions"]["slm_pipeline"]:
+        log.warning("%s: reused a result of slm_pipeline %s", stage, made["versions"].get("slm_pipeline"))
+    elif made["git_commit"] != now["git_commit"]:
+        log.warning("%s: reused a result of commit %s", stage, (made["git_commit"] or "unknown")[:12])
+
+
+def _link(link: Path, target: Path) -> None:
+    """For people to find their way; not every file system has links."""
+    with only_warned_about(f"no link {link}"):
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+
+
+def _write_failure(run_dir: Path, failure: dict[str, Any]) -> None:
+    try:
+        write_json(run_dir / "failure.json", failure)
+    except OSError as error:  # the disk may be full: the first error is the one to show
+        log.warning("cannot write %s: %s", run_dir / "failure.json", error)
+
+
+class _WarningCollector(logging.Handler):
+    """Keeps this package's warnings for the summary."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError):
+            return  # the other handlers say so
+        if record.levelno == logging.WARNING and message not in self.messages:
+            self.messages.append(message)

@@ -1,0 +1,48 @@
+"""What every stage is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slm_pipeline.jobs.job import Job
+from slm_pipeline.jobs.tracking import Tracker
+from slm_pipeline.store.artifact import Artifact
+
+
+class Stage(ABC):
+    """A step of the pipeline whose result is an artefact.
+
+    Attributes:
+        name: unique within a job (evaluate_dense, evaluate_pruned, ...).
+        stage: which of `config.STAGES` it belongs to; its folder in the store.
+        needs: names of the stages whose results it reads.
+        leaves: files and folders that every finished result has.
+    """
+
+    name: str
+    stage: str
+    needs: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+
+    @abstractmethod
+    def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any] | None:
+        """What the result depends on; None while that is not known before an earlier stage has run."""
+
+    def preflight(self, job: Job) -> None:  # noqa: B027
+        """Raise `UserError` for what is cheap to know and would end the stage; called before the first stage runs."""
+
+    @abstractmethod
+    def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
+        """Fill ``out``, which may hold what an earlier attempt noted as complete; returns what stage.json keeps as the
+        result."""
+
+    @abstractmethod
+    def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
+        """Log the finished result's numbers."""
+
+    def is_whole(self, job: Job, artifact: Artifact) -> bool:
+        """Whether the result is finished and has all that this job wants of it."""
+        return artifact.done and all((artifact.path / name).exists() for name in self.leaves)

@@ -1,0 +1,195 @@
+"""Merge: let the method make its plan, apply it, and keep a checkpoint that plain transformers loads."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slm_pipeline.jobs.job import Job, ParameterCounts
+from slm_pipeline.jobs.stages.base import Stage
+from slm_pipeline.jobs.stages.calibrate import load_samples, load_statistics
+from slm_pipeline.jobs.tracking import Tracker
+from slm_pipeline.report.run import sublayer_lines
+from slm_pipeline.results.measurement import parameters_at_work
+from slm_pipeline.store.artifact import Artifact
+from slm_pipeline.store.checksums import digest
+from slm_pipeline.store.files import write_text
+from slm_pipeline.store.unfinished import note_complete
+from slm_pipeline.surgery.mergekit import can_name, to_mergekit
+from slm_pipeline.surgery.plan import Plan, format_fit, format_groups
+
+log = logging.getLogger(__name__)
+
+# 2: checkpoints that transformers 4 reads alike; CoMe keeps the q/k gains of OLMo 2 with their rows; the plan of a
+# method that reads no calibration text names none; replaceme holds samples out of its fit
+VERSION = 2
+
+
+class Merge(Stage):
+    """Leaves plan.json, for a plan that only removes layers mergekit.yml, and with ``keep=model`` the pruned model
+    in model/."""
+
+    name = stage = "merge"
+    needs = ("calibrate",)
+    leaves = ("plan.json",)
+
+    def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any]:
+        ratio, threshold = job.config.pruning_ratio, job.config.threshold
+        search = {"refine": threshold.refine, "exhaustive": threshold.exhaustive}
+        return {
+            "version": VERSION,
+            "model": job.source.fingerprint,
+            "calibration": results["calibrate"].key if job.method.reads_calibration else None,
+            "method": job.method.name,
+            "options": job.method.options(),
+            "threshold": job.threshold,
+            "search": search if job.method.takes_threshold and job.threshold is None else None,
+            # With a floor of its own the method does not look at the ratio.
+            "pruning_ratio": None if job.threshold is not None else vars(ratio),
+        }
+
+    def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
+        from slm_pipeline.models.loading import load_dense
+        from slm_pipeline.models.view import ModelView
+
+        model, tokenizer = load_dense(job.source)
+        view = ModelView(model)
+        counts = ParameterCounts.of(view)
+        # Otherwise it was decided by an attempt that was interrupted, or that kept no weights.
+        if not (out / "plan.json").is_file():
+            self._plan(job, results["calibrate"], view).write(out / "plan.json")
+            note_complete(out, "plan.json", "plan.safetensors")
+        plan = Plan.read(out / "plan.json")
+        if plan.ops and all(op["op"] == "drop" for op in plan.ops):
+            model_name = job.config.model.repo or job.config.model.path or job.source.name
+            kept = [layer for group in plan.layer_groups for layer in group]
+            if can_name(model_name):
+                write_text(out / "mergekit.yml", to_mergekit(kept, model_name, job.config.model.dtype))
+            else:
+                log.warning("no mergekit.yml: mergekit takes the + or @ in %s for an adapter or a revision", model_name)
+        num_parameters = _parameters_after(plan, view, counts)
+        sublayers = _missing_sublayers(plan, view)
+        if job.config.keep == "model":
+            save_pruned(plan, model, tokenizer, out / "model", job)
+        return {
+            "checkpoint": checkpoint_id(job, plan),
+            "threshold": plan.threshold,
+            "num_layers": {"dense": plan.model["num_layers"], "pruned": plan.num_layers},
+            "parameters": {"dense": counts.total, "pruned": num_parameters},
+            "layers": format_groups(plan.layer_groups),
+            **({"sublayers": sublayers} if sublayers else {}),
+        }
+
+    def is_whole(self, job: Job, artifact: Artifact) -> bool:
+        return super().is_whole(job, artifact) and (job.config.keep == "plan" or (artifact.path / "model").is_dir())
+
+    def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
+        scores = load_plan(artifact).scores
+        for line in scores.get("warnings", []):  # said again where the result is reused
+            log.warning("%s", line)
+        for step, row in enumerate(scores.get("steps", [])):
+            tracker.log(
+                {"similarity": row["similarity"], "accepted": float(row["accepted"])}, stage=self.name, step=step
+            )
+        result = artifact.record()["result"]
+        metrics = {"num_layers": result["num_layers"]["pruned"], "parameters": parameters_at_work(result)}
+        if result["threshold"] is not None:
+            metrics["threshold"] = result["threshold"]
+            if result["num_layers"]["pruned"] == result["num_layers"]["dense"]:
+                log.warning(
+                    "threshold %s: no merge is that similar, the pruned model is the dense one", result["threshold"]
+                )
+        tracker.log(metrics, stage=self.name)
+
+    def _plan(self, job: Job, calibration: Artifact, view: Any) -> Plan:
+        input_ids, identity = load_samples(calibration)
+        problem = job.pruning_problem(view, input_ids, load_statistics(calibration), identity, calibration.path)
+        started = time.monotonic()
+        plan = job.method.plan(problem)
+        plan.scores["seconds"] = round(time.monotonic() - started, 3)
+        return plan
+
+
+def checkpoint_id(job: Job, plan: Plan) -> str:
+    """What the pruned weights are: the dense model's own fingerprint when the plan changes nothing."""
+    return digest([job.source.fingerprint, plan.content()]) if plan.ops else job.source.fingerprint
+
+
+def load_plan(artifact: Artifact) -> Plan:
+    return Plan.read(artifact.path / "plan.json")
+
+
+def load_pruned(job: Job, artifact: Artifact) -> tuple[Any, Any]:
+    """The pruned model of a finished merge and its tokenizer; rebuilt from the plan when no weights were kept."""
+    from slm_pipeline.models.loading import load_checkpoint, load_dense, load_tokenizer
+    from slm_pipeline.surgery.apply import apply
+
+    if (artifact.path / "model").is_dir():
+        folder = artifact.path / "model"
+        return load_checkpoint(folder, job.config.model), load_tokenizer(folder)
+    model, tokenizer = load_dense(job.source)
+    return apply(load_plan(artifact), model), tokenizer
+
+
+def save_pruned(plan: Plan, model: Any, tokenizer: Any, folder: Path, job: Job) -> None:
+    """Apply ``plan`` to ``model`` and keep the result in ``folder``, verified; ``model`` is used up."""
+    from slm_pipeline.models import checkpoint
+    from slm_pipeline.models.view import ModelView
+    from slm_pipeline.surgery.apply import apply
+
+    dense = plan.model["name"]
+    body = (
+        f"Method: `{plan.method}`, {plan.model['num_layers']} -> {plan.num_layers} layers"
+        + (f", similarity threshold {plan.threshold}" if plan.threshold is not None else "")
+        + f".\n\nLayers, by the original layers merged into each: `{format_groups(plan.layer_groups)}`"
+        + (f"; dropped: {plan.dropped}" if plan.dropped else "")
+        + "".join(f"; {line}" for line in sublayer_lines(_missing_sublayers(plan, ModelView(model))))
+        + _measured(plan)
+        + ".\n\nThe whole decision, replayable with `slm method=from_plan`, is in `plan.json`."
+    )
+    card = checkpoint.card(
+        title=f"{dense}, {plan.num_layers} layers ({plan.method})",
+        base=job.config.model.repo or dense,
+        licence_note="The base model's licence applies.",
+        body=body,
+        command=job.command,
+    )
+    checkpoint.save(apply(plan, model), tokenizer, folder, card=card, config=job.config.model)
+    plan.write(folder / "plan.json")
+
+
+def _measured(plan: Plan) -> str:
+    """What the method measured of the pruned model, as a sentence; empty if nothing."""
+    accepted = [step for step in plan.scores.get("steps", []) if step["accepted"]]
+    num_tokens = (plan.calibration or {}).get("num_tokens")
+    if accepted:
+        return (
+            f".\n\nSimilarity to the dense model on {num_tokens} calibration tokens: {accepted[-1]['similarity']:.4f}"
+        )
+    if fit := plan.scores.get("fit"):
+        return f".\n\nThe linear map in the place of the layers that went: {format_fit(fit)}"
+    rounds = plan.scores.get("rounds")
+    if rounds and "loss" in rounds[-1]:
+        return f".\n\nLoss on {num_tokens} calibration tokens: {rounds[-1]['loss']:.4f} nats a token"
+    return ""
+
+
+def _parameters_after(plan: Plan, view: Any, counts: ParameterCounts) -> int:
+    """Parameters of the pruned checkpoint: each group has the size of its first layer; zeroed sublayers count."""
+    left = counts.total - sum(counts.blocks) + sum(counts.blocks[group[0]] for group in plan.layer_groups)
+    return left - (_in_sublayers(plan, view) if plan.export == "custom" else 0)
+
+
+def _in_sublayers(plan: Plan, view: Any) -> int:
+    missing = plan.missing_sublayers()
+    return sum(view.sublayer_parameters(layer, name) for name, layers in missing.items() for layer in layers)
+
+
+def _missing_sublayers(plan: Plan, view: Any) -> dict[str, Any]:
+    """How the checkpoint says that sublayers are missing, which, and how many parameters they have; empty if none."""
+    if plan.export is None:
+        return {}
+    return {"export": plan.export, **plan.missing_sublayers(), "parameters": _in_sublayers(plan, view)}

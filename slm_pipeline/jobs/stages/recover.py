@@ -1,0 +1,142 @@
+"""Recover: train the pruned model and keep the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from slm_pipeline.jobs.job import Job
+from slm_pipeline.jobs.stages.base import Stage
+from slm_pipeline.jobs.stages.merge import load_plan, load_pruned
+from slm_pipeline.jobs.tracking import Tracker
+from slm_pipeline.recovery import workers
+from slm_pipeline.recovery.base import RecoveryProblem
+from slm_pipeline.report.run import sublayer_lines
+from slm_pipeline.store.artifact import Artifact
+from slm_pipeline.store.files import write_json
+from slm_pipeline.store.unfinished import note_complete
+
+# 2: checkpoints hold what trains alone, zeroed sublayers stay zero; 3: padding on the right; 4: the steps of a training
+# in parts add up; 5: losses on logits have names of their own; 6: checkpoints that transformers 4 reads alike
+VERSION = 6
+NOT_KEPT = ("checkpoints", "identity.json", "complete.json")
+
+
+class Recover(Stage):
+    """Leaves the recovered model in model/, curve.json, and whatever the recovery keeps (an adapter)."""
+
+    name = stage = "recover"
+    needs = ("merge",)
+    leaves = ("model", "curve.json")
+
+    def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any] | None:
+        """None until the plan is known: equal plans share their recovery, whatever search led to them.
+
+        Also None where neither recover nor evaluate is among the job's stages: its data were not looked at.
+        """
+        if not results["merge"].done or "recovery" not in job.identities:
+            return None
+        assert job.recovery is not None
+        return {
+            "version": VERSION,
+            "checkpoint": results["merge"].record()["result"]["checkpoint"],
+            "recovery": job.recovery.name,
+            "options": dataclasses.asdict(job.recovery),  # type: ignore[call-overload]
+            "data": job.identities["recovery"],
+            "seed": job.config.seed,
+        }
+
+    def preflight(self, job: Job) -> None:
+        assert job.recovery is not None
+        job.recovery.preflight(job.source, job.data_dir)
+
+    def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
+        if not (out / "model").is_dir():  # else an attempt was interrupted after its model was safe
+            self._train(job, results["merge"], out, tracker)
+            load_plan(results["merge"]).write(out / "model" / "plan.json")
+            note_complete(out, *(path.name for path in out.iterdir() if path.name not in NOT_KEPT))
+        else:
+            self._log_curve(_curve(out), tracker)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        return metrics
+
+    def _train(self, job: Job, merge: Artifact, out: Path, tracker: Tracker) -> None:
+        from slm_pipeline.models import checkpoint
+        from slm_pipeline.surgery.apply import silence_missing
+
+        assert job.recovery is not None
+        plan = load_plan(merge)
+        missing = merge.record()["result"].get("sublayers", {})
+        make_problem = functools.partial(recovery_problem, job, merge, out)
+
+        logged: list[dict[str, float]] = []
+
+        def log(metrics: dict[str, float], step: int) -> None:
+            logged.append({"step": step, **metrics})
+            tracker.log(metrics, stage=self.name, step=step)
+
+        if job.recovery.num_processes > 1:
+            workers.train(job.recovery, make_problem, log)
+        problem = make_problem(log)
+        result = job.recovery.run(problem)  # after `workers.train` it finds nothing left to train
+        self._log_curve([row for row in result.curve if row not in logged], tracker)  # of parts that were finished
+        write_json(out / "curve.json", result.curve)
+        write_json(out / "metrics.json", result.metrics)
+        card = checkpoint.card(
+            title=f"{plan.model['name']}, {plan.num_layers} layers ({plan.method}, {job.recovery.name})",
+            base=job.config.model.repo or plan.model["name"],
+            licence_note="The base model's licence applies.",
+            body=f"Pruned with `{plan.method}` (see `plan.json`), then trained with `{job.recovery.name}`: "
+            + ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in _numbers(result.metrics).items())
+            + "".join(f"; {line}" for line in sublayer_lines(missing))
+            + ".",
+            command=job.command,
+        )
+        if plan.export == "stock":  # whatever trained, what the plan removed stays removed
+            silence_missing(plan, result.model)
+        checkpoint.save(result.model, problem.tokenizer, out / "model", card=card, config=job.config.model)
+
+    def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
+        if reused:  # a curve that is being trained was logged as it went
+            self._log_curve(_curve(artifact.path), tracker)
+        tracker.log(_numbers(artifact.record()["result"]), stage=self.name)
+
+    def _log_curve(self, rows: list[dict[str, float]], tracker: Tracker) -> None:
+        for row in rows:
+            metrics = {name: value for name, value in row.items() if name != "step"}
+            tracker.log(metrics, stage=self.name, step=int(row["step"]))
+
+
+def recovery_problem(
+    job: Job, merge: Artifact, out: Path, log: Callable[[dict[str, float], int], None]
+) -> RecoveryProblem:
+    """What the job's recovery gets; ``merge`` is the finished stage, ``out`` where the recovery may write."""
+    from slm_pipeline.models.loading import load_dense
+
+    model, tokenizer = load_pruned(job, merge)
+    return RecoveryProblem(
+        teacher=lambda: load_dense(job.source)[0],
+        model=model,
+        tokenizer=tokenizer,
+        plan=load_plan(merge),
+        out=out,
+        base_path=str(merge.path / "model"),
+        seed=job.config.seed,
+        data_dir=job.data_dir,
+        log=log,
+    )
+
+
+def _curve(folder: Path) -> list[dict[str, float]]:
+    rows: list[dict[str, float]] = json.loads((folder / "curve.json").read_text(encoding="utf-8"))
+    return rows
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if isinstance(value, (int, float))}

@@ -1,0 +1,224 @@
+"""A multirun as a whole: the jobs it has, which of them run, and its report when it ends. Imports nothing heavy.
+
+<sweep>/study.json            {"format", "command", "jobs": the overrides of each, "folders": of each, below <sweep>,
+                              "launcher": its class}; jobs and folders are null for a search
+<sweep>/.study.lock           held as long as the process lives that starts the jobs
+<sweep>/<job>/.running.lock   held as long as the job's process lives, however it ends
+<sweep>/study/                the study's own W&B run, with its table and plots
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from slm_pipeline.config import COMPOSITION_ERRORS, TrackerConfig
+from slm_pipeline.config.overrides import swept_values
+from slm_pipeline.errors import UserError, only_warned_about
+from slm_pipeline.store import run_folder
+from slm_pipeline.store.files import is_held, write_json, write_text
+from slm_pipeline.store.run_folder import RUNNING, STARTING, STUDY
+
+FORMAT = 1
+_LONGEST = 255  # bytes of a file's name, on all file systems that are in use
+
+log = logging.getLogger(__name__)
+
+
+def is_search(composed: DictConfig) -> bool:
+    """Whether a sweeper chooses the jobs one after another, by what the earlier ones returned."""
+    return composed.hydra.runtime.choices["hydra/sweeper"] != "basic"
+
+
+def jobs(composed: DictConfig, overrides: Sequence[str], loader: ConfigLoader) -> list[list[str]]:
+    """The overrides of each job of a multirun, as Hydra's own sweeper makes them; of a search, one within it.
+
+    Args:
+        composed: with Hydra's own part.
+        overrides: of the command line.
+        loader: knows the options that ``glob()`` chooses from.
+    """
+    swept = [f"{key}={value}" for key, value in (composed.hydra.sweeper.params or {}).items()]
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*swept, *overrides])
+    if is_search(composed):
+        return [[swept_values(item)[0] for item in parsed]]
+    (found,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return found
+
+
+def folder(composed: DictConfig, key: str) -> Path:
+    """The folder that ``hydra.run.dir`` or ``hydra.sweep.dir`` names."""
+    HydraConfig.instance().set_config(composed)  # for ${hydra:...}
+    try:
+        return Path(str(OmegaConf.select(composed, key)))
+    finally:
+        HydraConfig.instance().cfg = None
+
+
+def folders(composed: DictConfig, listed: Sequence[Sequence[str]], loader: ConfigLoader) -> list[str]:
+    """The folder of each job of a multirun, from the study's."""
+    if OmegaConf.to_container(composed.hydra.sweep, resolve=False)["subdir"] == "${hydra.job.num}":  # type: ignore
+        return [str(number) for number in range(len(listed))]
+    found = []
+    for number, overrides in enumerate(listed):
+        job = loader.load_sweep_config(composed, list(overrides))
+        with open_dict(job):
+            job.hydra.job.id = job.hydra.job.num = number
+        found.append(os.path.normpath(folder(job, "hydra.sweep.subdir")))
+    return found
+
+
+def check_folders(composed: DictConfig, listed: Sequence[Sequence[str]], loader: ConfigLoader) -> None:
+    """Raise `UserError` unless every job has a folder of its own, in which nothing is that is not ours; makes nothing.
+
+    Of a search only its own folder can be known.
+    """
+    directory = folder(composed, "hydra.sweep.dir")
+    run_folder.check_outside(directory, Path(composed.output_dir) / "store", "hydra.sweep.dir")
+    run_folder.check_study(directory, "hydra.sweep.dir")
+    if is_held(directory / STARTING):
+        raise UserError(f"hydra.sweep.dir={directory}: another process runs a study there; choose another folder")
+    if is_search(composed):
+        return
+    taken: dict[str, int] = {}
+    for number, name in enumerate(folders(composed, listed, loader)):
+        if not run_folder.is_below(name):
+            raise UserError(f"hydra.sweep.subdir gives job {number} the folder {name!r}, not one below the study's")
+        if name in taken:
+            raise UserError(
+                f"hydra.sweep.subdir gives jobs {taken[name]} and {number} the same folder {name!r}, where one would"
+                " overwrite the other; ${hydra.job.num} or ${hydra.job.override_dirname} tells them apart"
+            )
+        if longest := [part for part in Path(name).parts if len(os.fsencode(part)) > _LONGEST]:
+            raise UserError(f"hydra.sweep.subdir gives job {number} a name of {len(longest[0])} characters")
+        taken[name] = number
+        run_folder.check_run(directory / name, "hydra.sweep.subdir", run_folder.beginnings(composed.hydra))
+
+
+@dataclass(frozen=True)
+class _Begun:
+    directory: Path
+    name: str
+    tracker: TrackerConfig
+    command: str
+    folders: list[str] | None
+    lock: FileLock
+    before: str | None  # what study.json said of an earlier study
+
+
+_begun: list[_Begun] = []  # the multirun of this process, until it is reported
+
+
+def begin(composed: DictConfig) -> None:
+    """Note what a multirun is going to do; called by Hydra before its first job, see `callbacks.WriteStudy`."""
+    directory = Path(composed.hydra.sweep.dir)
+    command = shlex.join(["slm", *sys.argv[1:]])
+    loader = GlobalHydra.instance().config_loader()
+    listed, names = None, None
+    if not is_search(composed):
+        state = random.getstate()
+        listed = jobs(composed, list(composed.hydra.overrides.task), loader)
+        random.setstate(state)  # so that Hydra shuffles alike
+        names = folders(composed, listed, loader)
+    file = directory / STUDY
+    before = file.read_text(encoding="utf-8") if run_folder.study_of(directory) else None
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / STARTING)
+    lock.acquire()
+    content = {"format": FORMAT, "command": command, "jobs": listed, "folders": names}
+    write_json(file, {**content, "launcher": str(composed.hydra.launcher.get("_target_"))})
+    tracker: Any = OmegaConf.to_container(composed.tracker, resolve=True)
+    _begun[:] = [_Begun(directory, composed.name, TrackerConfig(**tracker), command, names, lock, before)]
+
+
+def group(name: str, directory: Path) -> str:
+    """Under which W&B shows a multirun's jobs and its own run: ``thresholds/2026-11-25_10-23-48-224084``."""
+    return f"{name}/{directory.name}"
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Report the multirun that runs inside, once, when it has ended: also with failed jobs.
+
+    After an interruption there is the table alone. A study that was refused before its first job leaves nothing.
+    """
+    try:
+        yield
+    except BaseException as error:
+        _end(error)
+        raise
+    _end(None)
+
+
+def _end(error: BaseException | None) -> None:
+    if not _begun:
+        return
+    study = _begun.pop()
+    study.lock.release()  # nobody starts another job: what has not begun will not
+    if isinstance(error, (UserError, *COMPOSITION_ERRORS)) and not _any_begun(study):
+        _withdraw(study)
+        return
+    with only_warned_about("no report of the study"):
+        if error is None or isinstance(error, Exception):
+            _report(study)
+        else:
+            from slm_pipeline.report.write import write_summary
+
+            write_summary(study.directory)
+
+
+def _any_begun(study: _Begun) -> bool:
+    if study.folders is None:
+        return any(study.directory.glob(f"*/{RUNNING}"))
+    return any((study.directory / name).exists() for name in study.folders)
+
+
+def _withdraw(study: _Begun) -> None:
+    if study.before is not None:
+        write_text(study.directory / STUDY, study.before)
+        return
+    for name in (STUDY, STARTING, "multirun.yaml"):
+        (study.directory / name).unlink(missing_ok=True)
+    with only_warned_about("left over"):
+        if not any(study.directory.iterdir()):
+            study.directory.rmdir()
+
+
+def _report(study: _Begun) -> None:
+    from slm_pipeline.report.write import write_study
+
+    written = write_study(study.directory)
+    log.info("the study's report: %s", study.directory / "report.html")
+    if study.tracker.kind != "wandb":
+        return
+    from slm_pipeline.jobs.tracking import open_tracker
+
+    of_study = group(study.name, study.directory)
+    with open_tracker(
+        study.tracker,
+        run_dir=study.directory / "study",
+        name=of_study,
+        run_config={"command": study.command},
+        group=of_study,
+        tags=["study"],
+        job_type="study",
+    ) as tracker:
+        tracker.table("study", list(written.columns), [list(row) for row in written.rows])
+        for picture in written.pictures:
+            tracker.image(picture.stem, picture)

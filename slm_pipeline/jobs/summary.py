@@ -1,0 +1,230 @@
+"""summary.json, summary.md and the pictures of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slm_pipeline.config import TARGETS
+from slm_pipeline.errors import only_warned_about
+from slm_pipeline.evaluation.zero_shot import average
+from slm_pipeline.jobs.job import Job
+from slm_pipeline.jobs.stages.merge import load_plan
+from slm_pipeline.jobs.tracking import Tracker
+from slm_pipeline.machine import provenance
+from slm_pipeline.report.run import score_table, write_summary_md
+from slm_pipeline.results.columns import flat_metrics
+from slm_pipeline.results.measurement import parameters_at_work
+from slm_pipeline.store.artifact import Artifact
+from slm_pipeline.store.files import write_json
+from slm_pipeline.surgery.plan import Plan, merged_windows
+
+FORMAT = 1
+
+
+def build(job: Job, results: Mapping[str, Artifact], reused: Mapping[str, bool], warnings: list[str]) -> dict[str, Any]:
+    """The content of summary.json, from the stages that ran or were reused; what was not run is absent."""
+    records = {name: artifact.record() for name, artifact in results.items()}
+    config = job.config
+    summary: dict[str, Any] = {
+        "format": FORMAT,
+        "name": config.name,
+        "command": job.command,
+        "model": job.source.name,
+        "method": job.method.name,
+        "seed": config.seed,
+    }
+    if "calibrate" in records:
+        summary["calibration"] = records["calibrate"]["result"]
+    if job.recovery is not None and "recover" in records:
+        options = dataclasses.asdict(job.recovery)  # type: ignore[call-overload]
+        summary["recovery"] = {"name": job.recovery.name, "options": options, **records["recover"]["result"]}
+    if "merge" in records:
+        summary |= _pruning(job, load_plan(results["merge"]), records["merge"]["result"])
+    metrics, details = _metrics(records)
+    if metrics:
+        summary |= {"metrics": metrics, "details": details}
+    if efficiency := {
+        target: details[f"evaluate_{target}"]["efficiency"]
+        for target in TARGETS
+        if "efficiency" in details.get(f"evaluate_{target}", {})
+    }:
+        summary["efficiency"] = efficiency
+    summary["stages"] = {
+        name: {
+            "seconds": record["seconds"],
+            "reused": reused[name],
+            "peak_memory_gb": record["peak_memory_gb"],
+            "path": str(results[name].path),
+        }
+        for name, record in records.items()
+    }
+    if checkpoint := _checkpoint(results):
+        summary["checkpoint"] = str(checkpoint)
+    summary["warnings"] = list(warnings)
+    summary["provenance"] = provenance.collect()
+    return summary
+
+
+def write(
+    summary: dict[str, Any],
+    results: Mapping[str, Artifact],
+    run_dir: Path,
+    tracker: Tracker,
+    warnings: list[str],
+    *,
+    draw: bool = True,
+) -> None:
+    """Write summary.json; then, as far as that is possible, draw the pictures, write summary.md, log and print.
+
+    Args:
+        warnings: of the whole run, to which what is not possible is added.
+    """
+    file = run_dir / "summary.json"
+    write_json(file, {**summary, "pictures": []})  # the result: what fails from here on does not undo it
+    if "merge" in results:
+        with only_warned_about("plan.json was not written"):
+            load_plan(results["merge"]).write(run_dir / "plan.json")
+    pictures = _draw(summary, results, run_dir) if draw else []
+    summary["pictures"] = [picture.name for picture in pictures]
+    summary["warnings"] = list(warnings)
+    text = ""
+    with only_warned_about("summary.md was not written"):
+        text = write_summary_md(run_dir, summary)
+    for picture in pictures:
+        if picture.suffix == ".png":
+            tracker.image(picture.stem, picture)
+    columns, rows = score_table(summary)
+    if rows:
+        tracker.table("scores", columns, rows)
+    tracker.summary(flat_metrics(summary))
+    with only_warned_about("the table was not printed"):
+        print(text, flush=True)
+    summary["warnings"] = list(warnings)
+    with only_warned_about("summary.json lacks pictures and late warnings"):
+        write_json(file, summary)
+
+
+def _pruning(job: Job, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
+    ratio = job.config.pruning_ratio
+    layers, parameters = result["num_layers"], result["parameters"]
+    pruning: dict[str, Any] = {
+        "threshold": plan.threshold,
+        "pruning_ratio": {
+            "asked": ratio.ratio if ratio.num_layers is None else {"num_layers": ratio.num_layers},
+            "of": ratio.of,
+            "got_layers": round(1 - layers["pruned"] / layers["dense"], 4),
+            "got_parameters": round(1 - parameters_at_work(result) / parameters["dense"], 4),
+        },
+        "num_layers": layers,
+        "parameters": parameters,
+        "layer_groups": plan.layer_groups,
+        "dropped": plan.dropped,
+    }
+    if "sublayers" in result:
+        pruning["sublayers"] = result["sublayers"]
+    if "seconds" in plan.scores:
+        pruning["plan_seconds"] = plan.scores["seconds"]
+        if "num_evaluated" in plan.scores:
+            pruning["windows"] = {name: plan.scores[f"num_{name}"] for name in ("evaluations", "evaluated")}
+    if "fit" in plan.scores:
+        pruning["fit"] = plan.scores["fit"]
+    if "exact" in plan.scores:
+        pruning["threshold_is_highest"] = plan.scores["exact"]
+    return pruning
+
+
+def _metrics(records: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores in the form of the contract, and the same with stderr and settings."""
+    metrics: dict[str, Any] = {}
+    details: dict[str, Any] = {}
+    for target in TARGETS:
+        record = records.get(f"evaluate_{target}")
+        if record is None:
+            continue
+        details[f"evaluate_{target}"] = record["result"]
+        scores: dict[str, Any] = {}
+        if zero_shot := record["result"].get("zero_shot"):
+            values = {task: result["score"] for task, result in zero_shot.items()}
+            scores["zero_shot"] = {**values, "average": average(values)}
+        if perplexity := record["result"].get("perplexity"):
+            scores["perplexity"] = perplexity
+        if scores:
+            metrics[target] = scores
+    return metrics, details
+
+
+def _checkpoint(results: Mapping[str, Artifact]) -> Path | None:
+    """Folder of the last model that was made and kept."""
+    last = results.get("recover", results.get("merge"))
+    return last.path / "model" if last is not None and (last.path / "model").is_dir() else None
+
+
+def _draw(summary: Mapping[str, Any], results: Mapping[str, Artifact], run_dir: Path) -> list[Path]:
+    """The files of every picture that could be drawn."""
+    drawn: list[Path] = []
+    for name, draw in (
+        ("layer_similarity", _draw_similarity),
+        ("search_steps", _draw_search),
+        ("layer_groups", _draw_layers),
+        ("recovery_loss", _draw_recovery),
+    ):
+        with only_warned_about(f"no picture {name}"):
+            drawn += draw(summary, results, run_dir / name)
+    return drawn
+
+
+def _draw_similarity(summary: Mapping[str, Any], results: Mapping[str, Artifact], path_stem: Path) -> list[Path]:
+    from slm_pipeline.show.heat_maps import LABELS, heat_maps
+
+    if "calibrate" not in results:
+        return []
+    values = json.loads((results["calibrate"].path / "similarity.json").read_text(encoding="utf-8"))
+    panels = [
+        {"title": LABELS[metric], "metric": metric, "matrix": values[metric], "patches": values["patches"][metric]}
+        for metric in ("cosine", "cka")
+    ]
+    done = []
+    if "merge" in results:
+        plan = load_plan(results["merge"])
+        windows = merged_windows(plan.layer_groups)
+        done = [{"name": plan.method, "windows": windows, "dropped": plan.dropped}]
+    about = f"{summary['model']}: layer similarity on the calibration text"
+    return heat_maps(panels, path_stem, title=about, plans=done)
+
+
+def _draw_search(summary: Mapping[str, Any], results: Mapping[str, Artifact], path_stem: Path) -> list[Path]:
+    from slm_pipeline.show import pictures
+
+    plan = load_plan(results["merge"]) if "merge" in results else None
+    if plan is None or not plan.scores.get("steps"):
+        return []
+    return pictures.search_steps(plan.scores["steps"], plan.threshold, path_stem, title=_title(summary))
+
+
+def _draw_layers(summary: Mapping[str, Any], results: Mapping[str, Artifact], path_stem: Path) -> list[Path]:
+    from slm_pipeline.show import pictures
+
+    plan = load_plan(results["merge"]) if "merge" in results else None
+    if plan is None or not plan.ops:
+        return []
+    missing = plan.missing_sublayers()
+    return pictures.layer_strip(plan.layer_groups, plan.dropped, plan.model["num_layers"], path_stem, without=missing)
+
+
+def _draw_recovery(summary: Mapping[str, Any], results: Mapping[str, Artifact], path_stem: Path) -> list[Path]:
+    from slm_pipeline.show import pictures
+
+    if "recover" not in results:
+        return []
+    curve = json.loads((results["recover"].path / "curve.json").read_text(encoding="utf-8"))
+    if not curve:
+        return []
+    return pictures.loss_curve(curve, path_stem, title=_title(summary), loss=summary["recovery"]["loss"])
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    return f"{summary['model']}, {summary['method']}"

@@ -1,0 +1,47 @@
+"""Weights that are loaded are those of the model, all of them and no others."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import find_adapter_config_file
+
+from slm_pipeline.errors import UserError
+from slm_pipeline.models import folder
+
+log = logging.getLogger(__name__)
+
+
+def load_checked(model_class: Any, place: Path | str, **options: Any) -> Any:
+    """``model_class.from_pretrained(place, **options)``, if the weights there are those of the model and no others.
+
+    transformers fills in random numbers for what is missing or of another shape, and applies an adapter that happens to
+    lie beside the weights.
+
+    Raises:
+        UserError: a tensor is missing or of another shape, or there is an adapter. Tensors that are not used are warned
+            about.
+    """
+    if find_adapter_config_file(str(place), revision=options.get("revision")):
+        raise UserError(f"{place} holds an adapter beside the weights: merge it into them, or move its files away")
+    transformers_log = logging.getLogger("transformers.modeling_utils")
+    transformers_log.addFilter(_is_no_load_report)  # said below, in a line
+    try:
+        model, found = model_class.from_pretrained(
+            place, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    finally:
+        transformers_log.removeFilter(_is_no_load_report)
+    problems = [folder.lacking(sorted(found["missing_keys"]))] if found["missing_keys"] else []
+    problems += folder.unequal({name: (saved, wanted) for name, saved, wanted in sorted(found["mismatched_keys"])})
+    if problems:
+        raise UserError(f"{place}: {'; '.join(problems)}")
+    if found["unexpected_keys"]:
+        log.warning("%s", folder.not_used(str(place), sorted(found["unexpected_keys"])))
+    return model
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
