@@ -41,6 +41,11 @@ def unchecked(folder: Path, **more: object) -> ModelSource:
     return ModelSource(options(folder, **more), "", 4, "llama")
 
 
+def filled(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    """With ``value`` in one place."""
+    return tensor.flatten().index_fill(0, torch.tensor(31), value).view_as(tensor)
+
+
 def header_only(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
 
@@ -200,6 +205,14 @@ def test_all_that_is_wrong_is_said_at_once(sound_models, tmp_path, monkeypatch):
         ("llama", weights(lambda w: {**w, "x": torch.zeros(2)} | {"lm_head.weight": torch.zeros(9, 9)}), "lm_head"),
         ("llama", config(rms_norm_eps="small"), "cannot load the [a-z]+ .*/model: [A-Za-z]+Error: "),
         ("llama", config(hidden_act="swiiish"), "cannot load the model .*/model: KeyError: .*swiiish"),
+        (
+            "llama", weights(lambda w: {k: filled(v, torch.nan) if "norm" in k else v for k, v in w.items()}),
+            ": not every value of model.layers.0-3.input_layernorm.weight, .*, model.norm.weight is a finite number in f",
+        ),
+        (
+            "llama", weights(lambda w: w | {"lm_head.weight": filled(w["lm_head.weight"], -torch.inf)}),
+            "/model: not every value of lm_head.weight is a finite number in float32$",
+        ),
         ("llama", replace_by("truncated", "model.safetensors"), "cannot load the model .*: SafetensorError: "),
         ("llama", replace_by("nothing", "tokenizer.json"), "cannot load the tokenizer .*/model: "),
         ("llama", lambda f: folders.edit_json(f, "tokenizer.json", model={"type": "?"}), "cannot load the tokenizer"),
