@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from slm_pipeline.config import TARGETS, to_config
+from slm_pipeline.config import STAGES, TARGETS, to_config
 from slm_pipeline.errors import UserError, only_warned_about
 from slm_pipeline.jobs import study, summary
 from slm_pipeline.jobs.job import Job, prepare
@@ -138,7 +138,7 @@ def run_job(composed: DictConfig) -> float | None:
         if config.dry_run:
             print(describe_plan(job))
             return None
-        check_store(job.store)
+        check_store(job.store, STAGES)
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
         choices = {
             group: choice

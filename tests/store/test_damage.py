@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from slm_pipeline.commands import store
 from slm_pipeline.commands.study import status
+from slm_pipeline.config import STAGES
 from slm_pipeline.errors import UserError
 from slm_pipeline.machine import provenance
 from slm_pipeline.report.runs import read_runs
@@ -58,7 +59,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir.mkdir(parents=True)
     write_json(run_dir / "summary.json", {})
     with mock.patch.object(provenance, "git_commit", return_value=None):
-        check_store(output_dir / "store")
+        check_store(output_dir / "store", STAGES)
         for artifact in artifacts(output_dir):
             users.note(artifact.path, run_dir)
             artifact.produce(make)
