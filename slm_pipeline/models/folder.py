@@ -136,6 +136,28 @@ def look(folder: Path, name: str, *, trust_remote_code: bool = False) -> ModelFo
     return ModelFolder(folder, description, tensors, _special_tokens(read), tuple(warnings))
 
 
+def has_own_head(folder: Path) -> bool:
+    """Whether the files hold an output head beside the embedding, with other values: whatever config.json says of them,
+    transformers then leaves the two apart. ``folder`` is one in which `look` finds nothing wrong."""
+    description = _description(folder, [])
+    architecture = architectures.find(description)
+    tensors = _tensors(folder, description, [], [])
+    head = _find(f"{architecture.head}.weight", tensors)
+    embedding = _find(f"{architecture.decoder}.{architecture.embedding}.weight", tensors)
+    return head is not None and embedding is not None and not _are_equal(head, embedding)
+
+
+def _are_equal(one: Stored, other: Stored) -> bool:
+    """Whether two tensors are stored as the same bytes."""
+    if (one.dtype, one.shape, one.num_bytes) != (other.dtype, other.shape, other.num_bytes):
+        return False
+    with open(one.file, "rb") as first, open(other.file, "rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        lengths = (min(BLOCK_BYTES, one.num_bytes - start) for start in range(0, one.num_bytes, BLOCK_BYTES))
+        return all(first.read(length) == second.read(length) for length in lengths)
+
+
 def read_json(file: Path) -> Any:
     """The content of a JSON file as transformers reads it.
 

@@ -56,13 +56,17 @@ def load_dense_tokenizer(source: ModelSource) -> Any:
 
 
 def ties_embeddings(source: ModelSource) -> bool:
-    """Whether the dense model's output head is its embedding; known from its configuration, without weights."""
+    """Whether the dense model's output head is its embedding; known without loading weights.
+
+    From the configuration, and of a folder from what its files hold; a model of the hub may yet turn out to have two.
+    """
     if source.config.source == "random":
         return bool(_random_description(source.config).tie_word_embeddings)
     place, revision = _place(source)
     code = source.config.trust_remote_code
     with refused_in_one_line(f"cannot load the configuration {place}"):
-        return bool(AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=code).tie_word_embeddings)
+        described = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=code)
+        return bool(described.tie_word_embeddings) and not (os.path.isdir(place) and folder.has_own_head(Path(place)))
 
 
 def _place(source: ModelSource) -> tuple[str, str | None]:

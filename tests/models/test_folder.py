@@ -26,8 +26,15 @@ from slm_pipeline.evaluation.zero_shot import score_task
 from slm_pipeline.models import folder as model_folder
 from slm_pipeline.models.architectures import ARCHITECTURES
 from slm_pipeline.models.description import ACTIVATIONS, ROPE_TYPES, check_description
-from slm_pipeline.models.loading import load_checkpoint, load_dense, load_dense_tokenizer, load_tokenizer
+from slm_pipeline.models.loading import (
+    load_checkpoint,
+    load_dense,
+    load_dense_tokenizer,
+    load_tokenizer,
+    ties_embeddings,
+)
 from slm_pipeline.models.source import ModelSource, describe
+from slm_pipeline.models.view import ModelView
 
 FLOAT32 = {"dtype": "float32", "device": "cpu"}
 
@@ -341,6 +348,17 @@ def test_special_tokens_that_an_evaluation_needs(sound_models, here):
         UserError, match="piqa: the tokenizer has neither a BOS nor an EOS token, and lm-eval needs one"
     ):
         score_task(model, tokenizer, "piqa", data="bundled", limit=1, batch_size=1)
+
+
+@pytest.mark.parametrize(("base", "decoder"), [("gemma3_text", "model"), ("opt", "model.decoder")])
+def test_whether_the_head_is_the_embedding_is_what_the_files_hold(base, decoder, sound_models, tmp_path):
+    """Both are described as tied, and saved so."""
+    for number, (change, tied) in enumerate([(lambda e: {}, True), (lambda e: {"lm_head.weight": e.clone()}, True),
+                                             (lambda e: {"lm_head.weight": e.flip(0)}, False)]):  # fmt: skip
+        with_head = weights(lambda w, change=change: {**w, **change(w[f"{decoder}.embed_tokens.weight"])})
+        source = describe(options(folders.copy(sound_models[base], tmp_path / str(number), with_head)))
+        assert ties_embeddings(source) == tied
+        assert ModelView(load_dense(source)[0]).ties_embeddings == tied
 
 
 def test_an_index_beside_a_single_file_is_said_not_to_be_read(sound_models, tmp_path):
