@@ -125,8 +125,8 @@ def check_description(description: Any) -> list[str]:
         problems += _check_sizes_together(description)
     problems += _check_kinds(description, _KINDS, "config.json")
     problems += [problem for key in ("rope_parameters", "rope_scaling") for problem in _check_rope(key, description)]
-    method = description.get("quantization_config") or description.get("compression_config")
-    if method:
+    methods = (description.get(key) for key in ("quantization_config", "compression_config"))
+    for method in (method for method in methods if method is not None):
         kind = method.get("quant_method") if isinstance(method, dict) else method
         problems.append(f"it is a quantised checkpoint ({shown(kind)}), whose layers cannot be merged: dequantise it")
     return problems

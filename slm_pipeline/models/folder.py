@@ -307,6 +307,9 @@ def _header(file: Path) -> dict[str, Stored]:
         }
     except (ValueError, AttributeError, LookupError, TypeError, RecursionError, OverflowError) as error:
         raise ValueError(f"is not a safetensors file: {error}") from error
+    about_all = json.loads(header).get("__metadata__") or {}
+    if not isinstance(about_all, dict) or not all(isinstance(value, str) for value in about_all.values()):
+        raise ValueError("is not a safetensors file: its __metadata__ is no object of texts")
     if any(tensor.num_bytes < 0 or tensor.start < 8 + length for tensor in tensors.values()):
         raise ValueError("is not a safetensors file: it has a tensor that begins before the file or after its own end")
     end = max((tensor.start + tensor.num_bytes for tensor in tensors.values()), default=8 + length)

@@ -57,6 +57,10 @@ def header_only(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
 
 
+def odd_metadata(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 18) + b'{"__metadata__":5}')
+
+
 FAULTS = {
     # config.json
     "no config": ("llama", replace_by("nothing", "config.json"), "it has no config.json"),
@@ -103,6 +107,7 @@ FAULTS = {
     "layer types": ("gemma3_text", config(num_hidden_layers=3), "4 layer_types for 3 layers"),
     "bitsandbytes": ("llama", config(quantization_config={"quant_method": "bitsandbytes"}), '"bitsandbytes"'),
     "gptq": ("llama", config(quantization_config={"quant_method": "gptq"}), 'quantised checkpoint ."gptq".*dequantise'),
+    "quantised somehow": ("llama", config(quantization_config={}), r"quantised checkpoint \(null\)"),
     "int8 weights": (
         "llama",
         weights(lambda w: {k: v.char() if "up_proj" in k else v for k, v in w.items()}),
@@ -135,6 +140,7 @@ FAULTS = {
     "weights are a link": ("llama", replace_by("link", "model.safetensors"), "a link to nowhere, which is not there"),
     "weights are empty": ("llama", replace_by("empty", "model.safetensors"), "model.safetensors is empty"),
     "weights are cut": ("llama", replace_by("truncated", "model.safetensors"), "damaged or incomplete: .* header says"),
+    "weights of no texts": ("llama", odd_metadata, "its __metadata__ is no object of texts"),
     "weights have no tensor": ("llama", header_only, "its files lack 39 tensors"),
     "index without a map": ("llama_shards", folders.replace_by("latin-1", "model.safetensors.index.json"), "not UTF-8"),
     "index of nothing": ("llama_shards", lambda f: folders.edit_index(f, weight_map={}), "has no weight_map"),
