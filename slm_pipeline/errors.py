@@ -51,6 +51,25 @@ def only_warned_about(what: str, said: set[str] | None = None) -> Iterator[None]
             said.add(what)
 
 
+@contextmanager
+def refused_in_one_line(what: str) -> Iterator[None]:
+    """Turn whatever a library says against something of the user's into a `UserError` that begins with ``what``.
+
+    Memory that ran out, and a wish to end, stay what they are.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
+        words = " ".join(str(error).split())
+        if "can't allocate memory" in words or type(error).__name__ == "OutOfMemoryError":  # torch's, here unknown
+            raise
+        words = f"{words[:400]}..." if len(words) > 400 else words
+        hint = "; model.trust_remote_code=true runs the code that it asks for" if "trust_remote_code" in words else ""
+        raise UserError(f"{what}: {type(error).__name__}: {words}{hint}") from error
+
+
 def printable(text: str) -> str:
     """One line that is safe on a terminal and in a file: a blank for each break, control characters spelt out.
 

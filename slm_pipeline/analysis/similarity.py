@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from slm_pipeline.analysis.cka import LEAST_ROWS, MinibatchCKA
 from slm_pipeline.analysis.patches import agreement, contrast, patches, windows_in_patches
+from slm_pipeline.data.tokens import tokenized
 from slm_pipeline.engine.blocks import entering_and_leaving
 from slm_pipeline.engine.statistics import MAX_BATCH_TOKENS, check_finite, token_cosines
 from slm_pipeline.errors import UserError
@@ -90,7 +91,7 @@ def task_text(
 
     read = zero_shot.task_requests if per_option else zero_shot.task_documents
     texts = read(task, data=data, limit=limit, data_dir=data_dir)
-    tokens = [tokenizer(text, verbose=False)["input_ids"][:max_tokens] for text in texts]
+    tokens = [tokenized(tokenizer, text, special=True)[:max_tokens] for text in texts]
     about = {"kind": "task", "data": data, "per_option": per_option, "max_tokens": max_tokens}
     return Text(task, [torch.tensor(ids, dtype=torch.int64) for ids in tokens], about)
 

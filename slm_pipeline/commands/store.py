@@ -1,7 +1,8 @@
 """``slm-store``: what the store holds, whether it is as it was written, and what is no longer needed.
 
 slm-store list      every result, largest first
-slm-store verify    read every file and compare it with its checksum; exit status 1 if something is damaged
+slm-store verify    read every file and compare it with its checksum; exit status 1 if something is damaged, 0 if not:
+                    what is not the store's own is named, and neither damage nor removed
 slm-store clean     what no run uses; what cannot be proven unused stays and is listed with the reason
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -21,10 +23,13 @@ from filelock import FileLock, Timeout
 from slm_pipeline.cli import errors_in_one_line
 from slm_pipeline.config import STAGES
 from slm_pipeline.errors import UserError
+from slm_pipeline.store.artifact import layout_faults
 from slm_pipeline.store.files import remove
 from slm_pipeline.store.record import read_record, result_fault
 from slm_pipeline.store.users import FOLDER, Use, Users
 
+FOREIGN = "not of this store: move it away"
+_OWN_NAME = re.compile(r"[0-9a-f]+(\.partial|\.old)*")
 HOUR = 3600  # seconds; temporary files that are older are of writes that were killed
 
 
@@ -33,7 +38,7 @@ class Entry:
     """A folder of the store: a finished result, or what an interrupted job left.
 
     Attributes:
-        state: "finished", "unfinished", "left over" of a removal that was killed, or "damaged: WHY".
+        state: "finished", "unfinished", "left over" of a removal that was killed, "damaged: WHY", or `FOREIGN`.
         record: what stage.json holds; empty if it is not finished.
     """
 
@@ -83,7 +88,9 @@ def _read_entry(path: Path, stage: str, users: Users) -> Entry | None:
     except OSError:
         return None
     record: dict[str, Any] = {}
-    if path.suffix:
+    if not _OWN_NAME.fullmatch(path.name):
+        described = FOREIGN
+    elif path.suffix:
         described = "left over" if path.suffix == ".old" else "unfinished"
     elif wrong := result_fault(path, stage, whole=False):
         described = f"damaged: {wrong}"
@@ -95,6 +102,8 @@ def _read_entry(path: Path, stage: str, users: Users) -> Entry | None:
 
 def reason_to_keep(entry: Entry, use: Use, *, gone: bool = False, unrecorded: bool = False) -> str | None:
     """Why an entry cannot be removed, in words; None if nobody uses it. See `Use.kept_because`."""
+    if entry.state == FOREIGN:
+        return FOREIGN
     return None if entry.state == "left over" else use.kept_because(gone=gone, unrecorded=unrecorded)
 
 
@@ -136,7 +145,9 @@ def sweep(store: Path) -> None:
 def verify(entries: Sequence[Entry]) -> bool:
     """Read every file of the finished results and print what is wrong with them; whether nothing is."""
     damaged, without = 0, 0
-    results = [entry for entry in entries if not entry.path.suffix]
+    for entry in (entry for entry in entries if entry.state == FOREIGN):
+        print(f"{entry.path}: {FOREIGN}")
+    results = [entry for entry in entries if entry.state != FOREIGN and not entry.path.suffix]
     for entry in results:
         if wrong := result_fault(entry.path, entry.stage, whole=True):
             damaged += 1
@@ -196,11 +207,14 @@ def main() -> None:
     with errors_in_one_line():
         if not (arguments.output_dir / "store").is_dir():
             raise UserError(f"{arguments.output_dir} holds no store; name another with --output-dir")
+        faults = layout_faults(arguments.output_dir / "store", STAGES)
+        for fault in faults:
+            print(fault)
         users = Users(arguments.output_dir)
         found = read_store(arguments.output_dir, users)
         entries = [entry for entry in found if arguments.stage in (None, entry.stage)]
         if arguments.command == "verify":
-            sys.exit(0 if verify(entries) else 1)
+            sys.exit(0 if verify(entries) and not faults else 1)
         if arguments.command == "list":
             for entry in entries:
                 print(_line(entry))

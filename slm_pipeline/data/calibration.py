@@ -16,7 +16,7 @@ from slm_pipeline.assets import texts
 from slm_pipeline.config import CalibrationConfig
 from slm_pipeline.data import hub
 from slm_pipeline.data.files import check_text, read_text
-from slm_pipeline.data.tokens import text_tokens
+from slm_pipeline.data.tokens import text_tokens, tokenized
 from slm_pipeline.errors import UserError
 from slm_pipeline.machine import memory
 
@@ -238,7 +238,7 @@ def _documents(rows: Sequence[str], tokenizer: Any, config: CalibrationConfig) -
                 continue
             tried.add(row)
             check_text(rows[row], f"calibration={config.source}: row {row + 1}", empty=True)
-            token_ids = tokenizer(rows[row], verbose=False)["input_ids"]
+            token_ids = tokenized(tokenizer, rows[row], special=True)
             if len(token_ids) < config.seq_len:
                 continue
             start = generator.randrange(len(token_ids) - config.seq_len + 1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from slm_pipeline.data.examples import Example
-from slm_pipeline.errors import UserError
+from slm_pipeline.errors import UserError, refused_in_one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, needed: int | Non
     if needed is not None:
         length = 8 * needed + 4096
         while (end := _cut(tokenizer, text, length, alone=False)) < len(text):
-            ids = _ids(tokenizer, text[:end])
+            ids = tokenized(tokenizer, text[:end], special=False)
             if len(ids) >= needed:
                 return ids[:needed]
             length = 2 * end
@@ -63,7 +63,7 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, needed: int | Non
     with tqdm(total=len(text), desc="tokenize", unit="char", disable=None if len(text) > PIECE else True) as progress:
         while start < len(text):
             end = _cut(tokenizer, text, start + PIECE, alone=True)
-            ids += _ids(tokenizer, text[start:end])
+            ids += tokenized(tokenizer, text[start:end], special=False)
             progress.update(end - start)
             start = end
     return ids[:needed]
@@ -76,16 +76,22 @@ def _cut(tokenizer: PreTrainedTokenizerBase, text: str, earliest: int, *, alone:
     """
     for _, space in zip(range(_TRIES), _BETWEEN_WORDS.finditer(text, earliest), strict=False):
         place = space.start()
-        both = _ids(tokenizer, text[max(0, place - _SEEN) : place + _SEEN])
-        before = _ids(tokenizer, text[max(0, place - _SEEN) : place])
-        after = _ids(tokenizer, text[place : place + _SEEN]) if alone else both[len(before) :]
+        both = tokenized(tokenizer, text[max(0, place - _SEEN) : place + _SEEN], special=False)
+        before = tokenized(tokenizer, text[max(0, place - _SEEN) : place], special=False)
+        after = tokenized(tokenizer, text[place : place + _SEEN], special=False) if alone else both[len(before) :]
         if before + after == both:
             return place
     return len(text)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def tokenized(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    """Token ids of one call of the tokenizer, with the special tokens that it adds itself or without.
+
+    Raises:
+        UserError: the tokenizers library refuses the text, or the tokenizer's own settings.
+    """
+    with refused_in_one_line(f"the tokenizer {tokenizer.name_or_path} fails"):
+        ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return ids
 
 
@@ -122,7 +128,7 @@ def tokenize_example(
     labels: list[int] = []
     pieces = _pieces(tokenizer, example, completion_only)
     needed = None if "text" in example else cutoff_len
-    begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    begins_with_bos = tokenized(tokenizer, "a", special=True)[:1] == [tokenizer.bos_token_id]
     if begins_with_bos and "messages" not in example:
         ids, labels = [tokenizer.bos_token_id], [IGNORED]
     tokens_of = _tokenize_pieces(tokenizer, [text for text, _ in pieces], needed)
@@ -222,11 +228,14 @@ def _render(
             "the recovery's data has chats, but the model's tokenizer has no chat template; take a model that has one,"
             " or instructions or texts"
         )
-    try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"the chat template of the tokenizer refuses a chat of {roles}: {error}") from error
+    with refused_in_one_line(f"the tokenizer {tokenizer.name_or_path} fails at a chat"):
+        try:
+            rendered = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(f"the chat template of the tokenizer refuses a chat of {roles}: {error}") from error
     assert isinstance(rendered, str)
     return rendered
 

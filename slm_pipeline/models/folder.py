@@ -20,6 +20,8 @@ from typing import Any
 from slm_pipeline.errors import UserError
 from slm_pipeline.models import architectures
 from slm_pipeline.models.architectures import PRUNED, Architecture
+from slm_pipeline.models.description import MAX_SIZE, check_description, check_tokenizer_settings, is_size, shown
+from slm_pipeline.models.description import architecture as architecture_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"  # a folder of chat templates beside the first
@@ -33,8 +35,6 @@ _TEXT_FILES = ("merges.txt", "vocab.txt", "chat_template.jinja")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
-_MAX_SIZE = 2**31 - 1
-_MAX_LAYERS = 10_000
 _PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # have no special tokens but those named
 
 
@@ -115,7 +115,7 @@ def look(folder: Path, name: str, *, trust_remote_code: bool = False) -> ModelFo
     problems: list[str] = []
     warnings: list[str] = []
     description = _description(folder, problems)
-    architecture = _architecture(description)
+    architecture = architecture_of(description)
     tensors = _tensors(folder, description, problems, warnings)
     if architecture is not None and not problems and not _names_its_own(description, trust_remote_code):
         problems += _check_tensors(description, architecture, tensors)
@@ -134,6 +134,28 @@ def look(folder: Path, name: str, *, trust_remote_code: bool = False) -> ModelFo
     if problems:
         raise UserError(f"{name}: {'; '.join(problems)}")
     return ModelFolder(folder, description, tensors, _special_tokens(read), tuple(warnings))
+
+
+def has_own_head(folder: Path) -> bool:
+    """Whether the files hold an output head beside the embedding, with other values: whatever config.json says of them,
+    transformers then leaves the two apart. ``folder`` is one in which `look` finds nothing wrong."""
+    description = _description(folder, [])
+    architecture = architectures.find(description)
+    tensors = _tensors(folder, description, [], [])
+    head = _find(f"{architecture.head}.weight", tensors)
+    embedding = _find(f"{architecture.decoder}.{architecture.embedding}.weight", tensors)
+    return head is not None and embedding is not None and not _are_equal(head, embedding)
+
+
+def _are_equal(one: Stored, other: Stored) -> bool:
+    """Whether two tensors are stored as the same bytes."""
+    if (one.dtype, one.shape, one.num_bytes) != (other.dtype, other.shape, other.num_bytes):
+        return False
+    with open(one.file, "rb") as first, open(other.file, "rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        lengths = (min(BLOCK_BYTES, one.num_bytes - start) for start in range(0, one.num_bytes, BLOCK_BYTES))
+        return all(first.read(length) == second.read(length) for length in lengths)
 
 
 def read_json(file: Path) -> Any:
@@ -160,76 +182,6 @@ def read_json(file: Path) -> Any:
         raise ValueError("is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"is not valid JSON: {error}") from error
-
-
-def check_description(description: Any) -> list[str]:
-    """What is wrong with the content of a config.json, each in words; nothing for a model that can be cut by layers."""
-    if not isinstance(description, dict):
-        return [f"config.json is {_shown(description)}, not an object with the model's settings"]
-    problems = []
-    architecture = _architecture(description)
-    if architecture is None:
-        try:
-            architectures.find(description)
-        except UserError as error:
-            own = "; the code that it brings (auto_map) cannot be cut by layers" if "auto_map" in description else ""
-            problems.append(f"{error}{own}")
-    for key, optional, most in (
-        ("num_hidden_layers", False, _MAX_LAYERS),
-        ("hidden_size", False, _MAX_SIZE),
-        ("vocab_size", False, _MAX_SIZE),
-        ("num_attention_heads", False, _MAX_SIZE),
-        ((architecture or Architecture()).intermediate_size, False, _MAX_SIZE),
-        ("max_position_embeddings", False, _MAX_SIZE),
-        ("num_key_value_heads", True, _MAX_SIZE),
-        ("head_dim", True, _MAX_SIZE),
-    ):
-        if key not in description:
-            if key == "num_hidden_layers":
-                problems.append("config.json has no num_hidden_layers")
-        elif not (optional and description[key] is None) and not _is_size(description[key], most):
-            problems.append(f"config.json has {key}={_shown(description[key])}: an integer from 1 to {most} is needed")
-    if not problems:
-        problems += _check_sizes_together(description)
-    method = description.get("quantization_config") or description.get("compression_config")
-    if method:
-        kind = method.get("quant_method") if isinstance(method, dict) else method
-        problems.append(f"it is a quantised checkpoint ({_shown(kind)}), whose layers cannot be merged: dequantise it")
-    return problems
-
-
-def _check_sizes_together(description: Mapping[str, Any]) -> list[str]:
-    problems = []
-    hidden, heads = description.get("hidden_size"), description.get("num_attention_heads")
-    if hidden and heads and description.get("head_dim") is None and hidden % heads:
-        problems.append(f"config.json has num_attention_heads={heads}, which does not divide hidden_size={hidden}")
-    groups = description.get("num_key_value_heads")
-    if heads and groups and heads % groups:
-        problems.append(f"config.json has num_key_value_heads={groups}, which does not divide its {heads} heads")
-    types, num_layers = description.get("layer_types"), description["num_hidden_layers"]
-    if types is not None and (not isinstance(types, list) or len(types) != num_layers):
-        found = f"{len(types)} layer_types" if isinstance(types, list) else f"layer_types={_shown(types)}"
-        problems.append(f"config.json has {found} for num_hidden_layers={num_layers}")
-    pad, rows = description.get("pad_token_id"), description.get("vocab_size")
-    if pad is not None and (type(pad) is not int or (rows is not None and pad >= rows)):
-        problems.append(f"config.json has pad_token_id={_shown(pad)} and vocab_size={rows}")
-    return problems
-
-
-def _architecture(description: Any) -> Architecture | None:
-    try:
-        return architectures.find(description) if isinstance(description, dict) else None
-    except UserError:
-        return None
-
-
-def _is_size(value: Any, most: int) -> bool:
-    return type(value) is int and 1 <= value <= most
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _problem(file: Path) -> str | None:
@@ -268,7 +220,7 @@ def _tensors(
     """Every tensor of the files that transformers would load."""
     named = description.get("transformers_weights", WEIGHTS)
     if not _is_file_name(named):
-        problems.append(f"config.json has transformers_weights={_shown(named)}, which is not the name of a file in it")
+        problems.append(f"config.json has transformers_weights={shown(named)}, which is not the name of a file in it")
         return {}
     index = folder / (named if named.endswith(".index.json") else INDEX)
     single = folder / named
@@ -320,7 +272,7 @@ def _weight_map(index: Path, problems: list[str]) -> dict[str, str]:
     if not isinstance(content.get("metadata"), dict):
         problems.append(f"{index.name} has no metadata, without which transformers does not read it")
     if outside := [shard for shard in weight_map.values() if not _is_file_name(shard)]:
-        problems.append(f"{index.name} names {_shown(outside[0])}, which is not the name of a file beside it")
+        problems.append(f"{index.name} names {shown(outside[0])}, which is not the name of a file beside it")
         return {}
     return weight_map
 
@@ -355,6 +307,9 @@ def _header(file: Path) -> dict[str, Stored]:
         }
     except (ValueError, AttributeError, LookupError, TypeError, RecursionError, OverflowError) as error:
         raise ValueError(f"is not a safetensors file: {error}") from error
+    about_all = json.loads(header).get("__metadata__") or {}
+    if not isinstance(about_all, dict) or not all(isinstance(value, str) for value in about_all.values()):
+        raise ValueError("is not a safetensors file: its __metadata__ is no object of texts")
     if any(tensor.num_bytes < 0 or tensor.start < 8 + length for tensor in tensors.values()):
         raise ValueError("is not a safetensors file: it has a tensor that begins before the file or after its own end")
     end = max((tensor.start + tensor.num_bytes for tensor in tensors.values()), default=8 + length)
@@ -442,9 +397,11 @@ def _small_files(folder: Path, trust_remote_code: bool, problems: list[str]) -> 
             try:
                 read[name] = read_json(folder / name)
                 if not isinstance(read[name], dict):
-                    problems.append(f"{name} is {_shown(read.pop(name))}, not an object")
+                    problems.append(f"{name} is {shown(read.pop(name))}, not an object")
             except ValueError as error:
                 problems.append(f"{name} {error}")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        problems += check_tokenizer_settings(name, read.get(name, {}))
     for name in (*_TEXT_FILES, "tokenizer.model", "spiece.model"):
         if not os.path.lexists(folder / name):
             continue
@@ -488,7 +445,7 @@ def _num_rows(
         if embedding is not None and embedding.shape:
             return embedding.shape[0]
     rows = description.get("vocab_size")
-    return rows if _is_size(rows, _MAX_SIZE) else None
+    return rows if is_size(rows, MAX_SIZE) else None
 
 
 def _special_tokens(read: Mapping[str, Any]) -> frozenset[str] | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from slm_pipeline.config import ModelConfig
-from slm_pipeline.errors import UserError
+from slm_pipeline.errors import UserError, refused_in_one_line
 from slm_pipeline.models import bundled, folder, modeling_pruned
 from slm_pipeline.models.architectures import PRUNED
 from slm_pipeline.models.checked import load_checked
@@ -58,13 +56,17 @@ def load_dense_tokenizer(source: ModelSource) -> Any:
 
 
 def ties_embeddings(source: ModelSource) -> bool:
-    """Whether the dense model's output head is its embedding; known from its configuration, without weights."""
+    """Whether the dense model's output head is its embedding; known without loading weights.
+
+    From the configuration, and of a folder from what its files hold; a model of the hub may yet turn out to have two.
+    """
     if source.config.source == "random":
         return bool(_random_description(source.config).tie_word_embeddings)
     place, revision = _place(source)
     code = source.config.trust_remote_code
-    with _refused_in_one_line("configuration", place):
-        return bool(AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=code).tie_word_embeddings)
+    with refused_in_one_line(f"cannot load the configuration {place}"):
+        described = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=code)
+        return bool(described.tie_word_embeddings) and not (os.path.isdir(place) and folder.has_own_head(Path(place)))
 
 
 def _place(source: ModelSource) -> tuple[str, str | None]:
@@ -90,14 +92,14 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def _load_tokenizer(place: str, trust_remote_code: bool, revision: str | None = None) -> Any:
-    with _refused_in_one_line("tokenizer", place):
+    with refused_in_one_line(f"cannot load the tokenizer {place}"):
         return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def _load(place: str, config: ModelConfig, revision: str | None) -> Any:
     device = resolve_device(config.device)
     options: dict[str, Any] = {"device_map": "balanced"} if device == "balanced" else {}
-    with _refused_in_one_line("model", place):
+    with refused_in_one_line(f"cannot load the model {place}"):
         model = load_checked(
             _model_class(place),
             place,
@@ -110,22 +112,6 @@ def _load(place: str, config: ModelConfig, revision: str | None) -> Any:
         # transformers leaves apart what a checkpoint holds twice with different values, whatever its configuration says
         model.config.tie_word_embeddings = ModelView(model).ties_embeddings
         return model.eval() if device == "balanced" else model.to(device).eval()
-
-
-@contextmanager
-def _refused_in_one_line(what: str, place: str) -> Iterator[None]:
-    """Turn whatever a library says against a ``what`` in the folder or repository ``place`` into a `UserError`."""
-    try:
-        yield
-    except (UserError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
-        words = " ".join(str(error).split())
-        if "can't allocate memory" in words:
-            raise
-        words = f"{words[:400]}..." if len(words) > 400 else words
-        hint = "; model.trust_remote_code=true runs the code that it asks for" if "trust_remote_code" in words else ""
-        raise UserError(f"cannot load the {what} {place}: {type(error).__name__}: {words}{hint}") from error
 
 
 def _model_class(place: str) -> Any:

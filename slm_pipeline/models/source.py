@@ -13,6 +13,7 @@ from slm_pipeline.machine import gpus, memory
 from slm_pipeline.models import architectures, folder
 from slm_pipeline.models.architectures import PRUNED, Architecture
 from slm_pipeline.models.bundled import BUNDLED_MODELS, model_fingerprint
+from slm_pipeline.models.description import check_description
 from slm_pipeline.store.checksums import digest
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -106,7 +107,7 @@ def _hub(config: ModelConfig) -> ModelSource:
         description = folder.read_json(Path(file))
     except ValueError as error:
         raise UserError(f"model.repo={config.repo!r}: config.json {error}") from error
-    if problems := folder.check_description(description):
+    if problems := check_description(description):
         raise UserError(f"model.repo={config.repo!r}: {'; '.join(problems)}")
     return ModelSource(
         config,

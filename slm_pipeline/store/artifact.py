@@ -16,7 +16,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -27,7 +27,7 @@ from filelock import FileLock
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.machine import memory, provenance
-from slm_pipeline.store import checksums
+from slm_pipeline.store import checksums, users
 from slm_pipeline.store.checksums import digest
 from slm_pipeline.store.files import give_usual_modes, remove, write_json
 from slm_pipeline.store.record import read_record, result_fault
@@ -203,26 +203,44 @@ def _no_space(error: Exception) -> bool:
     return getattr(error, "errno", None) in full or any(phrase in str(error) for phrase in words)
 
 
-def check_store_format(root: Path) -> None:
-    """Raise `UserError` if ``root`` holds a store that this version cannot read; makes nothing."""
+def layout_faults(root: Path, stages: Sequence[str]) -> list[str]:
+    """What stops every job in the store ``root``, in words, with what to do; nothing if there is no store."""
+    faults = []
     marker = root / "store.json"
-    if not os.path.lexists(marker):
-        return
-    try:
-        found = checksums.read_json(marker)["format"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{marker} is not what a store begins with ({error}); choose another output_dir=") from error
-    if found != STORE_FORMAT:
-        raise UserError(
-            f"{root} is a store of format {found}, this version reads {STORE_FORMAT}; choose another output_dir="
-        )
+    if os.path.lexists(marker):
+        try:
+            found = checksums.read_json(marker)
+            if not isinstance(found, dict) or "format" not in found:
+                raise ValueError("it names no format")
+            if found["format"] != STORE_FORMAT:
+                faults.append(f"{root} is a store of format {found['format']}, this version reads {STORE_FORMAT}")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            faults.append(
+                f"{marker} is not what a store begins with ({reason}); if the store is this version's, replace it by a"
+                f' file with {{"format": {STORE_FORMAT}}}'
+            )
+    for folder in (root / name for name in (users.FOLDER, *stages)):
+        if os.path.lexists(folder) and not folder.is_dir():
+            what = f"a link to {os.readlink(folder)}, which is no folder" if folder.is_symlink() else "not a folder"
+            faults.append(f"{folder} is {what}: move it away, or mend it")
+    return faults
 
 
-def check_store(root: Path) -> None:
-    """Create the store or make sure that this version can read it.
+def check_layout(root: Path, stages: Sequence[str]) -> None:
+    """Raise `UserError` if ``root`` holds a store that no job of this version can work in; makes nothing."""
+    if faults := layout_faults(root, stages):
+        raise UserError(f"{'; '.join(faults)}; or choose another output_dir=")
+
+
+def check_store(root: Path, stages: Sequence[str]) -> None:
+    """Create the store or make sure that this version can work in it.
+
+    Args:
+        stages: names of its folders.
 
     Raises:
-        UserError: the folder holds a store of another format, or cannot be written.
+        UserError: the folder holds a store of another format or a damaged one, or cannot be written.
     """
     marker = root / "store.json"
     try:
@@ -233,4 +251,4 @@ def check_store(root: Path) -> None:
         raise UserError(f"cannot write to output_dir: {root}: {error.strerror}; choose another output_dir=") from error
     if not os.access(root, os.W_OK):
         raise UserError(f"cannot write to output_dir: {root} is read-only; choose another output_dir=")
-    check_store_format(root)
+    check_layout(root, stages)

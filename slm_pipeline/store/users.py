@@ -13,13 +13,15 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.store import checksums
-from slm_pipeline.store.files import write_json
+from slm_pipeline.store.files import remove, write_json
 
 FOLDER = "users"
 
@@ -69,12 +71,21 @@ def _read(store: Path, run_dir: Path) -> tuple[Path, dict[str, Any]]:
         pass
     except (OSError, ValueError, LookupError, TypeError) as error:
         log.warning("%s is written anew: %s", file, error)
+        if os.path.isdir(file):  # which nothing can be renamed onto
+            with _explained(file):
+                remove(file)
     return file, known
 
 
 def _write(file: Path, known: dict[str, Any]) -> None:
-    try:
+    with _explained(file):
         write_json(file, checksums.sealed(known))
+
+
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         full = ": free some space (slm-store clean) and run the same command again"
         raise UserError(
@@ -141,6 +152,7 @@ class Users:
     """
 
     def __init__(self, output_dir: Path):
+        output_dir = Path(os.path.abspath(output_dir))  # as in what runs have noted, so that none counts twice
         self.store = output_dir / "store"
         self._links: dict[Path, set[Path]] = {}  # resolved target -> run folders with a link to it
         self._seen: dict[Path, tuple[int, int]] = {}

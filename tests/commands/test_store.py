@@ -277,3 +277,41 @@ def test_result_half_deleted_does_not_look_whole(output_dir, capsys, monkeypatch
     assert left(output_dir) == {"aaaa", "bbbb", "cccc", "dddd.partial", "eeee.old"}
     run(capsys, "clean", "--output-dir", str(output_dir), "--yes", "--stage", "evaluate")
     assert left(output_dir) == {"aaaa", "bbbb", "cccc", "dddd.partial"}
+
+
+def test_what_is_not_of_the_store_is_named_and_left_alone(output_dir, capsys):
+    foreign = output_dir / "store" / "calibrate" / "zz"
+    foreign.write_text("mine")
+    status, out = verify(output_dir, capsys)
+    assert status == 0
+    assert f"{foreign}: not of this store: move it away\n4 results: 4 as they were written" in out
+    run(capsys, "clean", "--output-dir", str(output_dir), "--yes", "--unrecorded")
+    assert foreign.read_text() == "mine"
+    assert "not of this store: move it away" in run(capsys, "list", "--output-dir", str(output_dir))
+
+
+def test_verify_and_list_say_what_stops_every_job(output_dir, capsys):
+    (output_dir / "store" / "store.json").write_text("[]")
+    (output_dir / "store" / "users").symlink_to("nowhere")
+    status, out = verify(output_dir, capsys)
+    assert status == 1
+    for said in (out, run(capsys, "list", "--output-dir", str(output_dir))):
+        assert f"{output_dir}/store/store.json is not what a store begins with (it names no format)" in said
+        assert f"{output_dir}/store/users is a link to nowhere, which is no folder" in said
+
+
+def test_a_run_counts_once_by_its_link_and_by_what_it_noted(output_dir, capsys, monkeypatch):
+    use(output_dir, output_dir / "runs" / "slm" / "now", "calibrate/aaaa")
+    monkeypatch.chdir(output_dir.parent)
+    (line,) = run(capsys, "list", "--output-dir", output_dir.name, "--stage", "calibrate").splitlines()[:-1]
+    assert " 1 runs " in line
+
+
+def test_a_folder_in_place_of_a_note_is_replaced(output_dir, tmp_path, caplog):
+    run_dir = use(output_dir, tmp_path / "run", "merge/cccc")
+    (note,) = (output_dir / "store" / "users").glob("*.json")
+    note.unlink()
+    (note / "inside").mkdir(parents=True)
+    use(output_dir, run_dir, "merge/cccc")
+    assert users.Users(output_dir).of("merge/cccc").runs == {run_dir}
+    assert f"{note} is written anew: {note.name} is damaged: not a file" in caplog.text

@@ -246,7 +246,7 @@ class Counting:
     """A tokenizer that notes how many characters it is given each time."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.given = tokenizer, []
+        self.tokenizer, self.given, self.name_or_path = tokenizer, [], "counting"
 
     def __call__(self, text, **options):
         self.given.append(len(text))
@@ -297,8 +297,23 @@ def test_an_example_of_megabytes_is_read_as_far_as_it_is_used():
     begun = {**answer, "output": text[:9000]}
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        ids = tokens._ids
-        patch.setattr(tokens, "_ids", lambda tokenizer, text: seen.append(len(text)) or ids(tokenizer, text))
+        ids = tokens.tokenized
+        patch.setattr(tokens, "tokenized", lambda of, text, **how: seen.append(len(text)) or ids(of, text, **how))
         assert tokens.tokenize_example(tokenizer, answer, 64) == tokens.tokenize_example(tokenizer, begun, 64)
         tokens.check_tokens(tokenizer, [{"text": text}], 64)
     assert max(seen) < 10_000
+
+
+def test_what_the_library_says_against_a_text_is_one_line_with_the_folder():
+    """A vocabulary of one word and none for the others."""
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, name_or_path="/data/model")
+    assert tokens.tokenized(tokenizer, "a", special=False) == [0]
+    with pytest.raises(UserError, match=r"^the tokenizer /data/model fails: \w+: .*Missing \[UNK\] token"):
+        tokens.text_tokens(tokenizer, "b")
+    tokenizer.model_max_length = "x"
+    with pytest.raises(UserError, match="^the tokenizer /data/model fails: TypeError: "):
+        tokens.text_tokens(tokenizer, "a")
+    tokenizer.chat_template = "{{ 1 + 'a' }}"
+    with pytest.raises(UserError, match="^the tokenizer /data/model fails at a chat: TypeError: "):
+        tokens.tokenize_example(tokenizer, {"messages": [{"role": "user", "content": "a"}]}, 8)

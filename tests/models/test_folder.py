@@ -16,13 +16,25 @@ from conftest import run_slm
 from hypothesis import given
 from hypothesis import strategies as st
 from model_folders import config, replace_by, weights
+from transformers import AutoConfig
+from transformers.activations import ACT2CLS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.zero_shot import score_task
 from slm_pipeline.models import folder as model_folder
-from slm_pipeline.models.loading import load_checkpoint, load_dense, load_dense_tokenizer, load_tokenizer
+from slm_pipeline.models.architectures import ARCHITECTURES
+from slm_pipeline.models.description import ACTIVATIONS, ROPE_TYPES, check_description
+from slm_pipeline.models.loading import (
+    load_checkpoint,
+    load_dense,
+    load_dense_tokenizer,
+    load_tokenizer,
+    ties_embeddings,
+)
 from slm_pipeline.models.source import ModelSource, describe
+from slm_pipeline.models.view import ModelView
 
 FLOAT32 = {"dtype": "float32", "device": "cpu"}
 
@@ -36,8 +48,17 @@ def unchecked(folder: Path, **more: object) -> ModelSource:
     return ModelSource(options(folder, **more), "", 4, "llama")
 
 
+def filled(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    """With ``value`` in one place."""
+    return tensor.flatten().index_fill(0, torch.tensor(31), value).view_as(tensor)
+
+
 def header_only(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+
+
+def odd_metadata(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 18) + b'{"__metadata__":5}')
 
 
 FAULTS = {
@@ -59,10 +80,34 @@ FAULTS = {
     "no width": ("llama", config(hidden_size=0), "hidden_size=0: an integer from 1"),
     "heads": ("llama", config(num_attention_heads=3, head_dim=None), "num_attention_heads=3, which does not divide"),
     "groups": ("llama", config(num_key_value_heads=3), "num_key_value_heads=3, which does not divide its 4 heads"),
-    "pad beyond": ("llama", config(pad_token_id=300), "pad_token_id=300 and vocab_size=300"),
+    "pad beyond": ("llama", config(pad_token_id=300), "pad_token_id=300: an integer from 0 to 299, or null"),
+    "eps as text": ("llama", config(rms_norm_eps="1e-6"), 'rms_norm_eps="1e-6": a positive number with a decimal p'),
+    "activation": ("llama", config(hidden_act="nosuch"), 'hidden_act="nosuch": one of gelu, .*, xielu is needed'),
+    "bias as text": ("llama", config(attention_bias="x"), 'attention_bias="x": true or false is needed'),
+    "window as text": ("llama", config(sliding_window="a"), 'sliding_window="a": an integer from 1 to 2147483647'),
+    "dropout": ("llama", config(attention_dropout=5), "attention_dropout=5: a number from 0 to 1"),
+    "dtype": ("llama", config(dtype="float99"), 'dtype="float99": one of float64, .*, bfloat16, or null, is needed'),
+    "bos beyond": ("llama", config(bos_token_id=9999), "bos_token_id=9999: an integer from 0 to 299, or null, is need"),
+    "eos as text": ("llama", config(eos_token_id=[1, "x"]), 'eos_token_id="x": an integer from 0 to 299'),
+    "rope as text": ("llama", config(rope_parameters="x"), 'rope_parameters="x": an object, or null, is needed'),
+    "rope type": ("llama", config(rope_parameters={"rope_type": "no"}), 'rope_type="no": one of default, linear'),
+    "rope theta": (
+        "llama", config(rope_parameters={"rope_type": "default", "rope_theta": -1.0}),
+        "rope_parameters.rope_theta=-1.0: a positive number is needed",
+    ),
+    "rope of layers": (
+        "gemma3_text", config(rope_parameters={"full_attention": {"rope_type": "linear"}}),
+        "config.json has rope_parameters.full_attention of type linear without factor",
+    ),
+    "rope scaling": (
+        "llama", config(rope_scaling={"type": "longrope", "short_factor": 1, "long_factor": [1.0]}),
+        "rope_scaling.short_factor=1: a list of positive numbers",
+    ),
+    "kinds of layers": ("gemma3_text", config(layer_types=["x"] * 4), 'layer_types="x": one of full_attention'),
     "layer types": ("gemma3_text", config(num_hidden_layers=3), "4 layer_types for 3 layers"),
     "bitsandbytes": ("llama", config(quantization_config={"quant_method": "bitsandbytes"}), '"bitsandbytes"'),
     "gptq": ("llama", config(quantization_config={"quant_method": "gptq"}), 'quantised checkpoint ."gptq".*dequantise'),
+    "quantised somehow": ("llama", config(quantization_config={}), r"quantised checkpoint \(null\)"),
     "int8 weights": (
         "llama",
         weights(lambda w: {k: v.char() if "up_proj" in k else v for k, v in w.items()}),
@@ -95,6 +140,7 @@ FAULTS = {
     "weights are a link": ("llama", replace_by("link", "model.safetensors"), "a link to nowhere, which is not there"),
     "weights are empty": ("llama", replace_by("empty", "model.safetensors"), "model.safetensors is empty"),
     "weights are cut": ("llama", replace_by("truncated", "model.safetensors"), "damaged or incomplete: .* header says"),
+    "weights of no texts": ("llama", odd_metadata, "its __metadata__ is no object of texts"),
     "weights have no tensor": ("llama", header_only, "its files lack 39 tensors"),
     "index without a map": ("llama_shards", folders.replace_by("latin-1", "model.safetensors.index.json"), "not UTF-8"),
     "index of nothing": ("llama_shards", lambda f: folders.edit_index(f, weight_map={}), "has no weight_map"),
@@ -115,6 +161,14 @@ FAULTS = {
     "no vocabulary": ("llama", lambda f: folders.edit_json(f, "tokenizer.json", model={}), "has no vocabulary"),
     "more tokens": ("llama", folders.with_more_tokens_than_rows, "token ids up to 318, its embedding only 300 rows"),
     "empty settings": ("llama", replace_by("empty", "tokenizer_config.json"), "tokenizer_config.json is empty"),
+    "longest text": (
+        "llama", lambda f: folders.edit_json(f, "tokenizer_config.json", model_max_length="x"),
+        'tokenizer_config.json has model_max_length="x": a positive number, or null, is needed',
+    ),
+    "eos is a number": (
+        "llama", lambda f: folders.edit_json(f, "tokenizer_config.json", eos_token=5),
+        "tokenizer_config.json has eos_token=5: a text or an object with a text as its content",
+    ),
     "generation": ("llama", replace_by("truncated", "generation_config.json"), "generation_config.json is not valid"),
     "own tokenizer": (
         "llama",
@@ -164,6 +218,14 @@ def test_all_that_is_wrong_is_said_at_once(sound_models, tmp_path, monkeypatch):
         ("llama", weights(lambda w: {**w, "x": torch.zeros(2)} | {"lm_head.weight": torch.zeros(9, 9)}), "lm_head"),
         ("llama", config(rms_norm_eps="small"), "cannot load the [a-z]+ .*/model: [A-Za-z]+Error: "),
         ("llama", config(hidden_act="swiiish"), "cannot load the model .*/model: KeyError: .*swiiish"),
+        (
+            "llama", weights(lambda w: {k: filled(v, torch.nan) if "norm" in k else v for k, v in w.items()}),
+            ": not every value of model.layers.0-3.input_layernorm.weight, .*, model.norm.weight is a finite number",
+        ),
+        (
+            "llama", weights(lambda w: w | {"lm_head.weight": filled(w["lm_head.weight"], -torch.inf)}),
+            "/model: not every value of lm_head.weight is a finite number in float32$",
+        ),
         ("llama", replace_by("truncated", "model.safetensors"), "cannot load the model .*: SafetensorError: "),
         ("llama", replace_by("nothing", "tokenizer.json"), "cannot load the tokenizer .*/model: "),
         ("llama", lambda f: folders.edit_json(f, "tokenizer.json", model={"type": "?"}), "cannot load the tokenizer"),
@@ -243,15 +305,15 @@ def test_warnings_reach_the_summary_also_of_a_run_that_reuses(sound_models, here
 
 
 def test_the_traceback_of_what_a_library_said_is_in_the_log_file_alone(sound_models, here):
-    folders.copy(sound_models["llama"], here / "model", config(hidden_act="swiiish"))
+    folders.copy(sound_models["llama"], here / "model", lambda f: folders.edit_json(f, "tokenizer.json", normalizer=5))
     job = ["model=local", "model.path=model", "calibration.seq_len=24", "pruning_ratio=layers", *JOB]
     outcome = run_slm(*job, "pruning_ratio.num_layers=2")
     assert outcome.status == 2
-    assert "error: cannot load the model model: KeyError: " in outcome.err
+    assert "error: cannot load the tokenizer model: " in outcome.err
     assert "Traceback" not in outcome.err
     log = (here / "run" / "slm.log").read_text()
     assert "Traceback (most recent call last)" in log
-    assert "activations.py" in log
+    assert "tokenization_utils" in log
 
 
 @pytest.mark.parametrize(
@@ -294,11 +356,30 @@ def test_special_tokens_that_an_evaluation_needs(sound_models, here):
         score_task(model, tokenizer, "piqa", data="bundled", limit=1, batch_size=1)
 
 
+@pytest.mark.parametrize(("base", "decoder"), [("gemma3_text", "model"), ("opt", "model.decoder")])
+def test_whether_the_head_is_the_embedding_is_what_the_files_hold(base, decoder, sound_models, tmp_path):
+    """Both are described as tied, and saved so."""
+    for number, (change, tied) in enumerate([(lambda e: {}, True), (lambda e: {"lm_head.weight": e.clone()}, True),
+                                             (lambda e: {"lm_head.weight": e.flip(0)}, False)]):  # fmt: skip
+        with_head = weights(lambda w, change=change: {**w, **change(w[f"{decoder}.embed_tokens.weight"])})
+        source = describe(options(folders.copy(sound_models[base], tmp_path / str(number), with_head)))
+        assert ties_embeddings(source) == tied
+        assert ModelView(load_dense(source)[0]).ties_embeddings == tied
+
+
 def test_an_index_beside_a_single_file_is_said_not_to_be_read(sound_models, tmp_path):
     folder = folders.copy(sound_models["llama"], tmp_path / "model")
     (folder / "model.safetensors.index.json").write_text("{}")
     (warning,) = describe(options(folder)).warnings
     assert warning.endswith("model.safetensors is the whole model: model.safetensors.index.json beside it is not read")
+
+
+def test_what_transformers_itself_writes_and_knows_is_allowed():
+    for name in ARCHITECTURES:
+        written = AutoConfig.for_model(name).to_dict()
+        assert check_description({**written, "rope_scaling": None, "sliding_window": None}) == []
+    assert set(ACTIVATIONS) == set(ACT2CLS)
+    assert set(ROPE_TYPES) == {"default", "su", *ROPE_INIT_FUNCTIONS}
 
 
 def test_names_of_tensors_in_short():

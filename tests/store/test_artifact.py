@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from slm_pipeline.config import STAGES
 from slm_pipeline.errors import UserError
 from slm_pipeline.store.artifact import STORE_FORMAT, Artifact, check_store
 from slm_pipeline.store.checksums import digest
@@ -242,18 +243,34 @@ def test_other_errors_pass_unchanged(tmp_path):
 
 
 def test_store_of_another_format_is_refused(tmp_path):
-    check_store(tmp_path / "store")
+    check_store(tmp_path / "store", STAGES)
     assert json.loads((tmp_path / "store" / "store.json").read_text()) == {"format": STORE_FORMAT}
-    check_store(tmp_path / "store")
+    check_store(tmp_path / "store", STAGES)
     write_json(tmp_path / "store" / "store.json", {"format": 99})
     with pytest.raises(UserError, match="is a store of format 99, this version reads 1"):
-        check_store(tmp_path / "store")
+        check_store(tmp_path / "store", STAGES)
 
 
-def test_damaged_store_is_refused(tmp_path):
-    (tmp_path / "store.json").write_text("{")
-    with pytest.raises(UserError, match="store.json is not what a store begins with"):
-        check_store(tmp_path)
+@pytest.mark.parametrize("content", ["{", "[]", "null", '{"other": 1}', ""])
+def test_damaged_store_is_refused(content, tmp_path):
+    (tmp_path / "store.json").write_text(content)
+    with pytest.raises(
+        UserError, match=r"store.json is not what a store begins with \([^l].*replace it by a file with {\"f"
+    ):
+        check_store(tmp_path, STAGES)
+
+
+@pytest.mark.parametrize("name", ["users", "calibrate", "merge", "evaluate"])
+def test_what_stops_every_job_is_refused_before_the_first_stage(name, tmp_path):
+    (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=f"^{tmp_path}/{name} is not a folder: move it away"):
+        check_store(tmp_path, STAGES)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"^{tmp_path}/{name} is a link to nowhere, which is no folder: move it away"):
+        check_store(tmp_path, STAGES)
+    (tmp_path / "nowhere").mkdir()  # on another disk, say
+    check_store(tmp_path, STAGES)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {"scores": [1.0, float("-inf")]}])

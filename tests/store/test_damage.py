@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 
 from slm_pipeline.commands import store
 from slm_pipeline.commands.study import status
+from slm_pipeline.config import STAGES
 from slm_pipeline.errors import UserError
+from slm_pipeline.jobs.stages.calibrate import Calibrate
+from slm_pipeline.jobs.stages.recover import Recover
 from slm_pipeline.machine import provenance
 from slm_pipeline.report.runs import read_runs
 from slm_pipeline.store import checksums, users
@@ -58,7 +61,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir.mkdir(parents=True)
     write_json(run_dir / "summary.json", {})
     with mock.patch.object(provenance, "git_commit", return_value=None):
-        check_store(output_dir / "store")
+        check_store(output_dir / "store", STAGES)
         for artifact in artifacts(output_dir):
             users.note(artifact.path, run_dir)
             artifact.produce(make)
@@ -307,9 +310,15 @@ def test_a_damaged_input_is_made_again_before_it_is_read(job, finished, tmp_path
         weights.write_bytes(content)
     run_dir = tmp_path / "again"
     checksums._read.clear()
-    with mock.patch.object(checksums, "SMALL", 0):  # as if the weights were large
+    with (
+        mock.patch.object(checksums, "SMALL", 0),  # as if the weights were large
+        mock.patch.object(Recover, "preflight", autospec=True) as looked_at,
+        mock.patch.object(Calibrate, "publish", autospec=True) as published,
+    ):
         outcome = run_slm(*job, f"output_dir={tmp_path}", f"hydra.run.dir={run_dir}", "force=[evaluate]")
     assert outcome.status == 0, outcome.err
+    assert looked_at.call_count == 1  # though it seemed done
+    assert published.call_count == 1  # what was whole is not gone through again
     again = json.loads((run_dir / "summary.json").read_text())
     assert again["metrics"] == summary["metrics"]
     for name in ("merge", "recover"):
