@@ -126,7 +126,7 @@ class EfficiencyConfig:
     output_len: Tokens = 128
     num_runs: Count = 30
     num_warmup: CountOrZero = 10  # of the runs, not counted
-    prompt: Annotated[str, Text(lines=True)] = "The Leaning Tower of Pisa is known for"
+    prompt: Annotated[str, Text(lines=True, empty=False)] = "The Leaning Tower of Pisa is known for"
 
 
 @dataclass

@@ -314,7 +314,7 @@ def _check_positions(config: Config, source: ModelSource, recovery: Recovery | N
         if evaluation.perplexity.corpora:
             lengths["evaluation.perplexity.window"] = evaluation.perplexity.window
         if evaluation.efficiency.enabled:
-            lengths["evaluation.efficiency.output_len"] = evaluation.efficiency.output_len
+            efficiency.check_lengths(None, evaluation.efficiency.output_len, source.max_positions)
     most = source.max_positions
     if most is None or not (longer := [f"{name}={length}" for name, length in lengths.items() if length > most]):
         return []

@@ -59,12 +59,21 @@ def load_dense_tokenizer(source: ModelSource) -> Any:
 
 def ties_embeddings(source: ModelSource) -> bool:
     """Whether the dense model's output head is its embedding; known from its configuration, without weights."""
+    return bool(_description(source).tie_word_embeddings)
+
+
+def num_positions(source: ModelSource) -> int | None:
+    """Positions of the dense model, of a random one too; known from its configuration, without weights."""
+    return getattr(_description(source), "max_position_embeddings", None)
+
+
+def _description(source: ModelSource) -> Any:
     if source.config.source == "random":
-        return bool(_random_description(source.config).tie_word_embeddings)
+        return _random_description(source.config)
     place, revision = _place(source)
     code = source.config.trust_remote_code
     with _refused_in_one_line("configuration", place):
-        return bool(AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=code).tie_word_embeddings)
+        return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=code)
 
 
 def _place(source: ModelSource) -> tuple[str, str | None]:

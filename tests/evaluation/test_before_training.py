@@ -19,6 +19,7 @@ GOOD = [
     "evaluation.perplexity.window=64",
 ]
 CORPORA = "evaluation.perplexity.corpora"
+SPEED = "evaluation.efficiency"
 
 
 @pytest.fixture
@@ -73,6 +74,11 @@ def refusal(files, *overrides: str) -> str:
         ),
         (["calibration.path=latin.txt"], "calibration.path='latin.txt': FILES/latin.txt is not UTF-8 text"),
         (["calibration.path=short.txt"], "calibration.path='short.txt' has 63 bytes; "),
+        (
+            ["model.architecture=opt", f"{SPEED}.enabled=true", f"{SPEED}.output_len=2048"],
+            f"{SPEED}.output_len=2048 after any prompt: the model has 2048 positions",
+        ),
+        ([f"{SPEED}.prompt="], f"{SPEED}.prompt='' must not be empty"),
         (["objective.max_layers=5"], "objective.max_layers=5 is a budget for objective.metric, which is null"),
         (["objective.metric=recovered/perplexity/text.txt"], "is not measured by this job"),
         (["objective.metric=dense/perplexity/text.txt", "evaluation.of=[pruned]"], "is not measured by this job"),
@@ -88,6 +94,10 @@ def test_found_by_a_dry_run_too(files, overrides, message):
     ("overrides", "message"),
     [
         ([f"{CORPORA}=[short.txt]"], "short: 63 tokens are less than one window; evaluation.perplexity.window=64"),
+        (
+            [f"{SPEED}.enabled=true", f"{SPEED}.output_len=2011"],
+            f"{SPEED}.output_len=2011 after a prompt of 38 tokens: the model has 2048 positions",
+        ),
         (
             ["evaluation.tasks=[hellaswag]", "evaluation.data=hub"],
             "evaluation.data=hub: hellaswag, row 2, column label: '2' is not one of '0', '1'",
