@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_pipeline import config as options
 from slm_pipeline.config import Config, ThresholdConfig, build, unused
-from slm_pipeline.data import calibration
-from slm_pipeline.data.tasks import task_fingerprint
+from slm_pipeline.data import calibration, tasks
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation import efficiency, perplexity
 from slm_pipeline.jobs.tracking import check_tracker
@@ -342,6 +341,8 @@ def _check_evaluation(config: Config) -> dict[str, object]:
     for target in evaluation.of:
         if target not in options.TARGETS:
             raise UserError(f"evaluation.of has {target!r}; allowed: {', '.join(options.TARGETS)}")
+    for task in evaluation.tasks:
+        tasks.check_name(task)
     text, speed = evaluation.perplexity, evaluation.efficiency
     perplexity.check(text.window, text.stride, text.max_tokens)
     efficiency.check(speed.num_runs, speed.num_warmup)
@@ -349,6 +350,6 @@ def _check_evaluation(config: Config) -> dict[str, object]:
         return {}
     folder = data_dir(config)
     return {
-        "tasks": {task: task_fingerprint(evaluation.data, task, folder) for task in evaluation.tasks},
+        "tasks": {task: tasks.task_fingerprint(evaluation.data, task, folder) for task in evaluation.tasks},
         "corpora": {corpus: perplexity.corpus_fingerprint(corpus, folder) for corpus in evaluation.perplexity.corpora},
     }

@@ -67,6 +67,8 @@ def refusal(files, *overrides: str) -> str:
             "evaluation.data=hub: piqa: baber/piqa is no local folder",
         ),
         (["evaluation.tasks=[piqa,boolq,piqa]"], "evaluation.tasks=['piqa', 'boolq', 'piqa'] has 'piqa' twice"),
+        (["evaluation=none", "evaluation.tasks=[nosuch]"], "no zero-shot task 'nosuch'; tasks are boolq, piqa, hell"),
+        (["stages=[]", "evaluation.tasks=[nosuch]"], "no zero-shot task 'nosuch'"),
         (["evaluation.of=[dense,dense]"], "evaluation.of=['dense', 'dense'] has 'dense' twice"),
         (
             ["calibration=c4", "calibration.path=null"],
