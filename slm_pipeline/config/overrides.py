@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from fractions import Fraction
@@ -17,6 +18,8 @@ from slm_pipeline import config
 from slm_pipeline.config import ranges
 from slm_pipeline.errors import UserError
 
+_QUOTED = re.compile(r""""[^"]*"|'[^']*'""")
+_BETWEEN_COMMAS = re.compile(rf"(?:{_QUOTED.pattern}|\([^()]*\)|[^,])+")
 MOST_JOBS = 10_000  # of a study; each has a folder, and a row in its table
 
 
@@ -52,12 +55,25 @@ def parse_overrides(overrides: Sequence[str], loader: ConfigLoader | None = None
 
 
 def as_text_hint(override: str) -> str:
-    """The end of a message about an override: how a shell and Hydra take its value as one text, whatever is in it."""
+    """The end of a message about an override: how a shell and Hydra take its value as one text, whatever is in it.
+
+    Of an option that is a list of texts as a list of them, parted by the commas outside quotes and parentheses; nothing
+    of an option that holds anything else.
+    """
     key, equals, value = override.partition("=")
     if not equals or ranges.Text(at_most=300).fault(value):
         return ""
-    quoted = QuotedString(text=value, quote=Quote.double).with_quotes()
-    return f"; as one text it is written {shlex.quote(f'{key}={quoted}')}"
+    if config.is_text(name := key.lstrip("+~")):
+        return f"; as one text it is written {shlex.quote(f'{key}={_quoted(value)}')}"
+    if not config.is_list_of_texts(name):
+        return ""
+    texts = (text.strip() for text in _BETWEEN_COMMAS.findall(value.strip().removeprefix("[").removesuffix("]")))
+    plain = (text[1:-1] if _QUOTED.fullmatch(text) else text for text in texts if text)
+    return f"; as a list of texts it is written {shlex.quote(f'{key}=[' + ','.join(map(_quoted, plain)) + ']')}"
+
+
+def _quoted(text: str) -> str:
+    return QuotedString(text=text, quote=Quote.double).with_quotes()
 
 
 def asks_for_several_jobs(item: Override) -> str:

@@ -54,6 +54,41 @@ def test_any_override_is_read_or_refused(key, value):
 
 
 @pytest.mark.parametrize(
+    ("value", "texts"),
+    [
+        ("[/tmp/a (1).txt]", ["/tmp/a (1).txt"]),
+        ("/tmp/a (1).txt", ["/tmp/a (1).txt"]),
+        ("[/tmp/a (1, 2).txt, b=c,bundled]", ["/tmp/a (1, 2).txt", "b=c", "bundled"]),
+        ("""["/a, b",'c"d',e (]""", ["/a, b", 'c"d', "e ("]),
+    ],
+)
+def test_a_list_of_texts_is_advised_as_a_list(value, texts):
+    override = f"evaluation.perplexity.corpora={value}"
+    (word,) = shlex.split(as_text_hint(override).rpartition("as a list of texts it is written ")[2])
+    (item,) = parse_overrides([word])
+    assert item.value() == texts
+    with pytest.raises(UserError, match="as a list of texts it is written"):
+        parse_overrides(["evaluation.perplexity.corpora=[/tmp/a (1).txt]"])
+
+
+def test_quotes_are_advised_where_a_text_belongs():
+    for key in ("name", "recovery.path", "method.path", "+data_dir", "hydra.run.dir", "tracker.project"):
+        assert as_text_hint(f"{key}=a (1)") == f"; as one text it is written '{key}=\"a (1)\"'"
+    for key in (
+        "seed",
+        "recovery",
+        "recovery.rank",
+        "evaluation.limit",
+        "study",
+        "nosuch.key",
+        "hydra.nosuch",
+        "hydra",
+    ):
+        assert as_text_hint(f"{key}=a (1)") == ""
+    assert as_text_hint("recovery.target_modules=[q (1]").endswith("'recovery.target_modules=[\"q (1\"]'")
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (
