@@ -278,13 +278,14 @@ def _describe_study(composed: DictConfig, arguments: Namespace, loader: ConfigLo
     """Print each job of a multirun and what it would do; `UserError` if one would fail."""
     from slm_pipeline.jobs.runner import describe_plan
 
+    here = composed.hydra.runtime.choices["hydra/launcher"] != "slurm"
     if study.is_search(composed):
         print(_describe_search(composed), flush=True)
     failures = 0
     for number, overrides in enumerate(study.jobs(composed, arguments.overrides, loader)):
         print(f"#{number} {' '.join(overrides)}", flush=True)
         try:
-            print(describe_plan(_job(_compose(arguments, overrides), overrides)), flush=True)
+            print(describe_plan(_job(_compose(arguments, overrides), overrides, runs_here=here)), flush=True)
         except UserError as error:
             failures += 1
             print(f"would fail: {error}", flush=True)
@@ -347,10 +348,12 @@ def _describe_search(composed: DictConfig) -> str:
     )
 
 
-def _job(composed: DictConfig, overrides: Sequence[str], program: Sequence[str] = ("slm",)) -> Job:
+def _job(
+    composed: DictConfig, overrides: Sequence[str], program: Sequence[str] = ("slm",), *, runs_here: bool = True
+) -> Job:
     from slm_pipeline.jobs.job import prepare
 
-    return prepare(config.to_config(composed), shlex.join([*program, *overrides]))
+    return prepare(config.to_config(composed), shlex.join([*program, *overrides]), runs_here=runs_here)
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:

@@ -16,6 +16,7 @@ from slm_pipeline.data import calibration, tasks
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation import efficiency, perplexity
 from slm_pipeline.jobs.tracking import check_tracker
+from slm_pipeline.machine import gpus
 from slm_pipeline.methods.base import Method, PruningProblem, num_layers_to_remove
 from slm_pipeline.models.source import ModelSource, describe
 from slm_pipeline.recovery.base import Recovery, TrainingOptions
@@ -147,8 +148,8 @@ def data_dir(config: Config) -> Path | None:
     return Path(config.data_dir).expanduser().absolute() if config.data_dir else None
 
 
-def prepare(config: Config, command: str) -> Job:
-    """Check every option of every group and build the job.
+def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
+    """Check every option of every group and build the job. ``runs_here``: not on a node of a cluster, with other GPUs.
 
     Raises:
         UserError: for anything the user can get wrong that can be known without loading the model.
@@ -159,6 +160,8 @@ def prepare(config: Config, command: str) -> Job:
     if recovery is None and config.evaluation.of == ["recovered"] and "evaluate" in config.stages:
         raise UserError("evaluation.of=[recovered] has nothing to score with recovery=none")
     source = describe(config.model)
+    if runs_here:
+        gpus.check_device(config.model.device, len(gpus.visible()))
     threshold = _threshold(config, method, command)
     method.check(source)
     if method.reads_calibration and config.calibration.seq_len < method.min_seq_len:

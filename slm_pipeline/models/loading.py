@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine import gpus
 from slm_pipeline.models import bundled, folder, modeling_pruned
 from slm_pipeline.models.architectures import PRUNED
 from slm_pipeline.models.checked import load_checked
@@ -155,12 +156,7 @@ def resolve_device(device: str) -> str:
     num_gpus = torch.cuda.device_count()
     if device == "auto":
         return "cuda" if num_gpus else "cpu"
-    if device == "balanced" and not num_gpus:
-        raise UserError("model.device=balanced spreads the model over GPUs; this machine has none")
-    if device.startswith("cuda"):
-        index = int(device.partition(":")[2] or 0)
-        if index >= num_gpus:
-            raise UserError(f"model.device={device!r}: this machine has {num_gpus} GPUs; use model.device=cpu or auto")
+    gpus.check_device(device, num_gpus)
     return device
 
 

@@ -92,6 +92,18 @@ def test_found_by_a_dry_run_too(files, overrides, message):
         assert message in refusal(files, *overrides, *more).replace(str(files), "FILES")
 
 
+def test_a_gpu_that_is_not_there_is_missed_by_a_dry_run(files, monkeypatch):
+    for visible, device in (("", "cuda"), ("", "cuda:0"), ("0,1", "cuda:2")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        message = f"model.device='{device}': this machine has {2 if visible else 0} GPUs; use model.device=cpu or auto"
+        assert message in refusal(files, f"model.device={device}", "dry_run=true")
+    assert run_slm(*GOOD, "model.device=cuda:1", "dry_run=true").status == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    study = ["-m", *GOOD, "model.device=cuda", "seed=1,2", "dry_run=true"]
+    assert "would fail: model.device='cuda': this machine has 0 GPUs" in run_slm(*study).out
+    assert run_slm(*study, "hydra/launcher=slurm").status == 0  # its jobs see other GPUs than this machine
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
