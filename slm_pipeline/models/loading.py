@@ -166,7 +166,7 @@ def _random_model(config: ModelConfig) -> Any:
     if device.partition(":")[0] != drawn_on(config):
         raise UserError(
             f"model.device={config.device}: the driver and CUDA_VISIBLE_DEVICES say that random weights are drawn on"
-            f" {drawn_on(config)}, PyTorch says {device}; name the one that is meant: model.device=cpu or cuda"
+            f" {drawn_on(config)}, PyTorch says {device}; say which: model.device=cpu, or CUDA_VISIBLE_DEVICES=0"
         )
     torch.manual_seed(config.seed)
     description = _random_description(config)
