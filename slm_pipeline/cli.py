@@ -32,7 +32,7 @@ from omegaconf import DictConfig
 
 from slm_pipeline import config
 from slm_pipeline.config import COMPOSITION_ERRORS, help_page
-from slm_pipeline.config.overrides import asks_for_several_jobs, check_group, parse_overrides, swept_values
+from slm_pipeline.config.overrides import asks_for_several_jobs, check_group, first_value, parse_overrides
 from slm_pipeline.errors import Terminated, UserError, printable
 from slm_pipeline.jobs import study
 from slm_pipeline.machine import gpus
@@ -209,7 +209,7 @@ def _check_before_hydra(arguments: Namespace) -> bool:
             if item.is_sweep_override() and not multirun:
                 raise UserError(f"{asks_for_several_jobs(item)}; for these add -m: slm -m {item.input_line}")
             check_group(item)
-        composed = _compose(arguments, [swept_values(item)[0] for item in overrides])
+        composed = _compose(arguments, [first_value(item) for item in overrides])
         from slm_pipeline.jobs.job import make_output_root
 
         if composed.hydra.job.chdir:
@@ -259,7 +259,7 @@ def _check_study(composed: DictConfig, overrides: Sequence[Override]) -> None:
         raise UserError("a search needs objective.metric=, such as pruned/perplexity/bundled; see sweeps/search.yaml")
     for item in overrides:
         if isinstance(item.value(), Glob):
-            names = ",".join(value.partition("=")[2] for value in swept_values(item))
+            names = ",".join(item.sweep_string_iterator())
             raise UserError(f"{item.input_line}: a search chooses from a list, {item.key_or_group}=choice({names})")
 
 
@@ -278,13 +278,14 @@ def _describe_study(composed: DictConfig, arguments: Namespace, loader: ConfigLo
     """Print each job of a multirun and what it would do; `UserError` if one would fail."""
     from slm_pipeline.jobs.runner import describe_plan
 
+    here = composed.hydra.runtime.choices["hydra/launcher"] != "slurm"
     if study.is_search(composed):
         print(_describe_search(composed), flush=True)
     failures = 0
     for number, overrides in enumerate(study.jobs(composed, arguments.overrides, loader)):
         print(f"#{number} {' '.join(overrides)}", flush=True)
         try:
-            print(describe_plan(_job(_compose(arguments, overrides), overrides)), flush=True)
+            print(describe_plan(_job(_compose(arguments, overrides), overrides, runs_here=here)), flush=True)
         except UserError as error:
             failures += 1
             print(f"would fail: {error}", flush=True)
@@ -332,7 +333,7 @@ def _config_loader(arguments: Namespace) -> Iterator[ConfigLoader]:
 def _compose(arguments: Namespace, overrides: list[str]) -> DictConfig:
     try:
         return compose(arguments.config_name or "config", overrides=overrides, return_hydra_config=True)
-    except (ValueError, OverflowError, RecursionError) as error:  # not every one is an error of Hydra's own kind
+    except (ValueError, OverflowError, RecursionError, AssertionError) as error:  # not all are Hydra's own
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"cannot read the overrides {overrides}: {reason}") from error
 
@@ -347,10 +348,12 @@ def _describe_search(composed: DictConfig) -> str:
     )
 
 
-def _job(composed: DictConfig, overrides: Sequence[str], program: Sequence[str] = ("slm",)) -> Job:
+def _job(
+    composed: DictConfig, overrides: Sequence[str], program: Sequence[str] = ("slm",), *, runs_here: bool = True
+) -> Job:
     from slm_pipeline.jobs.job import prepare
 
-    return prepare(config.to_config(composed), shlex.join([*program, *overrides]))
+    return prepare(config.to_config(composed), shlex.join([*program, *overrides]), runs_here=runs_here)
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:

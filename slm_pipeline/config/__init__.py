@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from inspect import isabstract
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
+from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -126,7 +127,7 @@ class EfficiencyConfig:
     output_len: Tokens = 128
     num_runs: Count = 30
     num_warmup: CountOrZero = 10  # of the runs, not counted
-    prompt: Annotated[str, Text(lines=True)] = "The Leaning Tower of Pisa is known for"
+    prompt: Annotated[str, Text(lines=True, empty=False)] = "The Leaning Tower of Pisa is known for"
 
 
 @dataclass
@@ -265,11 +266,30 @@ def _refusals_in_one_line(group: str = "") -> Iterator[None]:
 
 
 def is_text(key: str) -> bool:
-    """Whether an option of the schema, by its whole name, holds one text."""
-    kind: Any = Config
-    for name in key.split("."):
-        kind = ranges.split(ranges.declared(kind).get(name))[0] if is_dataclass(kind) else None
-    return kind is str
+    """Whether an option, by its whole name, holds one text; one of a plug-in group if it does so in any of its options,
+    one of Hydra if its own schema says so."""
+    return str in _types(key)
+
+
+def is_list_of_texts(key: str) -> bool:
+    """As `is_text`, but whether it holds a list of them."""
+    return list[str] in _types(key)
+
+
+def _types(key: str) -> list[Any]:
+    """What an option, by its whole name, may hold, without None and ranges; empty if there is none of that name."""
+    first, *names = key.split(".")
+    if first in PLUG_INS:
+        kinds: list[Any] = list(_shipped_classes(first).values())
+    elif first == "hydra":
+        kinds = [HydraConf]
+    else:
+        kinds, names = [Config], [first, *names]
+    for name in names:
+        hints = [ranges.declared(kind).get(name) for kind in kinds if is_dataclass(kind)]
+        kinds = [ranges.split(hint)[0] for hint in hints if hint is not None]
+    of_texts = [get_origin(kind) is list and ranges.split(get_args(kind)[0])[0] is str for kind in kinds]
+    return [list[str] if is_list else kind for kind, is_list in zip(kinds, of_texts, strict=True)]
 
 
 def build(node: Any, *, group: str) -> Any:
@@ -363,12 +383,21 @@ def _names(group: str) -> list[str]:
 def _options_with(group: str) -> dict[str, list[str]]:
     """Of each key of a plug-in group the shipped options that have it."""
     found: dict[str, list[str]] = {}
+    for name, options in _shipped_classes(group).items():
+        for option in fields(options):
+            found.setdefault(option.name, []).append(name)
+    return found
+
+
+@functools.cache
+def _shipped_classes(group: str) -> dict[str, Any]:
+    """The class of each shipped option of a plug-in group that has one."""
+    found = {}
     for name in sorted(_names(group)):
         values: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / group / f"{name}.yaml"), resolve=False)
         values = values.get(group, values)  # some are written from the top
-        target = values.get("_target_")
-        for option in fields(_options_class(target, group)) if target else ():
-            found.setdefault(option.name, []).append(name)
+        if target := values.get("_target_"):
+            found[name] = _options_class(target, group)
     return found
 
 

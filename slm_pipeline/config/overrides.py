@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shlex
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, Quote, QuotedString, RangeSweep
 from hydra.errors import HydraException
 
 from slm_pipeline import config
 from slm_pipeline.config import ranges
 from slm_pipeline.errors import UserError
+
+_QUOTED = re.compile(r""""[^"]*"|'[^']*'""")
+_BETWEEN_COMMAS = re.compile(rf"(?:{_QUOTED.pattern}|\([^()]*\)|[^,])+")
+MOST_JOBS = 10_000  # of a study; each has a folder, and a row in its table
 
 
 def parse_overrides(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
@@ -48,12 +55,25 @@ def parse_overrides(overrides: Sequence[str], loader: ConfigLoader | None = None
 
 
 def as_text_hint(override: str) -> str:
-    """The end of a message about an override: how a shell and Hydra take its value as one text, whatever is in it."""
+    """The end of a message about an override: how a shell and Hydra take its value as one text, whatever is in it.
+
+    Of an option that is a list of texts as a list of them, parted by the commas outside quotes and parentheses; nothing
+    of an option that holds anything else.
+    """
     key, equals, value = override.partition("=")
     if not equals or ranges.Text(at_most=300).fault(value):
         return ""
-    quoted = QuotedString(text=value, quote=Quote.double).with_quotes()
-    return f"; as one text it is written {shlex.quote(f'{key}={quoted}')}"
+    if config.is_text(name := key.lstrip("+~")):
+        return f"; as one text it is written {shlex.quote(f'{key}={_quoted(value)}')}"
+    if not config.is_list_of_texts(name):
+        return ""
+    texts = (text.strip() for text in _BETWEEN_COMMAS.findall(value.strip().removeprefix("[").removesuffix("]")))
+    plain = (text[1:-1] if _QUOTED.fullmatch(text) else text for text in texts if text)
+    return f"; as a list of texts it is written {shlex.quote(f'{key}=[' + ','.join(map(_quoted, plain)) + ']')}"
+
+
+def _quoted(text: str) -> str:
+    return QuotedString(text=text, quote=Quote.double).with_quotes()
 
 
 def asks_for_several_jobs(item: Override) -> str:
@@ -63,20 +83,21 @@ def asks_for_several_jobs(item: Override) -> str:
 
 
 def check_group(item: Override) -> None:
-    """Raise `UserError` unless an override of a group names one option."""
-    group = item.key_or_group
-    if item.is_sweep_override() or not _is_group(group):
+    """Raise `UserError` unless an override of a group names one option, or one for each job."""
+    group, given = item.key_or_group, item.value()
+    if not _is_group(group) or isinstance(given, Glob):
         return
-    value = item.value()
-    if isinstance(value, list):
-        # Hydra would lay the options over one another without a word.
-        names = ",".join(map(str, value))
-        raise UserError(
-            f"{item.input_line} names several options of {group}; choose one, or one job each: slm -m {group}={names}"
-        )
-    if not isinstance(value, str) or not value:
-        names = ", ".join(sorted(file.stem for file in _folder(group).glob("*.yaml")))
-        raise UserError(f"{item.input_line}: {group} is a group, choose one of its options: {names}")
+    for value in map(Override._convert_value, given.list) if isinstance(given, ChoiceSweep) else [given]:
+        if isinstance(value, list):
+            # Hydra would lay the options over one another without a word.
+            names = ",".join(map(str, value))
+            raise UserError(
+                f"{item.input_line} names several options of {group}; choose one, or one job each:"
+                f" slm -m {group}={names}"
+            )
+        if not isinstance(value, str) or not value:
+            names = ", ".join(sorted(file.stem for file in _folder(group).glob("*.yaml")))
+            raise UserError(f"{item.input_line}: {group} is a group, choose one of its options: {names}")
 
 
 def _is_group(name: str) -> bool:
@@ -87,18 +108,39 @@ def _folder(group: str) -> Path:
     return (config.SWEEPS_ROOT if group == "sweeps" else config.CONF_DIR) / group
 
 
-def swept_values(item: Override) -> list[str]:
-    """An override with each of the values that it sweeps over, an interval with its lower end; itself if it does not.
+def first_value(item: Override) -> str:
+    """An override with the first of the values that it sweeps over, in their order; itself if it does not.
 
     Raises:
         UserError: there is no value.
     """
     if not item.is_sweep_override():
-        return [item.input_line or ""]
-    if isinstance(interval := item.value(), IntervalSweep):
-        return [f"{item.get_key_element()}={interval.start}"]
-    found = [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
-    if not found:
+        return item.input_line or ""
+    if not _num_values(item):
         what = "no option of a group" if isinstance(item.value(), Glob) else "nothing"
         raise UserError(f"{item.input_line} sweeps over {what}")
-    return found
+    value = item.value()
+    first = value.start if isinstance(value, (IntervalSweep, RangeSweep)) else next(item.sweep_string_iterator())
+    return f"{item.get_key_element()}={first}"
+
+
+def check_number_of_jobs(overrides: Sequence[Override]) -> None:
+    """Raise `UserError` where the overrides' values make more than `MOST_JOBS` jobs; makes no list of them."""
+    swept = {item.get_key_element(): item for item in overrides}  # of two with one key the last counts
+    numbers = {item.input_line: _num_values(item) for item in swept.values() if item.is_sweep_override()}
+    if (asked := math.prod(numbers.values())) > MOST_JOBS:
+        of = ", ".join(f"{ranges.short(line)[1:-1]} has {ranges.short(number)}" for line, number in numbers.items())
+        raise UserError(f"a study has at most {MOST_JOBS} jobs; these are {ranges.short(asked)}: {of}")
+
+
+def _num_values(item: Override) -> int:
+    value = item.value()
+    if isinstance(value, RangeSweep):
+        try:
+            start, stop, step = (Fraction(number) for number in (value.start, value.stop, value.step))  # type: ignore
+            return max(0, math.ceil((stop - start) / step))
+        except (ValueError, OverflowError, ZeroDivisionError) as error:
+            raise UserError(f"{item.input_line}: no range has such bounds or such a step") from error
+    if isinstance(value, IntervalSweep):
+        return 1
+    return len(value.list) if isinstance(value, ChoiceSweep) else len(list(item.sweep_iterator()))

@@ -181,7 +181,7 @@ def _check(value: Any, hint: Any, option: str) -> None:
         raise UserError(f"{option}={short(value)} is not one value")  # OmegaConf lets lists stand in lists of texts
     if is_dataclass(hint):
         check(value, f"{option}.")
-    elif isinstance(value, list):
+    elif isinstance(value, list) and get_args(hint):
         for item in value:
             _check(item, get_args(hint)[0], option)
         for item, count in Counter(value).items():

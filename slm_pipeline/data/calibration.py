@@ -45,6 +45,7 @@ HUB_SETS = {
     "wikitext2": HubSet("Salesforce/wikitext", "wikitext-2-raw-v1/train-*.parquet"),
     "slimpajama": HubSet("DKYoon/SlimPajama-6B", "data/train-*.parquet"),
 }
+LONGEST = 20_000_000  # characters of one text that are all tokenised for random samples
 SOURCES = ("bundled", "text_file", *HUB_SETS)
 
 
@@ -55,7 +56,7 @@ class Samples:
     Attributes:
         input_ids: [num_samples, seq_len] int64.
         ids: for each sample what it is cut from: {"row", "start"} of a data set's row and the token in it, or
-            {"start"} of one long text.
+            {"start"} of one long text, or {"character"} of a very long one.
         mode: documents | long_text | contiguous.
         fingerprint: sha256 of the token ids.
     """
@@ -100,10 +101,12 @@ def _text_identity(config: CalibrationConfig, data_dir: Path | None) -> str:
     if config.source == "text_file":
         if not config.path:
             raise UserError("calibration=text_file needs calibration.path=FILE")
-        content = _text(config, data_dir).encode()
+        text = _text(config, data_dir)
+        content = text.encode()
         if len(content) < config.num_samples * config.seq_len:  # a token is a byte or more
             raise UserError(f"calibration.path={config.path!r} has {len(content)} bytes; {_needs(config)} tokens")
-        return f"file:{hashlib.sha256(content).hexdigest()[:16]}"
+        starts = ":starts at characters" if _starts_at_characters(config, len(text)) else ""
+        return f"file:{hashlib.sha256(content).hexdigest()[:16]}{starts}"
     hub_set = HUB_SETS[config.source]
     if config.path is None:
         place = hub.identity(hub_set.repo, f"calibration={config.source}", INSTEAD, files=hub_set.files)
@@ -138,8 +141,9 @@ def sample(config: CalibrationConfig, tokenizer: Any, data_dir: Path | None) -> 
     ``contiguous``: the text as it is, tokenised without special tokens, its first num_samples x seq_len tokens cut
     in order. ``random``: of a data set, rows drawn at random, each tokenised with special tokens and used once if it
     has at least seq_len tokens, then a random slice of it (so BOS is there only in a slice that starts at 0); of one
-    long text, uniform start offsets. The bundled passages are short: if too few of them are long enough, they are
-    joined to one long text, with a log line.
+    long text, uniform start offsets, of tokens; of a text above `LONGEST` characters, from which the samples take
+    little, of characters, so that only what is near them is tokenised, with a log line. The bundled passages are short:
+    if too few of them are long enough, they are joined to one long text, with a log line.
 
     Raises:
         UserError: the text is shorter than the samples need.
@@ -155,6 +159,9 @@ def sample(config: CalibrationConfig, tokenizer: Any, data_dir: Path | None) -> 
         token_ids = _prefix_tokens(tokenizer, [text] if text else rows, needed)
         return _contiguous(token_ids, config)
     if not rows:
+        if _starts_at_characters(config, len(text)):
+            log.info("the text has %.0f million characters: samples start at characters of it", len(text) / 1e6)
+            return _near_characters(text, tokenizer, config)
         return _long_text(text_tokens(tokenizer, text), config)
     try:
         return _documents(rows, tokenizer, config)
@@ -219,6 +226,40 @@ def _long_text(token_ids: list[int], config: CalibrationConfig) -> Samples:
     generator = random.Random(config.seed)
     starts = [generator.randrange(len(token_ids) - config.seq_len + 1) for _ in range(config.num_samples)]
     return _samples([token_ids[s : s + config.seq_len] for s in starts], [{"start": s} for s in starts], "long_text")
+
+
+def _starts_at_characters(config: CalibrationConfig, num_characters: int) -> bool:
+    read = config.num_samples * _near(config)
+    return config.sampling == "random" and num_characters > max(LONGEST, read)
+
+
+def _near(config: CalibrationConfig) -> int:
+    """Characters from a start on that surely have ``seq_len`` tokens, unless most of them are blanks or the like."""
+    return 32 * config.seq_len + 4096
+
+
+def _near_characters(text: str, tokenizer: Any, config: CalibrationConfig) -> Samples:
+    """Samples from uniform characters on; another is drawn for one that has too few tokens after it."""
+    generator = random.Random(config.seed)
+    pieces: list[list[int]] = []
+    ids: list[dict[str, int]] = []
+    tries = 100 + 10 * config.num_samples
+    with tqdm(total=config.num_samples, desc="calibration samples", disable=None) as progress:
+        for start in (generator.randrange(len(text)) for _ in range(tries)):
+            begin = max(0, start - 256)  # the first token is one that it would be within the text
+            before = len(text_tokens(tokenizer, text[begin:start]))
+            token_ids = text_tokens(tokenizer, text[begin : start + _near(config)], before + config.seq_len)[before:]
+            if len(token_ids) < config.seq_len:
+                continue
+            pieces.append(token_ids)
+            ids.append({"character": start})
+            progress.update()
+            if len(pieces) == config.num_samples:
+                return _samples(pieces, ids, "long_text")
+    raise UserError(
+        f"the calibration text has calibration.seq_len={config.seq_len} tokens after only {len(pieces)} of {tries}"
+        f" places that were drawn, calibration.num_samples={config.num_samples} are needed"
+    )
 
 
 def _documents(rows: Sequence[str], tokenizer: Any, config: CalibrationConfig) -> Samples:

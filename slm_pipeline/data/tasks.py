@@ -78,6 +78,12 @@ Row = dict[str, Any]
 _BRACKETS = re.compile(r"\[.*?\]")
 
 
+def check_name(task: str) -> None:
+    """Raise `UserError` unless there is such a task."""
+    if task not in NUM_EXAMPLES:
+        raise UserError(f"no zero-shot task {task!r}; tasks are {', '.join(NUM_EXAMPLES)}")
+
+
 def task_source(data: str, task: str, data_dir: Path | None = None) -> Path | None:
     """Where a task's examples are.
 
@@ -92,8 +98,7 @@ def task_source(data: str, task: str, data_dir: Path | None = None) -> Path | No
     Raises:
         UserError: unknown task, no such file, or the bundled data cannot be fetched.
     """
-    if task not in NUM_EXAMPLES:
-        raise UserError(f"no zero-shot task {task!r}; tasks are {', '.join(NUM_EXAMPLES)}")
+    check_name(task)
     if data == "hub":
         return None
     if data == "bundled":

@@ -34,6 +34,7 @@ PROMPT_WITHOUT_INPUT = (
 Row = dict[str, list[int]]
 
 PIECE = 1 << 20  # characters that are tokenized at once, unless the tokenizer must see all
+_LONG = 4 * PIECE  # characters of which tokenizing is announced, as it takes seconds or more
 _SEEN = 256  # characters on both sides of a cut that are looked at
 _TRIES = 8  # places where a text may be cut, before it is taken whole
 _BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) (?=[^\W_])")
@@ -44,44 +45,55 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, needed: int | Non
 
     A long text is cut first, at a single space between two letters or digits, where the tokens on both sides do not
     depend on each other; that they do not is looked at with `_SEEN` characters on each side. Only as much is read as
-    gives ``needed`` tokens. All of it is read in pieces of `PIECE` characters, with a progress bar, by a tokenizer
-    whose tokens of a piece are those it has within the text; one that puts a space before every text (Llama 2) is
-    given the whole.
+    gives ``needed`` tokens; where it has no such place for long, some more than that. All of it is read in pieces of
+    `PIECE` characters, with a progress bar, by a tokenizer whose tokens of a piece are those it has within the text;
+    one that puts a space before every text (Llama 2) is given the whole.
 
     Args:
         needed: tokens from the start; None: all. There may be fewer.
     """
     if needed is not None:
         length = 8 * needed + 4096
-        while (end := _cut(tokenizer, text, length, alone=False)) < len(text):
+        while length < len(text):
+            latest = min(4 * length, len(text))
+            end = _cut(tokenizer, text, length, latest, alone=False)
+            _announce(end)
             ids = tokenized(tokenizer, text[:end], special=False)
-            if len(ids) >= needed:
+            to_spare = _SEEN if end == latest < len(text) else 0  # cut anywhere, which changes the last tokens
+            if len(ids) >= needed + to_spare or end == len(text):
                 return ids[:needed]
             length = 2 * end
+    _announce(len(text))
     ids = []
     start = 0
     with tqdm(total=len(text), desc="tokenize", unit="char", disable=None if len(text) > PIECE else True) as progress:
         while start < len(text):
-            end = _cut(tokenizer, text, start + PIECE, alone=True)
+            end = _cut(tokenizer, text, start + PIECE, len(text), alone=True)
             ids += tokenized(tokenizer, text[start:end], special=False)
             progress.update(end - start)
             start = end
     return ids[:needed]
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase, text: str, earliest: int, *, alone: bool) -> int:
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, earliest: int, latest: int, *, alone: bool) -> int:
     """The first place from ``earliest`` on where the tokens before it do not depend on the text after it.
 
-    ``alone``: and those after it not on the text before. The end of the text if none of `_TRIES` places is one.
+    ``alone``: and those after it not on the text before. ``latest`` if none of `_TRIES` places before that is one.
     """
-    for _, space in zip(range(_TRIES), _BETWEEN_WORDS.finditer(text, earliest), strict=False):
+    for _, space in zip(range(_TRIES), _BETWEEN_WORDS.finditer(text, earliest, latest), strict=False):
         place = space.start()
         both = tokenized(tokenizer, text[max(0, place - _SEEN) : place + _SEEN], special=False)
         before = tokenized(tokenizer, text[max(0, place - _SEEN) : place], special=False)
         after = tokenized(tokenizer, text[place : place + _SEEN], special=False) if alone else both[len(before) :]
         if before + after == both:
             return place
-    return len(text)
+    return latest
+
+
+def _announce(num_characters: int) -> None:
+    """For a log file, which has no progress bar."""
+    if num_characters > _LONG:
+        log.info("tokenizing %.0f million characters, which may take minutes", num_characters / 1e6)
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:

@@ -64,12 +64,7 @@ def efficiency(
     check(num_runs, num_warmup)
     inputs = tokenizer([prompt] * batch_size, return_tensors="pt").to(model.device)
     prompt_len = inputs["input_ids"].shape[1]
-    max_positions = getattr(model.config, "max_position_embeddings", None)
-    if prompt_len < 1 or (max_positions is not None and prompt_len + output_len > max_positions):
-        raise UserError(
-            f"evaluation.efficiency: prompt of {prompt_len} tokens and output_len={output_len}; the prompt must not be"
-            f" empty and the model has {max_positions} positions"
-        )
+    check_lengths(prompt_len, output_len, getattr(model.config, "max_position_embeddings", None))
     eos_token_id = model.generation_config.eos_token_id if model.generation_config else None
     settings = GenerationConfig(
         do_sample=True,
@@ -166,6 +161,27 @@ def check(num_runs: int, num_warmup: int) -> None:
         raise UserError(
             f"evaluation.efficiency.num_warmup={num_warmup} must be less than evaluation.efficiency.num_runs={num_runs}"
         )
+
+
+def check_lengths(prompt_len: int | None, output_len: int, max_positions: int | None) -> None:
+    """Raise `UserError` unless there is something to go on from, and a position for every token.
+
+    Args:
+        prompt_len: tokens of the prompt; None where no tokenizer has seen it yet: at least one.
+        max_positions: of the model; None if unknown.
+    """
+    if prompt_len == 0:
+        raise UserError("evaluation.efficiency.prompt: the model's tokenizer makes a prompt of 0 tokens of it")
+    if max_positions is not None and (prompt_len or 1) + output_len > max_positions:
+        prompt = "any prompt" if prompt_len is None else f"a prompt of {prompt_len} tokens"
+        raise UserError(
+            f"evaluation.efficiency.output_len={output_len} after {prompt}: the model has {max_positions} positions"
+        )
+
+
+def preflight(tokenizer: PreTrainedTokenizerBase, prompt: str, output_len: int, max_positions: int | None) -> None:
+    """`check_lengths` with the tokenizer alone."""
+    check_lengths(len(tokenizer(prompt)["input_ids"]), output_len, max_positions)
 
 
 def _synchronize() -> None:

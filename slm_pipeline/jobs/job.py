@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from slm_pipeline import config as options
 from slm_pipeline.config import Config, ThresholdConfig, build, unused
-from slm_pipeline.data import calibration
-from slm_pipeline.data.tasks import task_fingerprint
+from slm_pipeline.data import calibration, tasks
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation import efficiency, perplexity
 from slm_pipeline.jobs.tracking import check_tracker
+from slm_pipeline.machine import gpus
 from slm_pipeline.methods.base import Method, PruningProblem, num_layers_to_remove
 from slm_pipeline.models.source import ModelSource, describe
 from slm_pipeline.recovery.base import Recovery, TrainingOptions
@@ -148,8 +148,8 @@ def data_dir(config: Config) -> Path | None:
     return Path(config.data_dir).expanduser().absolute() if config.data_dir else None
 
 
-def prepare(config: Config, command: str) -> Job:
-    """Check every option of every group and build the job.
+def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
+    """Check every option of every group and build the job. ``runs_here``: not on a node of a cluster, with other GPUs.
 
     Raises:
         UserError: for anything the user can get wrong that can be known without loading the model.
@@ -160,6 +160,8 @@ def prepare(config: Config, command: str) -> Job:
     if recovery is None and config.evaluation.of == ["recovered"] and "evaluate" in config.stages:
         raise UserError("evaluation.of=[recovered] has nothing to score with recovery=none")
     source = describe(config.model)
+    if runs_here:
+        gpus.check_device(config.model.device, len(gpus.visible()))
     threshold = _threshold(config, method, command)
     method.check(source)
     if method.reads_calibration and config.calibration.seq_len < method.min_seq_len:
@@ -314,7 +316,7 @@ def _check_positions(config: Config, source: ModelSource, recovery: Recovery | N
         if evaluation.perplexity.corpora:
             lengths["evaluation.perplexity.window"] = evaluation.perplexity.window
         if evaluation.efficiency.enabled:
-            lengths["evaluation.efficiency.output_len"] = evaluation.efficiency.output_len
+            efficiency.check_lengths(None, evaluation.efficiency.output_len, source.max_positions)
     most = source.max_positions
     if most is None or not (longer := [f"{name}={length}" for name, length in lengths.items() if length > most]):
         return []
@@ -342,6 +344,8 @@ def _check_evaluation(config: Config) -> dict[str, object]:
     for target in evaluation.of:
         if target not in options.TARGETS:
             raise UserError(f"evaluation.of has {target!r}; allowed: {', '.join(options.TARGETS)}")
+    for task in evaluation.tasks:
+        tasks.check_name(task)
     text, speed = evaluation.perplexity, evaluation.efficiency
     perplexity.check(text.window, text.stride, text.max_tokens)
     efficiency.check(speed.num_runs, speed.num_warmup)
@@ -349,6 +353,6 @@ def _check_evaluation(config: Config) -> dict[str, object]:
         return {}
     folder = data_dir(config)
     return {
-        "tasks": {task: task_fingerprint(evaluation.data, task, folder) for task in evaluation.tasks},
+        "tasks": {task: tasks.task_fingerprint(evaluation.data, task, folder) for task in evaluation.tasks},
         "corpora": {corpus: perplexity.corpus_fingerprint(corpus, folder) for corpus in evaluation.perplexity.corpora},
     }

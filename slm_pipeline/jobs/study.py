@@ -29,7 +29,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from slm_pipeline.config import COMPOSITION_ERRORS, TrackerConfig
-from slm_pipeline.config.overrides import swept_values
+from slm_pipeline.config.overrides import check_group, check_number_of_jobs, first_value
 from slm_pipeline.errors import UserError, only_warned_about
 from slm_pipeline.store import run_folder
 from slm_pipeline.store.files import is_held, write_json, write_text
@@ -53,11 +53,17 @@ def jobs(composed: DictConfig, overrides: Sequence[str], loader: ConfigLoader) -
         composed: with Hydra's own part.
         overrides: of the command line.
         loader: knows the options that ``glob()`` chooses from.
+
+    Raises:
+        UserError: too many jobs, or a value of a group that is no option.
     """
     swept = [f"{key}={value}" for key, value in (composed.hydra.sweeper.params or {}).items()]
     parsed = OverridesParser.create(config_loader=loader).parse_overrides([*swept, *overrides])
+    for item in parsed:
+        check_group(item)
     if is_search(composed):
-        return [[swept_values(item)[0] for item in parsed]]
+        return [[first_value(item) for item in parsed]]
+    check_number_of_jobs(parsed)
     (found,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return found
 

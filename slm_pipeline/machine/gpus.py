@@ -45,6 +45,17 @@ def models() -> list[str]:
     return found
 
 
+def check_device(device: str, num_gpus: int) -> None:
+    """Raise `UserError` if ``model.device`` asks for a GPU and there is none of that number."""
+    if device == "balanced" and not num_gpus:
+        raise UserError("model.device=balanced spreads the model over GPUs; this machine has none")
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= num_gpus:
+        raise UserError(
+            f"model.device={device!r}: this machine has {num_gpus} GPUs; use model.device=cpu or auto, or name the GPUs"
+            " where the driver does not list them, as in CUDA_VISIBLE_DEVICES=0,1"
+        )
+
+
 def check(num_workers: int) -> None:
     """Raise `UserError` unless there is a GPU to run on, and somebody to run there."""
     if not visible():

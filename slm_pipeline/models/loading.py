@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError, refused_in_one_line
+from slm_pipeline.machine import gpus
 from slm_pipeline.models import bundled, folder, modeling_pruned
 from slm_pipeline.models.architectures import PRUNED
 from slm_pipeline.models.checked import load_checked
@@ -60,13 +61,25 @@ def ties_embeddings(source: ModelSource) -> bool:
 
     From the configuration, and of a folder from what its files hold; a model of the hub may yet turn out to have two.
     """
+    if not _description(source).tie_word_embeddings:
+        return False
+    return source.config.source == "random" or not (
+        os.path.isdir(place := _place(source)[0]) and folder.has_own_head(Path(place))
+    )
+
+
+def num_positions(source: ModelSource) -> int | None:
+    """Positions of the dense model, of a random one too; known from its configuration, without weights."""
+    return getattr(_description(source), "max_position_embeddings", None)
+
+
+def _description(source: ModelSource) -> Any:
     if source.config.source == "random":
-        return bool(_random_description(source.config).tie_word_embeddings)
+        return _random_description(source.config)
     place, revision = _place(source)
     code = source.config.trust_remote_code
     with refused_in_one_line(f"cannot load the configuration {place}"):
-        described = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=code)
-        return bool(described.tie_word_embeddings) and not (os.path.isdir(place) and folder.has_own_head(Path(place)))
+        return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=code)
 
 
 def _place(source: ModelSource) -> tuple[str, str | None]:
@@ -132,12 +145,7 @@ def resolve_device(device: str) -> str:
     num_gpus = torch.cuda.device_count()
     if device == "auto":
         return "cuda" if num_gpus else "cpu"
-    if device == "balanced" and not num_gpus:
-        raise UserError("model.device=balanced spreads the model over GPUs; this machine has none")
-    if device.startswith("cuda"):
-        index = int(device.partition(":")[2] or 0)
-        if index >= num_gpus:
-            raise UserError(f"model.device={device!r}: this machine has {num_gpus} GPUs; use model.device=cpu or auto")
+    gpus.check_device(device, num_gpus)
     return device
 
 
@@ -147,7 +155,7 @@ def _random_model(config: ModelConfig) -> Any:
     if device.partition(":")[0] != drawn_on(config):
         raise UserError(
             f"model.device={config.device}: the driver and CUDA_VISIBLE_DEVICES say that random weights are drawn on"
-            f" {drawn_on(config)}, PyTorch says {device}; name the one that is meant: model.device=cpu or cuda"
+            f" {drawn_on(config)}, PyTorch says {device}; say which: model.device=cpu, or CUDA_VISIBLE_DEVICES=0"
         )
     torch.manual_seed(config.seed)
     description = _random_description(config)

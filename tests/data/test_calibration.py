@@ -84,6 +84,33 @@ def test_random_of_one_long_text_starts_anywhere_and_repeats_by_seed(tmp_path):
     assert other.fingerprint != found.fingerprint
 
 
+def test_random_of_a_very_long_text_reads_only_what_is_near_the_samples(tmp_path, monkeypatch, caplog):
+    text = "".join(f"{number:06d}" for number in range(100_000))  # one word
+    (tmp_path / "long.txt").write_text(text)
+    config = options(path="long.txt", num_samples=40, seq_len=25, seed=1)
+    key = check(config, tmp_path)
+    monkeypatch.setattr("slm_pipeline.data.calibration.LONGEST", len(text) - 1)
+    tokenizer = byte_tokenizer()
+    given = []
+    monkeypatch.setattr(
+        "slm_pipeline.data.tokens._ids",
+        lambda tokenizer, text: given.append(len(text)) or tokenizer(text, add_special_tokens=False)["input_ids"],
+    )
+    with caplog.at_level("INFO"):
+        found = sample(config, tokenizer, tmp_path)
+    assert "the text has 1 million characters: samples start at characters of it" in caplog.text
+    assert sum(given) < len(text)
+    starts = [place["character"] for place in found.ids]
+    for row, start in zip(found.input_ids, starts, strict=True):
+        assert decoded(tokenizer, row) == text[start : start + 25]
+    assert min(starts) < len(text) / 10
+    assert max(starts) > len(text) * 9 / 10
+    assert sample(config, tokenizer, tmp_path).fingerprint == found.fingerprint
+    assert check(config, tmp_path) != key  # a stored result is not taken for the other kind
+    many = options(path="long.txt", num_samples=500, seq_len=25, seed=1)
+    assert "start" in sample(many, tokenizer, tmp_path).ids[0]  # reading near each would read more than the whole
+
+
 def test_random_needs_as_much_text_as_contiguous(text_file):
     config = options(path=text_file, num_samples=100, seq_len=50)
     with pytest.raises(UserError, match=r"calibration.num_samples=100 x calibration.seq_len=50 needs 5000"):

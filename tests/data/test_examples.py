@@ -60,8 +60,8 @@ def test_passages_are_cut_at_a_sentence_near_the_middle_or_between_words():
 
 
 def test_bundled_examples_are_the_passages(monkeypatch):
-    texts = {name: [f"First of {name}. Second of {name}.", "word"] for name in examples.BUNDLED_TEXTS}
-    monkeypatch.setattr(texts, "bundled_texts", texts.get)
+    documents = {name: [f"First of {name}. Second of {name}.", "word"] for name in examples.BUNDLED_TEXTS}
+    monkeypatch.setattr(texts, "bundled_texts", documents.get)
     found = load("bundled")
     assert [example["input"] for example in found] == [f"First of {name}." for name in examples.BUNDLED_TEXTS]
     assert found[1] == {

@@ -278,6 +278,30 @@ def test_a_line_of_megabytes_is_cut_between_words_before_it_is_tokenized():
     assert 5000 <= max(tokenizer.given) < 5100
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_word_of_megabytes_is_read_as_far_as_it_is_needed(kind):
+    text = "riverrunspastthemill1999" * 100_000
+    tokenizer = Counting(TRAINED[kind])
+    ids = tokens.text_tokens(tokenizer, text, 100)
+    assert ids == TRAINED[kind](text[:50_000], add_special_tokens=False)["input_ids"][:100]
+    assert sum(tokenizer.given) < 25_000
+    hidden = " " * 60_000 + "the river"  # more blanks in a token than are looked at first
+    assert tokens.text_tokens(tokenizer, hidden, 10**4) == _all_of(kind, hidden)[: 10**4]
+
+
+def _all_of(kind, text):
+    return TRAINED[kind](text, add_special_tokens=False)["input_ids"]
+
+
+def test_tokenizing_that_takes_long_is_announced(monkeypatch, caplog):
+    monkeypatch.setattr(tokens, "_LONG", 3000)
+    with caplog.at_level("INFO"):
+        tokens.text_tokens(TRAINED["gpt2"], "the river " * 299)
+        assert not caplog.text
+        tokens.text_tokens(TRAINED["gpt2"], "the river " * 400)
+    assert "tokenizing 0 million characters, which may take minutes" in caplog.text
+
+
 def test_a_tokenizer_that_puts_a_space_before_every_text_gets_the_whole():
     text = "the river runs past the mill. 1999 " * 200
     tokenizer = Counting(TRAINED["llama2"])

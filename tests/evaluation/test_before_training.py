@@ -19,6 +19,7 @@ GOOD = [
     "evaluation.perplexity.window=64",
 ]
 CORPORA = "evaluation.perplexity.corpora"
+SPEED = "evaluation.efficiency"
 
 
 @pytest.fixture
@@ -66,6 +67,8 @@ def refusal(files, *overrides: str) -> str:
             "evaluation.data=hub: piqa: baber/piqa is no local folder",
         ),
         (["evaluation.tasks=[piqa,boolq,piqa]"], "evaluation.tasks=['piqa', 'boolq', 'piqa'] has 'piqa' twice"),
+        (["evaluation=none", "evaluation.tasks=[nosuch]"], "no zero-shot task 'nosuch'; tasks are boolq, piqa, hell"),
+        (["stages=[]", "evaluation.tasks=[nosuch]"], "no zero-shot task 'nosuch'"),
         (["evaluation.of=[dense,dense]"], "evaluation.of=['dense', 'dense'] has 'dense' twice"),
         (
             ["calibration=c4", "calibration.path=null"],
@@ -73,6 +76,11 @@ def refusal(files, *overrides: str) -> str:
         ),
         (["calibration.path=latin.txt"], "calibration.path='latin.txt': FILES/latin.txt is not UTF-8 text"),
         (["calibration.path=short.txt"], "calibration.path='short.txt' has 63 bytes; "),
+        (
+            ["model.architecture=opt", f"{SPEED}.enabled=true", f"{SPEED}.output_len=2048"],
+            f"{SPEED}.output_len=2048 after any prompt: the model has 2048 positions",
+        ),
+        ([f"{SPEED}.prompt="], f"{SPEED}.prompt='' must not be empty"),
         (["objective.max_layers=5"], "objective.max_layers=5 is a budget for objective.metric, which is null"),
         (["objective.metric=recovered/perplexity/text.txt"], "is not measured by this job"),
         (["objective.metric=dense/perplexity/text.txt", "evaluation.of=[pruned]"], "is not measured by this job"),
@@ -84,10 +92,26 @@ def test_found_by_a_dry_run_too(files, overrides, message):
         assert message in refusal(files, *overrides, *more).replace(str(files), "FILES")
 
 
+def test_a_gpu_that_is_not_there_is_missed_by_a_dry_run(files, monkeypatch):
+    for visible, device in (("", "cuda"), ("", "cuda:0"), ("0,1", "cuda:2")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        message = f"model.device='{device}': this machine has {2 if visible else 0} GPUs; use model.device=cpu or auto"
+        assert message in refusal(files, f"model.device={device}", "dry_run=true")
+    assert run_slm(*GOOD, "model.device=cuda:1", "dry_run=true").status == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    study = ["-m", *GOOD, "model.device=cuda", "seed=1,2", "dry_run=true"]
+    assert "would fail: model.device='cuda': this machine has 0 GPUs" in run_slm(*study).out
+    assert run_slm(*study, "hydra/launcher=slurm").status == 0  # its jobs see other GPUs than this machine
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ([f"{CORPORA}=[short.txt]"], "short: 63 tokens are less than one window; evaluation.perplexity.window=64"),
+        (
+            [f"{SPEED}.enabled=true", f"{SPEED}.output_len=2011"],
+            f"{SPEED}.output_len=2011 after a prompt of 38 tokens: the model has 2048 positions",
+        ),
         (
             ["evaluation.tasks=[hellaswag]", "evaluation.data=hub"],
             "evaluation.data=hub: hellaswag, row 2, column label: '2' is not one of '0', '1'",

@@ -47,7 +47,7 @@ def test_an_early_end_of_text_does_not_shorten_a_run(tiny_llama):
     [
         ({"num_warmup": 5}, "num_warmup=5 must be less than evaluation.efficiency.num_runs=5"),
         ({"prompt": ""}, "prompt of 0 tokens"),
-        ({"output_len": 10**6}, "the model has 2048 positions"),
+        ({"output_len": 2032}, "output_len=2032 after a prompt of 17 tokens: the model has 2048 positions"),
     ],
 )
 def test_unusable_settings_are_user_errors(tiny_llama, settings, message):

@@ -325,8 +325,12 @@ def test_the_traceback_of_what_a_library_said_is_in_the_log_file_alone(sound_mod
             "evaluation.perplexity.window=64: local has learned 48 positions",
         ),
         (
-            ["calibration.seq_len=64", "recovery=lora", "recovery.cutoff_len=50", "evaluation=efficiency"],
-            "calibration.seq_len=64, recovery.cutoff_len=50, evaluation.efficiency.output_len=128: local has learned",
+            ["calibration.seq_len=64", "recovery=lora", "recovery.cutoff_len=50"],
+            "calibration.seq_len=64, recovery.cutoff_len=50: local has learned",
+        ),
+        (
+            ["evaluation=efficiency", "evaluation.efficiency.output_len=48"],
+            "evaluation.efficiency.output_len=48 after any prompt: the model has 48 positions",
         ),
     ],
 )

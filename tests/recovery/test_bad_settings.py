@@ -71,7 +71,9 @@ def files(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_found_before_anything_runs(overrides, message, files):
+def test_found_before_anything_runs(overrides, message, files, monkeypatch):
+    if "model.device=cuda:1" in overrides:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     outcome = run_slm(*GOOD, "recovery.path=good.json", *overrides)
     assert outcome.status == 2
     assert outcome.err.count("error:") == 1

@@ -77,14 +77,18 @@ class Evaluate(Stage):
         return f"recovered:{results['recover'].key}" if "recover" in results else None
 
     def preflight(self, job: Job) -> None:
-        """Every text has a window of tokens, and lm-eval's own data can be had; see both measures' ``preflight``."""
+        """Every text has a window of tokens, lm-eval's own data can be had, and what is generated has positions; see
+        the measures' ``preflight``."""
         from slm_pipeline.evaluation import perplexity, zero_shot
-        from slm_pipeline.models.loading import load_dense_tokenizer
+        from slm_pipeline.models.loading import load_dense_tokenizer, num_positions
 
         settings, text = job.config.evaluation, job.config.evaluation.perplexity
+        speed = settings.efficiency
         tokenizer = load_dense_tokenizer(job.source)
         perplexity.preflight(tokenizer, text.corpora, window=text.window, bos=text.bos, data_dir=job.data_dir)
         zero_shot.preflight(tokenizer, settings.tasks, settings.data)
+        if speed.enabled:
+            efficiency.preflight(tokenizer, speed.prompt, speed.output_len, num_positions(job.source))
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         settings = job.config.evaluation
