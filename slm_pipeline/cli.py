@@ -235,7 +235,7 @@ def _check_before_hydra(arguments: Namespace) -> bool:
 def _check_run(composed: DictConfig) -> bool:
     """Check a single run and its folder; whether that was all."""
     from slm_pipeline.jobs.job import check_output_root
-    from slm_pipeline.jobs.runner import describe_plan, plan
+    from slm_pipeline.jobs.runner import describe_plan, plan, preflight
 
     job = _job(composed, sys.argv[1:])
     if job.config.dry_run:
@@ -246,6 +246,8 @@ def _check_run(composed: DictConfig) -> bool:
     run_folder.check_outside(run_dir, job.store, "hydra.run.dir")
     run_folder.check_run(run_dir, "hydra.run.dir", run_folder.beginnings(composed.hydra))
     plan(job)
+    if os.path.lexists(run_dir / run_folder.SUMMARY):  # Hydra would describe it anew even if this run is refused then
+        preflight(job)
     return False
 
 

@@ -131,8 +131,6 @@ def run_job(composed: DictConfig) -> float | None:
     warnings = _WarningCollector()
     logging.getLogger("slm_pipeline").addHandler(warnings)
     try:
-        for left in ("summary.json", "failure.json", run_folder.REQUEUED):  # of an earlier attempt in this folder
-            (run_dir / left).unlink(missing_ok=True)
         config = to_config(composed)
         job = prepare(config, command)
         if config.dry_run:
@@ -193,15 +191,24 @@ def record_lost_job(composed: DictConfig, error: UserError) -> None:
     write_summary_so_far(sweep_dir)
 
 
-def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> dict[str, Any]:
-    """Run the job's steps, then write and print what they found."""
+def preflight(job: Job) -> None:
+    """Raise `UserError` for what is cheap to know on this machine and would end a stage that is to run."""
     due = {
         step.stage.stage: step.stage  # those that evaluate look at the same
         for step, known in plan(job)
         if step.selected and (step.forced or known is None or not step.stage.is_whole(job, known))
     }
+    if due:
+        from slm_pipeline.models.loading import resolve_device
+
+        resolve_device(job.config.model.device)
     for stage in due.values():
         stage.preflight(job)
+
+
+def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> dict[str, Any]:
+    """Run the job's steps, then write and print what they found."""
+    preflight(job)
     for warning in job.warnings:
         log.warning("%s", warning)
     if "evaluate" in job.config.stages and job.config.evaluation.of:

@@ -2,6 +2,7 @@
 
 <run>/.running.lock    held as long as the job's process lives, however it ends; its being there marks a run's folder
 <run>/.requeued         of a job that a cluster stopped and will start again
+<run>/summary_before.json  the result of an earlier run in this folder, until there is a new one
 <sweep>/study.json     marks a study's
 <sweep>/.study.lock    held as long as the process lives that starts the study's jobs
 """
@@ -24,6 +25,9 @@ RUNNING = ".running.lock"
 STUDY = "study.json"
 STARTING = ".study.lock"
 REQUEUED = ".requeued"
+SUMMARY = "summary.json"
+BEFORE = "summary_before.json"
+FAILURE = "failure.json"
 
 
 def check_run(folder: Path, option: str, beginnings: Collection[str]) -> None:
@@ -105,9 +109,16 @@ def _refuse(folder: Path, option: str, foreign: Collection[str], whose: str) -> 
 
 @contextmanager
 def running(run_dir: Path) -> Iterator[None]:
-    """Show that a job works in this folder; waits for another that still does, such as its own dying predecessor."""
+    """Show that a job works in this folder; waits for another that still does, such as its own dying predecessor.
+
+    What an earlier one left is not this one's: its failure goes, its result waits under another name for a new one.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(run_dir / RUNNING):
+        if os.path.lexists(run_dir / SUMMARY):
+            os.replace(run_dir / SUMMARY, run_dir / BEFORE)
+        for left in (FAILURE, REQUEUED):
+            (run_dir / left).unlink(missing_ok=True)
         yield
 
 

@@ -270,7 +270,7 @@ def test_ctrl_c_leaves_a_job_and_the_rest_interrupted(tmp_path, monkeypatch):
 def test_sigterm_ends_a_run_like_ctrl_c_and_the_same_command_goes_on(tmp_path):
     """A process of its own, ended while it works."""
     (tmp_path / "text.txt").write_text(TEXT)
-    program = "import time\nfrom slm_pipeline import runner\nfrom slm_pipeline.cli import main\n"
+    program = "import time\nfrom slm_pipeline.jobs import runner\nfrom slm_pipeline.cli import main\n"
     program += "def execute(*_):\n    print('here', flush=True)\n    time.sleep(60)\nrunner.execute = execute\nmain()"
     words = [*GLOB, "stages=[]", "hydra.run.dir=run"]
     environment = {**os.environ, "PYTHONPATH": str(Path(study.__file__).parent.parent.parent), "OMP_NUM_THREADS": "1"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import run_slm
@@ -78,6 +79,24 @@ def test_a_run_goes_on_in_its_own_folder_whatever_lies_there_since(job, tmp_path
     assert run_slm(*job, "hydra.run.dir=final/here").status == 0
     assert [run.status for run in read_runs(tmp_path / "final")] == ["done"]
     assert (tmp_path / "final/here/notes.txt").read_text() == "mine"
+
+
+def test_an_earlier_result_stays_until_a_new_one_is_there(job, tmp_path, monkeypatch):
+    words = [*job, "hydra.run.dir=final"]
+    assert run_slm(*words).status == 0
+    before = files(tmp_path / "final")
+    refused = run_slm(*words, "stages=[calibrate]", "model.device=cuda:7")
+    assert (refused.status, refused.out, refused.err[:35]) == (2, "", "error: model.device='cuda:7': this ")
+    assert files(tmp_path / "final") == before
+    with monkeypatch.context() as patch:
+        for error, status in ((KeyboardInterrupt(), "interrupted"), (UserError("too late"), "FAILED")):
+            patch.setattr("slm_pipeline.jobs.runner.execute", Mock(side_effect=error))
+            assert run_slm(*words).status != 0
+            assert [run.status for run in read_runs(tmp_path / "final")] == [status]
+            assert (tmp_path / "final/summary_before.json").read_text() == before["summary.json"]
+    assert run_slm(*words).status == 0
+    assert [run.status for run in read_runs(tmp_path / "final")] == ["done"]
+    assert not (tmp_path / "final/summary_before.json").exists()
 
 
 def test_a_run_that_was_killed_before_it_began_is_no_stranger(tmp_path):
