@@ -28,7 +28,7 @@ from slm_pipeline.jobs.stages.evaluate import Evaluate
 from slm_pipeline.jobs.stages.merge import Merge
 from slm_pipeline.jobs.stages.recover import Recover
 from slm_pipeline.jobs.tracking import Tracker, open_tracker
-from slm_pipeline.machine import gpus, memory, provenance
+from slm_pipeline.machine import gpus, memory, provenance, signals
 from slm_pipeline.report.write import write_summary_so_far
 from slm_pipeline.results import objective
 from slm_pipeline.store import run_folder, users
@@ -131,6 +131,7 @@ def run_job(composed: DictConfig) -> float | None:
     warnings = _WarningCollector()
     logging.getLogger("slm_pipeline").addHandler(warnings)
     try:
+        signals.raise_if_heard()
         config = to_config(composed)
         job = prepare(config, command)
         if config.dry_run:
@@ -224,6 +225,7 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
     reused: dict[str, bool] = {}
     waiting = steps(job)
     while waiting:
+        signals.raise_if_heard()
         step, artifact = _next(waiting, job, results)
         waiting.remove(step)
         stage = step.stage
@@ -241,6 +243,7 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
                 stage.publish(artifact, tracker, reused=reused[stage.name])
         if artifact.done:
             results[stage.name] = artifact
+    signals.raise_if_heard()
     ran = {step.stage.name: results[step.stage.name] for step in steps(job) if step.stage.name in reused}
     found = summary.build(job, ran, reused, warnings)
     summary.write(found, results, run_dir, tracker, warnings, draw=job.config.pictures)

@@ -73,6 +73,44 @@ def test_a_folder_that_is_not_ours_alone_is_refused_and_nothing_is_touched(overr
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("mine", "overrides", "message"),
+    [
+        (".hydra/config.yaml", ["hydra.run.dir=here"], "hydra.run.dir=here holds .hydra, which are not of a run"),
+        ("slm.log", ["hydra.run.dir=here"], "hydra.run.dir=here holds slm.log, which are not of a run"),
+        ("multirun.yaml", ["-m", "hydra.sweep.dir=here", "seed=1"], "hydra.sweep.dir=here holds multirun.yaml, which"),
+        (
+            "conf/config.yaml",
+            ["hydra.run.dir=here", "hydra.output_subdir=conf"],
+            "hydra.output_subdir=conf: reports look for .hydra",
+        ),
+        ("../a", ["hydra.run.dir=."], "hydra.run.dir=. holds a, here, text.txt, which are not of a run"),
+        ("../a", ["hydra.run.dir=here", "output_dir=here/out"], "hydra.run.dir=here contains output_dir, "),
+        ("../a", ["hydra.run.dir=outputs"], "hydra.run.dir=outputs contains output_dir, "),
+        ("../a", ["hydra.run.dir=outputs", "dry_run=true"], "hydra.run.dir=outputs contains output_dir, "),
+        ("../a", ["hydra.run.dir=a", "dry_run=true"], "hydra.run.dir='a': "),
+        ("a", ["hydra.run.dir=here", "dry_run=true"], "hydra.run.dir=here holds a, which are not of a run"),
+        ("../a", ["hydra.run.dir="], "hydra.run.dir= is empty"),
+        ("../a", ["-m", "hydra.sweep.dir=", "seed=1"], "hydra.sweep.dir= is empty"),
+        ("../a", [f"hydra.run.dir={'a' * 290}"], "hydra.run.dir has a name of 290 characters"),
+        ("../a", ["-m", f"hydra.sweep.dir=x/{'a' * 290}", "seed=1"], "hydra.sweep.dir has a name of 290 characters"),
+        ("../a", [f"output_dir={'a/' * 3000}"], "output_dir='a/a/a"),
+        ("../a", ["hydra.job.name=a/b"], "hydra.job.name='a/b' must do as the name of a file"),
+        ("../a", ["-m", "method=slm,laco,nosuch"], "job 2 of 3, method=nosuch: In 'config': Could not find"),
+        ("../a", ["-m", "seed=4,abc"], "job 1 of 2, seed=abc: Error merging override"),
+    ],
+)
+def test_a_folder_is_known_by_its_mark_alone_and_a_refusal_makes_nothing(mine, overrides, message, job, tmp_path):
+    (tmp_path / "here" / mine).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "here" / mine).write_text("own")
+    before = sorted(tmp_path.rglob("*")), files(tmp_path)
+    outcome = run_slm(*overrides, *job)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"error: {message}")
+    assert outcome.err.count("\n") == 1
+    assert (sorted(tmp_path.rglob("*")), files(tmp_path)) == before
+
+
 def test_a_run_goes_on_in_its_own_folder_whatever_lies_there_since(job, tmp_path):
     assert run_slm(*job, "hydra.run.dir=final/here").status == 0
     (tmp_path / "final/here/notes.txt").write_text("mine")
