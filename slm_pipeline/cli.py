@@ -10,9 +10,7 @@ import logging
 import os
 import re
 import shlex
-import signal
 import sys
-import threading
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -35,8 +33,9 @@ from slm_pipeline.config import COMPOSITION_ERRORS, help_page
 from slm_pipeline.config.overrides import asks_for_several_jobs, check_group, first_value, parse_overrides
 from slm_pipeline.errors import Terminated, UserError, printable
 from slm_pipeline.jobs import study
-from slm_pipeline.machine import gpus
+from slm_pipeline.machine import gpus, signals
 from slm_pipeline.store import run_folder
+from slm_pipeline.store.files import LONGEST_NAME
 
 if TYPE_CHECKING:
     from slm_pipeline.jobs.job import Job
@@ -96,7 +95,7 @@ def errors_in_one_line() -> Iterator[None]:
     """
     be_heard_or_not()
     try:
-        with _terminated_by_signal():
+        with signals.raised():
             yield
     except UserError as error:
         _fail(str(error))
@@ -107,7 +106,8 @@ def errors_in_one_line() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
             raise
-        _fail(f"{error.filename or 'output_dir'}: {error.strerror}; nothing unfinished is taken for a result")
+        place = error.filename or ("standard output" if _cannot_print() else "output_dir")
+        _fail(f"{place}: {error.strerror}; nothing unfinished is taken for a result")
     except Terminated:
         _fail("ended by SIGTERM; the same command goes on from here", status=143)
     except KeyboardInterrupt:
@@ -125,6 +125,15 @@ def be_heard_or_not() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _cannot_print() -> bool:
+    """Whether standard output takes not even an empty line: the error of a `print` does not say whose it is."""
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
 def _flush() -> None:
     """Now, as Python would at its end: a closed pipe or a full disk would change the exit status then."""
     for stream in (sys.stdout, sys.stderr):
@@ -133,24 +142,6 @@ def _flush() -> None:
         except (OSError, ValueError):
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-@contextmanager
-def _terminated_by_signal() -> Iterator[None]:
-    """Raise `Terminated` at SIGTERM, unless somebody else takes care of it, as submitit does."""
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if not ours:
-        yield
-        return
-
-    def end(*_: Any) -> NoReturn:
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def set_environment() -> None:
@@ -198,7 +189,7 @@ def _only_asks_hydra(arguments: Namespace) -> bool:
 def _check_before_hydra(arguments: Namespace) -> bool:
     """Compose and check before Hydra makes a run folder; whether that was all (``dry_run=true``).
 
-    For a multirun only its first job is composed here; each is checked when it starts.
+    Of a multirun every job is composed, and the first checked; each is checked when it starts.
     """
     with _config_loader(arguments) as loader:
         overrides = parse_overrides(arguments.overrides, loader)
@@ -212,18 +203,18 @@ def _check_before_hydra(arguments: Namespace) -> bool:
         composed = _compose(arguments, [first_value(item) for item in overrides])
         from slm_pipeline.jobs.job import make_output_root
 
-        if composed.hydra.job.chdir:
-            raise UserError(
-                "hydra.job.chdir=true would look for the paths of the configuration in the folder of each run; leave it"
-                " out: a run writes into its folder anyway, and paths start where you do"
-            )
+        _check_hydra_options(composed.hydra)
         if multirun:
             _check_study(composed, overrides)
+            task = [item.input_line or "" for item in overrides if not item.is_hydra_override()]
+            listed = study.jobs(composed, task, loader)
             if composed.dry_run:
                 _describe_study(composed, arguments, loader)
+            else:
+                study.check_composed(composed, listed, loader)
+            study.check_folders(composed, listed, loader)
+            if composed.dry_run:
                 return True
-            task = [item.input_line or "" for item in overrides if not item.is_hydra_override()]
-            study.check_folders(composed, study.jobs(composed, task, loader), loader)
         else:
             _check_not_a_study(composed, overrides)
             if _check_run(composed):
@@ -232,25 +223,44 @@ def _check_before_hydra(arguments: Namespace) -> bool:
         return False
 
 
+def _check_hydra_options(hydra: DictConfig) -> None:
+    """Raise `UserError` for what Hydra would do, but a run is not made for."""
+    if hydra.job.chdir:
+        raise UserError(
+            "hydra.job.chdir=true would look for the paths of the configuration in the folder of each run; leave it"
+            " out: a run writes into its folder anyway, and paths start where you do"
+        )
+    if hydra.output_subdir != ".hydra":
+        raise UserError(f"hydra.output_subdir={hydra.output_subdir}: reports look for .hydra; leave it out")
+    name = str(hydra.job.name)
+    if not name.isprintable() or "/" in name or len(os.fsencode(f"{name}.log")) > LONGEST_NAME:
+        raise UserError(f"hydra.job.name={name[:300]!r} must do as the name of a file, that of the run's log")
+
+
 def _check_run(composed: DictConfig) -> bool:
     """Check a single run and its folder; whether that was all."""
     from slm_pipeline.jobs.job import check_output_root
-    from slm_pipeline.jobs.runner import describe_plan, plan
+    from slm_pipeline.jobs.runner import describe_plan, plan, preflight
 
     job = _job(composed, sys.argv[1:])
+    run_dir = study.folder(composed, "hydra.run.dir")
+    check_output_root(str(run_dir), option="hydra.run.dir")
+    run_folder.check_run(run_dir, "hydra.run.dir", beginnings=())
+    run_folder.check_outside(run_dir, job.store, "hydra.run.dir")
     if job.config.dry_run:
         print(describe_plan(job), flush=True)
         return True
-    run_dir = study.folder(composed, "hydra.run.dir")
-    check_output_root(str(run_dir), option="hydra.run.dir")
-    run_folder.check_outside(run_dir, job.store, "hydra.run.dir")
-    run_folder.check_run(run_dir, "hydra.run.dir", run_folder.beginnings(composed.hydra))
     plan(job)
+    if os.path.lexists(run_dir / run_folder.SUMMARY):  # Hydra would describe it anew even if this run is refused then
+        preflight(job)
     return False
 
 
 def _check_study(composed: DictConfig, overrides: Sequence[Override]) -> None:
     """Raise `UserError` for what no job of a multirun could say by itself."""
+    from slm_pipeline.jobs.job import check_output_root
+
+    check_output_root(str(study.folder(composed, "hydra.sweep.dir")), option="hydra.sweep.dir")
     if composed.hydra.runtime.choices["hydra/launcher"] == "gpus":
         gpus.check(composed.hydra.launcher.n_jobs)
     if not study.is_search(composed):

@@ -8,10 +8,11 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
@@ -377,6 +378,32 @@ def test_what_stops_a_job_is_said_in_one_line(error, status, words, base, monkey
     assert "Traceback" not in outcome.err
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_signal_that_the_garbage_collector_swallows_ends_a_study_all_the_same(
+    stage, number, status, base, monkeypatch
+):
+    """What a handler raises inside a finalizer goes nowhere."""
+    freed = []
+
+    class Garbage:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def free():
+        freed.append(1)
+        if len(freed) == stage:
+            Garbage()
+
+    monkeypatch.setattr("slm_pipeline.machine.memory.free", free)
+    before = signal.getsignal(number)
+    assert run_slm("-m", *base, "pictures=false", "seed=1,2").status == status
+    assert len(list(Path(base[-1].partition("=")[2]).glob("sweeps/*/*/0/.hydra"))) == 1
+    assert not list(Path(base[-1].partition("=")[2]).glob("sweeps/*/*/*/summary.json"))
+    assert signal.getsignal(number) == before
+
+
 def test_a_defect_of_ours_shows_its_traceback(base, monkeypatch):
     monkeypatch.setattr(
         "slm_pipeline.jobs.stages.calibrate.Calibrate.run", mock.Mock(side_effect=RuntimeError("a defect"))
@@ -485,6 +512,14 @@ def test_output_that_has_no_space_does_not_change_the_exit_status(base, tmp_path
     assert found.returncode == 0, found.stderr
     assert "the table was not printed: OSError: [Errno 28] No space left on device" in found.stderr
     assert len(list((tmp_path / "out").glob("runs/slm/*/summary.json"))) == 1
+
+
+def test_output_that_has_no_space_is_named(base, monkeypatch):
+    full = mock.Mock(write=mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    monkeypatch.setattr("conftest.redirect_stdout", lambda _: redirect_stdout(full))
+    outcome = run_slm(*base, "dry_run=true")
+    assert outcome.status == 2
+    assert outcome.err.startswith("error: standard output: No space left on device")
 
 
 def test_what_no_stream_can_show_is_spelt_out(monkeypatch):

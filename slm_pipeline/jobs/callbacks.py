@@ -13,6 +13,14 @@ from omegaconf import DictConfig
 from slm_pipeline.errors import portable
 from slm_pipeline.jobs import study
 from slm_pipeline.machine import memory
+from slm_pipeline.store import run_folder
+
+
+class MarkRun(Callback):
+    """Marks the folder of a single run before Hydra writes to it; those of a study are known by its study.json."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        run_folder.mark(study.folder(config, "hydra.run.dir"))
 
 
 class WriteStudy(Callback):

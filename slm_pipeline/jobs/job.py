@@ -22,6 +22,7 @@ from slm_pipeline.models.source import ModelSource, describe
 from slm_pipeline.recovery.base import Recovery, TrainingOptions
 from slm_pipeline.results import objective
 from slm_pipeline.store.artifact import check_layout
+from slm_pipeline.store.files import LONGEST_NAME
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,9 +204,14 @@ def _unused_options(config: Config, method: Method) -> list[str]:
 def check_output_root(output_dir: str, option: str = "output_dir") -> None:
     """Raise `UserError` unless ``output_dir`` can be made and written; makes nothing. ``option`` is what gave it."""
     root = Path(output_dir).expanduser().absolute()
+    if longest := [part for part in root.parts if len(os.fsencode(part)) > LONGEST_NAME]:
+        raise UserError(f"{option} has a name of {len(longest[0])} characters, {longest[0][:40]}...; choose a shorter")
     existing = root
-    while not existing.exists():
-        existing = existing.parent
+    try:
+        while not existing.exists():
+            existing = existing.parent
+    except OSError as error:  # of many such names
+        raise UserError(f"{option}={output_dir[:300]!r}...: {error.strerror}; choose another {option}=") from error
     if not existing.is_dir():
         raise UserError(f"{option}={output_dir!r}: {existing} is not a folder")
     if not os.access(existing, os.W_OK) or _read_only(existing):

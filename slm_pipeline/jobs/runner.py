@@ -28,7 +28,7 @@ from slm_pipeline.jobs.stages.evaluate import Evaluate
 from slm_pipeline.jobs.stages.merge import Merge
 from slm_pipeline.jobs.stages.recover import Recover
 from slm_pipeline.jobs.tracking import Tracker, open_tracker
-from slm_pipeline.machine import gpus, memory, provenance
+from slm_pipeline.machine import gpus, memory, provenance, signals
 from slm_pipeline.report.write import write_summary_so_far
 from slm_pipeline.results import objective
 from slm_pipeline.store import run_folder, users
@@ -131,8 +131,7 @@ def run_job(composed: DictConfig) -> float | None:
     warnings = _WarningCollector()
     logging.getLogger("slm_pipeline").addHandler(warnings)
     try:
-        for left in ("summary.json", "failure.json", run_folder.REQUEUED):  # of an earlier attempt in this folder
-            (run_dir / left).unlink(missing_ok=True)
+        signals.raise_if_heard()
         config = to_config(composed)
         job = prepare(config, command)
         if config.dry_run:
@@ -193,10 +192,28 @@ def record_lost_job(composed: DictConfig, error: UserError) -> None:
     write_summary_so_far(sweep_dir)
 
 
+def preflight(job: Job, looked_at: set[str] | None = None) -> None:
+    """Raise `UserError` for what is cheap to know and would end a stage that is to run.
+
+    Args:
+        looked_at: stages for which that was done before, so that it is not done again; filled.
+    """
+    looked_at = set() if looked_at is None else looked_at
+    due = {
+        step.stage.stage: step.stage  # those that evaluate look at the same
+        for step, known in plan(job)
+        if step.selected and (step.forced or known is None or not step.stage.is_whole(job, known))
+    }
+    for name, stage in due.items():
+        if name not in looked_at:
+            looked_at.add(name)
+            stage.preflight(job)
+
+
 def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> dict[str, Any]:
     """Run the job's steps, then write and print what they found."""
     looked_at: set[str] = set()
-    _preflight(job, looked_at)
+    preflight(job, looked_at)
     for warning in job.warnings:
         log.warning("%s", warning)
     if "evaluate" in job.config.stages and job.config.evaluation.of:
@@ -212,6 +229,7 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
     reused: dict[str, bool] = {}
     waiting = steps(job)
     while waiting:
+        signals.raise_if_heard()
         step, artifact = _next(waiting, job, results)
         waiting.remove(step)
         stage = step.stage
@@ -220,7 +238,7 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
         users.note(artifact.path, run_dir)
         if step.selected:
             if not all(results[name].intact for name in stage.needs if _runs(step, job, artifact)):
-                _preflight(job, looked_at)  # says so if what it would read is damaged and is not selected
+                preflight(job, looked_at)  # says so if what it would read is damaged and is not selected
                 results = {name: result for name, result in results.items() if result.intact}
                 waiting = [step for step in steps(job) if step.stage.name not in results]  # what is damaged, again
                 continue
@@ -230,23 +248,11 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
                 stage.publish(artifact, tracker, reused=reused[stage.name])
         if artifact.done:
             results[stage.name] = artifact
+    signals.raise_if_heard()
     ran = {step.stage.name: results[step.stage.name] for step in steps(job) if step.stage.name in reused}
     found = summary.build(job, ran, reused, warnings)
     summary.write(found, results, run_dir, tracker, warnings, draw=job.config.pictures)
     return found
-
-
-def _preflight(job: Job, looked_at: set[str]) -> None:
-    """What the stages that are to run can know before they do; ``looked_at``: those that did, and now these."""
-    due = {
-        step.stage.stage: step.stage  # those that evaluate look at the same
-        for step, known in plan(job)
-        if step.selected and (step.forced or known is None or not step.stage.is_whole(job, known))
-    }
-    for name, stage in due.items():
-        if name not in looked_at:
-            looked_at.add(name)
-            stage.preflight(job)
 
 
 def _runs(step: Step, job: Job, artifact: Artifact) -> bool:

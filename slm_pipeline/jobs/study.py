@@ -28,15 +28,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from slm_pipeline.config import COMPOSITION_ERRORS, TrackerConfig
+from slm_pipeline.config import COMPOSITION_ERRORS, TrackerConfig, one_line
 from slm_pipeline.config.overrides import check_group, check_number_of_jobs, first_value
 from slm_pipeline.errors import UserError, only_warned_about
 from slm_pipeline.store import run_folder
-from slm_pipeline.store.files import is_held, write_json, write_text
+from slm_pipeline.store.files import LONGEST_NAME, is_held, write_json, write_text
 from slm_pipeline.store.run_folder import RUNNING, STARTING, STUDY
 
 FORMAT = 1
-_LONGEST = 255  # bytes of a file's name, on all file systems that are in use
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +71,12 @@ def folder(composed: DictConfig, key: str) -> Path:
     """The folder that ``hydra.run.dir`` or ``hydra.sweep.dir`` names."""
     HydraConfig.instance().set_config(composed)  # for ${hydra:...}
     try:
-        return Path(str(OmegaConf.select(composed, key)))
+        found = OmegaConf.select(composed, key)
     finally:
         HydraConfig.instance().cfg = None
+    if found in (None, ""):
+        raise UserError(f"{key}= is empty; leave it out, or name a folder")
+    return Path(str(found))
 
 
 def folders(composed: DictConfig, listed: Sequence[Sequence[str]], loader: ConfigLoader) -> list[str]:
@@ -90,18 +92,30 @@ def folders(composed: DictConfig, listed: Sequence[Sequence[str]], loader: Confi
     return found
 
 
+def check_composed(composed: DictConfig, listed: Sequence[Sequence[str]], loader: ConfigLoader) -> None:
+    """Raise `UserError` for the first job that Hydra cannot compose: it would refuse the whole study for it."""
+    of_all = set(listed[0]).intersection(*listed) if len(listed) > 1 else set()
+    for number, overrides in enumerate(listed):
+        try:
+            loader.load_sweep_config(composed, list(overrides))
+        except (*COMPOSITION_ERRORS, ValueError, OverflowError, RecursionError) as error:
+            own = " ".join(word for word in overrides if word not in of_all)
+            raise UserError(f"job {number} of {len(listed)}, {own}: {one_line(error)}") from error
+
+
 def check_folders(composed: DictConfig, listed: Sequence[Sequence[str]], loader: ConfigLoader) -> None:
     """Raise `UserError` unless every job has a folder of its own, in which nothing is that is not ours; makes nothing.
 
     Of a search only its own folder can be known.
     """
     directory = folder(composed, "hydra.sweep.dir")
-    run_folder.check_outside(directory, Path(composed.output_dir) / "store", "hydra.sweep.dir")
     run_folder.check_study(directory, "hydra.sweep.dir")
+    run_folder.check_outside(directory, Path(composed.output_dir) / "store", "hydra.sweep.dir")
     if is_held(directory / STARTING):
         raise UserError(f"hydra.sweep.dir={directory}: another process runs a study there; choose another folder")
     if is_search(composed):
         return
+    begun = (run_folder.study_of(directory) or {}).get("folders") or []
     taken: dict[str, int] = {}
     for number, name in enumerate(folders(composed, listed, loader)):
         if not run_folder.is_below(name):
@@ -111,10 +125,11 @@ def check_folders(composed: DictConfig, listed: Sequence[Sequence[str]], loader:
                 f"hydra.sweep.subdir gives jobs {taken[name]} and {number} the same folder {name!r}, where one would"
                 " overwrite the other; ${hydra.job.num} or ${hydra.job.override_dirname} tells them apart"
             )
-        if longest := [part for part in Path(name).parts if len(os.fsencode(part)) > _LONGEST]:
+        if longest := [part for part in Path(name).parts if len(os.fsencode(part)) > LONGEST_NAME]:
             raise UserError(f"hydra.sweep.subdir gives job {number} a name of {len(longest[0])} characters")
         taken[name] = number
-        run_folder.check_run(directory / name, "hydra.sweep.subdir", run_folder.beginnings(composed.hydra))
+        beginnings = run_folder.beginnings(composed.hydra) if name in begun else ()
+        run_folder.check_run(directory / name, "hydra.sweep.subdir", beginnings)
 
 
 @dataclass(frozen=True)

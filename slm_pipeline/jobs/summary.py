@@ -20,6 +20,7 @@ from slm_pipeline.results.columns import flat_metrics
 from slm_pipeline.results.measurement import parameters_at_work
 from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.store.files import write_json
+from slm_pipeline.store.run_folder import BEFORE
 from slm_pipeline.surgery.plan import Plan, merged_windows
 
 FORMAT = 1
@@ -85,6 +86,8 @@ def write(
     """
     file = run_dir / "summary.json"
     write_json(file, {**summary, "pictures": []})  # the result: what fails from here on does not undo it
+    with only_warned_about(f"{BEFORE} was not removed"):
+        (run_dir / BEFORE).unlink(missing_ok=True)
     if "merge" in results:
         with only_warned_about("plan.json was not written"):
             load_plan(results["merge"]).write(run_dir / "plan.json")

@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+LONGEST_NAME = 255  # bytes of a file's name, on all file systems that are in use
+
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` as UTF-8, atomically."""

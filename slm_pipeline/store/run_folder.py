@@ -2,6 +2,7 @@
 
 <run>/.running.lock    held as long as the job's process lives, however it ends; its being there marks a run's folder
 <run>/.requeued         of a job that a cluster stopped and will start again
+<run>/summary_before.json  the result of an earlier run in this folder, until there is a new one
 <sweep>/study.json     marks a study's
 <sweep>/.study.lock    held as long as the process lives that starts the study's jobs
 """
@@ -24,6 +25,9 @@ RUNNING = ".running.lock"
 STUDY = "study.json"
 STARTING = ".study.lock"
 REQUEUED = ".requeued"
+SUMMARY = "summary.json"
+BEFORE = "summary_before.json"
+FAILURE = "failure.json"
 
 
 def check_run(folder: Path, option: str, beginnings: Collection[str]) -> None:
@@ -31,7 +35,7 @@ def check_run(folder: Path, option: str, beginnings: Collection[str]) -> None:
 
     Args:
         option: which gave the folder, for the message.
-        beginnings: see `beginnings`; also of a folder whose run was killed before it could mark it.
+        beginnings: see `beginnings`; empty unless it is known that Hydra has begun here.
     """
     found = _content(folder, option)
     if RUNNING not in found:
@@ -39,21 +43,26 @@ def check_run(folder: Path, option: str, beginnings: Collection[str]) -> None:
 
 
 def check_outside(folder: Path, store: Path, option: str) -> None:
-    """Raise `UserError` if the folder is the store or lies in it."""
-    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(store)):
+    """Raise `UserError` if the folder is the store, lies in it or has it inside."""
+    place, of_store = Path(os.path.realpath(folder)), Path(os.path.realpath(store))
+    if place.is_relative_to(of_store):
         raise UserError(f"{option}={folder} lies in the store, {store}; choose a folder elsewhere")
+    if of_store.is_relative_to(place):
+        raise UserError(
+            f"{option}={folder} contains output_dir, {store.parent}, which is for all runs; choose a folder of its own"
+        )
 
 
 def beginnings(hydra: Any) -> set[str]:
     """What Hydra puts into a run's folder before the run can mark it, by its configuration."""
-    return {str(hydra.output_subdir), f"{hydra.job.name}.log"}
+    return {".hydra", f"{hydra.job.name}.log"}
 
 
 def check_study(folder: Path, option: str) -> None:
     """The same for the folder of a study."""
     found = _content(folder, option)
     if study_of(folder) is None:
-        _refuse(folder, option, found - {"multirun.yaml", ".submitit", STARTING}, "a study")
+        _refuse(folder, option, found - {STARTING}, "a study")
 
 
 def study_of(folder: Path) -> dict[str, Any] | None:
@@ -103,11 +112,24 @@ def _refuse(folder: Path, option: str, foreign: Collection[str], whose: str) -> 
         )
 
 
+def mark(run_dir: Path) -> None:
+    """Make the folder a run's before Hydra writes to it, so that it is known as one whenever the run is killed."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / RUNNING).touch()
+
+
 @contextmanager
 def running(run_dir: Path) -> Iterator[None]:
-    """Show that a job works in this folder; waits for another that still does, such as its own dying predecessor."""
+    """Show that a job works in this folder; waits for another that still does, such as its own dying predecessor.
+
+    What an earlier one left is not this one's: its failure goes, its result waits under another name for a new one.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(run_dir / RUNNING):
+        if os.path.lexists(run_dir / SUMMARY):
+            os.replace(run_dir / SUMMARY, run_dir / BEFORE)
+        for left in (FAILURE, REQUEUED):
+            (run_dir / left).unlink(missing_ok=True)
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import run_slm
@@ -72,12 +73,68 @@ def test_a_folder_that_is_not_ours_alone_is_refused_and_nothing_is_touched(overr
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("mine", "overrides", "message"),
+    [
+        (".hydra/config.yaml", ["hydra.run.dir=here"], "hydra.run.dir=here holds .hydra, which are not of a run"),
+        ("slm.log", ["hydra.run.dir=here"], "hydra.run.dir=here holds slm.log, which are not of a run"),
+        ("multirun.yaml", ["-m", "hydra.sweep.dir=here", "seed=1"], "hydra.sweep.dir=here holds multirun.yaml, which"),
+        (
+            "conf/config.yaml",
+            ["hydra.run.dir=here", "hydra.output_subdir=conf"],
+            "hydra.output_subdir=conf: reports look for .hydra",
+        ),
+        ("../a", ["hydra.run.dir=."], "hydra.run.dir=. holds a, here, text.txt, which are not of a run"),
+        ("../a", ["hydra.run.dir=here", "output_dir=here/out"], "hydra.run.dir=here contains output_dir, "),
+        ("../a", ["hydra.run.dir=outputs"], "hydra.run.dir=outputs contains output_dir, "),
+        ("../a", ["hydra.run.dir=outputs", "dry_run=true"], "hydra.run.dir=outputs contains output_dir, "),
+        ("../a", ["hydra.run.dir=a", "dry_run=true"], "hydra.run.dir='a': "),
+        ("a", ["hydra.run.dir=here", "dry_run=true"], "hydra.run.dir=here holds a, which are not of a run"),
+        ("../a", ["hydra.run.dir="], "hydra.run.dir= is empty"),
+        ("../a", ["-m", "hydra.sweep.dir=", "seed=1"], "hydra.sweep.dir= is empty"),
+        ("../a", [f"hydra.run.dir={'a' * 290}"], "hydra.run.dir has a name of 290 characters"),
+        ("../a", ["-m", f"hydra.sweep.dir=x/{'a' * 290}", "seed=1"], "hydra.sweep.dir has a name of 290 characters"),
+        ("../a", [f"output_dir={'a/' * 3000}"], "output_dir='a/a/a"),
+        ("../a", ["hydra.job.name=a/b"], "hydra.job.name='a/b' must do as the name of a file"),
+        ("../a", ["-m", "method=slm,laco,nosuch"], "job 2 of 3, method=nosuch: In 'config': Could not find"),
+        ("../a", ["-m", "seed=4,abc"], "job 1 of 2, seed=abc: Error merging override"),
+    ],
+)
+def test_a_folder_is_known_by_its_mark_alone_and_a_refusal_makes_nothing(mine, overrides, message, job, tmp_path):
+    (tmp_path / "here" / mine).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "here" / mine).write_text("own")
+    before = sorted(tmp_path.rglob("*")), files(tmp_path)
+    outcome = run_slm(*overrides, *job)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"error: {message}")
+    assert outcome.err.count("\n") == 1
+    assert (sorted(tmp_path.rglob("*")), files(tmp_path)) == before
+
+
 def test_a_run_goes_on_in_its_own_folder_whatever_lies_there_since(job, tmp_path):
     assert run_slm(*job, "hydra.run.dir=final/here").status == 0
     (tmp_path / "final/here/notes.txt").write_text("mine")
     assert run_slm(*job, "hydra.run.dir=final/here").status == 0
     assert [run.status for run in read_runs(tmp_path / "final")] == ["done"]
     assert (tmp_path / "final/here/notes.txt").read_text() == "mine"
+
+
+def test_an_earlier_result_stays_until_a_new_one_is_there(job, tmp_path, monkeypatch):
+    words = [*job, "hydra.run.dir=final"]
+    assert run_slm(*words).status == 0
+    before = files(tmp_path / "final")
+    refused = run_slm(*words, "stages=[calibrate]", "model.device=cuda:7")
+    assert (refused.status, refused.out, refused.err[:35]) == (2, "", "error: model.device='cuda:7': this ")
+    assert files(tmp_path / "final") == before
+    with monkeypatch.context() as patch:
+        for error, status in ((KeyboardInterrupt(), "interrupted"), (UserError("too late"), "FAILED")):
+            patch.setattr("slm_pipeline.jobs.runner.execute", Mock(side_effect=error))
+            assert run_slm(*words).status != 0
+            assert [run.status for run in read_runs(tmp_path / "final")] == [status]
+            assert (tmp_path / "final/summary_before.json").read_text() == before["summary.json"]
+    assert run_slm(*words).status == 0
+    assert [run.status for run in read_runs(tmp_path / "final")] == ["done"]
+    assert not (tmp_path / "final/summary_before.json").exists()
 
 
 def test_a_run_that_was_killed_before_it_began_is_no_stranger(tmp_path):
