@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline.errors import UserError
+from slm_pipeline.errors import UserError, printable
 
 _FORMATS = {b"\x1f\x8b": "compressed with gzip", b"PAR1": "a parquet file", b"PK\x03\x04": "a zip archive"}
 _BOM = "\ufeff"
@@ -124,7 +124,7 @@ def parquet_rows(file: Path, columns: Sequence[str]) -> list[tuple[str, Any]]:
         rows = parquet.read(columns=[column for column in columns if column in names]).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file} cannot be read as parquet: {reason}") from error
+        raise UserError(f"{file} cannot be read as parquet: {printable(reason)}") from error
     return [(f"{file}, row {number}", row) for number, row in enumerate(rows, start=1)]
 
 

@@ -93,8 +93,10 @@ def test_random_of_a_very_long_text_reads_only_what_is_near_the_samples(tmp_path
     tokenizer = byte_tokenizer()
     given = []
     monkeypatch.setattr(
-        "slm_pipeline.data.tokens._ids",
-        lambda tokenizer, text: given.append(len(text)) or tokenizer(text, add_special_tokens=False)["input_ids"],
+        "slm_pipeline.data.tokens.tokenized",
+        lambda tokenizer, text, special: (
+            given.append(len(text)) or tokenizer(text, add_special_tokens=special)["input_ids"]
+        ),
     )
     with caplog.at_level("INFO"):
         found = sample(config, tokenizer, tmp_path)
