@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,7 @@ def wandb_records(run_dir: Path) -> list[Any]:
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     wandb.teardown()  # the service writes the end of the file after finish() has returned
-    deadline = time.monotonic() + 20
-    while not (found := list(run_dir.glob("wandb/offline-run-*/run-*.wandb"))) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    (path,) = found
+    (path,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
     data = path.read_bytes()
     assert data[:4] == b":W&B"
     records, position, parts = [], 7, b""

@@ -120,7 +120,7 @@ class WandbTracker(Tracker):
                     # Two jobs of a study never share a run, whatever WANDB_RUN_ID says; a single run may continue one.
                     id=None if group is None else secrets.token_hex(8),
                     resume=None if group is None else "never",
-                    dir=str(run_dir),
+                    dir=str(run_dir.absolute()),  # its service may have been started in another folder
                     mode=mode,  # type: ignore[arg-type]
                     # A job of the same process that died inside its run would otherwise get this job's metrics.
                     reinit="finish_previous",

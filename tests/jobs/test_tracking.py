@@ -53,6 +53,15 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def test_a_relative_folder_is_the_callers_wherever_the_wandb_service_was_started(tmp_path, monkeypatch):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        with open_tracker(Path("run")) as tracker:
+            tracker.log({"loss": 1.0}, stage="recover")
+    assert [history(tmp_path / name / "run")[0]["recover/loss"] for name in ("first", "second")] == [1.0, 1.0]
+
+
 def test_jsonl_has_one_line_a_call_on_disk_at_once(tmp_path):
     with open_tracker(tmp_path / "run", TrackerConfig(kind="jsonl")) as tracker:
         tracker.log({"loss": 2.5, "num_tokens": 64}, stage="recover", step=3)
