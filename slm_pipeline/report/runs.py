@@ -169,7 +169,7 @@ def _read_run(path: Path) -> Run:
         else:
             status = "queued" if os.path.lexists(path / REQUEUED) else "interrupted"
     except Damaged as damage:
-        status, reason = "unreadable", str(damage)
+        status, reason = "unreadable", printable(str(damage))
     try:
         overrides = read_yaml(path / ".hydra" / "overrides.yaml", [text]) or []  # empty while Hydra writes it
     except Damaged as damage:

@@ -152,6 +152,13 @@ def places(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [here, *(place for key, below in inner for place in places(below, (*here, key)))]
 
 
+def test_a_name_with_a_break_in_a_summary_is_one_line_of_the_reason(tmp_path):
+    write_run(tmp_path / "s" / "1", ["method=laco"], None)
+    (tmp_path / "s" / "1" / "summary.json").write_text(json.dumps({"metrics": {"a\nb": 0}}))
+    (run,) = read_study(tmp_path / "s").runs
+    assert (run.status, "\n" in run.reason) == ("unreadable", False)
+
+
 @given(data=st.data())
 def test_no_value_in_a_summary_or_a_configuration_costs_the_report(data):
     """Each example puts something else in one to three places of one run's files."""
