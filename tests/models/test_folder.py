@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -182,13 +183,16 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_folder_is_refused_before_anything_is_loaded(fault, sound_models, tmp_path):
+def test_a_faulty_folder_is_refused_before_anything_is_loaded(fault, sound_models, tmp_path, monkeypatch):
     base, change, message = FAULTS[fault]
-    folder = folders.copy(sound_models[base], tmp_path / "model", change)
-    with pytest.raises(UserError, match=message) as refused:
-        describe(options(folder))
-    assert str(refused.value).startswith(f"model.path={str(folder)!r}: ")
-    assert "\n" not in str(refused.value)
+    folders.copy(sound_models[base], tmp_path / "model", change)
+    monkeypatch.chdir(tmp_path)
+    outcome = run_slm("model=local", "model.path=model")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.startswith("error: model.path='model': ")
+    assert outcome.err.count("\n") == 1
+    assert re.search(message, outcome.err)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]  # nothing was written
 
 
 def test_all_that_is_wrong_is_said_at_once(sound_models, tmp_path, monkeypatch):
