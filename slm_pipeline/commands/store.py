@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from slm_pipeline.cli import errors_in_one_line
 from slm_pipeline.config import STAGES
 from slm_pipeline.errors import UserError
+from slm_pipeline.results.number import Number
 from slm_pipeline.store.artifact import layout_faults
 from slm_pipeline.store.files import remove
 from slm_pipeline.store.record import read_record, result_fault
@@ -177,8 +178,10 @@ def _about(record: dict[str, Any]) -> str:
             return f"{result['num_layers']['dense']} -> {result['num_layers']['pruned']} layers: {result['layers']}"
         if "num_tokens" in result and "source" in result:
             return f"{result['source']}, {result['num_samples']} x {result['seq_len']} tokens"
-        corpora = (f"perplexity {corpus}" for corpus in result.get("perplexity", {}))
-        return ", ".join([*result.get("zero_shot", {}), *corpora])
+        if "numbers" in result:
+            numbers = [Number.from_json(key, said) for key, said in result["numbers"].items()]
+            return ", ".join(f"{number.below(result['measure']).key} {number}" for number in numbers)
+        return ", ".join(result)  # of a version that kept all measures together
     except (LookupError, TypeError):  # another version's
         return ""
 

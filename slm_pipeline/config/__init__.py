@@ -1,8 +1,8 @@
 """The schema of every option we own, and the one place where YAML turns into objects.
 
 The dataclasses below are the root of the Hydra configuration: a misspelt key or a wrong type is refused while the
-configuration is composed. Groups that plug in (``method``, ``recovery``) name a class with ``_target_``; `build` is
-the only function that resolves such a name. Importing this module stays cheap: no torch.
+configuration is composed. Groups that plug in (``method``, ``recovery``, ``measure``) name a class with ``_target_``;
+`build` is the only function that resolves such a name. Importing this module stays cheap: no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import importlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from inspect import isabstract
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -28,7 +28,6 @@ from slm_pipeline.config import ranges
 from slm_pipeline.config.ranges import (
     BatchSize,
     Count,
-    CountOrZero,
     FilePath,
     FolderName,
     NumLayers,
@@ -47,7 +46,7 @@ CONF_DIR = _ROOT / "conf"
 SWEEPS_ROOT = _ROOT  # the folder that holds the shipped sweeps/
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)  # of a configuration that cannot be put together
-PLUG_INS = ("method", "recovery")  # groups whose options are classes, see `build`
+PLUG_INS = ("method", "recovery", "measure")  # groups whose options are classes, see `build`
 STAGES = ("calibrate", "merge", "recover", "evaluate")
 TARGETS = ("dense", "pruned", "recovered")
 
@@ -107,40 +106,14 @@ class PruningRatioConfig:
 
 
 @dataclass
-class PerplexityConfig:
-    """Language-model loss over running text."""
-
-    corpora: list[FilePath] = field(default_factory=list)  # bundled | wikitext2 | c4 | ptb | a text file
-    window: Annotated[int, Range(at_least=2, at_most=2**20)] = 1024  # tokens
-    stride: Tokens | None = None  # null: windows do not overlap; else only a window's last `stride` tokens are scored
-    bos: bool = False  # put the BOS token before every window
-    max_tokens: Count | None = None  # null: the whole text
-    batch_size: BatchSize = 4
-
-
-@dataclass
-class EfficiencyConfig:
-    """Speed and memory of generation, as the SLM authors measure it."""
-
-    enabled: bool = False
-    batch_size: BatchSize = 1
-    output_len: Tokens = 128
-    num_runs: Count = 30
-    num_warmup: CountOrZero = 10  # of the runs, not counted
-    prompt: Annotated[str, Text(lines=True, empty=False)] = "The Leaning Tower of Pisa is known for"
-
-
-@dataclass
 class EvaluationConfig:
-    """Which numbers, on which data."""
+    """Which models are scored, and what several measures share; the options of each are its own, see conf/measure/."""
 
     of: list[str] = field(default_factory=lambda: list(TARGETS))
     data: FilePath = "bundled"  # bundled | hub | a folder with <task>.jsonl files
     tasks: list[str] = field(default_factory=list)
     limit: Count | None = None  # first examples of each task; null: all
     batch_size: BatchSize = 16
-    perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
-    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
 
 
 @dataclass
@@ -159,7 +132,7 @@ class StudyConfig:
     """What a multirun asks, and how its table and its plot answer; see sweeps/."""
 
     question: str | None = None  # in words, the title of its report
-    metric: str | None = None  # the column that answers it, e.g. "perplexity bundled pruned"
+    metric: str | None = None  # the column that answers it, e.g. "pruned/perplexity/bundled"
     x: str | None = None  # what it is drawn against: a column such as layers, or an option such as threshold.value
     series: list[str] = field(default_factory=list)  # options whose values name the curves, e.g. [method]
     sort_by: str | None = None  # a column of the table, best first; null: in the order of the jobs
@@ -195,19 +168,20 @@ class Config:
     threshold: ThresholdConfig = field(default_factory=ThresholdConfig)
     pruning_ratio: PruningRatioConfig = field(default_factory=PruningRatioConfig)
     recovery: Any = None
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: Any = None
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
 
 def register() -> None:
     """Make the schema known to Hydra, as ``schema`` in the defaults list.
 
-    The plug-in groups are open: which keys they have is for their classes to say, see `build`, where an error can name
-    the option that lacks a key, and is one job's alone in a study.
+    The groups that plug in are open, and so is ``evaluation``, under which measures stand: which keys they have is for
+    their classes to say, see `build`, where an error can name the option that lacks a key, and is one job's alone in a
+    study.
     """
     schema = OmegaConf.structured(Config)
-    for group in PLUG_INS:
-        schema[group] = {}
+    for group, shared in (("method", {}), ("recovery", {}), ("evaluation", asdict(EvaluationConfig()))):
+        schema[group] = shared
         OmegaConf.set_struct(schema[group], False)
     ConfigStore.instance().store(name="schema", node=schema)
     OmegaConf.register_new_resolver("digest", _digest, replace=True)
@@ -279,8 +253,12 @@ def is_list_of_texts(key: str) -> bool:
 def _types(key: str) -> list[Any]:
     """What an option, by its whole name, may hold, without None and ranges; empty if there is none of that name."""
     first, *names = key.split(".")
-    if first in PLUG_INS:
-        kinds: list[Any] = list(_shipped_classes(first).values())
+    if first == "evaluation":
+        kinds: list[Any] = [EvaluationConfig]
+        if names and names[0] in (measures := _shipped_classes("measure")):
+            kinds, names = [measures[names[0]]], names[1:]
+    elif first in PLUG_INS:
+        kinds = list(_shipped_classes(first).values())
     elif first == "hydra":
         kinds = [HydraConf]
     else:
@@ -292,11 +270,14 @@ def _types(key: str) -> list[Any]:
     return [list[str] if is_list else kind for kind, is_list in zip(kinds, of_texts, strict=True)]
 
 
-def build(node: Any, *, group: str) -> Any:
+def build(node: Any, *, group: str, key: str = "") -> Any:
     """The object that a plug-in group's YAML describes; None for ``recovery=none``, which has no class.
 
     ``_target_`` names a dataclass of this package; the other keys are its fields, checked for name, type and range, and
     by the class's own ``__post_init__``. The option ``none`` has no use for the keys of the others: see `unused`.
+
+    Args:
+        key: where the options stand, such as ``evaluation.perplexity``; empty: under the group's name.
 
     Raises:
         UserError: the class is not one of ours, it lacks a key, or a value is of the wrong type or range.
@@ -307,11 +288,22 @@ def build(node: Any, *, group: str) -> Any:
     options = _options_class(target, group)
     lacking = set(values) - {option.name for option in fields(options)}
     if lacking and options.name != "none":
-        raise UserError(_lacks(min(lacking), group, options))
-    with _refusals_in_one_line(group):
-        given = {key: value for key, value in values.items() if key not in lacking}
-        built = OmegaConf.to_object(OmegaConf.merge(_schema(options), given))
-    ranges.check(built, f"{group}.")
+        raise UserError(_lacks(min(lacking), group, key or group, options))
+    return checked(options, {name: value for name, value in values.items() if name not in lacking}, key or group)
+
+
+def checked(options: Any, values: Mapping[str, Any], key: str) -> Any:
+    """An instance of a dataclass of options with these values.
+
+    Args:
+        key: where they stand, such as ``method``, for messages.
+
+    Raises:
+        UserError: a value is of the wrong type, or out of its range.
+    """
+    with _refusals_in_one_line(key):
+        built = OmegaConf.to_object(OmegaConf.merge(_schema(options), dict(values)))
+    ranges.check(built, f"{key}.")
     return built
 
 
@@ -358,19 +350,19 @@ def _options_class(target: Any, group: str) -> Any:
         options = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{group}._target_={target!r} does not exist ({error})") from error
-    does = {"method": "plan", "recovery": "run"}[group]
+    does = {"method": "plan", "recovery": "run", "measure": "numbers"}[group]
     if not (is_dataclass(options) and hasattr(options, "name") and hasattr(options, does)) or isabstract(options):
         raise UserError(f"{group}._target_={target!r} is not the class of a {group}")
     return options
 
 
-def _lacks(key: str, group: str, options: Any) -> str:
-    """Why a key is refused: which options have it, or what is like it."""
-    message = f"{group}.{key} does not exist for {group}={options.name}"
-    if others := _options_with(group).get(key):
+def _lacks(name: str, group: str, key: str, options: Any) -> str:
+    """Why a name is refused: which options have it, or what is like it."""
+    message = f"{key}.{name} does not exist for {group}={options.name}"
+    if others := _options_with(group).get(name):
         message += f", only for {group}={', '.join(others)}"
     names = [option.name for option in fields(options)]
-    if near := difflib.get_close_matches(str(key), names):
+    if near := difflib.get_close_matches(str(name), names):
         message += f" (did you mean {', '.join(near)}?)"
     return f"{message}; {group}={options.name} has: {', '.join(names)}"
 

@@ -10,22 +10,87 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import platform
 import statistics
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tqdm import tqdm
 
+from slm_pipeline.config.ranges import BatchSize, Count, CountOrZero, Text, Tokens
 from slm_pipeline.errors import UserError
-from slm_pipeline.machine import gpus, memory, provenance
+from slm_pipeline.evaluation.measure import Context, Measure, Scored
+from slm_pipeline.machine import gpus, memory
+from slm_pipeline.results.number import Number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Efficiency(Measure):
+    """Speed and memory of generation, as the SLM authors measure it. Options: see `efficiency`."""
+
+    enabled: bool = False
+    batch_size: BatchSize = 1
+    output_len: Tokens = 128
+    num_runs: Count = 30
+    num_warmup: CountOrZero = 10  # of the runs, not counted
+    prompt: Annotated[str, Text(lines=True, empty=False)] = "The Leaning Tower of Pisa is known for"
+
+    name: ClassVar[str] = "efficiency"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.num_runs, self.num_warmup)
+
+    def parts(self) -> list[str]:
+        return [""] if self.enabled else []
+
+    def names(self, part: str) -> list[str]:
+        return ["tokens_per_second", "latency_seconds", "weights_gb", "peak_memory_gb"]
+
+    def check(self, context: Context) -> None:
+        check_lengths(None, self.output_len, context.source.max_positions)
+
+    def identity(self, part: str, context: Context) -> dict[str, Any]:
+        return {**self.settings("enabled"), "machine": machine(context.source.config.device)}
+
+    def preflight(self, part: str, tokenizer: PreTrainedTokenizerBase, context: Context) -> None:
+        from slm_pipeline.models.loading import num_positions
+
+        check_lengths(len(tokenizer(self.prompt)["input_ids"]), self.output_len, num_positions(context.source))
+
+    def run(self, part: str, scored: Scored, context: Context) -> dict[str, Any]:
+        return efficiency(scored.model, scored.tokenizer, **self.settings("enabled"))
+
+    def numbers(self, part: str, found: Mapping[str, Any]) -> list[Number]:
+        settings = ("device", "dtype", "batch_size", "prompt_len", "output_len", "num_runs", "num_warmup")
+        counted = found["num_runs"] - found["num_warmup"]
+        how = (
+            f"{found['device']}, {found['dtype']}, batch size {found['batch_size']}, {found['output_len']} new"
+            f" tokens, mean of {counted} runs after {found['num_warmup']} to warm up"
+        )
+        measured = {"how": how, **{name: found[name] for name in settings}}
+
+        def timed(name: str, unit: str, higher: bool) -> Number:
+            """The mean of the runs; pstdev is over all counted ones, the error of their mean from n - 1."""
+            error = found[f"{name}_std"] / math.sqrt(counted - 1) if counted > 1 else None
+            detail = name != "tokens_per_second"
+            return Number(name, found[name], unit, error, higher, measured, detail=detail)
+
+        numbers = [timed("tokens_per_second", "tokens/s", True), timed("latency_seconds", "seconds", False)]
+        for name in ("weights_gb", "peak_memory_gb"):
+            if found[name] is not None:
+                numbers.append(Number(name, found[name], "GB", None, False, measured, detail=True))
+        return numbers
 
 
 def efficiency(
@@ -128,7 +193,7 @@ def efficiency(
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What speed and memory depend on besides the model: the device, and the versions that run it. Imports no torch.
+    """What speed and memory depend on besides the model: the device. Imports no torch.
 
     Args:
         device: as in ``model.device``.
@@ -143,8 +208,7 @@ def machine(device: str) -> dict[str, Any]:
     else:
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on a Mac
         where = {"cpu": _cpu_model(), "number": usable}
-    versions = provenance.versions()
-    return {**where, **{name: versions.get(name) for name in ("torch", "transformers")}}
+    return where
 
 
 def _cpu_model() -> str:
@@ -177,11 +241,6 @@ def check_lengths(prompt_len: int | None, output_len: int, max_positions: int | 
         raise UserError(
             f"evaluation.efficiency.output_len={output_len} after {prompt}: the model has {max_positions} positions"
         )
-
-
-def preflight(tokenizer: PreTrainedTokenizerBase, prompt: str, output_len: int, max_positions: int | None) -> None:
-    """`check_lengths` with the tokenizer alone."""
-    check_lengths(len(tokenizer(prompt)["input_ids"]), output_len, max_positions)
 
 
 def _synchronize() -> None:

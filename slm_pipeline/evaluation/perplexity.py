@@ -10,17 +10,23 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tqdm import tqdm
 
 from slm_pipeline.assets import texts
+from slm_pipeline.config.ranges import BatchSize, Count, FilePath, Range, Tokens
 from slm_pipeline.data import hub
 from slm_pipeline.data.files import check_text, read_text
+from slm_pipeline.data.overlap import word_passages
 from slm_pipeline.data.tokens import text_tokens
 from slm_pipeline.errors import UserError
+from slm_pipeline.evaluation.measure import Context, Measure, Scored
+from slm_pipeline.results.number import Number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,6 +71,90 @@ HUB_CORPORA = {
 BUNDLED_TEXT = "coqa"
 OPTION = "evaluation.perplexity.corpora"
 INSTEAD = "bundled or a text file"  # of a hub
+
+
+@dataclass(kw_only=True)
+class Perplexity(Measure):
+    """Perplexity of each corpus, a part each. Options: see `perplexity` and `corpus_tokens`."""
+
+    corpora: list[FilePath] = field(default_factory=list)  # bundled | wikitext2 | c4 | ptb | a text file
+    window: Annotated[int, Range(at_least=2, at_most=2**20)] = 1024  # tokens
+    stride: Tokens | None = None  # null: windows do not overlap; else only a window's last `stride` tokens are scored
+    bos: bool = False  # put the BOS token before every window
+    max_tokens: Count | None = None  # null: the whole text
+    batch_size: BatchSize = 4
+
+    name: ClassVar[str] = "perplexity"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.window, self.stride, self.max_tokens)
+
+    def parts(self) -> list[str]:
+        return self.corpora
+
+    def label(self, part: str) -> str:
+        return f"{self.name}/{corpus_labels(self.corpora)[part]}"
+
+    def names(self, part: str) -> list[str]:
+        return [""]
+
+    def check(self, context: Context) -> None:
+        if self.bos and context.source.special_tokens is not None and "bos" not in context.source.special_tokens:
+            raise UserError(f"evaluation.perplexity.bos=true: the tokenizer of {context.source.name} has no BOS token")
+
+    def lengths(self) -> dict[str, int]:
+        return {"evaluation.perplexity.window": self.window}
+
+    def identity(self, part: str, context: Context) -> dict[str, Any]:
+        return {**self.settings("corpora"), "text": corpus_fingerprint(part, context.data_dir)}
+
+    def preflight(self, part: str, tokenizer: PreTrainedTokenizerBase, context: Context) -> None:
+        if self.bos and tokenizer.bos_token_id is None:
+            raise UserError("evaluation.perplexity.bos=true: the model's tokenizer has no BOS token")
+        ids, _ = corpus_tokens(tokenizer, part, window=self.window, max_tokens=self.window, data_dir=context.data_dir)
+        _check_length(len(ids), self.window - self.bos, Path(part).stem, self.window)
+
+    def run(self, part: str, scored: Scored, context: Context) -> dict[str, Any]:
+        input_ids, about = self._tokens(part, scored.tokenizer, context)
+        result = perplexity(
+            scored.model,
+            input_ids,
+            window=self.window,
+            stride=self.stride,
+            bos_token_id=scored.tokenizer.bos_token_id if self.bos else None,
+            batch_size=self.batch_size,
+            max_tokens=self.max_tokens,
+            label=Path(part).stem,
+        )
+        return {**about, **result}
+
+    def numbers(self, part: str, found: Mapping[str, Any]) -> list[Number]:
+        overlap = "not overlapping" if found["stride"] is None else f"the last {found['stride']} tokens of each scored"
+        split = "" if found["split"] == "file" else f"{found['split']} split, "
+        how = (
+            f"{split}{found['num_tokens']} tokens scored, windows of {found['window']} tokens, {overlap},"
+            f" {'BOS before each' if found['bos'] else 'no BOS'}"
+        )
+        settings = {name: value for name, value in found.items() if name not in ("perplexity", "nll")}
+        measured = {"how": how, **settings}
+        return [Number("", found["perplexity"], "perplexity", higher_is_better=False, measured=measured)]
+
+    def texts(self, part: str, tokenizer: PreTrainedTokenizerBase, context: Context) -> list[str]:
+        input_ids, _ = self._tokens(part, tokenizer, context)
+        return word_passages(str(tokenizer.decode(input_ids, clean_up_tokenization_spaces=False)))
+
+    def _tokens(
+        self, part: str, tokenizer: PreTrainedTokenizerBase, context: Context
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        return corpus_tokens(tokenizer, part, window=self.window, max_tokens=self.max_tokens, data_dir=context.data_dir)
+
+
+def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
+    """What numbers call each corpus: the name of its file, or its whole path where two files have one name."""
+    names = {corpus: Path(corpus).name for corpus in corpora}
+    counts = Counter(names.values())
+    return {corpus: name if counts[name] == 1 else corpus for corpus, name in names.items()}
 
 
 def perplexity(
@@ -170,7 +260,8 @@ def corpus_tokens(
         data_dir: where a relative file is looked up; None: the working directory.
 
     Returns:
-        [num_tokens] int64, and what the text is: corpus, source, split, join and the sha256 of the text.
+        [num_tokens] int64, and what the text is: source (of a file, none: it says what is in it, not where it lies),
+        split, join and the sha256 of the text.
 
     Raises:
         UserError: unknown name, missing or unreadable file, or neither the hub nor its cache has the text.
@@ -180,7 +271,7 @@ def corpus_tokens(
     limits = [max_tokens] if max_tokens is not None else []
     if corpus == "bundled":
         text = "\n\n".join(texts.bundled_texts(BUNDLED_TEXT))
-        about = {"source": BUNDLED_TEXT, "split": "validation", "join": "\n\n"}
+        about: dict[str, Any] = {"source": BUNDLED_TEXT, "split": "validation", "join": "\n\n"}
     elif corpus in HUB_CORPORA:
         of_hub = HUB_CORPORA[corpus]
         text = of_hub.separator.join(_rows(corpus, of_hub))
@@ -190,9 +281,9 @@ def corpus_tokens(
     else:
         file = _file(corpus, data_dir)
         text = read_text(file, OPTION)
-        about = {"source": file.name, "split": "file", "join": ""}
+        about = {"source": None, "split": "file", "join": ""}
     ids = torch.tensor(text_tokens(tokenizer, text, min(limits, default=None)), dtype=torch.long)
-    return ids, {"corpus": corpus, **about, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return ids, {**about, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def corpus_fingerprint(corpus: str, data_dir: Path | None = None) -> str:
@@ -213,26 +304,6 @@ def corpus_fingerprint(corpus: str, data_dir: Path | None = None) -> str:
     if not (text := read_text(file, OPTION)).strip():
         raise UserError(f"{OPTION}: {file} is empty")
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def preflight(
-    tokenizer: PreTrainedTokenizerBase,
-    corpora: list[str],
-    *,
-    window: int,
-    bos: bool,
-    data_dir: Path | None,
-) -> None:
-    """Check with the tokenizer alone that every text can be scored: it can be had, and has a window of tokens.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if corpora and bos and tokenizer.bos_token_id is None:
-        raise UserError("evaluation.perplexity.bos=true: the model's tokenizer has no BOS token")
-    for corpus in corpora:
-        ids, _ = corpus_tokens(tokenizer, corpus, window=window, max_tokens=window, data_dir=data_dir)
-        _check_length(len(ids), window - bos, Path(corpus).stem, window)
 
 
 def _check_length(num_tokens: int, capacity: int, label: str, window: int) -> None:

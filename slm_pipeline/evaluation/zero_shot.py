@@ -11,15 +11,21 @@ import copy
 import functools
 import itertools
 import logging
+import math
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from slm_pipeline.data.tasks import COLUMNS, check_row, task_rows, task_source
+from slm_pipeline.config.ranges import BatchSize, Count, FilePath
+from slm_pipeline.data.tasks import COLUMNS, check_name, check_row, task_fingerprint, task_rows, task_source
 from slm_pipeline.errors import UserError
+from slm_pipeline.evaluation.measure import Context, Measure, Scored
+from slm_pipeline.machine import provenance
+from slm_pipeline.results.number import PERCENT, Number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +55,90 @@ TASK_FILES = {
 }
 
 
+@dataclass(kw_only=True)
+class ZeroShot(Measure):
+    """Accuracy on each task, a part each, and their plain mean, as the papers report it. Options: see `score_task`."""
+
+    tasks: list[str] = field(default_factory=list)
+    data: FilePath = "bundled"
+    limit: Count | None = None
+    batch_size: BatchSize = 16
+
+    name: ClassVar[str] = "zero_shot"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for task in self.tasks:
+            check_name(task)
+
+    def parts(self) -> list[str]:
+        return self.tasks
+
+    def label(self, part: str) -> str:
+        return part
+
+    def names(self, part: str) -> list[str]:
+        return [""]
+
+    def check(self, context: Context) -> None:
+        tokens = context.source.special_tokens
+        if tokens is not None and not tokens & {"bos", "eos"}:
+            raise UserError(
+                f"evaluation.tasks={self.tasks}: the tokenizer of {context.source.name} names neither a BOS nor an EOS"
+                " token, and lm-eval needs one; name them in its tokenizer_config.json"
+            )
+
+    def identity(self, part: str, context: Context) -> dict[str, Any]:
+        examples = task_fingerprint(self.data, part, context.data_dir)
+        version = provenance.versions().get("lm_eval")
+        return {"task": part, "examples": examples, "lm_eval": version, **self.settings("tasks", "data")}
+
+    def preflight(self, part: str, tokenizer: PreTrainedTokenizerBase, context: Context) -> None:
+        """lm-eval's own data can be had and has answers; those of a folder are looked at by `identity`."""
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise UserError(
+                f"evaluation.tasks={self.tasks}: the model's tokenizer has neither a BOS nor an EOS token, and lm-eval"
+                " needs one; name it in tokenizer_config.json, or use evaluation.tasks=[]"
+            )
+        if self.data == "hub":
+            with _loaded(part, self.data, None):
+                pass
+
+    def run(self, part: str, scored: Scored, context: Context) -> dict[str, Any]:
+        return score_task(
+            scored.model,
+            scored.tokenizer,
+            part,
+            data=self.data,
+            limit=self.limit,
+            batch_size=self.batch_size,
+            data_dir=context.data_dir,
+        )
+
+    def numbers(self, part: str, found: Mapping[str, Any]) -> list[Number]:
+        examples = "all examples" if found["limit"] is None else f"the first {found['limit']} examples of each task"
+        how = f"lm-eval {found['lm_eval_version']}, {examples}, batch size {found['batch_size']}"
+        settings = ("metric", "num_examples", "limit", "batch_size", "lm_eval_version", "task_version")
+        measured = {"how": how, **{name: found[name] for name in settings}}
+        return [Number("", found["score"], PERCENT, found["stderr"], True, measured, detail=True)]
+
+    def totals(self, found: Mapping[str, Mapping[str, Any]]) -> list[Number]:
+        errors = [result["stderr"] for result in found.values()]
+        known = [error for error in errors if error is not None]
+        # of independent numbers
+        error = (
+            math.sqrt(sum(error**2 for error in known)) / len(known) if known and len(known) == len(errors) else None
+        )
+        mean = average({task: result["score"] for task, result in found.items()})
+        return [Number("average", mean, PERCENT, error, True, {"tasks": list(found)})]
+
+    def names_of_totals(self) -> list[str]:
+        return ["average"]
+
+    def texts(self, part: str, tokenizer: PreTrainedTokenizerBase, context: Context) -> list[str]:
+        return task_documents(part, data=self.data, limit=self.limit, data_dir=context.data_dir)
+
+
 def score_task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -72,7 +162,7 @@ def score_task(
 
     Returns:
         task, metric, score and stderr (percent; stderr is None for one example), num_examples, limit, batch_size,
-        data, every metric that lm-eval gave under ``all`` (fractions), lm_eval_version and task_version.
+        every metric that lm-eval gave under ``all`` (fractions), lm_eval_version and task_version.
 
     Raises:
         UserError: unknown task, missing or unusable data, a tokenizer with neither BOS nor EOS, or the batch does not
@@ -113,7 +203,6 @@ def score_task(
         "num_examples": results["n-samples"][task]["effective"],
         "limit": limit,
         "batch_size": batch_size,
-        "data": data,
         "all": numbers,
         "lm_eval_version": version,
         "task_version": results["versions"][task],
@@ -151,25 +240,6 @@ def _texts(value: Any) -> list[str]:
     if isinstance(value, dict):
         value = value["text"]
     return [value] if isinstance(value, str) else list(value)
-
-
-def preflight(tokenizer: PreTrainedTokenizerBase, tasks: list[str], data: str) -> None:
-    """Check with the tokenizer alone that the tasks can be scored: lm-eval's own data can be had and has answers.
-
-    Those of a folder are looked at by `slm_pipeline.data.tasks.task_fingerprint`.
-
-    Raises:
-        UserError: they cannot.
-    """
-    if tasks and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise UserError(
-            f"evaluation.tasks={tasks}: the model's tokenizer has neither a BOS nor an EOS token, and lm-eval needs"
-            " one; name it in tokenizer_config.json, or use evaluation.tasks=[]"
-        )
-    if data == "hub":
-        for task in tasks:
-            with _loaded(task, data, None):
-                pass
 
 
 def average(scores: dict[str, float]) -> float:

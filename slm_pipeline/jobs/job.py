@@ -7,14 +7,18 @@ import math
 import os
 import shlex
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline import config as options
 from slm_pipeline.config import Config, ThresholdConfig, build, unused
-from slm_pipeline.data import calibration, tasks
+from slm_pipeline.data import calibration
 from slm_pipeline.errors import UserError
-from slm_pipeline.evaluation import efficiency, perplexity
+from slm_pipeline.evaluation.evaluation import Evaluation
+from slm_pipeline.evaluation.measure import Context
+from slm_pipeline.evaluation.perplexity import corpus_fingerprint
+from slm_pipeline.jobs.loaded import LoadedModels
 from slm_pipeline.jobs.tracking import check_tracker
 from slm_pipeline.machine import gpus
 from slm_pipeline.methods.base import Method, PruningProblem, num_layers_to_remove
@@ -26,6 +30,7 @@ from slm_pipeline.store.files import LONGEST_NAME
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from slm_pipeline.engine.statistics import Statistics
     from slm_pipeline.models.view import ModelView
@@ -41,36 +46,55 @@ class Job:
     Attributes:
         threshold: the similarity floor to use; None when the method looks for one or needs none.
         recovery: None for recovery=none.
-        identities: what calibration text, recovery data and evaluation data are, as JSON for the artefacts' keys.
+        identities: what calibration text and recovery data are, as JSON for the artefacts' keys; under ``evaluation``
+            the same of each measure and part.
         command: the command line that gave this configuration.
         warnings: what may not be as meant although the job can run, such as options that nothing reads.
+        loaded: the models that evaluations have in memory.
     """
 
     config: Config
     source: ModelSource
     method: Method
     recovery: Recovery | None
+    evaluation: Evaluation
     threshold: float | None
     command: str
     identities: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    loaded: LoadedModels = field(default_factory=LoadedModels)
 
     @property
     def data_dir(self) -> Path | None:
         return data_dir(self.config)
 
     @property
+    def context(self) -> Context:
+        return Context(self.source, self.data_dir)
+
+    @cached_property
+    def dense_tokenizer(self) -> PreTrainedTokenizerBase:
+        from slm_pipeline.models.loading import load_dense_tokenizer
+
+        return load_dense_tokenizer(self.source)
+
+    @property
     def store(self) -> Path:
         return Path(self.config.output_dir).absolute() / "store"
 
-    def corpora_of_calibration(self) -> list[str]:
-        """The perplexity corpora that the calibration samples come from too."""
-        options, corpora = self.config.calibration, self.config.evaluation.perplexity.corpora
-        if options.source != "text_file":
-            return [corpus for corpus in corpora if corpus == options.source and corpus != "bundled"]
-        assert options.path is not None
-        text = perplexity.corpus_fingerprint(options.path, self.data_dir)
-        return [corpus for corpus in corpora if self.identities["evaluation"]["corpora"][corpus] == text]
+    def texts_of_calibration(self) -> list[str]:
+        """The evaluation's texts that the calibration samples come from too, as its numbers call them."""
+        options = self.config.calibration
+        of_file = options.source == "text_file" and options.path is not None
+        text = corpus_fingerprint(str(options.path), self.data_dir) if of_file else None
+        same = {
+            measure.label(part)
+            for measure in self.evaluation.active
+            for part in measure.parts()
+            if (part == options.source != "bundled")
+            or (text is not None and self.identities["evaluation"][measure.name, part].get("text") == text)
+        }
+        return sorted(same)
 
     def num_layers_to_remove(self, num_layers: int, count_parameters: ParameterCounts | None = None) -> int | None:
         """Layers that the method must remove from ``num_layers``; None when the threshold alone decides.
@@ -158,7 +182,8 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
     _check_top_level(config)
     method: Method = build(config.method, group="method")
     recovery: Recovery | None = build(config.recovery, group="recovery")
-    if recovery is None and config.evaluation.of == ["recovered"] and "evaluate" in config.stages:
+    evaluation = Evaluation.build(config.evaluation)
+    if recovery is None and evaluation.of == ["recovered"] and "evaluate" in config.stages:
         raise UserError("evaluation.of=[recovered] has nothing to score with recovery=none")
     source = describe(config.model)
     if runs_here:
@@ -173,12 +198,16 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
     identities: dict[str, Any] = {"calibration": calibration.check(config.calibration, data_dir(config))}
     if recovery is not None and {"recover", "evaluate"}.intersection(config.stages):
         identities["recovery"] = recovery.data_identity(data_dir(config))
-    identities["evaluation"] = _check_evaluation(config)
-    _check_special_tokens(config, source)
-    warnings = (*source.warnings, *_check_positions(config, source, recovery), *_unused_options(config, method))
-    objective.check(config)
+    scores = "evaluate" in config.stages
+    if scores:
+        context = Context(source, data_dir(config))
+        evaluation.check(context)
+        identities["evaluation"] = evaluation.identities(context)
+    too_long = _check_positions(config, source, recovery, evaluation if scores else None)
+    warnings = (*source.warnings, *too_long, *_unused_options(config, method))
+    objective.check(config.objective, _numbers_to_come(config, recovery, evaluation))
     check_tracker(config.tracker)
-    job = Job(config, source, method, recovery, threshold, command, identities, warnings)
+    job = Job(config, source, method, recovery, evaluation, threshold, command, identities, warnings)
     num_layers = None
     if source.num_layers is not None and (removed := job.num_layers_to_remove(source.num_layers)) is not None:
         num_layers = source.num_layers - removed
@@ -189,7 +218,7 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
 
 def _unused_options(config: Config, method: Method) -> list[str]:
     """What was set although the options that were chosen have no use for it, in words."""
-    found = {f"{group}=none": unused(getattr(config, group), group=group) for group in options.PLUG_INS}
+    found = {f"{group}=none": unused(getattr(config, group), group=group) for group in ("method", "recovery")}
     if config.threshold.kind != "auto" or not method.takes_threshold:
         chosen = f"threshold={config.threshold.kind} with method={method.name}"
         default = ThresholdConfig()
@@ -310,55 +339,31 @@ def _published_threshold(config: Config) -> float:
     return published[option]
 
 
-def _check_positions(config: Config, source: ModelSource, recovery: Recovery | None) -> list[str]:
+def _numbers_to_come(config: Config, recovery: Recovery | None, evaluation: Evaluation) -> dict[str, bool]:
+    """Keys of the numbers that this job will measure; False where only their beginning is known before."""
+    known = dict.fromkeys(["num_layers", "parameters"] if "merge" in config.stages else [], True)
+    if "evaluate" not in config.stages:
+        return known
+    for target in evaluation.of:
+        if target != "recovered" or recovery is not None:
+            known |= {f"{target}/{key}": whole for key, whole in evaluation.keys(target).items()}
+    return known
+
+
+def _check_positions(
+    config: Config, source: ModelSource, recovery: Recovery | None, evaluation: Evaluation | None
+) -> list[str]:
     """Warnings about texts longer than the model is made for; `UserError` where it has no positions for them."""
-    evaluation = config.evaluation
     lengths: dict[str, int] = {}
     if {"calibrate", "merge"}.intersection(config.stages):
         lengths["calibration.seq_len"] = config.calibration.seq_len
     if "recover" in config.stages and isinstance(recovery, TrainingOptions):
         lengths["recovery.cutoff_len"] = recovery.cutoff_len
-    if "evaluate" in config.stages and evaluation.of:
-        if evaluation.perplexity.corpora:
-            lengths["evaluation.perplexity.window"] = evaluation.perplexity.window
-        if evaluation.efficiency.enabled:
-            efficiency.check_lengths(None, evaluation.efficiency.output_len, source.max_positions)
+    for measure in evaluation.active if evaluation is not None else ():
+        lengths |= measure.lengths()
     most = source.max_positions
     if most is None or not (longer := [f"{name}={length}" for name, length in lengths.items() if length > most]):
         return []
     if source.architecture.learned_positions:
         raise UserError(f"{', '.join(longer)}: {source.name} has learned {most} positions and none for longer texts")
     return [f"{', '.join(longer)}: {source.name} is made for {most} positions; longer texts say little about it"]
-
-
-def _check_special_tokens(config: Config, source: ModelSource) -> None:
-    """Raise `UserError` if an evaluation needs a token that the tokenizer is known to lack."""
-    evaluation, tokens = config.evaluation, source.special_tokens
-    if tokens is None or "evaluate" not in config.stages or not evaluation.of:
-        return
-    if evaluation.tasks and not tokens & {"bos", "eos"}:
-        raise UserError(
-            f"evaluation.tasks={list(evaluation.tasks)}: the tokenizer of {source.name} names neither a BOS nor an EOS"
-            " token, and lm-eval needs one; name them in its tokenizer_config.json"
-        )
-    if evaluation.perplexity.bos and evaluation.perplexity.corpora and "bos" not in tokens:
-        raise UserError(f"evaluation.perplexity.bos=true: the tokenizer of {source.name} has no BOS token")
-
-
-def _check_evaluation(config: Config) -> dict[str, object]:
-    evaluation = config.evaluation
-    for target in evaluation.of:
-        if target not in options.TARGETS:
-            raise UserError(f"evaluation.of has {target!r}; allowed: {', '.join(options.TARGETS)}")
-    for task in evaluation.tasks:
-        tasks.check_name(task)
-    text, speed = evaluation.perplexity, evaluation.efficiency
-    perplexity.check(text.window, text.stride, text.max_tokens)
-    efficiency.check(speed.num_runs, speed.num_warmup)
-    if "evaluate" not in config.stages or not evaluation.of:
-        return {}
-    folder = data_dir(config)
-    return {
-        "tasks": {task: tasks.task_fingerprint(evaluation.data, task, folder) for task in evaluation.tasks},
-        "corpora": {corpus: perplexity.corpus_fingerprint(corpus, folder) for corpus in evaluation.perplexity.corpora},
-    }

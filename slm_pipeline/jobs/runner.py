@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from slm_pipeline.config import STAGES, TARGETS, to_config
+from slm_pipeline.config import STAGES, to_config
 from slm_pipeline.errors import UserError, only_warned_about
 from slm_pipeline.jobs import study, summary
 from slm_pipeline.jobs.job import Job, prepare
@@ -31,11 +31,14 @@ from slm_pipeline.jobs.tracking import Tracker, open_tracker
 from slm_pipeline.machine import gpus, memory, provenance, signals
 from slm_pipeline.report.write import write_summary_so_far
 from slm_pipeline.results import objective
+from slm_pipeline.results.of_run import numbers_of
 from slm_pipeline.store import run_folder, users
 from slm_pipeline.store.artifact import Artifact, check_store
 from slm_pipeline.store.files import is_held, write_json, write_text
 
 log = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "transformers", "tokenizers")  # whose versions move numbers, most a little, and are in no key
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,13 @@ class Step:
 
 def steps(job: Job) -> list[Step]:
     """The job's stages in order. A forced stage forces those that read its result."""
-    targets = [target for target in TARGETS if target in job.config.evaluation.of]
     stages: list[Stage] = [Calibrate(), Merge()]
     if job.recovery is not None:
         stages.append(Recover())
-    elif "recovered" in targets:
-        targets.remove("recovered")
-    stages += [Evaluate(target) for target in targets]
+    if "evaluate" in job.config.stages:
+        for target in job.evaluation.of:
+            if target != "recovered" or job.recovery is not None:
+                stages += [Evaluate(target, measure, part) for measure, part in job.evaluation.parts(target)]
     forced: set[str] = set()
     result = []
     for stage in stages:
@@ -102,15 +105,17 @@ def _artifact(stage: Stage, job: Job, known: Mapping[str, Artifact]) -> Artifact
 def describe_plan(job: Job) -> str:
     """One line for each selected stage: run or reuse, and its folder; then what is worth a warning."""
     lines = []
-    for step, artifact in plan(job):
-        if not step.selected:
-            continue
+    planned = [(step, artifact) for step, artifact in plan(job) if step.selected]
+    width = max([20, *(len(step.stage.name) for step, _ in planned)])
+    for step, artifact in planned:
         if artifact is None:
-            lines.append(f"{step.stage.name:<20} run    {job.store / step.stage.stage}/ (named once the plan is known)")
+            lines.append(
+                f"{step.stage.name:<{width}} run    {job.store / step.stage.stage}/ (named once the plan is known)"
+            )
         else:
             action = "reuse" if step.stage.is_whole(job, artifact) and not step.forced else "run"
             resumed = " (continues an interrupted one)" if action == "run" and artifact.partial.exists() else ""
-            lines.append(f"{step.stage.name:<20} {action:<6} {artifact.path}{resumed}")
+            lines.append(f"{step.stage.name:<{width}} {action:<6} {artifact.path}{resumed}")
     lines += [f"warning: {warning}" for warning in job.warnings]
     return "\n".join(lines)
 
@@ -142,7 +147,7 @@ def run_job(composed: DictConfig) -> float | None:
         choices = {
             group: choice
             for group, choice in hydra.runtime.choices.items()
-            if isinstance(choice, str) and "/" not in group
+            if isinstance(choice, str) and "/" not in group and "@" not in group
         }
         of_study = study.group(config.name, Path(hydra.sweep.dir)) if multirun else None
         with open_tracker(
@@ -154,8 +159,11 @@ def run_job(composed: DictConfig) -> float | None:
             tags=[f"{group}={choice}" for group, choice in choices.items()],
             job_type=config.stages[-1] if config.stages else "none",
         ) as tracker:
-            found = execute(job, run_dir, tracker, warnings.messages)
-        return objective.value(config, found)
+            try:
+                found = execute(job, run_dir, tracker, warnings.messages)
+            finally:
+                job.loaded.release()  # an error keeps hold of the job
+        return objective.value(config.objective, numbers_of(found))
     except BaseException as error:
         if isinstance(error, SystemExit):  # that is how a cluster's job ends that is back in the queue
             with suppress(OSError):  # a full disk
@@ -199,15 +207,12 @@ def preflight(job: Job, looked_at: set[str] | None = None) -> None:
         looked_at: stages for which that was done before, so that it is not done again; filled.
     """
     looked_at = set() if looked_at is None else looked_at
-    due = {
-        step.stage.stage: step.stage  # those that evaluate look at the same
-        for step, known in plan(job)
-        if step.selected and (step.forced or known is None or not step.stage.is_whole(job, known))
-    }
-    for name, stage in due.items():
-        if name not in looked_at:
-            looked_at.add(name)
-            stage.preflight(job)
+    for step, known in plan(job):
+        if step.selected and (step.forced or known is None or not step.stage.is_whole(job, known)):
+            about = step.stage.looks_at
+            if about not in looked_at:
+                looked_at.add(about)
+                step.stage.preflight(job)
 
 
 def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> dict[str, Any]:
@@ -216,17 +221,15 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
     preflight(job, looked_at)
     for warning in job.warnings:
         log.warning("%s", warning)
-    if "evaluate" in job.config.stages and job.config.evaluation.of:
-        for corpus in job.corpora_of_calibration():
-            log.warning(
-                "perplexity of %s: the calibration samples come from the same corpus, which favours the pruned model",
-                corpus,
-            )
+    if "evaluate" in job.config.stages:
+        for label in job.texts_of_calibration():
+            log.warning("%s: the calibration samples come from the same text, which favours the pruned model", label)
     users.begin(job.store, run_dir)
     for path in (job.config.model.path, getattr(job.method, "path", None)):
         users.note_path(path, run_dir)
     results: dict[str, Artifact] = {}
     reused: dict[str, bool] = {}
+    said: set[str] = set()
     waiting = steps(job)
     while waiting:
         signals.raise_if_heard()
@@ -242,15 +245,17 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
                 results = {name: result for name, result in results.items() if result.intact}
                 waiting = [step for step in steps(job) if step.stage.name not in results]  # what is damaged, again
                 continue
-            reused[stage.name] = _produce(step, artifact, job, results, tracker) and reused.get(stage.name, True)
-            _link(run_dir / stage.name, artifact.path)
+            reused[stage.name] = _produce(step, artifact, job, results, tracker, said) and reused.get(stage.name, True)
+            _link(run_dir / stage.folder, artifact.path)
             with only_warned_about(f"{stage.name}: its numbers were not logged"):
                 stage.publish(artifact, tracker, reused=reused[stage.name])
         if artifact.done:
             results[stage.name] = artifact
     signals.raise_if_heard()
-    ran = {step.stage.name: results[step.stage.name] for step in steps(job) if step.stage.name in reused}
-    found = summary.build(job, ran, reused, warnings)
+    done = [step.stage for step in steps(job) if step.stage.name in reused]
+    ran = {stage.name: results[stage.name] for stage in done}
+    evaluations = {stage.name: stage for stage in done if isinstance(stage, Evaluate)}
+    found = summary.build(job, ran, evaluations, reused, warnings)
     summary.write(found, results, run_dir, tracker, warnings, draw=job.config.pictures)
     return found
 
@@ -272,8 +277,17 @@ def _next(waiting: list[Step], job: Job, results: Mapping[str, Artifact]) -> tup
     return next(free, ready[0])
 
 
-def _produce(step: Step, artifact: Artifact, job: Job, results: Mapping[str, Artifact], tracker: Tracker) -> bool:
+def _produce(
+    step: Step, artifact: Artifact, job: Job, results: Mapping[str, Artifact], tracker: Tracker, said: set[str]
+) -> bool:
+    """Make the stage's result, or reuse it; whether it was reused.
+
+    Args:
+        said: warnings about reused results that need not be said again; filled.
+    """
     stage = step.stage
+    if not isinstance(stage, Evaluate):
+        job.loaded.release()
     if not stage.is_whole(job, artifact) or step.forced:
         log.info("%s: %s", stage.name, "continues" if artifact.partial.exists() and not step.forced else "starts")
     started = time.monotonic()
@@ -284,11 +298,15 @@ def _produce(step: Step, artifact: Artifact, job: Job, results: Mapping[str, Art
             force=step.forced,
         )
     if was_reused:
-        _warn_of_other_code(stage.name, record)
+        for line in _made_otherwise(stage, record, job):
+            if line not in said:
+                said.add(line)
+                log.warning("%s", line)
         log.info("%s: reused, %s", stage.name, artifact.path)
     else:
         log.info("%s: done in %.1f s, %s", stage.name, time.monotonic() - started, artifact.path)
-        memory.free()  # looks at every object there is: not after a stage that made none
+        if not isinstance(stage, Evaluate):  # it leaves a model for the next
+            memory.free()  # looks at every object there is: not after a stage that made none
     return was_reused
 
 
@@ -312,12 +330,22 @@ def _out_of_memory_explained(stage: str) -> Iterator[None]:
         ) from error
 
 
-def _warn_of_other_code(stage: str, record: Mapping[str, Any]) -> None:
+def _made_otherwise(stage: Stage, record: Mapping[str, Any], job: Job) -> list[str]:
+    """What differs between a result that is reused and one that would be made here and now, in words."""
     made, now = record["provenance"], provenance.collect()
-    if made["versions"].get("slm_pipeline") != now["versions"]["slm_pipeline"]:
-        log.warning("%s: reused a result of slm_pipeline %s", stage, made["versions"].get("slm_pipeline"))
+    mine, theirs = now["versions"], made["versions"]
+    found = []
+    if theirs.get("slm_pipeline") != mine["slm_pipeline"]:
+        found.append(f"reused a result of slm_pipeline {theirs.get('slm_pipeline')}")
     elif made["git_commit"] != now["git_commit"]:
-        log.warning("%s: reused a result of commit %s", stage, (made["git_commit"] or "unknown")[:12])
+        found.append(f"reused a result of commit {(made['git_commit'] or 'unknown')[:12]}")
+    for name in _PACKAGES:
+        if theirs.get(name) != mine.get(name):
+            found.append(f"reused a result of {name} {theirs.get(name)}; here is {mine.get(name)}")
+    there, here = record["result"].get("device"), gpus.in_words(job.config.model.device)
+    if there is not None and there != here:
+        found.append(f"reused a result measured on {there}; model.device={job.config.model.device} is {here} here")
+    return [f"{stage.stage}: {line}" for line in found]
 
 
 def _link(link: Path, target: Path) -> None:

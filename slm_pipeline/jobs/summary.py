@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline.config import TARGETS
 from slm_pipeline.errors import only_warned_about
-from slm_pipeline.evaluation.zero_shot import average
 from slm_pipeline.jobs.job import Job
+from slm_pipeline.jobs.stages.evaluate import Evaluate
 from slm_pipeline.jobs.stages.merge import load_plan
 from slm_pipeline.jobs.tracking import Tracker
 from slm_pipeline.machine import provenance
-from slm_pipeline.report.run import score_table, write_summary_md
-from slm_pipeline.results.columns import flat_metrics
-from slm_pipeline.results.measurement import parameters_at_work
+from slm_pipeline.report.run import write_summary_md
+from slm_pipeline.results.number import Number, by_key
+from slm_pipeline.results.of_run import numbers_of, of_job, parameters_at_work
 from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.store.files import write_json
 from slm_pipeline.store.run_folder import BEFORE
@@ -26,8 +26,20 @@ from slm_pipeline.surgery.plan import Plan, merged_windows
 FORMAT = 1
 
 
-def build(job: Job, results: Mapping[str, Artifact], reused: Mapping[str, bool], warnings: list[str]) -> dict[str, Any]:
-    """The content of summary.json, from the stages that ran or were reused; what was not run is absent."""
+def build(
+    job: Job,
+    results: Mapping[str, Artifact],
+    evaluations: Mapping[str, Evaluate],
+    reused: Mapping[str, bool],
+    warnings: list[str],
+) -> dict[str, Any]:
+    """The content of summary.json, from the stages that ran or were reused; what was not run is absent.
+
+    Args:
+        results: of each stage, by its name.
+        evaluations: those of the stages that are evaluations.
+        reused: whether each result had been there before.
+    """
     records = {name: artifact.record() for name, artifact in results.items()}
     config = job.config
     summary: dict[str, Any] = {
@@ -45,15 +57,13 @@ def build(job: Job, results: Mapping[str, Artifact], reused: Mapping[str, bool],
         summary["recovery"] = {"name": job.recovery.name, "options": options, **records["recover"]["result"]}
     if "merge" in records:
         summary |= _pruning(job, load_plan(results["merge"]), records["merge"]["result"])
-    metrics, details = _metrics(records)
-    if metrics:
-        summary |= {"metrics": metrics, "details": details}
-    if efficiency := {
-        target: details[f"evaluate_{target}"]["efficiency"]
-        for target in TARGETS
-        if "efficiency" in details.get(f"evaluate_{target}", {})
-    }:
-        summary["efficiency"] = efficiency
+    of_measures, details = _measured(job, results, evaluations)
+    if metrics := _metrics(details):
+        summary["metrics"] = metrics
+    if details:
+        summary["details"] = details
+    if speed := {target: found["efficiency"] for target, found in _by_target(details).items() if "efficiency" in found}:
+        summary["efficiency"] = speed
     summary["stages"] = {
         name: {
             "seconds": record["seconds"],
@@ -63,6 +73,10 @@ def build(job: Job, results: Mapping[str, Artifact], reused: Mapping[str, bool],
         }
         for name, record in records.items()
     }
+    job_numbers = of_job(summary)
+    took = [number for number in job_numbers if number.cost]
+    numbers = by_key([*(number for number in job_numbers if not number.cost), *of_measures, *took])
+    summary["numbers"] = {key: number.to_json() for key, number in numbers.items()}
     if checkpoint := _checkpoint(results):
         summary["checkpoint"] = str(checkpoint)
     summary["warnings"] = list(warnings)
@@ -100,10 +114,10 @@ def write(
     for picture in pictures:
         if picture.suffix == ".png":
             tracker.image(picture.stem, picture)
-    columns, rows = score_table(summary)
-    if rows:
-        tracker.table("scores", columns, rows)
-    tracker.summary(flat_metrics(summary))
+    numbers = numbers_of(summary)
+    if rows := [[n.target, n.quantity, n.value, n.stderr, n.unit, n.direction] for n in numbers.values() if n.target]:
+        tracker.table("numbers", ["model", "number", "value", "stderr", "unit", "better"], rows)
+    tracker.summary(numbers)
     with only_warned_about("the table was not printed"):
         print(text, flush=True)
     summary["warnings"] = list(warnings)
@@ -140,24 +154,55 @@ def _pruning(job: Job, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
     return pruning
 
 
-def _metrics(records: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Scores in the form of the contract, and the same with stderr and settings."""
-    metrics: dict[str, Any] = {}
+def _measured(
+    job: Job, results: Mapping[str, Artifact], evaluations: Mapping[str, Evaluate]
+) -> tuple[list[Number], dict[str, Any]]:
+    """Every measure's numbers, totals behind the parts, and by ``evaluate_<model>``, measure and part what it found."""
+    numbers: list[Number] = []
     details: dict[str, Any] = {}
-    for target in TARGETS:
-        record = records.get(f"evaluate_{target}")
-        if record is None:
-            continue
-        details[f"evaluate_{target}"] = record["result"]
-        scores: dict[str, Any] = {}
-        if zero_shot := record["result"].get("zero_shot"):
+    for target in job.evaluation.of:
+        for measure in job.evaluation.active:
+            done = {
+                stage.part: stage
+                for stage in evaluations.values()
+                if stage.target == target and stage.measure is measure and stage.name in results
+            }
+            found = {}
+            for part, stage in done.items():
+                result = results[stage.name].record()["result"]
+                found[part] = result["found"]
+                numbers += stage.numbers(results[stage.name])
+                of_target = details.setdefault(f"evaluate_{target}", {})
+                if part:
+                    of_target.setdefault(measure.name, {})[part] = result["found"]
+                else:
+                    of_target[measure.name] = result["found"]
+                if "overlap" in result:
+                    of_target.setdefault("overlap", {})[measure.label(part)] = result["overlap"]
+            if found:
+                measured = {"measure": measure.name}
+                totals = (replace(n, measured={**measured, **n.measured}) for n in measure.totals(found))
+                numbers += [number.below(target) for number in totals]
+    return numbers, details
+
+
+def _by_target(details: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("evaluate_"): found for name, found in details.items()}
+
+
+def _metrics(details: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores and perplexities of each model in the form that scripts of before numbers had keys read."""
+    metrics: dict[str, Any] = {}
+    for target, found in _by_target(details).items():
+        if zero_shot := found.get("zero_shot"):
             values = {task: result["score"] for task, result in zero_shot.items()}
-            scores["zero_shot"] = {**values, "average": average(values)}
-        if perplexity := record["result"].get("perplexity"):
-            scores["perplexity"] = perplexity
-        if scores:
-            metrics[target] = scores
-    return metrics, details
+            average = sum(values.values()) / len(values)
+            metrics.setdefault(target, {})["zero_shot"] = {**values, "average": average}
+        if perplexity := found.get("perplexity"):
+            metrics.setdefault(target, {})["perplexity"] = {
+                corpus: {"corpus": corpus, **result} for corpus, result in perplexity.items()
+            }
+    return metrics
 
 
 def _checkpoint(results: Mapping[str, Artifact]) -> Path | None:

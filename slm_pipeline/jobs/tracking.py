@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +19,7 @@ from slm_pipeline.errors import UserError, only_warned_about
 
 if TYPE_CHECKING:
     from slm_pipeline.config import TrackerConfig
+    from slm_pipeline.results.number import Number
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,9 @@ class Tracker:
         Raises:
             ValueError: a number is NaN or infinite, or a name is taken.
         """
+        self._write(metrics, stage, step)
+
+    def _write(self, metrics: Mapping[str, float], stage: str, step: int | None) -> None:
         line: dict[str, Any] = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "stage": stage}
         if step is not None:
             line["step"] = step
@@ -63,14 +67,18 @@ class Tracker:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
+    def numbers(self, numbers: Iterable[Number], *, stage: str) -> None:
+        """Record a finished stage's numbers under their own keys, which are the same everywhere."""
+        self._write({number.key: number.value for number in numbers}, stage, None)
+
     def table(self, name: str, columns: list[str], rows: list[list]) -> None:
         """Show a table. Only servers need it: the run's folder has the same numbers in summary.json and summary.md."""
 
     def image(self, name: str, path: Path) -> None:
         """Show a PNG file. Only servers need it: the picture lies in the run's folder."""
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Set final values, by which servers compare runs. The run's folder has them in summary.json."""
+    def summary(self, numbers: Mapping[str, Number]) -> None:
+        """Set the final numbers, by which servers compare runs. The run's folder has them in summary.json."""
 
     def __enter__(self) -> Tracker:
         return self
@@ -146,6 +154,12 @@ class WandbTracker(Tracker):
                 values[f"{stage}/step"] = step
             self._run.log(values)
 
+    def numbers(self, numbers: Iterable[Number], *, stage: str) -> None:
+        numbers = list(numbers)
+        super().numbers(numbers, stage=stage)
+        with only_warned_about("W&B lacks some metrics", self._warned_about):
+            self._run.log({number.key: number.value for number in numbers})
+
     def table(self, name: str, columns: list[str], rows: list[list]) -> None:
         import wandb
 
@@ -158,9 +172,10 @@ class WandbTracker(Tracker):
         with only_warned_about(f"W&B lacks the picture {name}"):
             self._run.log({name: wandb.Image(str(path))})
 
-    def summary(self, values: Mapping[str, Any]) -> None:
+    def summary(self, numbers: Mapping[str, Number]) -> None:
+        errors = {f"{key} stderr": number.stderr for key, number in numbers.items() if number.stderr is not None}
         with only_warned_about("W&B lacks the final numbers"):
-            self._run.summary.update(dict(values))
+            self._run.summary.update({**{key: number.value for key, number in numbers.items()}, **errors})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -45,6 +45,15 @@ def models() -> list[str]:
     return found
 
 
+def in_words(device: str) -> str:
+    """What ``model.device`` comes to on this machine: ``cpu``, or the kind of GPU, with their number if several."""
+    names = [] if device == "cpu" else visible()
+    if not names:
+        return "cpu"
+    known = sorted(set(models())) or ["GPU"]
+    return f"{len(names)} x {', '.join(known)}" if device == "balanced" and len(names) > 1 else ", ".join(known)
+
+
 def check_device(device: str, num_gpus: int) -> None:
     """Raise `UserError` if ``model.device`` asks for a GPU and there is none of that number."""
     if device == "balanced" and not num_gpus:

@@ -153,6 +153,10 @@ def _short(value: Any) -> str:
     return said if len(said) <= 40 else f"{said[:37]}..."
 
 
+_NUMBER = {
+    "value": number, "unit?": text, "stderr?": maybe(number), "higher_is_better?": maybe(flag), "detail?": flag,
+    "cost?": flag, "measured?": {"how?": text, "limit?": maybe(count), "num_examples?": count},
+}  # fmt: skip
 _COUNTS = {"dense": count, "pruned": count}
 _SCORE = {
     "score": number, "stderr": maybe(number), "limit": maybe(number), "num_examples": count, "batch_size": scalar,
@@ -177,6 +181,7 @@ SUMMARY: Mapping[str, Any] = {
     "layer_groups?": [[layer]],
     "dropped?": [layer],
     "sublayers?": {"attention?": [layer], "mlp?": [layer]},
+    "numbers?": {str: _NUMBER},
     "metrics?": {str: {"zero_shot?": {str: number}, "perplexity?": {str: _PERPLEXITY}}},
     "details?": {str: {"zero_shot?": {str: _SCORE}}},
     "efficiency?": {str: _EFFICIENCY},

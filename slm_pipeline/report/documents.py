@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from slm_pipeline.report.study import Study
-from slm_pipeline.results.columns import is_score
 from slm_pipeline.show.tables import Lines, Table, code, csv_text, latex_escaped, markdown_escaped, wrapped
 
 
@@ -71,15 +70,17 @@ def _latex_float(study: Study, caption: str, label: str, table: Table) -> str:
 def values(study: Study) -> tuple[list[str], list[list[Any]]]:
     """Columns and a row for each run, in full precision; None where there is no value."""
     numbers = study.columns if study.chosen is None else study.shown_columns()
-    scores = {name for name in numbers if is_score(name)}
+    uncertain = {name for found in study.numbers for name, number in found.items() if number.stderr is not None}
     head = ["job", "status", "reason", *study.options]
     for name in numbers:
-        head += [name, f"{name} stderr"] if name in scores else [name]
+        head += [name, f"{name} stderr"] if name in uncertain else [name]
     rows = []
-    for run, found, error in zip(study.runs, study.measures, study.errors, strict=True):
+    for i, run in enumerate(study.runs):
         row: list[Any] = [run.job, run.status, run.reason or None, *(run.option(name) for name in study.options)]
         for name in numbers:
-            row += [found.get(name), error.get(name)] if name in scores else [found.get(name)]
+            number = study.numbers[i].get(name)
+            row.append(None if number is None else number.value)
+            row += [None if number is None else number.stderr] if name in uncertain else []
         rows.append([*row, str(run.path)])
     return [*head, "path"], rows
 

@@ -14,8 +14,8 @@ from slm_pipeline.errors import printable
 from slm_pipeline.report.plots import Picture
 from slm_pipeline.report.runs import Run
 from slm_pipeline.report.study import Study, text_of
-from slm_pipeline.results.columns import higher_is_better, is_detail, parted, shown
-from slm_pipeline.results.measurement import parameters_at_work
+from slm_pipeline.results.number import parted
+from slm_pipeline.results.of_run import parameters_at_work
 from slm_pipeline.show.tables import Table, in_order
 from slm_pipeline.surgery.plan import format_groups
 
@@ -84,25 +84,24 @@ def _facts(study: Study) -> str:
     if not study.best_runs or study.metric is None:
         return ""
     best = min(study.best_runs)
-    run, found = study.runs[best], study.measures[best]
-    dense = f"{parted(study.metric)[0]} dense"
-    direction = "highest" if higher_is_better(study.metric) else "lowest"
+    run, metric = study.runs[best], study.numbers[best][study.metric]
+    dense = study.dense.get(f"dense/{metric.quantity}")
+    direction = "highest" if metric.higher_is_better else "lowest"
     facts = []
     if len(study.runs) > 1:
         options = ", ".join(f"{name} {text_of(run.option(name))}" for name in study.varied)
         facts.append(("Best run", options or f"job {run.job}", f"job {run.job}"))
-    compared = f"dense model {shown(dense, study.dense[dense])}" if dense in study.dense else direction
-    value = shown(study.metric, found[study.metric], study.errors[best].get(study.metric))
-    facts.append((study.metric, value, compared))
+    compared = direction if dense is None else f"dense model {dense.shown(dense.value)}"
+    facts.append((study.metric, str(metric), compared))
     summary = run.summary or {}
     for name in ("num_layers", "parameters"):
         if name in summary:
-            column = "layers" if name == "num_layers" else name
+            kind = study.kinds[name]
             was = summary[name]["dense"]
             left = parameters_at_work(summary) if name == "parameters" else summary[name]["pruned"]
-            kept = f"of {shown(column, was)}, {100 * left / was:.1f}% left"
+            kept = f"of {kind.shown(was)}, {100 * left / was:.1f}% left"
             kept += " at work" if left < summary[name]["pruned"] else ""
-            facts.append((column, shown(column, left), kept))
+            facts.append((kind.unit, kind.shown(left), kept))
     cells = (
         f"<div><dt>{_text(name)}</dt><dd>{_text(value)}<small>{_text(note)}</small></dd></div>"
         for name, value, note in facts
@@ -131,7 +130,7 @@ def _tools(study: Study) -> str:
 
 def _is_extra(study: Study, column: str) -> bool:
     """Whether it shows with the details alone."""
-    return study.chosen is None and is_detail(column) and column not in (study.metric, study.sort_by)
+    return study.chosen is None and study.kinds[column].detail and column not in (study.metric, study.sort_by)
 
 
 def _runs(study: Study) -> str:
@@ -150,18 +149,18 @@ def _runs(study: Study) -> str:
 
 def _by_model(columns: Sequence[str]) -> list[str]:
     """The columns of a model side by side; before and after them those of none, as they came."""
-    of = [parted(name)[1] for name in columns]
+    of = [parted(name)[0] for name in columns]
     targets = in_order(target for target in of if target)
     first = next((i for i, target in enumerate(of) if target), len(columns))
-    plain = [name for name in columns[first:] if not parted(name)[1]]
-    grouped = [name for target in targets for name in columns if parted(name)[1] == target]
+    plain = [name for name in columns[first:] if not parted(name)[0]]
+    grouped = [name for target in targets for name in columns if parted(name)[0] == target]
     return [*columns[:first], *grouped, *plain]
 
 
 def _group_row(study: Study, columns: Sequence[str]) -> str:
     """Above the columns of a model its name."""
     cells = ["<th></th>"] * (2 + len(study.options))
-    for target, members in itertools.groupby(columns, key=lambda name: parted(name)[1]):
+    for target, members in itertools.groupby(columns, key=lambda name: parted(name)[0]):
         names = list(members)
         plain = sum(not _is_extra(study, name) for name in names)
         if target:  # the script changes the width as details come and go
@@ -184,11 +183,11 @@ def _classes(**given: bool) -> str:
 def _head(study: Study, name: str, cell: int) -> str:
     number = name in study.columns
     classes = _classes(number=number, metric=name == study.metric, detail=number and _is_extra(study, name))
-    first = "descending" if number and higher_is_better(name) else "ascending"
+    first = "descending" if study.is_higher_better(name) else "ascending"
     now = "none"
     if name == study.sort_by:
         now = first
-    label = parted(name)[0] if number else name
+    label = parted(name)[1] if number else name
     return (
         f'<th scope=col{classes} aria-sort={now} data-cell={cell} data-first={first} data-column="{escape(name)}">'
         f'<button type=button title="{escape(name)}: sort">{escape(label)}</button></th>'
@@ -196,7 +195,7 @@ def _head(study: Study, name: str, cell: int) -> str:
 
 
 def _body(study: Study, i: int, columns: Sequence[str], width: int) -> str:
-    run, found, errors = study.runs[i], study.measures[i], study.errors[i]
+    run, found = study.runs[i], study.numbers[i]
     cells = ["<td class=opener><button type=button aria-expanded=false aria-label=Details></button></td>"]
     cells.append(_cell(run.job, run.job))
     for name in study.options:
@@ -206,11 +205,11 @@ def _body(study: Study, i: int, columns: Sequence[str], width: int) -> str:
         is_best = name == study.metric and i in study.best_runs and len(study.runs) > 1
         classes = {"number": True, "detail": _is_extra(study, name), "best": is_best}
         if name in found:
-            error = f" \N{PLUS-MINUS SIGN}{shown(name, errors[name])}" if name in errors else ""
+            number = found[name]
+            error = "" if number.stderr is None else f" \N{PLUS-MINUS SIGN}{number.shown_error(number.stderr)}"
             small = f"<small>{error}</small>" if error else ""
-            cells.append(
-                f"<td{_classes(**classes)} data-value={found[name]!r}>{escape(shown(name, found[name]))}{small}</td>"
-            )
+            shown = escape(number.shown(number.value))
+            cells.append(f"<td{_classes(**classes)} data-value={number.value!r}>{shown}{small}</td>")
         else:
             cells.append(f'<td{_classes(**classes)} data-value=""></td>')
     failed = " failed" if run.status in ("FAILED", "unreadable") else ""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from slm_pipeline.errors import only_warned_about
 from slm_pipeline.report.runs import Value
-from slm_pipeline.report.study import Study, mean_and_deviation, text_of
-from slm_pipeline.results.columns import higher_is_better, is_score, parted, shown
-from slm_pipeline.results.measurement import zeroed_parameters
+from slm_pipeline.report.study import Study, mean_and_deviation, text_of, usual_metric
+from slm_pipeline.results.number import parted
+from slm_pipeline.results.of_run import zeroed_parameters
 from slm_pipeline.show import curves
 from slm_pipeline.show.canvas import spans_decades
 from slm_pipeline.show.curves import Axis, Curve, Point, pareto_front
@@ -51,20 +51,11 @@ def _metric(study: Study, folder: Path) -> Iterator[Picture]:
 
 
 def _layers(study: Study, folder: Path) -> Iterator[Picture]:
-    score = _score(study)
-    if score is not None and (score, "layers") != (study.metric, study.x):
-        title = f"{score} by layers"
-        if files := _against(study, score, "layers", folder / "score_by_layers", title):
+    score = usual_metric(study.columns, score=True)
+    if score is not None and (score, "num_layers") != (study.metric, study.x):
+        title = f"{score} by num_layers"
+        if files := _against(study, score, "num_layers", folder / "score_by_layers", title):
             yield Picture(title, files)
-
-
-def _score(study: Study) -> str | None:
-    """The last model's average, else its perplexity."""
-    for start in ("average", "perplexity"):
-        found = [name for name in study.columns if name.startswith(f"{start} ")]
-        if found:
-            return found[-1]
-    return None
 
 
 def _against(study: Study, column: str, x: str, path_stem: Path, title: str) -> list[Path]:
@@ -78,13 +69,13 @@ def _against(study: Study, column: str, x: str, path_stem: Path, title: str) -> 
         return []  # a single place on the axis says nothing that the table does not
     reference = _dense(study, column)
     note = _note(study, column, [runs for row in _places(study, column, x).values() for runs in row.values()], x)
-    log_y = not is_score(column) and spans_decades([*ys, *([reference[1]] if reference else [])])
+    log_y = not study.kinds[column].is_score and spans_decades([*ys, *([reference[1]] if reference else [])])
     return curves.against(
         found,
         path_stem,
         title=f"{study.name}: {title}",
         x=Axis(_words(study, x), log=x in study.options and spans_decades(xs)),
-        y=_axis(column, log=log_y),
+        y=_axis(study, column, log=log_y),
         reference=reference,
         legend=", ".join(study.series),
         note="; ".join(filter(None, ["hollow: before the recovery" if before else "", note])),
@@ -96,7 +87,7 @@ def _ranked(study: Study, column: str, x: str, path_stem: Path, title: str) -> l
     points: dict[tuple[Value, tuple[Value, ...]], Point] = {}
     averaged = []
     for (name, *others), members in study.groups([x, *study.series]).items():
-        done = [i for i in members if column in study.measures[i] and study.newest[i]]
+        done = [i for i in members if column in study.numbers[i] and study.newest[i]]
         if name is not None and done:
             points[name, tuple(map(text_of, others))] = _point(study, column, 0.0, done)
             averaged.append(done)
@@ -104,7 +95,7 @@ def _ranked(study: Study, column: str, x: str, path_stem: Path, title: str) -> l
         return []
     best: dict[Value, float] = {}
     for (name, _), point in points.items():
-        value = -point.y if higher_is_better(column) else point.y
+        value = -point.y if study.is_higher_better(column) else point.y
         best[name] = min(best.get(name, math.inf), value)
     rows = sorted(best, key=lambda name: best[name])
     by_series = series_looks(study, study.series, list(dict.fromkeys(key for _, key in points))) if study.series else {}
@@ -120,7 +111,7 @@ def _ranked(study: Study, column: str, x: str, path_stem: Path, title: str) -> l
         [Curve(label, look, places) for (label, look), places in merged.items()],
         path_stem,
         title=f"{study.name}: {title}",
-        x=_axis(column, log=not is_score(column) and spans_decades(ys)),
+        x=_axis(study, column, log=not study.kinds[column].is_score and spans_decades(ys)),
         reference=reference,
         legend=", ".join(study.series),
         note=_note(study, column, averaged, x),
@@ -131,8 +122,8 @@ def _places(study: Study, column: str, x: str) -> dict[tuple[Value, ...], dict[f
     """For each combination of the series' values and each place on the axis, the runs that are there."""
     found: dict[tuple[Value, ...], dict[float, list[int]]] = {}
     for i, run in enumerate(study.runs):
-        place = study.measures[i].get(x) if x in study.columns else run.option(x)
-        if column in study.measures[i] and study.newest[i] and isinstance(place, (int, float)):
+        place = study.value(i, x) if x in study.columns else run.option(x)
+        if column in study.numbers[i] and study.newest[i] and isinstance(place, (int, float)):
             key = tuple(text_of(run.option(name)) for name in study.series)
             found.setdefault(key, {}).setdefault(float(place), []).append(i)
     return found
@@ -143,7 +134,7 @@ def _curves(study: Study, column: str, x: str) -> list[Curve]:
     groups = _places(study, column, x)
     return [
         Curve(
-            label_of(key) or parted(column)[1] or column,
+            label_of(key) or parted(column)[0] or column,
             look,
             [_point(study, column, place, members) for place, members in sorted(groups[key].items())],
         )
@@ -180,26 +171,31 @@ def series_looks(
 
 def _point(study: Study, column: str, place: float, members: Sequence[int]) -> Point:
     """The mean and, over several runs, their standard deviation; of one run its standard error."""
-    mean, deviation = mean_and_deviation([study.measures[i][column] for i in members])
-    return Point(place, mean, deviation if len(members) > 1 else study.errors[members[0]].get(column))
+    numbers = [study.numbers[i][column] for i in members]
+    mean, deviation = mean_and_deviation([number.value for number in numbers])
+    return Point(place, mean, deviation if len(members) > 1 else numbers[0].stderr)
 
 
 def _before(study: Study, column: str) -> str | None:
     """For a number after the recovery, the same number before it."""
-    quantity, target = parted(column)
-    before = f"{quantity} pruned"
+    target, quantity = parted(column)
+    before = f"pruned/{quantity}"
     return before if target == "recovered" and before in study.columns else None
 
 
 def _dense(study: Study, column: str) -> tuple[str, float] | None:
-    name = f"{parted(column)[0]} dense"
-    return (f"dense: {shown(name, study.dense[name])}", study.dense[name]) if name in study.dense else None
+    dense = study.dense.get(f"dense/{parted(column)[1]}")
+    return None if dense is None else (f"dense: {dense.shown(dense.value)}", dense.value)
 
 
-def _axis(column: str, *, log: bool = False) -> Axis:
-    unit = " in percent" if is_score(column) else ""
-    direction = "higher" if higher_is_better(column) else "lower"
-    return Axis(f"{column}{unit} ({direction} is better)", log)
+def _axis(study: Study, column: str, *, log: bool = False) -> Axis:
+    kind = study.kinds[column]
+    unit = f" in {kind.unit}" if kind.unit and kind.unit not in column else ""
+    return Axis(f"{column}{unit}" + (f" ({kind.direction} is better)" if kind.direction else ""), log)
+
+
+def _is_uncertain(study: Study, column: str, run: int) -> bool:
+    return column in study.numbers[run] and study.numbers[run][column].stderr is not None
 
 
 def _words(study: Study, x: str) -> str:
@@ -215,9 +211,9 @@ def _note(study: Study, column: str, members: Sequence[Sequence[int]], x: str | 
     if any(len(runs) > 1 for runs in members):
         over = [name for name in study.options if name not in (x, *study.series)]
         words.append(f"points: mean over {', '.join(over)}; bars: standard deviation")
-        if any(len(runs) == 1 and column in study.errors[runs[0]] for runs in members):
+        if any(len(runs) == 1 and _is_uncertain(study, column, runs[0]) for runs in members):
             words[-1] += ", one standard error where there is one run"
-    elif any(column in study.errors[i] for i in drawn):
+    elif any(_is_uncertain(study, column, i) for i in drawn):
         words.append("bars: one standard error")
     if repeats := study.newest.count(False):
         words.append(f"{repeats} other runs of the same jobs left out")
@@ -231,21 +227,18 @@ def _note(study: Study, column: str, members: Sequence[Sequence[int]], x: str | 
 
 def _speed(study: Study, folder: Path) -> Iterator[Picture]:
     """Score against speed, or against what is left of the parameters where no speed was measured."""
-    score = _score(study)
+    score = usual_metric(study.columns, score=True)
     if score is None:
         return
-    target = parted(score)[1]
-    speed = f"tokens per second {target}"
+    speed = f"{parted(score)[0]}/efficiency/tokens_per_second"
     measured = speed in study.columns
     places: list[float | None] = []
-    for run, found in zip(study.runs, study.measures, strict=True):
+    for number, run in enumerate(study.runs):
         left = None
         if not measured and run.summary and "parameters" in run.summary:
             left = 100 * run.summary["parameters"]["pruned"] / run.summary["parameters"]["dense"]
-        places.append(found.get(speed) if measured else left)
-    drawn = [
-        i for i, place in enumerate(places) if place is not None and score in study.measures[i] and study.newest[i]
-    ]
+        places.append(study.value(number, speed) if measured else left)
+    drawn = [i for i, place in enumerate(places) if place is not None and score in study.numbers[i] and study.newest[i]]
     if len({places[i] for i in drawn}) < 2:
         return
     options = study.series or telling_options(study)
@@ -253,16 +246,19 @@ def _speed(study: Study, folder: Path) -> Iterator[Picture]:
     looks = series_looks(study, options, list(dict.fromkeys(keys.values())))
     grouped: dict[tuple[Value, ...], list[Point]] = {}
     for i in drawn:
-        at = Point(float(places[i] or 0), study.measures[i][score], study.errors[i].get(score))
-        grouped.setdefault(keys[i], []).append(at)
-    sign = (1 if measured else -1, 1 if higher_is_better(score) else -1)
+        of_run = study.numbers[i][score]
+        grouped.setdefault(keys[i], []).append(Point(float(places[i] or 0), of_run.value, of_run.stderr))
+    sign = (1 if measured else -1, 1 if study.is_higher_better(score) else -1)
     competing = [i for i in drawn if study.within_budget[i]]
-    goals = [(sign[0] * float(places[i] or 0), sign[1] * study.measures[i][score]) for i in competing]
+    goals = [(sign[0] * float(places[i] or 0), sign[1] * study.numbers[i][score].value) for i in competing]
     best = sorted((sign[0] * goals[i][0], sign[1] * goals[i][1]) for i in pareto_front(goals))
-    dense = study.dense.get(f"{parted(score)[0]} dense")
-    dense_place = study.dense.get("tokens per second dense") if measured else 100.0
-    reference = None if dense is None or dense_place is None else ("dense", Point(dense_place, dense))
-    ys = [study.measures[i][score] for i in drawn] + ([dense] if dense is not None else [])
+    dense, dense_speed = (
+        study.dense.get(f"dense/{parted(score)[1]}"),
+        study.dense.get("dense/efficiency/tokens_per_second"),
+    )
+    dense_place = 100.0 if not measured else None if dense_speed is None else dense_speed.value
+    reference = None if dense is None or dense_place is None else ("dense", Point(dense_place, dense.value))
+    ys = [study.numbers[i][score].value for i in drawn] + ([dense.value] if dense is not None else [])
     title = f"{score} by {speed if measured else 'parameters left'}"
     label = f"{speed} (higher is better)" if measured else "parameters left in percent (speed was not measured)"
     files = curves.front(
@@ -271,7 +267,7 @@ def _speed(study: Study, folder: Path) -> Iterator[Picture]:
         folder / "score_by_speed",
         title=f"{study.name}: {title}",
         x=Axis(label),
-        y=_axis(score, log=not is_score(score) and spans_decades(ys)),
+        y=_axis(study, score, log=not study.kinds[score].is_score and spans_decades(ys)),
         reference=reference,
         legend=", ".join(options),
         note=_note(study, score, [[i] for i in drawn]),

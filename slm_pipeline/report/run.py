@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline.results.columns import change, count, perplexity
-from slm_pipeline.results.measurement import (
-    Summary,
-    corpus_labels,
-    measurement,
-    metrics_of,
-    parameters_at_work,
-    small_limit,
-    standard_errors,
-    task_details,
-)
+from slm_pipeline.results.measurement import measurement, small_limit
+from slm_pipeline.results.number import Number, change, count
+from slm_pipeline.results.of_run import Summary, numbers_of, parameters_at_work
 from slm_pipeline.show.tables import Lines, Table, code_block, in_order, markdown_escaped, wrapped
 from slm_pipeline.store.files import write_text
 from slm_pipeline.surgery.plan import format_fit, format_groups
@@ -35,8 +27,7 @@ def write_summary_md(run_dir: Path, summary: Summary) -> str:
     """
     title, counts = _headline(summary)
     sections = _sections(summary, run_dir, str)
-    columns, scores = score_table(summary)
-    sections["Scores one by one"] = Table(columns, [[_cell(value) for value in row] for row in scores])
+    sections["Numbers one by one"] = number_table(summary)
     parts = [f"# {markdown_escaped(title)}\n", f"{counts}\n"]
     parts += [f"## {name}\n\n{body.markdown()}" for name, body in sections.items() if body]
     parts += [f"## Command\n\n{code_block(summary['command'], 'bash')}"]
@@ -47,14 +38,18 @@ def write_summary_md(run_dir: Path, summary: Summary) -> str:
     return "\n".join(parts)
 
 
-def score_table(summary: Summary) -> tuple[list[str], list[list[Any]]]:
-    """Every zero-shot score with its standard error (both in percent, None if unknown), as columns and rows."""
+def number_table(summary: Summary) -> Table:
+    """Every number of a model, one by one, with its standard error and unit."""
     rows = [
-        [target, task, found["score"], found["stderr"], found["metric"], found["num_examples"]]
-        for target in metrics_of(summary)
-        for task, found in task_details(summary, target).items()
+        [number.target, number.quantity, _plain(number.value), _plain(number.stderr), number.unit]
+        for number in numbers_of(summary).values()
+        if number.target
     ]
-    return ["model", "task", "score", "stderr", "metric", "examples"], rows
+    return Table(["model", "number", "value", "stderr", "unit"], rows)
+
+
+def _plain(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
 
 
 def _headline(summary: Summary) -> tuple[str, str]:
@@ -74,9 +69,8 @@ def _headline(summary: Summary) -> tuple[str, str]:
 def _sections(summary: Summary, run_dir: Path, shown: Callable[[Path], str]) -> dict[str, Table | Lines]:
     """Title and content in reading order; empty where the run has nothing to say."""
     return {
-        "Results (scores in percent, perplexity: lower is better)": _result_table(summary),
+        **_result_tables(summary),
         "How it was measured": Lines([*measurement(summary), *small_limit([summary])]),
-        "Efficiency": _efficiency_table(summary),
         "Layers (braces: merged into one)": Lines(_layers(summary)),
         "Recovery": Lines(_recovery(summary)),
         "Stages": _stage_table(summary, shown),
@@ -85,31 +79,47 @@ def _sections(summary: Summary, run_dir: Path, shown: Callable[[Path], str]) -> 
     }
 
 
-def _result_table(summary: Summary) -> Table:
-    """A row for each model, and below it the standard errors of its scores."""
-    metrics = metrics_of(summary)
-    tasks = in_order(task for found in metrics.values() for task in found.get("zero_shot", {}))
-    corpora = in_order(corpus for found in metrics.values() for corpus in found.get("perplexity", {}))
-    rows = []
-    for target, found in metrics.items():
-        scores, perplexities = found.get("zero_shot", {}), found.get("perplexity", {})
-        row = [f"{scores[task]:.1f}" if task in scores else "" for task in tasks]
-        row += [perplexity(perplexities[corpus]["perplexity"]) if corpus in perplexities else "" for corpus in corpora]
-        rows.append([target, *row])
-        if errors := standard_errors(summary, target):
-            row = [f"+-{errors[task]:.1f}" if task in errors else "" for task in tasks]
-            rows.append(["", *row, *("" for _ in corpora)])
-    return Table(["model", *tasks, *(f"perplexity {label}" for label in corpus_labels(corpora).values())], rows)
+def _result_tables(summary: Summary) -> dict[str, Table]:
+    """For each measure a table, by its title: a row for each model, and below it the standard errors."""
+    numbers = [number for number in numbers_of(summary).values() if number.target]
+    tables = {}
+    for measure in in_order(str(number.measured.get("measure", "")) for number in numbers):
+        own = [number for number in numbers if number.measured.get("measure", "") == measure]
+        title, head = _heads(measure, own)
+        rows = []
+        for target in in_order(number.target for number in own):
+            of = {number.quantity: number for number in own if number.target == target}
+            rows.append([target, *(of[key].shown(of[key].value) if key in of else "" for key in head)])
+            if any(number.stderr is not None for number in of.values()):
+                rows.append(["", *(_error(of.get(key)) for key in head)])
+        tables[title] = Table(["model", *head.values()], rows)
+    return tables
 
 
-def _efficiency_table(summary: Summary) -> Table:
-    measured = summary.get("efficiency", {})
-    names = ("latency_seconds", "tokens_per_second", "weights_gb", "peak_memory_gb")
-    rows = [
-        [target, *("" if found[name] is None else f"{found[name]:.4g}" for name in names)]
-        for target, found in measured.items()
-    ]
-    return Table(["model", "latency in s", "tokens per s", "weights in GB", "peak memory in GB"], rows)
+def _error(number: Number | None) -> str:
+    return "" if number is None or number.stderr is None else f"+-{number.shown_error(number.stderr)}"
+
+
+def _heads(measure: str, numbers: Sequence[Number]) -> tuple[str, dict[str, str]]:
+    """The title of a measure's table, with the unit and the direction that all its columns share, and quantity -> head
+    of column, with what they do not share."""
+    kinds = {number.quantity: number for number in numbers}
+    same = len({(number.unit, number.higher_is_better) for number in kinds.values()}) == 1
+    heads = {}
+    for key, number in kinds.items():
+        name = key.removeprefix(f"{measure}/")
+        heads[key] = name if same else " ".join(filter(None, [name, _in_brackets(number, short=True)]))
+    name = measure.replace("_", "-")
+    about = _in_brackets(next(iter(kinds.values()))) if same else ""
+    return " ".join(filter(None, [name[:1].upper() + name[1:] or "Results", about])), heads
+
+
+def _in_brackets(number: Number, *, short: bool = False) -> str:
+    """``(%, higher is better)``, or ``(%, higher)``."""
+    unit = number.unit if number.unit != number.measured.get("measure") else ""
+    direction = number.direction if short else f"{number.direction} is better" if number.direction else ""
+    inside = ", ".join(filter(None, [unit, direction]))
+    return f"({inside})" if inside else ""
 
 
 def _layers(summary: Summary) -> list[str]:
@@ -163,16 +173,24 @@ def _recovery(summary: Summary) -> list[str]:
 
 
 def _stage_table(summary: Summary, shown: Callable[[Path], str]) -> Table:
-    rows = [
-        [
-            stage,
-            f"{found['seconds']:.1f}",
-            "yes" if found["reused"] else "no",
-            f"{found['peak_memory_gb']:.2f}",
-            shown(Path(found["path"])),
-        ]
-        for stage, found in summary["stages"].items()
-    ]
+    """A row for each stage; the parts of a model's evaluation are one."""
+    parts: dict[str, list[Mapping[str, Any]]] = {}
+    for name, found in summary["stages"].items():
+        parts.setdefault(name.partition("/")[0], []).append(found)
+    rows = []
+    for stage, several in parts.items():
+        reused = sum(found["reused"] for found in several)
+        some = "yes" if reused == len(several) else f"{reused} of {len(several)}" if reused else "no"
+        path = Path(several[0]["path"])
+        rows.append(
+            [
+                stage,
+                f"{sum(found['seconds'] for found in several):.1f}",
+                some,
+                f"{max(found['peak_memory_gb'] for found in several):.2f}",
+                shown(path if len(several) == 1 else path.parent),
+            ]
+        )
     return Table(["stage", "seconds", "reused", "peak GB", "path"], rows)
 
 
@@ -183,12 +201,6 @@ def _files(summary: Summary, run_dir: Path, shown: Callable[[Path], str]) -> lis
     lines += [f"W&B: wandb sync {shown(path)}" for path in sorted(run_dir.glob("wandb/offline-run-*"))]
     lines += [f"W&B: {shown(path)}" for path in sorted(run_dir.glob("wandb/run-*"))]
     return [*lines, f"all of it: {shown(run_dir)}"]
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _from_here(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,10 @@ from typing import Any
 from slm_pipeline.errors import UserError
 from slm_pipeline.report import damage
 from slm_pipeline.report.runs import STATUSES, Run, Value, read_runs
-from slm_pipeline.results.columns import (
-    errors,
-    higher_is_better,
-    is_cost,
-    is_detail,
-    measures,
-    parted,
-    shown,
-)
+from slm_pipeline.results.before import key_of
 from slm_pipeline.results.measurement import measurement, small_limit
+from slm_pipeline.results.number import Number, parted
+from slm_pipeline.results.of_run import numbers_of
 from slm_pipeline.show.tables import Table, in_order
 
 # Options that change no number: where things go, and what a study says of itself.
@@ -45,26 +39,42 @@ class Study:
     notes: Sequence[str]  # what of the study's wishes could not be met
 
     @cached_property
-    def measures(self) -> list[dict[str, float]]:
-        """For each run its numbers by column; empty unless it is done."""
-        return [measures(run.summary) if run.summary else {} for run in self.runs]
+    def numbers(self) -> list[dict[str, Number]]:
+        """For each run its numbers by key, which are the table's columns; empty unless it is done."""
+        return [numbers_of(run.summary) if run.summary else {} for run in self.runs]
 
     @cached_property
-    def errors(self) -> list[dict[str, float]]:
-        """For each run the standard errors of its scores by column."""
-        return [errors(run.summary) if run.summary else {} for run in self.runs]
+    def kinds(self) -> dict[str, Number]:
+        """Every column with a number of its kind: its unit, its direction."""
+        found: dict[str, Number] = {}
+        for numbers in sorted(self.numbers, key=len, reverse=True):
+            found = {**numbers, **found}
+        names = in_order(name for numbers in sorted(self.numbers, key=len, reverse=True) for name in numbers)
+        return {name: found[name] for name in names}
 
-    @cached_property
+    @property
     def columns(self) -> list[str]:
         """Every number that some run has."""
-        return in_order(name for found in sorted(self.measures, key=len, reverse=True) for name in found)
+        return list(self.kinds)
+
+    def is_higher_better(self, column: str | None) -> bool:
+        return column in self.kinds and bool(self.kinds[column].higher_is_better)
+
+    def value(self, run: int, column: str | None) -> float | None:
+        """A run's number; None if it has none of that name."""
+        number = self.numbers[run].get(column or "")
+        return None if number is None else number.value
 
     @cached_property
-    def dense(self) -> dict[str, float]:
+    def dense(self) -> dict[str, Number]:
         """The dense model's numbers that all finished runs share: said once, above the table."""
-        finished = [found for found in self.measures if found]
-        shared = (name for name in self.columns if parted(name)[1] == "dense")
-        return {name: finished[0][name] for name in shared if len({found.get(name) for found in finished}) == 1}
+        finished = [numbers for numbers in self.numbers if numbers]
+        shared = {}
+        for name in (name for name, number in self.kinds.items() if number.target == "dense"):
+            values = {numbers[name].value if name in numbers else None for numbers in finished}
+            if len(values) == 1:
+                shared[name] = finished[0][name]
+        return shared
 
     @property
     def repeated(self) -> list[str]:
@@ -98,20 +108,19 @@ class Study:
         """For each run whether it has no more layers than a search's ``objective.max_layers`` allows."""
         budgets = [run.option("objective.max_layers") for run in self.runs]
         return [
-            not isinstance(budget, (int, float)) or found.get("layers", 0) <= budget
-            for budget, found in zip(budgets, self.measures, strict=True)
+            not isinstance(budget, (int, float)) or (self.value(i, "num_layers") or 0) <= budget
+            for i, budget in enumerate(budgets)
         ]
 
     @cached_property
     def competing(self) -> list[float | None]:
         """For each run its metric, if it can be the best: within the budget if there is one."""
-        pairs = zip(self.measures, self.within_budget, strict=True)
-        return [found.get(self.metric or "") if within else None for found, within in pairs]
+        return [self.value(i, self.metric) if within else None for i, within in enumerate(self.within_budget)]
 
     @cached_property
     def best_runs(self) -> frozenset[int]:
         """The runs with the best metric: none, one, or several that are equal."""
-        return _best(self.competing, self.metric)
+        return self._best(self.competing)
 
     def counts(self) -> str:
         """``ratio: 4 jobs, 2 done, 1 FAILED``."""
@@ -129,13 +138,13 @@ class Study:
         """What is to be known before reading the table, besides what all runs share: the order, the metric."""
         lines = []
         if self.dense:
-            dense = (name for name in self.dense if not is_detail(name))
-            lines.append("Dense model: " + ", ".join(f"{parted(n)[0]} {shown(n, self.dense[n])}" for n in dense))
+            dense = (number for number in self.dense.values() if not number.detail)
+            lines.append("Dense model: " + ", ".join(f"{n.quantity} {n.shown(n.value)}" for n in dense))
         if self.metric is not None and len(self.runs) > 1:
-            direction = "higher" if higher_is_better(self.metric) else "lower"
+            direction = self.kinds[self.metric].direction or "lower"
             lines.append(f"Metric: {self.metric}, {direction} is better; the best is bold")
         if not all(self.within_budget):
-            done = [within for within, found in zip(self.within_budget, self.measures, strict=True) if found]
+            done = [within for within, found in zip(self.within_budget, self.numbers, strict=True) if found]
             best = ", and one of them is the best" if any(done) else ""
             lines.append(f"Budget of layers: {sum(done)} of {len(done)} runs keep to it{best}")
         if self.sort_by is not None:
@@ -159,18 +168,18 @@ class Study:
         wanted = (self.metric, self.sort_by)
         return [
             name
-            for name in self.columns
+            for name, number in self.kinds.items()
             if name not in self.dense
-            and (name in wanted or ((details or not is_detail(name)) and (costs or not is_cost(name))))
+            and (name in wanted or ((details or not number.detail) and (costs or not number.cost)))
         ]
 
     def table(self, columns: Sequence[str], *, job: bool = True, status: bool = True, reasons: bool = True) -> Table:
         """A row for each run: its folder, the options in which runs differ, the numbers, its state and why."""
         head = [*(["job"] if job else []), *self.options]
         rows = []
-        for run, found, error in zip(self.runs, self.measures, self.errors, strict=True):
+        for run, found in zip(self.runs, self.numbers, strict=True):
             row = [*([run.job] if job else []), *(text_of(run.option(name)) for name in self.options)]
-            row += [shown(name, found[name], error.get(name)) if name in found else "" for name in columns]
+            row += [str(found[name]) if name in found else "" for name in columns]
             rows.append([*row, *([run.state if reasons else run.status] if status else [])])
         bold = self._bold(columns, len(head), self.best_runs, len(rows))
         return Table([*head, *columns, *(["status"] if status else [])], rows, bold)
@@ -188,22 +197,22 @@ class Study:
             return statistics.fmean(known) if known else None
 
         def rank(values: tuple[Value | None, ...]) -> tuple[bool, float]:
-            value = mean(self.measures[i].get(self.sort_by or "") for i in groups[values])
-            return value is None, (value or 0.0) * (-1 if higher_is_better(self.sort_by or "") else 1)
+            value = mean(self.value(i, self.sort_by) for i in groups[values])
+            return value is None, (value or 0.0) * (-1 if self.is_higher_better(self.sort_by) else 1)
 
         order = sorted(groups, key=rank)
         rows = []
         for values in order:
             members = groups[values]
-            row = [*map(text_of, values), f"{sum(bool(self.measures[i]) for i in members)} of {len(members)}"]
+            row = [*map(text_of, values), f"{sum(bool(self.numbers[i]) for i in members)} of {len(members)}"]
             for name in columns:
-                numbers = [self.measures[i][name] for i in members if name in self.measures[i]]
-                row.append(_shown_mean(name, numbers) if numbers else "")
+                numbers = [self.numbers[i][name] for i in members if name in self.numbers[i]]
+                row.append(_shown_mean(numbers) if numbers else "")
             rows.append(row)
         head = [*self.varied, "runs done"]
         means = [mean(self.competing[i] for i in groups[values]) for values in order]
         competing = [all(self.within_budget[i] for i in groups[values]) for values in order]
-        best = _best([value if may else None for value, may in zip(means, competing, strict=True)], self.metric)
+        best = self._best([value if may else None for value, may in zip(means, competing, strict=True)])
         return Table([*head, *columns], rows, self._bold(columns, len(head), best, len(rows)))
 
     def averages_title(self) -> str:
@@ -211,6 +220,14 @@ class Study:
         left_out = self.newest.count(False)
         title = f"Averaged over {' and '.join(self.repeated)}: mean +- standard deviation of the runs that are done"
         return f"{title}; {left_out} other runs of the same jobs left out" if left_out else title
+
+    def _best(self, values: Sequence[float | None]) -> frozenset[int]:
+        """Where the best of the metric's values stand."""
+        known = [value for value in values if value is not None and math.isfinite(value)]
+        if not known or self.metric is None:
+            return frozenset()
+        best = max(known) if self.is_higher_better(self.metric) else min(known)
+        return frozenset(i for i, value in enumerate(values) if value == best)
 
     def _bold(
         self, columns: Sequence[str], offset: int, best: frozenset[int], num_rows: int
@@ -250,11 +267,13 @@ def read_study(
     runs = read_runs(*directories)
     options = _differing(runs)
     declared = _declared(runs)
-    found = in_order(name for run in runs if run.summary for name in measures(run.summary))
+    kinds = {name: number for run in runs if run.summary for name, number in numbers_of(run.summary).items()}
+    found = list(kinds)
     notes: list[str] = []
 
     def column(key: str, given: str | None, or_option: bool = False) -> str | None:
         wanted = given or declared.get(key)
+        wanted = wanted if wanted is None or wanted in found else key_of(wanted)
         if wanted is None or not found and not given:
             return None
         if wanted in found or (or_option and any(run.option(wanted) is not None for run in runs)):
@@ -265,8 +284,8 @@ def read_study(
         notes.append(message if given is None else f"{key}={wanted!r}: no run is done yet")
         return None
 
-    for name in columns or ():
-        column("columns", name)
+    if columns is not None:
+        columns = [column("columns", name) or name for name in columns]
     given_series = series is not None
     if series is None:
         usual = [name for name in ("model", "method", "recovery") if name in options and name != x]
@@ -282,10 +301,10 @@ def read_study(
     return Study(
         name=", ".join(names) or ", ".join(directory.resolve().name for directory in directories),
         question=declared.get("question"),
-        runs=_sorted(runs, chosen_sort, found),
+        runs=_sorted(runs, chosen_sort, kinds),
         options=options,
-        metric=column("metric", metric) or _usual_metric(found),
-        x=column("x", x, or_option=True) or ("layers" if "layers" in found else None),
+        metric=column("metric", metric) or usual_metric(found),
+        x=column("x", x, or_option=True) or ("num_layers" if "num_layers" in found else None),
         series=series,
         sort_by=chosen_sort,
         chosen=columns,
@@ -323,37 +342,29 @@ def _group(override: str) -> str:
     return override.lstrip("+~").partition("=")[0].partition(".")[0]
 
 
-def _sorted(runs: list[Run], sort_by: str | None, columns: Iterable[str]) -> list[Run]:
+def _sorted(runs: list[Run], sort_by: str | None, kinds: Mapping[str, Number]) -> list[Run]:
     if sort_by is None:
         return runs
-    sign = -1 if higher_is_better(sort_by) else 1
+    sign = -1 if sort_by in kinds and kinds[sort_by].higher_is_better else 1
 
     def key(run: Run) -> tuple[Any, ...]:
-        if sort_by in columns:
-            value = measures(run.summary).get(sort_by) if run.summary else None
-            return (value is None, sign * (value or 0))
+        if sort_by in kinds:
+            number = numbers_of(run.summary).get(sort_by) if run.summary else None
+            return (number is None, 0 if number is None else sign * number.value)
         option = run.option(sort_by)
         return (option is None, isinstance(option, str), option or 0)
 
     return sorted(runs, key=key)
 
 
-def _usual_metric(columns: Sequence[str]) -> str | None:
-    """The last model's perplexity, else its average, else none."""
-    for start in ("perplexity", "average"):
-        found = [name for name in columns if name.startswith(f"{start} ")]
+def usual_metric(columns: Sequence[str], *, score: bool = False) -> str | None:
+    """The last model's perplexity, else its average, else none; ``score``: its average first."""
+    quantities = ("average", "perplexity/") if score else ("perplexity/", "average")
+    for start in quantities:
+        found = [name for name in columns if parted(name)[0] and parted(name)[1].startswith(start)]
         if found:
             return found[-1]
     return None
-
-
-def _best(values: Sequence[float | None], column: str | None) -> frozenset[int]:
-    """Where the best of the values stand, of a column."""
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    if not known or column is None:
-        return frozenset()
-    best = max(known) if higher_is_better(column) else min(known)
-    return frozenset(i for i, value in enumerate(values) if value == best)
 
 
 def mean_and_deviation(numbers: Sequence[float]) -> tuple[float, float | None]:
@@ -361,10 +372,10 @@ def mean_and_deviation(numbers: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None
 
 
-def _shown_mean(column: str, numbers: Sequence[float]) -> str:
-    mean, deviation = mean_and_deviation(numbers)
-    counted = column in ("layers", "parameters", "tokens")
-    return shown(column, mean, None if counted and not deviation else deviation)
+def _shown_mean(numbers: Sequence[Number]) -> str:
+    mean, deviation = mean_and_deviation([number.value for number in numbers])
+    shown = None if numbers[0].is_count and not deviation else deviation
+    return str(replace(numbers[0], value=mean, stderr=shown))
 
 
 def text_of(value: Value | None) -> str:

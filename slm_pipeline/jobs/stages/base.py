@@ -20,12 +20,22 @@ class Stage(ABC):
         stage: which of `config.STAGES` it belongs to; its folder in the store.
         needs: names of the stages whose results it reads.
         leaves: files and folders that every finished result has.
+        folder: the link to its result, from the run's folder.
+        looks_at: what `preflight` looks at; of several stages that look at the same, the first does it for all.
     """
 
     name: str
     stage: str
     needs: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        return self.name
+
+    @property
+    def looks_at(self) -> str:
+        return self.name
 
     @abstractmethod
     def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any] | None:

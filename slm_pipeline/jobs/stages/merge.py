@@ -13,7 +13,7 @@ from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.calibrate import load_samples, load_statistics
 from slm_pipeline.jobs.tracking import Tracker
 from slm_pipeline.report.run import sublayer_lines
-from slm_pipeline.results.measurement import parameters_at_work
+from slm_pipeline.results.of_run import of_pruning
 from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.store.checksums import digest
 from slm_pipeline.store.files import write_text
@@ -95,14 +95,11 @@ class Merge(Stage):
                 {"similarity": row["similarity"], "accepted": float(row["accepted"])}, stage=self.name, step=step
             )
         result = artifact.record()["result"]
-        metrics = {"num_layers": result["num_layers"]["pruned"], "parameters": parameters_at_work(result)}
-        if result["threshold"] is not None:
-            metrics["threshold"] = result["threshold"]
-            if result["num_layers"]["pruned"] == result["num_layers"]["dense"]:
-                log.warning(
-                    "threshold %s: no merge is that similar, the pruned model is the dense one", result["threshold"]
-                )
-        tracker.log(metrics, stage=self.name)
+        if result["threshold"] is not None and result["num_layers"]["pruned"] == result["num_layers"]["dense"]:
+            log.warning(
+                "threshold %s: no merge is that similar, the pruned model is the dense one", result["threshold"]
+            )
+        tracker.numbers(of_pruning(result), stage=self.name)
 
     def _plan(self, job: Job, calibration: Artifact, view: Any) -> Plan:
         input_ids, identity = load_samples(calibration)

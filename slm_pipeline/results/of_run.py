@@ -1,0 +1,57 @@
+"""The numbers of a run, from its summary.json: those of its measures, and what the job itself did and took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from slm_pipeline.results import before
+from slm_pipeline.results.number import Number, by_key
+
+Summary = Mapping[str, Any]  # what summary.json holds
+
+
+def numbers_of(summary: Summary) -> dict[str, Number]:
+    """Every number of a run by its key; what was not measured is absent."""
+    if "numbers" in summary:
+        return {key: Number.from_json(key, said) for key, said in summary["numbers"].items()}
+    job = of_job(summary)
+    took = [number for number in job if number.cost]
+    return by_key([*(number for number in job if not number.cost), *before.measured(summary), *took])
+
+
+def of_job(summary: Summary) -> list[Number]:
+    """What the job did and took: layers and parameters left, threshold, seconds, the recovery's tokens."""
+    found = of_pruning(summary)
+    if "plan_seconds" in summary:
+        found.append(Number("plan_seconds", summary["plan_seconds"], "seconds", higher_is_better=False, cost=True))
+    if recovery := summary.get("recovery"):
+        found.append(Number("recovery/num_tokens", recovery["num_tokens"], "tokens"))
+        found.append(Number("recovery/seconds", recovery["seconds"], "seconds", higher_is_better=False, cost=True))
+        if (peak := summary["stages"].get("recover", {}).get("peak_memory_gb")) is not None:
+            found.append(Number("recovery/peak_memory_gb", peak, "GB", higher_is_better=False, cost=True))
+    seconds = sum(stage["seconds"] for stage in summary["stages"].values() if not stage["reused"])
+    return [*found, Number("seconds", seconds, "seconds", higher_is_better=False, cost=True)]
+
+
+def of_pruning(result: Mapping[str, Any]) -> list[Number]:
+    """Layers and parameters left and the threshold, of a summary.json or of the merge stage's result."""
+    found = []
+    if "num_layers" in result:
+        found.append(Number("num_layers", result["num_layers"]["pruned"], "layers", higher_is_better=False))
+    if "parameters" in result:
+        found.append(Number("parameters", parameters_at_work(result), "parameters", higher_is_better=False))
+    if result.get("threshold") is not None:
+        found.append(Number("threshold", result["threshold"], detail=True))
+    return found
+
+
+def zeroed_parameters(summary: Summary) -> int:
+    """Parameters that the pruned checkpoint holds and that do nothing, because their sublayers were removed."""
+    missing = summary.get("sublayers", {})
+    return int(missing["parameters"]) if missing.get("export") == "stock" else 0
+
+
+def parameters_at_work(summary: Summary) -> int:
+    """Parameters of the pruned model: what ratios, columns and axes count, whatever else the checkpoint holds."""
+    return int(summary["parameters"]["pruned"]) - zeroed_parameters(summary)
