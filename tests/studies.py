@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from slm_pipeline.results.of_run import numbers_of
+
 
 def task(score: float, stderr: float | None, limit: int | None = 20) -> dict[str, Any]:
     return {
@@ -82,7 +84,10 @@ def write_run(
     config: Mapping[str, Any] | None = None,
     choices: Mapping[str, str | None] | None = None,
 ) -> None:
-    """A run's folder as a job leaves it; ``result`` is its summary, why it failed, or None if it was interrupted."""
+    """A run's folder as a job leaves it; ``result`` is its summary, why it failed, or None if it was interrupted.
+
+    Numbers get their keys here, from what a version wrote that had none.
+    """
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
     (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(dict(config or {})))
@@ -90,4 +95,9 @@ def write_run(
     if isinstance(result, str):
         (folder / "failure.json").write_text(json.dumps({"error": result, "type": "UserError"}))
     elif result is not None:
-        (folder / "summary.json").write_text(json.dumps(result))
+        (folder / "summary.json").write_text(json.dumps(with_numbers(result)))
+
+
+def with_numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary of before numbers had keys, and its numbers under their keys."""
+    return {**summary, "numbers": {key: number.to_json() for key, number in numbers_of(summary).items()}}

@@ -289,11 +289,13 @@ def test_read_only_output_dir(base, tmp_path):
 def test_dry_run_says_what_would_run_and_leaves_nothing(multirun, base, tmp_path):
     swept = ["seed=1,2"] if multirun else ["seed=1"]
     outcome = run_slm(
-        *multirun, *base, "dry_run=true", "recovery=lora", "evaluation.of=[dense,pruned,recovered]", *swept
-    )
+        *multirun, *base, "dry_run=true", "recovery=lora", "evaluation.of=[dense,pruned,recovered]",
+        f"evaluation.perplexity.corpora=[{tmp_path}/text.txt]", "evaluation.perplexity.window=16", *swept,
+    )  # fmt: skip
     assert outcome.status == 0, outcome.err
     lines = [line.split() for line in outcome.out.splitlines() if not line.startswith("#")]
-    stages = ["calibrate", "merge", "recover", "evaluate_dense", "evaluate_pruned", "evaluate_recovered"]
+    scored = [f"evaluate_{target}/perplexity/text.txt" for target in ("dense", "pruned", "recovered")]
+    stages = ["calibrate", "merge", "recover", *scored]
     assert [line[:2] for line in lines] == [[stage, "run"] for stage in stages] * (2 if multirun else 1)
     assert len({line[2] for line in lines if line[0] == "calibrate"}) == len(lines) // 6  # another seed, other samples
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

@@ -88,6 +88,8 @@ def check_group(item: Override) -> None:
     if not _is_group(group) or isinstance(given, Glob):
         return
     for value in map(Override._convert_value, given.list) if isinstance(given, ChoiceSweep) else [given]:
+        if isinstance(value, list) and group == "measure" and all(isinstance(name, str) for name in value):
+            continue  # several stand side by side
         if isinstance(value, list):
             # Hydra would lay the options over one another without a word.
             names = ",".join(map(str, value))

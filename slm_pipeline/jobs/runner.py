@@ -351,6 +351,7 @@ def _made_otherwise(stage: Stage, record: Mapping[str, Any], job: Job) -> list[s
 def _link(link: Path, target: Path) -> None:
     """For people to find their way; not every file system has links."""
     with only_warned_about(f"no link {link}"):
+        link.parent.mkdir(exist_ok=True)
         if link.is_symlink():
             link.unlink()
         link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from slm_pipeline.errors import only_warned_about
 from slm_pipeline.report.runs import Value
 from slm_pipeline.report.study import Study, mean_and_deviation, text_of, usual_metric
-from slm_pipeline.results.number import parted
+from slm_pipeline.results.number import PERCENT, parted
 from slm_pipeline.results.of_run import zeroed_parameters
 from slm_pipeline.show import curves
 from slm_pipeline.show.canvas import spans_decades
@@ -190,7 +190,8 @@ def _dense(study: Study, column: str) -> tuple[str, float] | None:
 
 def _axis(study: Study, column: str, *, log: bool = False) -> Axis:
     kind = study.kinds[column]
-    unit = f" in {kind.unit}" if kind.unit and kind.unit not in column else ""
+    words = "percent" if kind.unit == PERCENT else kind.unit
+    unit = f" in {words}" if words and words not in column else ""
     return Axis(f"{column}{unit}" + (f" ({kind.direction} is better)" if kind.direction else ""), log)
 
 

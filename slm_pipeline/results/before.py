@@ -45,6 +45,7 @@ def measured(summary: Mapping[str, Any]) -> list[Number]:
             about = {"measure": "perplexity", "part": corpus, "how": _perplexity(said)}
             number = Number(label, said["perplexity"], "perplexity", None, False, about)
             found.append(number.below(target, "perplexity"))
+        found += _efficiency(target, summary.get("efficiency", {}).get(target, {}))
         errors = {task: one["stderr"] for task, one in details.items() if one["stderr"] is not None}
         if errors and len(errors) == len(details):
             errors["average"] = math.sqrt(sum(error**2 for error in errors.values())) / len(errors)
@@ -54,7 +55,6 @@ def measured(summary: Mapping[str, Any]) -> list[Number]:
                 about |= {"how": _zero_shot(details[task]), **details[task]}
             number = Number(task, score, PERCENT, errors.get(task), True, about, detail=task != "average")
             found.append(number.below(target))
-        found += _efficiency(target, summary.get("efficiency", {}).get(target, {}))
     return found
 
 

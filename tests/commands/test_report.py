@@ -59,7 +59,7 @@ def test_a_study_gets_everything_into_its_folder(study, slm_report):
         "summary.tex",
     ]
     assert out.startswith("ratios: 2 jobs, 2 done\n")
-    assert "  job  pruning_ratio  layers  parameters  perplexity bundled pruned" in out
+    assert "  job  pruning_ratio  num_layers  parameters  pruned/perplexity/bundled" in out
     assert out.count("wrote ratios/") == 12
     assert "wrote ratios/plots/metric.png\n" in out
 
@@ -72,7 +72,7 @@ def test_a_run_keeps_its_own_summary(study, slm_report):
 
 
 def test_several_folders_go_into_report(study, slm_report):
-    status, out, _ = slm_report("ratios", "runs", "--format", "csv,latex", "--sort-by", "perplexity bundled pruned")
+    status, out, _ = slm_report("ratios", "runs", "--format", "csv,latex", "--sort-by", "pruned/perplexity/bundled")
     assert status == 0
     assert names(study / "report") == ["summary.csv", "summary.tex"]
     assert [line.split(",")[0] for line in (study / "report/summary.csv").read_text().splitlines()] == [
@@ -81,8 +81,8 @@ def test_several_folders_go_into_report(study, slm_report):
         "ratios/1",
         "runs/slm/today",
     ]
-    assert slm_report("ratios", "--out", "elsewhere", "--format", "md", "--columns", "layers")[0] == 0
-    assert "perplexity bundled pruned |" not in (study / "elsewhere/summary.md").read_text()
+    assert slm_report("ratios", "--out", "elsewhere", "--format", "md", "--columns", "num_layers")[0] == 0
+    assert "pruned/perplexity/bundled |" not in (study / "elsewhere/summary.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_several_folders_go_into_report(study, slm_report):
         (["ratios/0/.hydra"], "error: no runs in ratios/0/.hydra: expected folders with summary.json"),
         (
             ["ratios", "--metric", "accuracy"],
-            "error: metric='accuracy' is not a column of this table; columns: layers,",
+            "error: metric='accuracy' is not a column of this table; columns: num_layers,",
         ),
         (["ratios", "--columns", "layers,depth"], "error: columns='depth' is not a column of this table"),
         (["ratios", "--series", "method"], "error: series='method' is not an option of these runs"),

@@ -20,7 +20,10 @@ from slm_pipeline.store.files import write_json
 RESULTS = {
     "calibrate": {"source": "bundled", "num_samples": 10, "seq_len": 128, "num_tokens": 1280},
     "merge": {"num_layers": {"dense": 30, "pruned": 24}, "layers": "0-21 {22-24} 25-29"},
-    "evaluate": {"zero_shot": {"boolq": {"score": 60.0}, "piqa": {"score": 70.0}}},
+    "evaluate": {
+        "measure": "perplexity",
+        "numbers": {"": {"value": 15.234, "unit": "perplexity", "higher_is_better": False}},
+    },
 }
 
 
@@ -82,7 +85,7 @@ def test_list(output_dir, capsys):
     assert "3.0 d" in unused
     assert "1.5 kB" in partial
     assert partial.endswith("unfinished")
-    assert scores.endswith("boolq, piqa")
+    assert scores.endswith("perplexity 15.23")
     assert calibration.endswith("bundled, 10 x 128 tokens")
     assert lines[-1].startswith("5 results, 5.0 MB")
 

@@ -141,6 +141,6 @@ def test_a_run_says_how_much_of_its_evaluation_it_trained_on(tmp_path, monkeypat
         assert sorted(summary["metrics"]["recovered"]) == ["perplexity", "zero_shot"]
         said = [line for line in summary["warnings"] if "in a row" in line]
         assert said == [
-            "piqa: 1 of 2 documents share 13 words in a row with the recovery's training data",
             "perplexity/corpus.txt: 1 of 3 documents share 13 words in a row with the recovery's training data",
+            "piqa: 1 of 2 documents share 13 words in a row with the recovery's training data",
         ]

@@ -136,7 +136,7 @@ def test_text_file_is_tokenised_as_it_is(tiny_llama, tmp_path):
     ids, about = corpus_tokens(tokenizer, "text.txt", window=8, data_dir=tmp_path)
     assert ids.tolist() == tokenizer("one\r\ntwo \u00e9\n\n", add_special_tokens=False)["input_ids"]
     assert ids.dtype == torch.int64
-    assert (about["corpus"], about["source"], about["split"]) == ("text.txt", "text.txt", "file")
+    assert (about["source"], about["split"]) == (None, "file")
     before = corpus_fingerprint("text.txt", tmp_path)
     (tmp_path / "text.txt").write_bytes(b"one\n")
     assert corpus_fingerprint("text.txt", tmp_path) != before
@@ -147,7 +147,7 @@ def test_bundled_text_is_coqa_joined_by_blank_lines(tiny_llama, monkeypatch):
     monkeypatch.setattr("slm_pipeline.assets.texts.bundled_texts", lambda name: {"coqa": ["A b.", "C d."]}[name])
     ids, about = corpus_tokens(tokenizer, "bundled", window=8)
     assert tokenizer.decode(ids) == "A b.\n\nC d."
-    assert (about["corpus"], about["source"], about["split"]) == ("bundled", "coqa", "validation")
+    assert (about["source"], about["split"]) == ("coqa", "validation")
 
 
 @pytest.mark.parametrize("corpus", HUB_CORPORA)

@@ -20,10 +20,16 @@ from conftest import run_slm
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from slm_pipeline.results.columns import flat_metrics
+from slm_pipeline.evaluation.efficiency import Efficiency
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-STAGES = ["calibrate", "merge", "recover", "evaluate_dense", "evaluate_pruned", "evaluate_recovered"]
+TARGETS = ("dense", "pruned", "recovered")
+STAGES = ["calibrate", "merge", "recover"]
+STAGES += [f"evaluate_{target}/{part}" for target in TARGETS for part in ("perplexity/text.txt", "piqa", "boolq")]
+
+
+def scored(*targets: str, part: str = "perplexity/text.txt") -> list[str]:
+    return [f"evaluate_{target}/{part}" for target in targets]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,6 +93,10 @@ class Run:
         return {name: self.summary[name] for name in names}
 
 
+def job_folder(job: list[str]) -> str:
+    return next(override.removeprefix("data_dir=") for override in job if override.startswith("data_dir="))
+
+
 def without_recovery(job: list[str]) -> list[str]:
     return [override for override in job if not override.startswith("recovery.")] + ["recovery=none"]
 
@@ -113,12 +123,13 @@ def test_run_from_nothing(undisturbed):
     assert undisturbed.reused() == dict.fromkeys(STAGES, False)
     assert undisturbed.summary["num_layers"] == {"dense": 6, "pruned": 5}
     assert undisturbed.summary["warnings"][0] == (
-        "perplexity of text.txt: the calibration samples come from the same corpus, which favours the pruned model"
+        "perplexity/text.txt: the calibration samples come from the same text, which favours the pruned model"
     )
     perplexities = undisturbed.perplexities()
     assert perplexities["recovered"] < perplexities["pruned"]
     for name in STAGES:
-        assert (undisturbed.folder / name).resolve() == Path(undisturbed.paths()[name])
+        link = undisturbed.folder / name.replace("perplexity/", "perplexity_")
+        assert link.resolve() == Path(undisturbed.paths()[name])
 
 
 def kill_when(appears: str, store: Path, command: list[str], naming: str = "") -> None:
@@ -144,15 +155,17 @@ def test_killed_in_every_stage_it_ends_as_if_undisturbed(job, undisturbed, tmp_p
         ("calibrate", "*.partial/samples.safetensors", ""),
         ("merge", "*.partial/plan.json", ""),
         ("recover", "*.partial/checkpoints/checkpoint-4", ""),
-        ("evaluate", "*.partial/complete.json", "piqa.json"),
+        ("evaluate", "*/stage.json", ""),
     ):
         kill_when(f"{stage}/{appears}", store, command, naming)
-        (unfinished,) = (store / stage).glob("*.partial")
-        assert not unfinished.with_suffix("").exists()
-        assert sorted(str(path.parent.relative_to(store)) for path in store.glob("*/*/stage.json")) == sorted(finished)
-        finished.append(f"{stage}/{unfinished.stem}")
-    (scored,) = (store / "evaluate").glob("*.partial/piqa.json")
-    state = scored.stat()
+        done = sorted(str(path.parent.relative_to(store)) for path in store.glob("*/*/stage.json"))
+        if stage != "evaluate":
+            (unfinished,) = (store / stage).glob("*.partial")
+            assert not unfinished.with_suffix("").exists()
+            assert done == sorted(finished)
+            finished.append(f"{stage}/{unfinished.stem}")
+    before = {path.parent: path.stat() for path in (store / "evaluate").glob("*/stage.json")}
+    assert 0 < len(before) < 9
 
     continued = sorted((tmp_path / "runs" / "slm").iterdir())[3]  # it was killed while it evaluated
     rows = [json.loads(line) for line in (continued / "metrics.jsonl").read_text().splitlines()]
@@ -161,38 +174,43 @@ def test_killed_in_every_stage_it_ends_as_if_undisturbed(job, undisturbed, tmp_p
     assert sorted(map(str, losses)) == sorted(str({"time": 0, "stage": 0, **row}) for row in curve)  # of both attempts
 
     resumed = run(tmp_path, *job)
-    assert resumed.reused() == {name: not name.startswith("evaluate") for name in STAGES}
+    assert resumed.reused() == {
+        name: Path(path) in before or "evaluate" not in name for name, path in resumed.paths().items()
+    }
+    assert list(resumed.reused()) == STAGES
     assert resumed.findings() == undisturbed.findings()
     assert resumed.summary["recovery"]["eval_loss"] == undisturbed.summary["recovery"]["eval_loss"]
     expected = undisturbed.weights()
     assert resumed.weights().keys() == expected.keys()
     assert all(torch.equal(weight, expected[name]) for name, weight in resumed.weights().items())
-    kept = (Path(resumed.paths()["evaluate_dense"]) / "piqa.json").stat()
-    assert (kept.st_ino, kept.st_mtime_ns) == (state.st_ino, state.st_mtime_ns)  # a finished task is not scored again
+    for folder, state in before.items():  # what was finished is not scored again
+        kept = (folder / "stage.json").stat()
+        assert (kept.st_ino, kept.st_mtime_ns) == (state.st_ino, state.st_mtime_ns)
     assert not list(store.glob("*/*.partial"))
 
 
 def test_a_job_scores_its_own_model_while_another_scores_the_dense_one(job, undisturbed, tmp_path):
     paths = {name: tmp_path / "store" / "evaluate" / Path(path).name for name, path in undisturbed.paths().items()}
-    paths["evaluate_dense"].parent.mkdir(parents=True)
+    dense, pruned = (paths[name] for name in scored("dense", "pruned"))
+    dense.parent.mkdir(parents=True)
     begun, seen = threading.Event(), []
 
     def other_job() -> None:
-        with FileLock(paths["evaluate_dense"].with_suffix(".lock")):
+        with FileLock(dense.with_suffix(".lock")):
             begun.set()
             deadline = time.monotonic() + 120
-            while not paths["evaluate_pruned"].exists() and time.monotonic() < deadline:
+            while not pruned.exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
-            seen.extend(name for name in ("evaluate_dense", "evaluate_pruned") if paths[name].exists())
+            seen.extend(path for path in (dense, pruned) if path.exists())
 
     thread = threading.Thread(target=other_job)
     thread.start()
     begun.wait()
-    scored = run(tmp_path, *without_recovery(job), "evaluation.of=[dense,pruned]")
+    found = run(tmp_path, *without_recovery(job), "evaluation.of=[dense,pruned]")
     thread.join()
-    assert seen == ["evaluate_pruned"]
-    assert list(scored.reused().items()) == [(name, False) for name in STAGES if "recover" not in name]
-    assert scored.findings()["metrics"] == {
+    assert seen == [pruned]
+    assert list(found.reused().items()) == [(name, False) for name in STAGES if "recover" not in name]
+    assert found.findings()["metrics"] == {
         target: undisturbed.findings()["metrics"][target] for target in ("dense", "pruned")
     }
 
@@ -212,7 +230,7 @@ def test_same_command_again_reuses_everything(job, undisturbed, output_dir):
 
 def test_another_limit_only_evaluates_again(job, undisturbed, output_dir):
     fewer = run(output_dir, *job, "evaluation.limit=2")
-    assert fewer.reused() == {name: not name.startswith("evaluate") for name in STAGES}
+    assert fewer.reused() == {name: not name.endswith(("piqa", "boolq")) for name in STAGES}
     assert fewer.summary["details"]["evaluate_dense"]["zero_shot"]["piqa"]["num_examples"] == 2
     assert run(output_dir, *job).findings() == undisturbed.findings()
 
@@ -222,14 +240,14 @@ def test_part_of_the_stages(job, undisturbed, output_dir):
     assert first.reused() == {"calibrate": True, "merge": True}
     assert "metrics" not in first.summary
     last = run(output_dir, *job, "stages=[evaluate]", "evaluation.tasks=[]", "evaluation.of=[recovered]")
-    assert last.reused() == {"evaluate_recovered": False}
+    assert last.reused() == dict.fromkeys(scored("recovered"), True)
     assert last.perplexities()["recovered"] == undisturbed.perplexities()["recovered"]
 
 
 def test_force_runs_a_stage_and_what_follows(job, undisturbed, output_dir):
     forced = run(output_dir, *without_recovery(job), "force=[merge]", "evaluation.tasks=[]")
     assert forced.reused() == {
-        "calibrate": True, "merge": False, "evaluate_dense": False, "evaluate_pruned": False
+        "calibrate": True, "merge": False, **dict.fromkeys(scored("dense"), True), **dict.fromkeys(scored("pruned"), False)
     }  # fmt: skip
     assert forced.summary["layer_groups"] == undisturbed.summary["layer_groups"]
     again = run(output_dir, *without_recovery(job), "force=[evaluate]", "evaluation.tasks=[]")
@@ -243,7 +261,7 @@ def test_thresholds_that_give_the_same_plan_share_all_that_follows(job, undistur
     second = run(output_dir, *fixed, f"threshold.value={threshold - 1e-9}")
     assert second.summary["layer_groups"] == first.summary["layer_groups"]
     assert second.paths()["merge"] != first.paths()["merge"]
-    assert second.reused() == {name: name != "merge" for name in STAGES}
+    assert second.reused() == {name: name != "merge" for name in [*STAGES[:3], *scored(*TARGETS)]}
 
 
 def test_keep_plan_leaves_no_pruned_weights_and_scores_the_same(job, undisturbed, tmp_path):
@@ -254,7 +272,7 @@ def test_keep_plan_leaves_no_pruned_weights_and_scores_the_same(job, undisturbed
     assert lean.summary["metrics"]["pruned"] == undisturbed.summary["metrics"]["pruned"]
     whole = run(tmp_path, *pruned)  # with keep=model the weights are there, made from the plan
     assert whole.paths() == lean.paths()
-    assert whole.reused() == {"calibrate": True, "merge": False, "evaluate_pruned": True}
+    assert whole.reused() == {name: name != "merge" for name in STAGES if "dense" not in name and "recover" not in name}
     assert (Path(whole.summary["checkpoint"]) / "model.safetensors").is_file()
 
 
@@ -274,8 +292,9 @@ def test_plan_is_replayed(job, undisturbed, output_dir):
 def test_no_pruning_is_the_dense_model(job, undisturbed, output_dir):
     dense = run(output_dir, *without_recovery(job), "method=none", "evaluation.of=[dense,pruned]")
     assert dense.summary["num_layers"] == {"dense": 6, "pruned": 6}
-    assert dense.paths()["evaluate_pruned"] == dense.paths()["evaluate_dense"] == undisturbed.paths()["evaluate_dense"]
-    assert dense.reused()["evaluate_pruned"]
+    (of_dense,), (of_pruned,) = scored("dense"), scored("pruned")
+    assert dense.paths()[of_pruned] == dense.paths()[of_dense] == undisturbed.paths()[of_dense]
+    assert dense.reused()[of_pruned]
     weights = dense.weights()
     assert dense.summary["metrics"]["pruned"] == undisturbed.summary["metrics"]["dense"]
     assert len({name.split(".")[2] for name in weights if "layers" in name}) == 6
@@ -290,8 +309,38 @@ def test_two_texts_of_the_same_name_are_scored_apart(job, output_dir, tmp_path):
     first, second = found.summary["metrics"]["dense"]["perplexity"].values()
     assert first["sha256"] != second["sha256"]
     assert first["num_tokens"] != second["num_tokens"]
-    names = {name for name in flat_metrics(found.summary) if "perplexity" in name}
+    names = {name for name in found.summary["numbers"] if "perplexity" in name}
     assert names == {"dense/perplexity/text.txt", f"dense/perplexity/{tmp_path}/text.txt"}
+
+
+def test_adding_a_text_measures_that_alone_and_a_copy_elsewhere_nothing(job, undisturbed, output_dir, tmp_path):
+    (tmp_path / "more.txt").write_text("river mill " * 300)
+    (tmp_path / "copy.txt").write_bytes((Path(job_folder(job)) / "text.txt").read_bytes())
+    corpora = f"evaluation.perplexity.corpora=[text.txt,{tmp_path}/more.txt]"
+    lines = run_slm(*job, corpora, f"output_dir={output_dir}", "dry_run=true").out.splitlines()
+    added = [line.split()[0] for line in lines if line.split()[1] == "run"]
+    assert added == scored(*TARGETS, part="perplexity/more.txt")
+    both = run(output_dir, *job, corpora)
+    assert {name for name, reused in both.reused().items() if not reused} == set(added)
+    moved = run(output_dir, *job, f"evaluation.perplexity.corpora=[{tmp_path}/copy.txt]")
+    assert set(moved.reused().values()) == {True}
+    assert moved.summary["numbers"]["dense/perplexity/copy.txt"]["value"] == undisturbed.perplexities()["dense"]
+
+
+def test_adding_speed_measures_that_alone(job, undisturbed, output_dir, monkeypatch):
+    def timed(self, part, model, context):
+        timed.calls += 1
+        names = ("latency_seconds", "tokens_per_second", "weights_gb", "peak_memory_gb")
+        found = {name: 2.0 for name in names} | {"latency_seconds_std": 0.0, "tokens_per_second_std": 0.0}
+        return found | {"device": "d", "dtype": "float32", "prompt_len": 4, **self.settings("enabled", "prompt")}
+
+    timed.calls = 0
+    monkeypatch.setattr(Efficiency, "run", timed)
+    found = run(output_dir, *job, "evaluation.efficiency.enabled=true", "objective.metric=pruned/efficiency/weights_gb")
+    assert {name for name, reused in found.reused().items() if not reused} == set(scored(*TARGETS, part="efficiency"))
+    assert timed.calls == 3
+    assert found.summary["numbers"]["recovered/efficiency/tokens_per_second"]["value"] == 2.0
+    assert found.findings()["metrics"] == undisturbed.findings()["metrics"]
 
 
 def test_weights_are_added_to_a_plan_without_searching_again(job, tmp_path, monkeypatch):

@@ -38,7 +38,12 @@ def seeds(tmp_path: Path) -> Path:
     """Two methods with three seeds each; one job failed. slm's perplexities are 20 and 26, laco's 30, 31 and 35."""
     directory = tmp_path / "seeds"
     results = [("slm", 20.0), ("slm", 26.0), ("slm", None), ("laco", 30.0), ("laco", 31.0), ("laco", 35.0)]
-    study = {"question": "How sure is it?", "metric": "perplexity bundled pruned", "x": "layers", "series": ["method"]}
+    study = {
+        "question": "How sure is it?",
+        "metric": "pruned/perplexity/bundled",
+        "x": "num_layers",
+        "series": ["method"],
+    }
     for job, (method, value) in enumerate(results):
         layers = 24 if method == "slm" else 20
         result = "loss is nan" if value is None else finished(tmp_path, layers, value, method=method)

@@ -20,7 +20,7 @@ EVIL = "<script>document.title='hacked'</script><img src=http://192.0.2.1/x.png>
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four jobs in the order of their folders: perplexity 9, none (failed), 100, 20; every text tries to run."""
     tmp_path = tmp_path_factory.mktemp("page")
-    study = {"question": f"Which is {EVIL} best?", "metric": "perplexity bundled pruned", "x": "threshold.value"}
+    study = {"question": f"Which is {EVIL} best?", "metric": "pruned/perplexity/bundled", "x": "threshold.value"}
     results = [finished(tmp_path, 28, 9.0), f"no {EVIL}", finished(tmp_path, 20, 100.0), finished(tmp_path, 24, 20.0)]
     for job, result in enumerate(results):
         if isinstance(result, dict):
@@ -84,14 +84,14 @@ def test_in_a_browser(page, tmp_path):
         assert browser.run("return [...document.images].every(image => image.naturalWidth > 300)")
         assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")  # only the table scrolls
 
-        header = "document.querySelector('th[data-column=\"perplexity bundled pruned\"]')"
+        header = "document.querySelector('th[data-column=\"pruned/perplexity/bundled\"]')"
         assert rows(browser) == ["0", "1", "2", "3"]
         browser.run(f"{header}.querySelector('button').click()")
         assert (rows(browser), browser.run(f"return {header}.ariaSort")) == (["0", "3", "2", "1"], "ascending")
         browser.run(f"{header}.querySelector('button').focus()")
         browser.press("\ue007")  # Enter: the keyboard does it too
         assert (rows(browser), browser.run(f"return {header}.ariaSort")) == (["2", "3", "0", "1"], "descending")
-        average = "document.querySelector('th[data-column=\"layers\"]')"
+        average = "document.querySelector('th[data-column=\"num_layers\"]')"
         browser.run(f"{average}.querySelector('button').click()")
         assert browser.run(f"return {header}.ariaSort") == "none"
         assert rows(browser) == ["2", "3", "0", "1"]
@@ -147,7 +147,10 @@ def test_a_page_of_nothing_finished_is_still_a_page(sweep):
 
 def test_names_questions_and_reasons_cannot_be_markup(tmp_path):
     bad = "<script>a</script>\x1b\ud800\n"
-    config = {"name": bad, "study": {"question": bad, "metric": "layers", "x": "note", "series": [], "sort_by": None}}
+    config = {
+        "name": bad,
+        "study": {"question": bad, "metric": "num_layers", "x": "note", "series": [], "sort_by": None},
+    }
     write_run(tmp_path / "s" / "0", [f"note={bad}0"], finished(tmp_path, 24, 20.0, warnings=[bad]), config=config)
     write_run(tmp_path / "s" / "1", [f"note={bad}1"], bad, config=config)
     write_study(tmp_path / "s")

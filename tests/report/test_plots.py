@@ -26,11 +26,11 @@ def test_seeds_are_one_point_with_their_deviation_and_failures_are_said(seeds, d
     assert (found[0].look, found[1].look) == (METHODS["laco"], METHODS["slm"])
     assert drawn["metric"]["reference"] == ("dense: 15.23", 15.234)
     assert note == "points: mean over seed; bars: standard deviation; left out: 1 of 6 jobs (1 FAILED)"
-    assert drawn["score_by_layers"]["y"].label == "average pruned in percent (higher is better)"
+    assert drawn["score_by_layers"]["y"].label == "pruned/average in percent (higher is better)"
 
 
 def test_a_single_run_has_its_standard_error(sweep, drawn, tmp_path):
-    plots.draw(read_study(sweep, metric="boolq pruned", x="layers"), tmp_path)
+    plots.draw(read_study(sweep, metric="pruned/boolq", x="num_layers"), tmp_path)
     (curve,) = drawn["metric"]["arguments"][0]
     assert points(curve) == [(24.0, 40.0, 4.0), (27.0, 50.0, 4.0)]
     assert drawn["metric"]["note"] == "bars: one standard error; left out: 2 of 4 jobs (1 FAILED, 1 interrupted)"
@@ -104,7 +104,7 @@ def test_speed_is_measured_or_the_parameters_left(measured, tmp_path, drawn):
         assert [points(curve)[0][:2] for curve in found] == [(50.0, 60.0), (60.0, 55.0), (45.0, 40.0)]
         assert best == [(50.0, 60.0), (60.0, 55.0)]
         assert (reference.x, reference.y) == (40.0, 65.0)
-        assert label == "tokens per second pruned (higher is better)"
+        assert label == "pruned/efficiency/tokens_per_second (higher is better)"
     else:
         assert [points(curve)[0][:2] for curve in found] == [(80.0, 60.0), (70.0, 55.0), (60.0, 40.0)]
         assert best == [(60.0, 40.0), (70.0, 55.0), (80.0, 60.0)]  # fewer is better, so all three

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from studies import perplexity, task
+import pytest
+from studies import perplexity, task, with_numbers
 
-from slm_pipeline.report.run import score_table, write_summary_md
-from slm_pipeline.results.columns import flat_metrics, measures
+from slm_pipeline.report.run import write_summary_md
+from slm_pipeline.results.of_run import numbers_of
 from slm_pipeline.show.tables import WIDTH
 
 
@@ -14,19 +15,23 @@ def test_text_holds_the_run_in_lines_that_fit_a_terminal(tmp_path, summary, monk
     (tmp_path / "run" / "wandb" / "offline-run-1").mkdir(parents=True)
     (tmp_path / "run" / "plan.json").write_text("{}")
     text = write_summary_md(tmp_path / "run", summary)
-    assert text.splitlines()[:12] == [
+    assert text.splitlines()[:16] == [
         "first: smollm2_135m, slm, threshold 0.81, seed 7",
         "layers 30 -> 24 (-20.0%), parameters 134.5M -> 113.3M (-15.8%)",
         "",
-        "Results (scores in percent, perplexity: lower is better)",
-        "  model    boolq   piqa  average  perplexity bundled",
-        "  dense     60.0   70.0     65.0               15.23",
-        "          +-11.2  +-6.0    +-6.4",
-        "  pruned                                    1.23e+05",
+        "Perplexity (lower is better)",
+        "  model    bundled",
+        "  dense      15.23",
+        "  pruned  1.23e+05",
+        "",
+        "Zero-shot (%, higher is better)",
+        "  model   boolq   piqa  average",
+        "  dense    60.0   70.0     65.0",
+        "         +-11.2  +-6.0    +-6.4",
         "",
         "How it was measured",
-        "  dense: zero-shot: lm-eval 0.4.13, the first 20 examples of each task, batch size 16",
         "  perplexity bundled: 8184 tokens scored, windows of 1024 tokens, not overlapping, no BOS",
+        "  dense: zero-shot boolq, piqa: lm-eval 0.4.13, the first 20 examples of each task, batch size 16",
     ]
     assert "0-19 {20-23} 24-25 29" in text
     assert "dropped: 26, 27, 28" in text
@@ -45,8 +50,8 @@ def test_markdown_has_the_same_and_the_details(tmp_path, summary):
     write_summary_md(tmp_path, summary)
     markdown = (tmp_path / "summary.md").read_text()
     assert markdown.startswith("# first: smollm2_135m, slm, threshold 0.81, seed 7\n\nlayers 30 -> 24 (-20.0%)")
-    assert "| dense  |   60.0 |  70.0 |    65.0 |              15.23 |\n" in markdown
-    assert "| dense | boolq | 60.00 |  11.20 | acc    |       20 |\n" in markdown
+    assert "| dense |   60.0 |  70.0 |    65.0 |\n" in markdown
+    assert "| dense  | boolq              |     60 |    11.2 | %          |\n" in markdown
     assert f"```bash\n{summary['command']}\n```\n" in markdown
     assert f"- checkpoint: {tmp_path}/m/model\n" in markdown
 
@@ -56,9 +61,9 @@ def test_zeroed_parameters_are_in_the_checkpoint_and_not_at_work(tmp_path, summa
     text = " ".join(write_summary_md(tmp_path, summary).split())
     assert "parameters 134.5M -> 113.3M (-15.8%), 106.3M of them at work (-21.0%)" in text
     assert "parameters: those at work; the checkpoint also holds those of the removed sublayers, as zeros" in text
-    assert flat_metrics(summary)["parameters"] == measures(summary)["parameters"] == 106_276_160
+    assert numbers_of(summary)["parameters"].value == 106_276_160
     summary["sublayers"]["export"] = "custom"  # then they are gone from the checkpoint, and counted as gone
-    assert flat_metrics(summary)["parameters"] == measures(summary)["parameters"] == 113_276_160
+    assert numbers_of(summary)["parameters"].value == 113_276_160
     assert "at work" not in write_summary_md(tmp_path, summary)
 
 
@@ -75,7 +80,7 @@ def test_small_limits_are_called_out_and_whole_tasks_are_not(tmp_path, summary):
     summary["details"]["evaluate_dense"]["zero_shot"] = {"boolq": task(60.0, 0.9, limit=None)}
     text = write_summary_md(tmp_path, summary)
     assert "use evaluation=zero_shot" not in text
-    assert "dense: zero-shot: lm-eval 0.4.13, all examples, batch size 16" in text
+    assert "dense: zero-shot boolq: lm-eval 0.4.13, all examples, batch size 16" in text
 
 
 def test_settings_that_differ_are_said_for_each_model(tmp_path, summary):
@@ -83,7 +88,7 @@ def test_settings_that_differ_are_said_for_each_model(tmp_path, summary):
     text = write_summary_md(tmp_path, summary)
     assert "dense: perplexity bundled: 8184 tokens scored, windows of 1024 tokens, not overlapping, no BOS" in text
     scored = "windows of 1024 tokens, the last 512 tokens of each scored, BOS before each"
-    assert f"pruned: perplexity bundled (test): 8184 tokens scored, {scored}" in " ".join(text.split())
+    assert f"pruned: perplexity bundled: test split, 8184 tokens scored, {scored}" in " ".join(text.split())
 
 
 def test_what_was_not_run_is_absent(tmp_path, summary):
@@ -103,30 +108,42 @@ def test_a_threshold_that_may_not_be_the_highest_is_called_that(tmp_path, summar
 
 
 def test_recovery_lists_its_numbers(tmp_path, summary):
-    summary["recovery"] = {"name": "lora", "options": {}, "num_tokens": 123456, "eval_loss": 2.34567}
-    assert "Recovery\n  lora: num tokens 123456, eval loss 2.346\n" in write_summary_md(tmp_path, summary)
+    summary["recovery"] = {"name": "lora", "options": {}, "num_tokens": 123456, "seconds": 2.0, "eval_loss": 2.34567}
+    assert "Recovery\n  lora: num tokens 123456, seconds 2, eval loss 2.346\n" in write_summary_md(tmp_path, summary)
 
 
 def test_unknown_standard_errors_are_left_out(tmp_path, summary):
     summary["details"]["evaluate_dense"]["zero_shot"]["piqa"]["stderr"] = None
     lines = write_summary_md(tmp_path, summary).splitlines()
-    assert lines[lines.index("  dense     60.0  70.0     65.0               15.23") + 1] == "          +-11.2"
-    assert "| dense | piqa  | 70.00 |        | acc    |       20 |" in (tmp_path / "summary.md").read_text()
+    assert lines[lines.index("  dense    60.0  70.0     65.0") + 1] == "         +-11.2"
+    assert "| dense  | piqa               |     70 |         | %          |" in (tmp_path / "summary.md").read_text()
 
 
-def test_numbers_for_a_server_to_compare(summary):
-    columns, rows = score_table(summary)
-    assert columns == ["model", "task", "score", "stderr", "metric", "examples"]
-    assert rows == [["dense", "boolq", 60.0, 11.2, "acc", 20], ["dense", "piqa", 70.0, 6.0, "acc", 20]]
-    assert flat_metrics(summary) == {
+def test_a_summary_of_before_numbers_had_keys_says_the_same(tmp_path, summary):
+    assert write_summary_md(tmp_path, with_numbers(summary)) == write_summary_md(tmp_path, summary)
+    found = numbers_of(summary)
+    assert {key: number.value for key, number in found.items()} == {
         "num_layers": 24,
         "parameters": 113276160,
+        "threshold": 0.81,
         "dense/boolq": 60.0,
         "dense/piqa": 70.0,
         "dense/average": 65.0,
         "dense/perplexity/bundled": 15.234,
         "pruned/perplexity/bundled": 123456.0,
+        "seconds": 42.0,
     }
+    assert numbers_of(with_numbers(summary)) == found
+    assert found["dense/average"].stderr == pytest.approx((11.2**2 + 6.0**2) ** 0.5 / 2)
+    assert [key for key, number in found.items() if number.higher_is_better] == [
+        "dense/boolq", "dense/piqa", "dense/average"
+    ]  # fmt: skip
+
+
+def test_two_texts_with_one_file_name_are_two_numbers(tmp_path, summary):
+    summary["metrics"]["pruned"]["perplexity"] = {"a/x.txt": perplexity(5.0), "b/x.txt": perplexity(6.0)}
+    found = numbers_of(summary)
+    assert (found["pruned/perplexity/a/x.txt"].value, found["pruned/perplexity/b/x.txt"].value) == (5.0, 6.0)
 
 
 def test_efficiency_has_a_row_for_each_model(tmp_path, summary):
@@ -144,11 +161,7 @@ def test_efficiency_has_a_row_for_each_model(tmp_path, summary):
         for target, (s, n) in speeds.items()
     }
     text = write_summary_md(tmp_path, summary)
-    assert (
-        "  model   latency in s  tokens per s  weights in GB  peak memory in GB\n"
-        "  dense            3.2            40          0.538\n"
-        "  pruned           2.5         51.25          0.538\n"
-    ) in text
+    assert ("Efficiency\n  model   tokens_per_second (tokens/s, higher)  latency_seconds (seconds, lower)") in text
     assert "efficiency: cpu, float32, batch size 1, 128 new tokens, mean of 20 runs after 10 to warm up\n" in text
 
 

@@ -28,17 +28,17 @@ def test_a_study_has_a_row_for_each_job_and_says_shared_things_once(sweep):
     text = documents.markdown(read_study(sweep))
     assert text.startswith("# ratio: 4 jobs, 2 done, 1 FAILED, 1 interrupted\n")
     assert "All jobs: `model=tiny`\n" in text
-    assert "Dense model: perplexity bundled 15.23, average 65.0\n" in text
-    assert "Metric: perplexity bundled pruned, lower is better; the best is bold\n" in text
-    numbers = ["layers", "parameters", "perplexity bundled pruned", "average pruned", "seconds"]
+    assert "Dense model: perplexity/bundled 15.23, average 65.0\n" in text
+    assert "Metric: pruned/perplexity/bundled, lower is better; the best is bold\n" in text
+    numbers = ["num_layers", "parameters", "pruned/perplexity/bundled", "pruned/average", "seconds"]
     assert cells(text) == [
         ["job", "pruning_ratio", *numbers, "status"],
-        ["0", "r0", "27", "100.0M", "30.50", "55.0 +-2.5", "42", "done"],
+        ["0", "r0", "27", "100.0M", "30.50", "55.0 +-2.5", "42.0", "done"],
         ["1", "r1", "", "", "", "", "", "FAILED: ratio=2 must be below 1"],
-        ["2", "r2", "24", "100.0M", "**20.25**", "45.0 +-2.5", "42", "done"],
+        ["2", "r2", "24", "100.0M", "**20.25**", "45.0 +-2.5", "42.0", "done"],
         ["10", "r10", "", "", "", "", "", "interrupted"],
     ]
-    assert "- zero-shot: lm-eval 0.4.13, the first 20 examples of each task, batch size 16\n" in text
+    assert "- zero-shot boolq, piqa: lm-eval 0.4.13, the first 20 examples of each task, batch size 16\n" in text
     assert text.count("20 examples a task: +-11 points") == 1
 
 
@@ -46,19 +46,19 @@ def test_the_best_stands_first_and_the_failed_last(sweep):
     def order(column: str) -> list[str]:
         return [run.job for run in read_study(sweep, sort_by=column).runs]
 
-    assert order("average pruned") == ["0", "2", "1", "10"]
-    assert order("layers") == ["2", "0", "1", "10"]
+    assert order("pruned/average") == ["0", "2", "1", "10"]
+    assert order("num_layers") == ["2", "0", "1", "10"]
     assert order("pruning_ratio") == ["0", "1", "10", "2"]
-    assert "Sorted by layers, best first" in documents.markdown(read_study(sweep, sort_by="layers"))
+    assert "Sorted by num_layers, best first" in documents.markdown(read_study(sweep, sort_by="num_layers"))
 
 
 @pytest.mark.parametrize("key", ["sort_by", "metric", "x"])
 def test_an_unknown_column_is_an_error_that_lists_the_columns(sweep, key):
-    allowed = "columns: layers, parameters, threshold, perplexity bundled dense, .*, average pruned, seconds"
+    allowed = "columns: num_layers, parameters, threshold, dense/perplexity/bundled, .*, pruned/average, seconds"
     with pytest.raises(UserError, match=f"{key}='accuracy' is not a column of this table; {allowed}"):
         read_study(sweep, **{key: "accuracy"})
     with pytest.raises(UserError, match="columns='accuracy' is not a column"):
-        read_study(sweep, columns=["layers", "accuracy"])
+        read_study(sweep, columns=["num_layers", "accuracy"])
     with pytest.raises(
         UserError, match="series='method' is not an option of these runs; they differ in: pruning_ratio"
     ):
@@ -66,16 +66,16 @@ def test_an_unknown_column_is_an_error_that_lists_the_columns(sweep, key):
 
 
 def test_a_wish_of_the_configuration_that_cannot_be_met_is_a_note(tmp_path):
-    study = {"question": "Why?", "metric": "average recovered", "x": "layers", "series": ["recovery.rank"]}
+    study = {"question": "Why?", "metric": "recovered/average", "x": "num_layers", "series": ["recovery.rank"]}
     for job in range(2):
-        config = {"name": "why", "study": {**study, "sort_by": "average recovered"}}
+        config = {"name": "why", "study": {**study, "sort_by": "recovered/average"}}
         write_run(tmp_path / "why" / str(job), [f"seed={job}"], finished(tmp_path, 20, 20.0 + job), config=config)
     found = read_study(tmp_path / "why")
-    assert (found.metric, found.sort_by, found.x, found.series) == ("perplexity bundled pruned", None, "layers", [])
+    assert (found.metric, found.sort_by, found.x, found.series) == ("pruned/perplexity/bundled", None, "num_layers", [])
     text = documents.markdown(found)
     assert text.startswith("# Why?\n\nwhy: 2 jobs, 2 done\n")
-    assert "sort_by='average recovered' is not a column of this table" in text
-    assert "metric='average recovered' is not a column of this table" in text
+    assert "sort_by='recovered/average' is not a column of this table" in text
+    assert "metric='recovered/average' is not a column of this table" in text
     assert "series='recovery.rank' is not an option of these runs" in text
 
 
@@ -83,14 +83,14 @@ def test_a_study_of_failures_alone_is_a_table(sweep):
     for job in ("0", "2", "10"):
         for path in (sweep / job).glob("summary.json"):
             path.unlink()
-    text = documents.markdown(read_study(sweep, sort_by="layers"))
+    text = documents.markdown(read_study(sweep, sort_by="num_layers"))
     assert cells(text)[0] == ["job", "pruning_ratio", "status"]
     assert [row[-1] for row in cells(text)[1:]] == [
         "interrupted",
         "FAILED: ratio=2 must be below 1",
         *2 * ["interrupted"],
     ]
-    assert "sort_by='layers': no run is done yet" in text
+    assert "sort_by='num_layers': no run is done yet" in text
     (sweep / "2" / "failure.json").write_text(json.dumps({"error": "killed", "type": "KeyboardInterrupt"}))
     assert "4 jobs, 2 FAILED, 2 interrupted" in documents.markdown(read_study(sweep))
 
@@ -104,7 +104,7 @@ def test_seeds_are_averaged_and_the_failed_one_is_counted(seeds):
     assert "## Averaged over seed: mean +- standard deviation of the runs that are done\n" in text
     deviation = math.sqrt((4 + 1 + 9) / 2)  # of 30, 31, 35 around 32
     assert cells(text, 1) == [
-        ["method", "runs done", "layers", "parameters", "perplexity bundled pruned", "average pruned"],
+        ["method", "runs done", "num_layers", "parameters", "pruned/perplexity/bundled", "pruned/average"],
         ["slm", "2 of 3", "24", "100.0M", "**23.00 +-4.24**", "55.0 +-0.0"],
         ["laco", "3 of 3", "20", "100.0M", f"32.00 +-{deviation:.2f}", "55.0 +-0.0"],
     ]
@@ -122,7 +122,7 @@ def test_mean_and_deviation():
 
 def test_merged_studies_differ_in_what_their_files_chose(seeds, tmp_path):
     """A study that fixed the method in its file, beside one that swept it on the command line."""
-    config = {"name": "other", "seed": 0, "study": {"question": "What else?", "metric": "average pruned"}}
+    config = {"name": "other", "seed": 0, "study": {"question": "What else?", "metric": "pruned/average"}}
     for job, ratio in enumerate(("r10", "r20")):
         overrides = [f"pruning_ratio={ratio}", "sweeps=other"]
         choices = {"method": "come", "pruning_ratio": ratio, "sweeps": "other"}
@@ -133,7 +133,7 @@ def test_merged_studies_differ_in_what_their_files_chose(seeds, tmp_path):
     assert study.name == "seeds, other"
     assert study.options == ["name", "method", "seed", "pruning_ratio"]
     assert [run.option("method") for run in study.runs] == [*3 * ["slm"], *3 * ["laco"], *2 * ["come"]]
-    assert (study.question, study.metric, study.series) == (None, "perplexity bundled pruned", ["method"])
+    assert (study.question, study.metric, study.series) == (None, "pruned/perplexity/bundled", ["method"])
 
 
 def test_settings_that_hold_for_some_jobs_name_them(tmp_path):
@@ -144,18 +144,18 @@ def test_settings_that_hold_for_some_jobs_name_them(tmp_path):
         write_run(tmp_path / "s" / str(job), [f"seed={job}"], result)
     lines = read_study(tmp_path / "s").measured()
     assert "jobs 0, 2: perplexity bundled: 8184 tokens scored, windows of 1024 tokens, not overlapping, no BOS" in lines
-    assert "zero-shot: lm-eval 0.4.13, the first 20 examples of each task, batch size 16" in lines
+    assert "zero-shot boolq, piqa: lm-eval 0.4.13, the first 20 examples of each task, batch size 16" in lines
 
 
 def test_ties_for_the_best_are_all_bold_and_a_score_is_best_when_high(sweep):
-    study = read_study(sweep, metric="boolq pruned")
+    study = read_study(sweep, metric="pruned/boolq")
     assert study.best_runs == {0}
-    assert "boolq pruned" in study.shown_columns()  # though it is a detail
+    assert "pruned/boolq" in study.shown_columns()  # though it is a detail
     text = documents.markdown(study)
     assert "**50.0 +-4.0**" in text
     assert "**40.0" not in text
     tied = documents.markdown(read_study(sweep, metric="seconds"))
-    assert [row[6] for row in cells(tied)[1:]] == ["**42**", "", "**42**", ""]
+    assert [row[6] for row in cells(tied)[1:]] == ["**42.0**", "", "**42.0**", ""]
 
 
 def test_where_things_go_is_nothing_that_runs_share_or_differ_in(tmp_path):
@@ -223,14 +223,14 @@ def test_an_average_over_the_budget_is_never_the_best_and_perhaps_there_is_none(
         config = {"objective": {"max_layers": 24}}
         folder = tmp_path / "s" / str(job)
         write_run(folder, [f"method={method}", f"seed={job % 2}"], finished(tmp_path, layers, value), config=config)
-    averages = read_study(tmp_path / "s").averages(["perplexity bundled pruned"]).markdown()
+    averages = read_study(tmp_path / "s").averages(["pruned/perplexity/bundled"]).markdown()
     assert "**30.50 +-0.71**" in averages
     assert "**20.50" not in averages
     for job, (method, layers, value) in enumerate([("slm", 24, 19.0), *jobs[1:]]):
         config = {"objective": {"max_layers": 24}}
         folder = tmp_path / "t" / str(job)
         write_run(folder, [f"method={method}", f"seed={job % 2}"], finished(tmp_path, layers, value), config=config)
-    averages = read_study(tmp_path / "t").averages(["perplexity bundled pruned"]).markdown()
+    averages = read_study(tmp_path / "t").averages(["pruned/perplexity/bundled"]).markdown()
     assert "**30.50 +-0.71**" in averages  # not 20.00 +-1.41, of which one run is over the budget
     text = documents.markdown(read_study(tmp_path / "s" / "0", tmp_path / "s" / "1"))
     assert "Budget of layers: 0 of 2 runs keep to it\n" in text
@@ -249,9 +249,9 @@ def test_shared_windows_are_said_once_and_where_seconds_are_shown(tmp_path):
         result = finished(tmp_path, 24, 20.0, windows={"evaluations": 20, "evaluated": evaluated})
         write_run(tmp_path / "s" / str(job), [f"threshold.value={job}"], result)
     study = read_study(tmp_path / "s")
-    said = "jobs 1, 2: plan seconds: without the windows that an earlier search had evaluated"
-    assert [line for line in study.measured() if "plan seconds" in line] == [said]
-    assert "plan seconds" not in documents.latex(study)
+    said = "jobs 1, 2: plan_seconds: without the windows that an earlier search had evaluated"
+    assert [line for line in study.measured() if "plan_seconds" in line] == [said]
+    assert "plan_seconds" not in documents.latex(study)
 
 
 def test_a_job_that_was_repeated_counts_once_in_an_average(tmp_path):
@@ -264,6 +264,6 @@ def test_a_job_that_was_repeated_counts_once_in_an_average(tmp_path):
             os.utime(folder / "summary.json", (when, when))
     study = read_study(tmp_path / "s")
     assert study.newest == [False, True, True, False]
-    averages = cells(study.averages(["perplexity bundled pruned"]).markdown())
-    assert averages == [["runs done", "perplexity bundled pruned"], ["2 of 2", "25.00 +-7.07"]]
+    averages = cells(study.averages(["pruned/perplexity/bundled"]).markdown())
+    assert averages == [["runs done", "pruned/perplexity/bundled"], ["2 of 2", "25.00 +-7.07"]]
     assert study.averages_title().endswith("; 2 other runs of the same jobs left out")

@@ -339,7 +339,8 @@ def test_a_recovery_without_its_model_is_trained_again(job, finished, tmp_path):
     again = json.loads((run_dir / "summary.json").read_text())
     assert again["checkpoint"] == str(recovered)
     assert {name: stage["reused"] for name, stage in again["stages"].items()} == {
-        "calibrate": True, "merge": True, "recover": False, "evaluate_pruned": True, "evaluate_recovered": True
+        "calibrate": True, "merge": True, "recover": False, "evaluate_pruned/perplexity/text.txt": True,
+        "evaluate_recovered/perplexity/text.txt": True,
     }  # fmt: skip
     weights = Path(summary["checkpoint"]) / "model.safetensors"
     assert (recovered / "model.safetensors").read_bytes() == weights.read_bytes()
