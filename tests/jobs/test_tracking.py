@@ -18,6 +18,7 @@ from wandb_files import history, nested, only, wandb_records
 from slm_pipeline.config import TrackerConfig
 from slm_pipeline.errors import UserError
 from slm_pipeline.jobs import tracking
+from slm_pipeline.results.number import Number
 
 FAKE_KEY = "0123456789abcdef" * 2 + "01234567"
 # The smallest PNG: one black pixel.
@@ -88,12 +89,13 @@ def test_wandb_run_holds_config_curves_table_picture_and_labels(tmp_path, monkey
     (tmp_path / "map.png").write_bytes(PNG)
     config = TrackerConfig(kind="wandb", project="depth", tags=["table1", "slm"])
     with open_tracker(run_dir, config, run_config={"model": {"name": "tiny"}, "seed": 7}) as tracker:
-        tracker.log({"num_layers": 24}, stage="merge")
+        tracker.numbers([Number("num_layers", 24, "layers")], stage="merge")
         for step, loss in [(10, 3.5), (20, 3.0), (5, 2.75)]:
             tracker.log({"loss": loss}, stage="recover", step=step)
         tracker.table("results", ["model", "average"], [["dense", 50.5], ["pruned", None]])
         tracker.image("pictures/map", tmp_path / "map.png")
-        tracker.summary({"perplexity": {"bundled": 17.5}})
+        perplexity = Number("pruned/perplexity/bundled", 17.5, "perplexity", stderr=0.5)
+        tracker.summary({perplexity.key: perplexity})
 
     run = only(run_dir, "run")
     assert (run.project, run.display_name, run.run_group, run.job_type) == ("depth", "first", "ratio", "evaluate")
@@ -103,7 +105,7 @@ def test_wandb_run_holds_config_curves_table_picture_and_labels(tmp_path, monkey
     assert only(run_dir, "exit").exit_code == 0
 
     rows = history(run_dir)
-    assert {"merge/num_layers": 24} in rows
+    assert {"num_layers": 24} in rows  # a number has one name everywhere
     curve = [(row["recover/step"], row["recover/loss"]) for row in rows if "recover/loss" in row]
     assert curve == [(10, 3.5), (20, 3.0), (5, 2.75)]  # also the step that goes back
     axes = [r.metric for r in wandb_records(run_dir) if r.WhichOneof("record_type") == "metric"]
@@ -117,7 +119,7 @@ def test_wandb_run_holds_config_curves_table_picture_and_labels(tmp_path, monkey
     assert (files / picture["path"]).read_bytes() == (tmp_path / "map.png").read_bytes()
 
     finals = [nested(r.summary.update) for r in wandb_records(run_dir) if r.WhichOneof("record_type") == "summary"]
-    assert {"bundled": 17.5} in [final.get("perplexity") for final in finals]
+    assert {"pruned/perplexity/bundled": 17.5, "pruned/perplexity/bundled stderr": 0.5} in finals
 
     assert [line["stage"] for line in lines(run_dir)] == ["merge", "recover", "recover", "recover"]
     written = [path for path in tmp_path.rglob("*") if path.is_file()]

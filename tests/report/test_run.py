@@ -116,7 +116,7 @@ def test_unknown_standard_errors_are_left_out(tmp_path, summary):
     summary["details"]["evaluate_dense"]["zero_shot"]["piqa"]["stderr"] = None
     lines = write_summary_md(tmp_path, summary).splitlines()
     assert lines[lines.index("  dense    60.0  70.0     65.0") + 1] == "         +-11.2"
-    assert "| dense  | piqa               |     70 |         | %          |" in (tmp_path / "summary.md").read_text()
+    assert "| dense  | piqa               |     70 |        | %          |" in (tmp_path / "summary.md").read_text()
 
 
 def test_a_summary_of_before_numbers_had_keys_says_the_same(tmp_path, summary):
