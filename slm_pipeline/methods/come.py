@@ -96,8 +96,8 @@ class Come(ProtectsEnds):
             return fewest, why
         runs = math.ceil((num_layers - self.num_protected) / self.run_length)
         why = (
-            f"{self.num_protected} protected, of the others method.run_length={self.run_length} become one, once with"
-            " method.repeat=forbid"
+            f"{self.num_protected} protected; with method.repeat=forbid at most method.run_length={self.run_length}"
+            " layers become one"
         )
         return max(fewest, self.num_protected + runs), why
 

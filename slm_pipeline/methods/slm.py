@@ -53,7 +53,7 @@ class SlidingLayerMerging(ThresholdMerging):
         if self.max_window is None:
             return fewest, why
         windows = math.ceil((num_layers - self.num_protected) / self.max_window)
-        why = f"{self.num_protected} protected, of the others method.max_window={self.max_window} become one"
+        why = f"{self.num_protected} protected; at most method.max_window={self.max_window} layers become one"
         return max(fewest, self.num_protected + windows), why
 
     def one_pass(self, similarity: Similarity, num_layers: int) -> SlidingWindow:
