@@ -122,7 +122,11 @@ class PruningRatio:
         left = num_layers - target.remove
         fewest, why = self.method.fewest_left(num_layers)
         if left < fewest:
-            raise UserError(f"{asked} leaves {left} layers; at least {fewest} must be left ({why})")
+            nearest = f"; nearest: pruning_ratio=layers pruning_ratio.num_layers={fewest}"
+            raise UserError(
+                f"{asked} leaves {left} layers; at least {fewest} must be left ({why})"
+                + (nearest if fewest < num_layers else "")
+            )
         return target
 
     def target(self, sizes: ParameterCounts) -> Layers | Parameters | NoTarget:

@@ -67,6 +67,7 @@ def test_what_cannot_be_reached_is_refused_before_anything_is_loaded(overrides, 
         refused.err
     )
     assert message in refused.err
+    assert refused.err.rstrip().endswith(f"nearest: pruning_ratio=layers pruning_ratio.num_layers={num_layers}")
 
 
 @pytest.mark.parametrize(
