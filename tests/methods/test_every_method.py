@@ -60,6 +60,17 @@ def test_its_checkpoint_reloads(name, architecture, input_ids, tmp_path):
     torch.testing.assert_close(reloaded(input_ids=input_ids, use_cache=False).logits, expected, rtol=0, atol=0)
 
 
+def test_samples_of_one_token_are_refused_where_the_next_is_predicted():
+    context = context_of(random_source())
+    context.config.calibration.seq_len = 1
+    predicting = {"come_posterior", "shortened_ppl", "shortened_taylor", "sleb"}
+    for name in predicting:
+        with pytest.raises(UserError, match=f"calibration.seq_len=1 must be at least 2 for method={name}, which predi"):
+            method_of(name).check(context)
+    for name in set(METHODS) - predicting:
+        method_of(name).check(context)
+
+
 READ_STATES = sorted(set(METHODS) - {"shortened_magnitude", "reverse", "shortened_taylor"})
 
 
