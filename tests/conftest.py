@@ -22,8 +22,9 @@ import pytest
 import torch
 
 from slm_pipeline.cli import main
-from slm_pipeline.config import ModelConfig
+from slm_pipeline.config import Config, ModelConfig
 from slm_pipeline.models.architectures import ARCHITECTURES
+from slm_pipeline.models.context import Context
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.source import ModelSource, describe
 
@@ -56,6 +57,11 @@ def random_source(architecture: str = "llama", num_layers: int = 6, **sizes: int
         **sizes,
     )
     return describe(config)
+
+
+def context_of(source: ModelSource) -> Context:
+    """A job on this model, with the schema's defaults."""
+    return Context(Config(), source, "slm")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import copy
 import torch
 
 from slm_pipeline.methods.base import PruningProblem
+from slm_pipeline.methods.target import Floor, Layers
 from slm_pipeline.models.view import ModelView
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -70,9 +71,12 @@ def naive_search(model, input_ids, threshold, rule, protect_first=1, protect_las
     return windows, similarities
 
 
-def problem_for(model, source, input_ids, threshold=None, num_remove=None, refine=5, exhaustive=False):
-    view = ModelView(model)
-    statistics = None  # SLM does not look at it
-    return PruningProblem(
-        source, view, input_ids, statistics, num_remove, threshold, refine, exhaustive, {"num_tokens": 36}
-    )
+def problem_for(model, source, input_ids, threshold=None, num_remove=None, **more):
+    """The problem of a method that does not look at statistics: so many layers to go, or a floor alone."""
+    target = Layers(num_remove) if threshold is None else Floor(threshold)
+    return problem_of(source, ModelView(model), input_ids, target, calibration={"num_tokens": 36}, **more)
+
+
+def problem_of(source, view, input_ids, target, statistics=None, **more):
+    given = {"calibration": {}, **more}
+    return PruningProblem(source=source, view=view, input_ids=input_ids, statistics=statistics, target=target, **given)

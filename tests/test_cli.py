@@ -21,6 +21,7 @@ import torch
 from conftest import run_slm
 
 from slm_pipeline import cli, config
+from slm_pipeline.engine.windows import originals
 from slm_pipeline.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -335,9 +336,14 @@ def test_dry_run_says_what_would_be_continued(base):
 
 
 def test_target_out_of_reach_names_the_nearest_one_which_works(base, tmp_path, monkeypatch):
-    """Four unprotected layers in windows of two can lose two, not three."""
+    """A model that is not itself any more without three of its layers."""
+
+    def similarity(self, stack):
+        return 1.0 if sum(len(originals(group)) - 1 for group in stack) < 3 else -1.0
+
+    monkeypatch.setattr("slm_pipeline.engine.windows.StackSimilarity.__call__", similarity)
     monkeypatch.setattr("slm_pipeline.jobs.summary._draw", lambda *_: [])
-    outcome = run_slm(*base, "method.max_window=2", "pruning_ratio=r50")
+    outcome = run_slm(*base, "pruning_ratio=r50")
     assert outcome.status == 2
     (message,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
     assert "no threshold removes 3 of 6 layers: the nearest removes 2 (" in message
@@ -346,9 +352,9 @@ def test_target_out_of_reach_names_the_nearest_one_which_works(base, tmp_path, m
     assert (f"error: {failure['error']}", failure["type"]) == (message, "UserError")
     assert not (run_dir / "summary.json").exists()
     advice = message.partition("(")[2].partition(")")[0].split()
-    assert run_slm(*base, "method.max_window=2", *advice).status == 0
+    assert run_slm(*base, *advice).status == 0
     (summary,) = (tmp_path / "out" / "runs").glob("*/*/summary.json")
-    assert json.loads(summary.read_text())["layer_groups"] == [[0], [1, 2], [3, 4], [5]]
+    assert json.loads(summary.read_text())["layer_groups"] == [[0], [1], [2, 3, 4], [5]]
 
 
 def test_threshold_that_nothing_reaches_is_a_warning_and_the_dense_model(base, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from slm_pipeline.analysis.cka import LEAST_ROWS, MinibatchCKA
 from slm_pipeline.analysis.patches import agreement, contrast, patches, windows_in_patches
+from slm_pipeline.data.calibration import Calibration
 from slm_pipeline.data.tokens import tokenized
 from slm_pipeline.engine.blocks import entering_and_leaving
 from slm_pipeline.engine.statistics import MAX_BATCH_TOKENS, check_finite, token_cosines
@@ -76,9 +77,7 @@ class Text:
 
 def calibration_text(name: str, config: CalibrationConfig, tokenizer: Any, data_dir: Path | None) -> Text:
     """Calibration samples as the calibrate stage draws them."""
-    from slm_pipeline.data.calibration import sample
-
-    samples = sample(config, tokenizer, data_dir)
+    samples = Calibration(config, data_dir).sample(tokenizer)
     return Text(name, list(samples.input_ids), {"kind": "calibration", **asdict(config), "mode": samples.mode})
 
 

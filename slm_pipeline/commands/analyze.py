@@ -80,7 +80,7 @@ def dynamic_skip(words: list[str]) -> None:
     from slm_pipeline.show import pictures
 
     model, tokenizer = load_dense(job.source)
-    samples = calibration.sample(job.config.calibration, tokenizer, job.data_dir)
+    samples = job.calibration.sample(tokenizer)
     losses, plan_losses = analysis.measure(ModelView(model), samples.input_ids, list(plans.values()))
     found = analysis.summarize(losses, plan_losses, plans, options.tolerance)
     text, about = _calibration_text(job.config.calibration, samples)
@@ -238,7 +238,7 @@ def painters(words: list[str]) -> None:
         input_ids, about = _corpus_windows(options.corpus, text, tokenizer, job)
         place = f"{text.num_samples} x {text.seq_len} tokens of the corpus {options.corpus}"
     else:
-        samples = calibration.sample(text, tokenizer, job.data_dir)
+        samples = job.calibration.sample(tokenizer)
         input_ids = samples.input_ids
         about, place = _calibration_text(text, samples)
     found = analysis.measure(
@@ -288,7 +288,7 @@ def _calibration_sources(options: argparse.Namespace, job: Job) -> dict[str, Cal
     for file in map(str, options.text):
         found[file] = dataclasses.replace(configured, source="text_file", path=file)
     for text in found.values():
-        calibration.check(text, job.data_dir)
+        calibration.Calibration(text, job.data_dir).check(job)
     return found
 
 

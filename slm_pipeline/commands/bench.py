@@ -27,6 +27,7 @@ from slm_pipeline.commands import bench_recovery, bench_sweep
 from slm_pipeline.errors import UserError
 from slm_pipeline.machine import memory
 from slm_pipeline.methods.base import PruningProblem
+from slm_pipeline.methods.target import Floor
 from slm_pipeline.show.tables import Table
 
 if TYPE_CHECKING:
@@ -85,9 +86,7 @@ _COLUMNS = ("method", "tokens", "seconds theirs", "ours", "ratio", "blocks their
 
 
 def _problem(job: Job, view: ModelView, tokenizer: Any) -> PruningProblem:
-    from slm_pipeline.data.calibration import sample
-
-    input_ids = sample(job.config.calibration, tokenizer, job.data_dir).input_ids
+    input_ids = job.calibration.sample(tokenizer).input_ids
     no_statistics: Any = None  # made, and timed, with the methods that read them
     return job.pruning_problem(view, input_ids, no_statistics, {})
 
@@ -106,7 +105,9 @@ def _compare(job: Job, problem: PruningProblem) -> tuple[Measurement, Measuremen
     found = _measure(problem, ours)
     published = _measure(problem, lambda: LOOPS[type(method)](problem, method))
     # Each side looks for a threshold in its own way; a shortlist may miss the best.
-    may_differ = (method.takes_threshold and job.threshold is None) or getattr(method, "shortlist", None) is not None
+    may_differ = (Floor in method.targets and job.threshold.floor is None) or getattr(
+        method, "shortlist", None
+    ) is not None
     if found.result != published.result and not may_differ:
         raise UserError(f"method={method.name} decides {found.result}, the published loop {published.result}")
     return found, published

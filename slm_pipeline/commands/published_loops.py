@@ -32,6 +32,7 @@ from slm_pipeline.methods.shortgpt import ShortGPT
 from slm_pipeline.methods.sleb import Sleb
 from slm_pipeline.methods.slm import SlidingLayerMerging
 from slm_pipeline.methods.streamline import Streamline
+from slm_pipeline.methods.target import Floor, Parameters
 from slm_pipeline.methods.threshold import ThresholdMerging
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
@@ -148,17 +149,17 @@ def removed_by(windows: Sequence[Window]) -> int:
 
 def by_threshold(problem: PruningProblem, one_pass: Callable[[float, int | None], list[Window]]) -> Decision:
     """One pass at a given threshold; for ``auto`` ten halvings of [0, 1], as a user of the published code would."""
-    if problem.threshold is not None:
-        return one_pass(problem.threshold, None)
-    assert problem.num_remove is not None
+    if isinstance(problem.target, Floor):
+        return one_pass(problem.target.similarity, None)
+    num_remove = problem.target.remove
     low, high, best = 0.0, 1.0, None
     for _ in range(10):
         middle = (low + high) / 2
-        windows = one_pass(middle, problem.num_remove)
-        low, high = (middle, high) if removed_by(windows) >= problem.num_remove else (low, middle)
-        best = windows if removed_by(windows) == problem.num_remove else best
+        windows = one_pass(middle, num_remove)
+        low, high = (middle, high) if removed_by(windows) >= num_remove else (low, middle)
+        best = windows if removed_by(windows) == num_remove else best
     if best is None:
-        raise UserError(f"ten halvings met no threshold that removes {problem.num_remove} layers")
+        raise UserError(f"ten halvings met no threshold that removes {num_remove} layers")
     return best
 
 
@@ -168,7 +169,7 @@ def by_threshold(problem: PruningProblem, one_pass: Callable[[float, int | None]
 def sleb(problem: PruningProblem, method: Sleb) -> Decision:
     candidates = method.candidates(problem.view.num_layers)
     removed: list[int] = []
-    for _ in range(problem.num_remove or 0):
+    for _ in range(problem.target.remove):
         losses = {layer: loss_without(problem, [*removed, layer]) for layer in candidates}
         best = min(losses, key=lambda layer: losses[layer])
         removed.append(best)
@@ -178,7 +179,7 @@ def sleb(problem: PruningProblem, method: Sleb) -> Decision:
 
 def shortened_ppl(problem: PruningProblem, method: ShortenedPerplexity) -> Decision:
     losses = {layer: loss_without(problem, [layer]) for layer in method.candidates(problem.view.num_layers)}
-    return sorted(losses, key=lambda layer: losses[layer])[: problem.num_remove]
+    return sorted(losses, key=lambda layer: losses[layer])[: problem.target.remove]
 
 
 @torch.no_grad()
@@ -231,7 +232,14 @@ def finercut(problem: PruningProblem, method: FinerCut) -> Decision:
     layers = range(method.protect_first, view.num_layers - method.protect_last)
     candidates = [(layer, part) for layer in layers for part in SUBLAYERS]
     removed: list[tuple[int, str]] = []
-    for _ in range(2 * (problem.num_remove or 0)):
+    target = problem.target
+
+    def enough() -> bool:
+        if isinstance(target, Parameters):
+            return sum(view.sublayer_parameters(*sublayer) for sublayer in removed) >= target.remove
+        return len(removed) == 2 * target.remove
+
+    while not enough():
         values = {candidate: badness([*removed, candidate]) for candidate in candidates}
         best = min(values, key=lambda candidate: values[candidate])
         removed.append(best)
@@ -269,7 +277,7 @@ def shortgpt(problem: PruningProblem, method: ShortGPT) -> Decision:
     for states in hidden_states(problem):
         for layer, (before, after) in enumerate(zip(states, states[1:], strict=False)):
             influence[layer] += float((1 - token_cosines(before, after)).mean())
-    return sorted(method.candidates(len(influence)), key=lambda layer: influence[layer])[: problem.num_remove]
+    return sorted(method.candidates(len(influence)), key=lambda layer: influence[layer])[: problem.target.remove]
 
 
 def streamline(problem: PruningProblem, method: Streamline) -> Decision:
@@ -295,7 +303,7 @@ def token_cosines(before: Tensor, after: Tensor) -> Tensor:
 def closest_ends(
     problem: PruningProblem, method: AngularDistance, distance: Callable[[Tensor, Tensor], float]
 ) -> Decision:
-    size = problem.num_remove or 0
+    size = problem.target.remove
     starts = range(method.protect_first, problem.view.num_layers - method.protect_last - size + 1)
     totals = dict.fromkeys(starts, 0.0)
     for states in hidden_states(problem):
@@ -347,7 +355,7 @@ def shortened_taylor(problem: PruningProblem, method: ShortenedTaylor) -> Decisi
         for layer in range(view.num_layers)
     ]
     view.model.zero_grad(set_to_none=True)
-    return sorted(method.candidates(view.num_layers), key=lambda layer: salience[layer])[: problem.num_remove]
+    return sorted(method.candidates(view.num_layers), key=lambda layer: salience[layer])[: problem.target.remove]
 
 
 # CoMe: the whole model again after each merge.
@@ -357,7 +365,7 @@ def come(problem: PruningProblem, method: Come) -> Decision:
     model = copy.deepcopy(problem.view.model)
     groups = [[layer] for layer in range(problem.view.num_layers)]
     merged: Decision = []
-    for _ in range(problem.num_remove or 0):
+    for _ in range(problem.target.remove):
         stack = ProgressiveStack(ModelView(model), problem.input_ids)
         position, _ = method.least_turning_run(stack, groups, 2)
         block = _pair(problem, method, stack, position)

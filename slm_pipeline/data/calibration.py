@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from slm_pipeline.machine import memory
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from slm_pipeline.models.context import Context
 
 log = logging.getLogger(__name__)
 
@@ -67,60 +70,130 @@ class Samples:
     fingerprint: str
 
 
-def check(config: CalibrationConfig, data_dir: Path | None) -> dict[str, Any]:
-    """Check the options and say what the text is, as JSON for the artefact's key.
+@dataclass(frozen=True)
+class Calibration:
+    """The group ``calibration``: the text that a method looks at.
+
+    Attributes:
+        data_dir: where a relative ``calibration.path`` is looked up; None: the working directory.
 
     Raises:
-        UserError: an unknown source or sampling, more tokens than memory holds, a missing file or one that is too short
-            or not UTF-8, or neither the hub nor its cache has the data set.
+        UserError: an unknown source or sampling, or more tokens than memory holds.
     """
-    if config.source not in SOURCES:
-        raise UserError(f"calibration.source={config.source!r} is not one of {', '.join(SOURCES)}")
-    if config.sampling not in SAMPLING:
-        raise UserError(f"calibration.sampling={config.sampling!r} is not one of {', '.join(SAMPLING)}")
-    if (size := 8 * config.num_samples * config.seq_len) > (there := memory.of_machine()):  # int64
-        raise UserError(
-            f"calibration.num_samples={config.num_samples} x calibration.seq_len={config.seq_len} tokens take"
-            f" {size / 1e9:.0f} GB and this machine has {there / 1e9:.0f} GB:"
-            f" num_samples={there // 8 // config.seq_len} of this length fit"
-        )
-    return {
-        "text": _text_identity(config, data_dir),
-        "num_samples": config.num_samples,
-        "seq_len": config.seq_len,
-        "sampling": config.sampling,
-        "seed": config.seed if config.sampling == "random" else None,
-    }
 
+    options: CalibrationConfig
+    data_dir: Path | None
 
-def _text_identity(config: CalibrationConfig, data_dir: Path | None) -> str:
-    if config.source == "bundled":
-        if config.path is not None:
-            raise UserError(f"calibration.path={config.path} needs calibration=text_file, not bundled")
-        return f"bundled:{BUNDLED_TEXT}:{texts.texts_fingerprint(BUNDLED_TEXT)}"
-    if config.source == "text_file":
-        if not config.path:
+    def __post_init__(self) -> None:
+        options = self.options
+        if options.source not in SOURCES:
+            raise UserError(f"calibration.source={options.source!r} is not one of {', '.join(SOURCES)}")
+        if options.sampling not in SAMPLING:
+            raise UserError(f"calibration.sampling={options.sampling!r} is not one of {', '.join(SAMPLING)}")
+        if (size := 8 * options.num_samples * options.seq_len) > (there := memory.of_machine()):  # int64
+            raise UserError(
+                f"calibration.num_samples={options.num_samples} x calibration.seq_len={options.seq_len} tokens take"
+                f" {size / 1e9:.0f} GB and this machine has {there / 1e9:.0f} GB:"
+                f" num_samples={there // 8 // options.seq_len} of this length fit"
+            )
+
+    def check(self, context: Context) -> None:
+        """Find the text; see `identity`."""
+        self.identity()
+
+    def identity(self) -> dict[str, Any]:
+        """What the samples are, apart from the tokenizer.
+
+        Raises:
+            UserError: a missing file or one that is too short or not UTF-8, or neither the hub nor its cache has the
+                data set.
+        """
+        return {
+            "text": self._text_identity,
+            "num_samples": self.options.num_samples,
+            "seq_len": self.options.seq_len,
+            "sampling": self.options.sampling,
+            "seed": self.options.seed if self.options.sampling == "random" else None,
+        }
+
+    def sample(self, tokenizer: Any) -> Samples:
+        """Cut ``num_samples`` pieces of ``seq_len`` tokens.
+
+        ``contiguous``: the text as it is, tokenised without special tokens, its first num_samples x seq_len tokens cut
+        in order. ``random``: of a data set, rows drawn at random, each tokenised with special tokens and used once if
+        it has at least seq_len tokens, then a random slice of it (so BOS is there only in a slice that starts at 0); of
+        one long text, uniform start offsets, of tokens; of a text above `LONGEST` characters, from which the samples
+        take little, of characters, so that only what is near them is tokenised, with a log line. The bundled passages
+        are short: if too few of them are long enough, they are joined to one long text, with a log line.
+
+        Raises:
+            UserError: the text is shorter than the samples need.
+        """
+        config = self.options
+        if config.source == "text_file":
+            text = self._text()
+            rows: Sequence[str] = []
+        else:
+            rows = self._rows()
+            text = ""
+        needed = config.num_samples * config.seq_len
+        if config.sampling == "contiguous":
+            token_ids = _prefix_tokens(tokenizer, [text] if text else rows, needed)
+            return _contiguous(token_ids, config)
+        if not rows:
+            if _starts_at_characters(config, len(text)):
+                log.info("the text has %.0f million characters: samples start at characters of it", len(text) / 1e6)
+                return _near_characters(text, tokenizer, config)
+            return _long_text(text_tokens(tokenizer, text), config)
+        try:
+            return _documents(rows, tokenizer, config)
+        except _TooFewDocuments as error:
+            if config.source != "bundled":
+                raise UserError(str(error)) from error
+            log.info("%s: the passages are joined to one long text", error)
+            return _long_text(text_tokens(tokenizer, "\n".join(rows)), config)
+
+    @cached_property
+    def _text_identity(self) -> str:
+        config = self.options
+        if config.source == "bundled":
+            if config.path is not None:
+                raise UserError(f"calibration.path={config.path} needs calibration=text_file, not bundled")
+            return f"bundled:{BUNDLED_TEXT}:{texts.texts_fingerprint(BUNDLED_TEXT)}"
+        if config.source == "text_file":
+            text = self._text()
+            content = text.encode()
+            if len(content) < config.num_samples * config.seq_len:  # a token is a byte or more
+                raise UserError(f"calibration.path={config.path!r} has {len(content)} bytes; {_needs(config)} tokens")
+            starts = ":starts at characters" if _starts_at_characters(config, len(text)) else ""
+            return f"file:{hashlib.sha256(content).hexdigest()[:16]}{starts}"
+        hub_set = HUB_SETS[config.source]
+        if config.path is None:
+            place = hub.identity(hub_set.repo, f"calibration={config.source}", INSTEAD, files=hub_set.files)
+            return f"hub:{place}:{hub_set.files}"
+        folder = find_file(config.path, self.data_dir, "calibration.path")
+        files = sorted(folder.glob(hub_set.files))
+        if not files:
+            raise UserError(
+                f"calibration.path={config.path!r} has no file {hub_set.files}, the layout of {hub_set.repo}"
+            )
+        return f"folder:{hub.files_digest(folder, files)}"
+
+    def _text(self) -> str:
+        path = self.options.path
+        if not path:
             raise UserError("calibration=text_file needs calibration.path=FILE")
-        text = _text(config, data_dir)
-        content = text.encode()
-        if len(content) < config.num_samples * config.seq_len:  # a token is a byte or more
-            raise UserError(f"calibration.path={config.path!r} has {len(content)} bytes; {_needs(config)} tokens")
-        starts = ":starts at characters" if _starts_at_characters(config, len(text)) else ""
-        return f"file:{hashlib.sha256(content).hexdigest()[:16]}{starts}"
-    hub_set = HUB_SETS[config.source]
-    if config.path is None:
-        place = hub.identity(hub_set.repo, f"calibration={config.source}", INSTEAD, files=hub_set.files)
-        return f"hub:{place}:{hub_set.files}"
-    folder = find_file(config.path, data_dir, "calibration.path")
-    files = sorted(folder.glob(hub_set.files))
-    if not files:
-        raise UserError(f"calibration.path={config.path!r} has no file {hub_set.files}, the layout of {hub_set.repo}")
-    return f"folder:{hub.files_digest(folder, files)}"
+        return read_text(find_file(path, self.data_dir, "calibration.path"), f"calibration.path={path!r}")
 
-
-def _text(config: CalibrationConfig, data_dir: Path | None) -> str:
-    assert config.path is not None
-    return read_text(find_file(config.path, data_dir, "calibration.path"), f"calibration.path={config.path!r}")
+    def _rows(self) -> Sequence[str]:
+        config = self.options
+        if config.source == "bundled":
+            return texts.bundled_texts(BUNDLED_TEXT)
+        hub_set = HUB_SETS[config.source]
+        option = f"calibration={config.source}"
+        place = str(find_file(config.path, self.data_dir, "calibration.path")) if config.path else hub_set.repo
+        rows = hub.load(place, option, INSTEAD, data_files={"train": hub_set.files}, split="train")
+        return hub.column(rows, hub_set.column, option)  # a lazy column: rows are read as they are asked for
 
 
 def find_file(path: str, data_dir: Path | None, option: str) -> Path:
@@ -135,55 +208,8 @@ def find_file(path: str, data_dir: Path | None, option: str) -> Path:
     return found
 
 
-def sample(config: CalibrationConfig, tokenizer: Any, data_dir: Path | None) -> Samples:
-    """Cut ``num_samples`` pieces of ``seq_len`` tokens.
-
-    ``contiguous``: the text as it is, tokenised without special tokens, its first num_samples x seq_len tokens cut
-    in order. ``random``: of a data set, rows drawn at random, each tokenised with special tokens and used once if it
-    has at least seq_len tokens, then a random slice of it (so BOS is there only in a slice that starts at 0); of one
-    long text, uniform start offsets, of tokens; of a text above `LONGEST` characters, from which the samples take
-    little, of characters, so that only what is near them is tokenised, with a log line. The bundled passages are short:
-    if too few of them are long enough, they are joined to one long text, with a log line.
-
-    Raises:
-        UserError: the text is shorter than the samples need.
-    """
-    if config.source == "text_file":
-        text = _text(config, data_dir)
-        rows: Sequence[str] = []
-    else:
-        rows = _rows(config, data_dir)
-        text = ""
-    needed = config.num_samples * config.seq_len
-    if config.sampling == "contiguous":
-        token_ids = _prefix_tokens(tokenizer, [text] if text else rows, needed)
-        return _contiguous(token_ids, config)
-    if not rows:
-        if _starts_at_characters(config, len(text)):
-            log.info("the text has %.0f million characters: samples start at characters of it", len(text) / 1e6)
-            return _near_characters(text, tokenizer, config)
-        return _long_text(text_tokens(tokenizer, text), config)
-    try:
-        return _documents(rows, tokenizer, config)
-    except _TooFewDocuments as error:
-        if config.source != "bundled":
-            raise UserError(str(error)) from error
-        log.info("%s: the passages are joined to one long text", error)
-        return _long_text(text_tokens(tokenizer, "\n".join(rows)), config)
-
-
 class _TooFewDocuments(Exception):
     pass
-
-
-def _rows(config: CalibrationConfig, data_dir: Path | None) -> Sequence[str]:
-    if config.source == "bundled":
-        return texts.bundled_texts(BUNDLED_TEXT)
-    hub_set = HUB_SETS[config.source]
-    option = f"calibration={config.source}"
-    place = str(find_file(config.path, data_dir, "calibration.path")) if config.path else hub_set.repo
-    rows = hub.load(place, option, INSTEAD, data_files={"train": hub_set.files}, split="train")
-    return hub.column(rows, hub_set.column, option)  # a lazy column: rows are read as they are asked for
 
 
 def _prefix_tokens(tokenizer: Any, rows: Iterable[str], needed: int) -> list[int]:

@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -56,26 +57,33 @@ class WindowMemo:
             self._file.flush()
 
 
-@contextmanager
-def open_memo(folder: Path | None, rule: str, similarity: str, *, afresh: bool = False) -> Iterator[WindowMemo]:
-    """The memo of all searches with this rule and similarity, for this one alone until the block ends.
+@dataclass(frozen=True)
+class WindowMemos:
+    """The memos of all searches on one model and one set of samples.
 
-    Args:
-        folder: where the files of this model and these samples lie; None for a memo in memory.
+    Attributes:
+        folder: where their files lie; None: each is in memory, and lost with its search.
         afresh: forget what is known.
     """
-    if folder is None:
-        yield WindowMemo()
-        return
-    path = folder / f"windows_v{VERSION}_{rule}_{similarity}.jsonl"
-    try:
-        lock, file, known = _open(path, afresh=afresh)
-    except OSError as error:
-        log.warning("%s cannot be used (%s): this search evaluates every window itself", path, error.strerror)
-        yield WindowMemo()
-        return
-    with lock, file:
-        yield WindowMemo(known, file)
+
+    folder: Path | None = None
+    afresh: bool = False
+
+    @contextmanager
+    def open(self, rule: str, similarity: str) -> Iterator[WindowMemo]:
+        """The memo of all searches with this rule and similarity, for this one alone until the block ends."""
+        if self.folder is None:
+            yield WindowMemo()
+            return
+        path = self.folder / f"windows_v{VERSION}_{rule}_{similarity}.jsonl"
+        try:
+            lock, file, known = _open(path, afresh=self.afresh)
+        except OSError as error:
+            log.warning("%s cannot be used (%s): this search evaluates every window itself", path, error.strerror)
+            yield WindowMemo()
+            return
+        with lock, file:
+            yield WindowMemo(known, file)
 
 
 def _open(path: Path, *, afresh: bool) -> tuple[Any, TextIO, dict[Stack, float]]:

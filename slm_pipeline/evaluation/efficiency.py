@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from slm_pipeline.config.ranges import BatchSize, Count, CountOrZero, Text, Tokens
 from slm_pipeline.errors import UserError
-from slm_pipeline.evaluation.measure import Context, Measure, Scored
+from slm_pipeline.evaluation.measure import Measure, Scored
 from slm_pipeline.machine import gpus, memory
+from slm_pipeline.models.context import Context
 from slm_pipeline.results.number import Number
 
 if TYPE_CHECKING:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from slm_pipeline.config import TARGETS, EvaluationConfig, build, checked
 from slm_pipeline.errors import UserError
-from slm_pipeline.evaluation.measure import Context, Measure
+from slm_pipeline.evaluation.measure import Measure
+from slm_pipeline.models.context import Context
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Evaluation:
 
     options: EvaluationConfig
     measures: Mapping[str, Measure]
+    _identities: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def build(cls, node: Any) -> Evaluation:
@@ -86,13 +88,13 @@ class Evaluation:
 
     def check(self, context: Context) -> None:
         """Raise `UserError` for what would end the stage and can be known without a tokenizer or a model."""
+        if "evaluate" not in context.config.stages:
+            return
         for measure in self.active:
             measure.check(context)
             for part in measure.parts():
-                measure.identity(part, context)
+                self._identities[measure.label(part)] = measure.identity(part, context)
 
-    def identities(self, context: Context) -> dict[tuple[str, str], dict[str, Any]]:
-        """(measure, part) -> what its numbers depend on."""
-        return {
-            (measure.name, part): measure.identity(part, context) for measure in self.active for part in measure.parts()
-        }
+    def identity(self) -> dict[str, Any]:
+        """What each part's numbers depend on, by its label; known once it is checked."""
+        return self._identities

@@ -9,28 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from slm_pipeline.config import TARGETS, ranges
-from slm_pipeline.models.source import ModelSource
+from slm_pipeline.models.context import Context
 from slm_pipeline.results.number import Number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Context:
-    """What is known before anything is loaded.
-
-    Attributes:
-        source: the dense model.
-        data_dir: where relative paths are looked up; None: the working directory.
-    """
-
-    source: ModelSource
-    data_dir: Path | None = None
 
 
 class Scored(Protocol):

@@ -25,7 +25,8 @@ from slm_pipeline.data.files import check_text, read_text
 from slm_pipeline.data.overlap import word_passages
 from slm_pipeline.data.tokens import text_tokens
 from slm_pipeline.errors import UserError
-from slm_pipeline.evaluation.measure import Context, Measure, Scored
+from slm_pipeline.evaluation.measure import Measure, Scored
+from slm_pipeline.models.context import Context
 from slm_pipeline.results.number import Number
 
 if TYPE_CHECKING:

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slm_pipeline.config.ranges import BatchSize, Count, FilePath
 from slm_pipeline.data.tasks import COLUMNS, check_name, check_row, task_fingerprint, task_rows, task_source
 from slm_pipeline.errors import UserError
-from slm_pipeline.evaluation.measure import Context, Measure, Scored
+from slm_pipeline.evaluation.measure import Measure, Scored
 from slm_pipeline.machine import provenance
+from slm_pipeline.models.context import Context
 from slm_pipeline.results.number import PERCENT, Number
 
 if TYPE_CHECKING:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import os
-import shlex
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline import config as options
-from slm_pipeline.config import Config, ThresholdConfig, build, unused
-from slm_pipeline.data import calibration
+from slm_pipeline.config import Config, build, unused
+from slm_pipeline.data.calibration import Calibration
+from slm_pipeline.engine.window_memo import WindowMemos
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.evaluation import Evaluation
-from slm_pipeline.evaluation.measure import Context
 from slm_pipeline.evaluation.perplexity import corpus_fingerprint
 from slm_pipeline.jobs.loaded import LoadedModels
 from slm_pipeline.jobs.tracking import check_tracker
 from slm_pipeline.machine import gpus
-from slm_pipeline.methods.base import Method, PruningProblem, num_layers_to_remove
+from slm_pipeline.methods.base import Method, PruningProblem
+from slm_pipeline.methods.target import ParameterCounts, PruningRatio, Threshold
+from slm_pipeline.models.context import Context, OptionGroup
 from slm_pipeline.models.source import ModelSource, describe
 from slm_pipeline.recovery.base import Recovery, TrainingOptions
 from slm_pipeline.results import objective
@@ -36,42 +35,28 @@ if TYPE_CHECKING:
     from slm_pipeline.models.view import ModelView
 
 
-log = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
-class Job:
-    """Everything that the stages read.
+class Job(Context):
+    """Everything that the stages read: a configuration, and the object that each group of its options became.
 
     Attributes:
-        threshold: the similarity floor to use; None when the method looks for one or needs none.
         recovery: None for recovery=none.
-        identities: what calibration text and recovery data are, as JSON for the artefacts' keys; under ``evaluation``
-            the same of each measure and part.
-        command: the command line that gave this configuration.
+        identities: what recovery data are, as JSON for the artefacts' keys.
         warnings: what may not be as meant although the job can run, such as options that nothing reads.
         loaded: the models that evaluations have in memory.
     """
 
-    config: Config
-    source: ModelSource
     method: Method
+    pruning_ratio: PruningRatio
+    threshold: Threshold
+    calibration: Calibration
     recovery: Recovery | None
     evaluation: Evaluation
-    threshold: float | None
-    command: str
     identities: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     loaded: LoadedModels = field(default_factory=LoadedModels)
 
     @property
-    def data_dir(self) -> Path | None:
-        return data_dir(self.config)
-
-    @property
-    def context(self) -> Context:
-        return Context(self.source, self.data_dir)
-
     @cached_property
     def dense_tokenizer(self) -> PreTrainedTokenizerBase:
         from slm_pipeline.models.loading import load_dense_tokenizer
@@ -92,26 +77,17 @@ class Job:
             for measure in self.evaluation.active
             for part in measure.parts()
             if (part == options.source != "bundled")
-            or (text is not None and self.identities["evaluation"][measure.name, part].get("text") == text)
+            or (text is not None and self.evaluation.identity()[measure.label(part)].get("text") == text)
         }
         return sorted(same)
 
-    def num_layers_to_remove(self, num_layers: int, count_parameters: ParameterCounts | None = None) -> int | None:
-        """Layers that the method must remove from ``num_layers``; None when the threshold alone decides.
-
-        ``of: parameters`` takes the fewest layers whose parameters are at least the ratio of all parameters.
-        """
-        ratio = self.config.pruning_ratio
-        if ratio.of == "parameters" and ratio.ratio is not None:
-            if count_parameters is None:
-                return None
-            return count_parameters.layers_for(ratio.ratio, num_layers, self.method.num_protected)
-        return num_layers_to_remove(
-            ratio=ratio.ratio,
-            keep=ratio.num_layers,
-            num_layers=num_layers,
-            num_protected=self.method.num_protected,
-        )
+    @property
+    def num_layers(self) -> int | None:
+        """Of the pruned model; None when that is not known before the merge."""
+        if self.threshold.floor is not None or self.source.num_layers is None:
+            return None
+        target = self.pruning_ratio.layers(self.source.num_layers)
+        return None if target is None else self.source.num_layers - target.remove
 
     def pruning_problem(
         self,
@@ -119,58 +95,20 @@ class Job:
         input_ids: Tensor,
         statistics: Statistics,
         calibration: dict[str, Any],
-        memo: Path | None = None,
+        windows: WindowMemos | None = None,
     ) -> PruningProblem:
         """What the method gets; see `PruningProblem`."""
-        counts = ParameterCounts.of(view)
-        ratio = self.config.pruning_ratio
-        by_parameters = ratio.of == "parameters" and ratio.ratio is not None
         return PruningProblem(
             source=self.source,
             view=view,
             input_ids=input_ids,
             statistics=statistics,
-            num_remove=None if self.threshold is not None else self.num_layers_to_remove(view.num_layers, counts),
-            threshold=self.threshold,
+            target=self.threshold.floor or self.pruning_ratio.target(ParameterCounts.of(view)),
+            calibration=calibration,
             refine=self.config.threshold.refine,
             exhaustive=self.config.threshold.exhaustive,
-            calibration=calibration,
-            num_parameters=math.ceil((ratio.ratio or 0) * counts.total) if by_parameters else 0,
-            memo=memo,
-            forced="merge" in self.config.force,
+            windows=windows or WindowMemos(),
         )
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Parameters of the whole model and of each block."""
-
-    total: int
-    blocks: list[int]
-
-    @classmethod
-    def of(cls, view: ModelView) -> ParameterCounts:
-        return cls(view.num_parameters(), [view.block_parameters(layer) for layer in range(view.num_layers)])
-
-    def layers_for(self, ratio: float, num_layers: int, num_protected: int) -> int:
-        """Fewest layers whose removal takes away at least ``ratio`` of all parameters, embeddings included."""
-        if len(set(self.blocks)) > 1:
-            raise UserError(
-                "pruning_ratio.of=parameters needs layers of equal size; this model's differ; use of=layers"
-            )
-        remove = next((n for n in range(1, num_layers) if n * self.blocks[0] >= ratio * self.total), num_layers)
-        asked = f"pruning_ratio.ratio={ratio} of {self.total / 1e6:.1f} M parameters"
-        keep = num_layers - remove
-        if keep < 1 + num_protected:
-            largest = (num_layers - 1 - num_protected) * self.blocks[0] / self.total
-            raise UserError(
-                f"{asked} leaves {keep} layers; this method can remove at most {largest:.1%} of the parameters"
-            )
-        return remove
-
-
-def data_dir(config: Config) -> Path | None:
-    return Path(config.data_dir).expanduser().absolute() if config.data_dir else None
 
 
 def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
@@ -188,45 +126,45 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
     source = describe(config.model)
     if runs_here:
         gpus.check_device(config.model.device, len(gpus.visible()))
-    threshold = _threshold(config, method, command)
-    method.check(source)
-    if method.reads_calibration and config.calibration.seq_len < method.min_seq_len:
-        raise UserError(
-            f"calibration.seq_len={config.calibration.seq_len} must be at least {method.min_seq_len} for"
-            f" method={method.name}, which predicts the next token"
-        )
-    identities: dict[str, Any] = {"calibration": calibration.check(config.calibration, data_dir(config))}
+    context = Context(config, source, command)
+    ratio = PruningRatio(config.pruning_ratio, method)
+    threshold = Threshold(config.threshold, ratio, config.model)
+    calibration = Calibration(config.calibration, context.data_dir)
+    groups: tuple[OptionGroup, ...] = (method, ratio, threshold, calibration, evaluation)
+    for group in groups:
+        group.check(context)
+    identities: dict[str, Any] = {}
     if recovery is not None and {"recover", "evaluate"}.intersection(config.stages):
-        identities["recovery"] = recovery.data_identity(data_dir(config))
-    scores = "evaluate" in config.stages
-    if scores:
-        context = Context(source, data_dir(config))
-        evaluation.check(context)
-        identities["evaluation"] = evaluation.identities(context)
-    too_long = _check_positions(config, source, recovery, evaluation if scores else None)
-    warnings = (*source.warnings, *too_long, *_unused_options(config, method))
+        identities["recovery"] = recovery.data_identity(context.data_dir)
+    warnings = (
+        *source.warnings,
+        *_check_positions(config, source, recovery, evaluation),
+        *_unused_options(config),
+        *threshold.unused(),
+    )
     objective.check(config.objective, _numbers_to_come(config, recovery, evaluation))
     check_tracker(config.tracker)
-    job = Job(config, source, method, recovery, evaluation, threshold, command, identities, warnings)
-    num_layers = None
-    if source.num_layers is not None and (removed := job.num_layers_to_remove(source.num_layers)) is not None:
-        num_layers = source.num_layers - removed
+    job = Job(
+        config,
+        source,
+        command,
+        method,
+        ratio,
+        threshold,
+        calibration,
+        recovery,
+        evaluation,
+        identities=identities,
+        warnings=warnings,
+    )
     if recovery is not None:
-        recovery.check(source, num_layers)
+        recovery.check(source, job.num_layers)
     return job
 
 
-def _unused_options(config: Config, method: Method) -> list[str]:
-    """What was set although the options that were chosen have no use for it, in words."""
+def _unused_options(config: Config) -> list[str]:
+    """What was set of a group whose option is none and has no use for it, in words."""
     found = {f"{group}=none": unused(getattr(config, group), group=group) for group in ("method", "recovery")}
-    if config.threshold.kind != "auto" or not method.takes_threshold:
-        chosen = f"threshold={config.threshold.kind} with method={method.name}"
-        default = ThresholdConfig()
-        found[chosen] = [
-            f"threshold.{name}"
-            for name in ("refine", "exhaustive")
-            if getattr(config.threshold, name) != getattr(default, name)
-        ]
     return [f"{chosen} does not use {', '.join(keys)}" for chosen, keys in found.items() if keys]
 
 
@@ -277,68 +215,6 @@ def _check_top_level(config: Config) -> None:
     check_layout(Path(config.output_dir).absolute() / "store", options.STAGES)
 
 
-def _threshold(config: Config, method: Method, command: str) -> float | None:
-    """Check that method, threshold and ratio go together; the floor to use, None for ``auto``."""
-    threshold, ratio = config.threshold, config.pruning_ratio
-    if threshold.kind not in ("auto", "fixed", "published"):
-        raise UserError(f"threshold.kind={threshold.kind!r} is not one of auto, fixed, published")
-    if ratio.of not in ("layers", "parameters"):
-        raise UserError(f"pruning_ratio.of={ratio.of!r} is not one of layers, parameters")
-    if ratio.ratio is not None and ratio.num_layers is not None:
-        raise UserError("pruning_ratio.ratio and pruning_ratio.num_layers exclude each other; set one of them to null")
-    has_target = ratio.ratio is not None or ratio.num_layers is not None
-    if has_target and not method.takes_ratio:
-        raise UserError(f"method={method.name} takes no pruning ratio; use pruning_ratio=none")
-    if threshold.kind == "auto":
-        if threshold.value is not None:
-            raise UserError(f"threshold.value={threshold.value} needs threshold=fixed and pruning_ratio=none")
-        if not has_target and method.takes_ratio:
-            raise UserError(
-                f"method={method.name} needs a target: choose a pruning_ratio"
-                " (pruning_ratio=layers with pruning_ratio.num_layers=, the layers to keep)"
-                + (", or threshold=fixed" if method.takes_threshold else "")
-            )
-        return None
-    if not method.takes_threshold:
-        raise UserError(f"method={method.name} has no threshold; use threshold=auto, not threshold={threshold.kind}")
-    if threshold.kind == "published":
-        if threshold.value is not None:
-            raise UserError(f"threshold.value={threshold.value} needs threshold=fixed; threshold=published has its own")
-        if ratio.of != "layers":
-            raise UserError(f"threshold=published is known by ratios of layers; pruning_ratio.of={ratio.of!r} is not")
-        return _published_threshold(config)
-    if threshold.value is None:
-        raise UserError("threshold=fixed needs a value: threshold=fixed threshold.value=0.8 pruning_ratio=none")
-    if has_target:
-        kept = [word for word in shlex.split(command) if not word.startswith("pruning_ratio")]
-        raise UserError(
-            "a fixed threshold alone decides how much is removed, so it takes no ratio:"
-            f" {shlex.join([*kept, 'pruning_ratio=none'])}"
-        )
-    return threshold.value
-
-
-def _published_threshold(config: Config) -> float:
-    published = config.model.published_thresholds
-    ratio = config.pruning_ratio
-    if ratio.num_layers is not None:
-        option = "layers"
-    else:
-        option = "none" if ratio.ratio is None else f"r{round(100 * ratio.ratio)}"
-    if option not in published:
-        known = ", ".join(f"pruning_ratio={name}: {value}" for name, value in published.items()) or "none is known"
-        raise UserError(
-            f"model={config.model.name} has no published threshold for pruning_ratio={option}; published: {known}"
-        )
-    if ratio.ratio is not None:
-        log.warning(
-            "threshold=published: that %s goes with pruning_ratio=%s is inferred from the names in the authors'"
-            " scripts, which do not say how many layers it removes",
-            published[option], option,
-        )  # fmt: skip
-    return published[option]
-
-
 def _numbers_to_come(config: Config, recovery: Recovery | None, evaluation: Evaluation) -> dict[str, bool]:
     """Keys of the numbers that this job will measure; False where only their beginning is known before."""
     known = dict.fromkeys(["num_layers", "parameters"] if "merge" in config.stages else [], True)
@@ -351,7 +227,7 @@ def _numbers_to_come(config: Config, recovery: Recovery | None, evaluation: Eval
 
 
 def _check_positions(
-    config: Config, source: ModelSource, recovery: Recovery | None, evaluation: Evaluation | None
+    config: Config, source: ModelSource, recovery: Recovery | None, evaluation: Evaluation
 ) -> list[str]:
     """Warnings about texts longer than the model is made for; `UserError` where it has no positions for them."""
     lengths: dict[str, int] = {}
@@ -359,7 +235,7 @@ def _check_positions(
         lengths["calibration.seq_len"] = config.calibration.seq_len
     if "recover" in config.stages and isinstance(recovery, TrainingOptions):
         lengths["recovery.cutoff_len"] = recovery.cutoff_len
-    for measure in evaluation.active if evaluation is not None else ():
+    for measure in evaluation.active if "evaluate" in config.stages else ():
         lengths |= measure.lengths()
     most = source.max_positions
     if most is None or not (longer := [f"{name}={length}" for name, length in lengths.items() if length > most]):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from slm_pipeline.config.ranges import NumLayersOrZero
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
+from slm_pipeline.methods.target import Layers
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -34,9 +35,8 @@ class AngularDistance(LayerRemoval):
 
     name: ClassVar[str] = "angular"
 
-    def plan(self, problem: PruningProblem) -> Plan:
-        assert problem.num_remove is not None
-        removed, distances = self.closest_ends(problem.statistics.angle_last, problem.num_remove)
+    def plan(self, problem: PruningProblem[Layers]) -> Plan:
+        removed, distances = self.closest_ends(problem.statistics.angle_last, problem.target.remove)
         return self.removal_plan(problem, removed, {"distances": distances})
 
     def closest_ends(self, distance: Tensor, size: int) -> tuple[list[int], list[float | None]]:

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from slm_pipeline.config import ranges
 from slm_pipeline.config.ranges import Count, NumLayersOrZero, Tokens
+from slm_pipeline.engine.window_memo import WindowMemos
 from slm_pipeline.errors import UserError
+from slm_pipeline.methods.target import Layers, Target
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from slm_pipeline.engine.statistics import Statistics
+    from slm_pipeline.models.context import Context
     from slm_pipeline.models.source import ModelSource
     from slm_pipeline.models.view import ModelView
+
+TargetT = TypeVar("TargetT", bound=Target)
 
 
 @dataclass
@@ -37,37 +41,30 @@ class CalibrationSize:
     seq_len: Tokens
 
 
-@dataclass
-class PruningProblem:
+@dataclass(kw_only=True)
+class PruningProblem(Generic[TargetT]):
     """All that a method may look at.
 
     Attributes:
         view: the dense model, which the method must leave as it is.
         input_ids: [num_samples, seq_len] int64 calibration tokens.
         statistics: what the dense model showed on them, in one pass.
-        num_remove: layers to remove; None when the threshold alone decides.
-        num_parameters: parameters to remove at least, for methods that do not remove layers of equal size; 0 when
-            layers are counted.
-        threshold: similarity floor in [0, 1]; None means that the method looks for one, or needs none.
-        refine: grid points to try above the best threshold found by halving.
-        exhaustive: walk the whole threshold grid instead.
+        target: how much to remove, one of the method's ``targets``; `Layers` for most.
         calibration: fingerprint and num_tokens of ``input_ids``, for the plan.
-        memo: folder where searches leave what they measured for those of other jobs; None for none.
-        forced: measure it all again.
+        refine: to reach a target by a floor: grid points to try above the best threshold found by halving.
+        exhaustive: walk the whole threshold grid instead.
+        windows: what searches on this model and text have measured of merged windows, and keep there.
     """
 
     source: ModelSource
     view: ModelView
     input_ids: Tensor
     statistics: Statistics
-    num_remove: int | None
-    threshold: float | None
-    refine: int
-    exhaustive: bool
+    target: TargetT
     calibration: dict[str, Any]
-    num_parameters: int = 0
-    memo: Path | None = None
-    forced: bool = False
+    refine: int = 5
+    exhaustive: bool = False
+    windows: WindowMemos = field(default_factory=WindowMemos)
 
 
 @dataclass(kw_only=True)
@@ -76,16 +73,14 @@ class Method(ABC):
 
     Attributes:
         name: as in conf/method/<name>.yaml.
-        takes_threshold: whether ``threshold`` means anything to it.
-        takes_ratio: whether it aims at a pruning ratio.
+        targets: what it can aim at. For one that knows no `Parameters` these are turned into layers.
         reads_calibration: whether its plan depends on the calibration text; else the plan's ``calibration`` is null.
         min_seq_len: tokens that a calibration sample needs; 2 where the next token is predicted.
         num_protected: layers that it never touches; a plan keeps at least one more.
     """
 
     name: ClassVar[str]
-    takes_threshold: ClassVar[bool] = False
-    takes_ratio: ClassVar[bool] = True
+    targets: ClassVar[tuple[type, ...]] = (Layers,)
     min_seq_len: ClassVar[int] = 1
 
     published_calibration: CalibrationSize
@@ -114,8 +109,22 @@ class Method(ABC):
             if option.name in names and value != option.default:
                 raise UserError(f"method.{option.name}={value} does nothing {why}; leave it at {option.default}")
 
-    def check(self, source: ModelSource) -> None:  # noqa: B027  # most methods work on any model
-        """Raise `UserError` if the method cannot work on this model; called before anything expensive."""
+    def check(self, context: Context) -> None:
+        """Raise `UserError` if the method cannot work on this model, or with what other groups say; called before
+        anything expensive."""
+        seq_len = context.config.calibration.seq_len
+        if self.reads_calibration and seq_len < self.min_seq_len:
+            raise UserError(
+                f"calibration.seq_len={seq_len} must be at least {self.min_seq_len} for method={self.name}, which"
+                " predicts the next token"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        return {"method": self.name, "options": self.options()}
+
+    def fewest_left(self, num_layers: int) -> tuple[int, str]:
+        """Fewest layers that a plan can leave of so many, whatever the method measures, and why no fewer."""
+        return 1 + self.num_protected, f"{self.num_protected} protected and one more"
 
     @abstractmethod
     def plan(self, problem: PruningProblem) -> Plan:
@@ -161,7 +170,7 @@ class ProtectsEnds(Method):
 class LayerRemoval(ProtectsEnds):
     """Base of the methods that remove whole layers, or merge them by pairs."""
 
-    def removal_plan(self, problem: PruningProblem, removed: list[int], scores: dict[str, Any]) -> Plan:
+    def removal_plan(self, problem: PruningProblem[Layers], removed: list[int], scores: dict[str, Any]) -> Plan:
         """The plan that removes ``removed``, in that order."""
         kept = [[layer] for layer in range(problem.view.num_layers) if layer not in removed]
         ops = [{"op": "drop", "layers": sorted(removed)}]
@@ -169,46 +178,13 @@ class LayerRemoval(ProtectsEnds):
             problem, layer_groups=kept, dropped=sorted(removed), ops=ops, scores={"order": removed, **scores}
         )
 
-    def lowest_first(self, problem: PruningProblem, values: list[float]) -> list[int]:
-        """The ``num_remove`` unprotected layers with the lowest values, lowest first, ties by index.
+    def lowest_first(self, problem: PruningProblem[Layers], values: list[float]) -> list[int]:
+        """The unprotected layers with the lowest values, lowest first, ties by index.
 
         Raises:
             UserError: a value is not finite.
         """
-        assert problem.num_remove is not None
         for layer, value in enumerate(values):
             if not math.isfinite(value):
                 raise UserError(f"method={self.name}: the score of layer {layer} is {value}; try model.dtype=float32")
-        return sorted(self.candidates(len(values)), key=lambda layer: values[layer])[: problem.num_remove]
-
-
-def num_layers_to_remove(*, ratio: float | None, keep: int | None, num_layers: int, num_protected: int) -> int | None:
-    """Layers to remove for ``of: layers``: ``round(ratio * num_layers)`` (ties to even), at least 1.
-
-    Raises:
-        UserError: nothing would be removed, or fewer than 1 + num_protected layers would be left.
-    """
-    if ratio is None and keep is None:
-        return None
-    if keep is not None:
-        if not 1 <= keep < num_layers:
-            raise UserError(
-                f"pruning_ratio.num_layers={keep} must be at least 1 and below the model's {num_layers} layers"
-            )
-        remove = num_layers - keep
-        asked = f"pruning_ratio.num_layers={keep}"
-    else:
-        assert ratio is not None
-        remove = max(1, round(ratio * num_layers))
-        asked = f"pruning_ratio.ratio={ratio} of {num_layers} layers"
-    check_layers_left(num_layers - remove, num_protected, asked)
-    return remove
-
-
-def check_layers_left(left: int, num_protected: int, asked: str) -> None:
-    """Raise `UserError` when a target leaves fewer layers than the protected ones and one more."""
-    if left < 1 + num_protected:
-        raise UserError(
-            f"{asked} leaves {left} layers; at least {1 + num_protected} must be left"
-            f" ({num_protected} protected and one more)"
-        )
+        return sorted(self.candidates(len(values)), key=lambda layer: values[layer])[: problem.target.remove]

@@ -12,13 +12,14 @@ from tqdm import tqdm
 from slm_pipeline.config.ranges import Range, UpToOne
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, ProtectsEnds, PruningProblem
+from slm_pipeline.methods.target import Layers
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from slm_pipeline.engine.progressive import ProgressiveStack
-    from slm_pipeline.models.source import ModelSource
+    from slm_pipeline.models.context import Context
     from slm_pipeline.surgery.block import Block
 
 REPEATS = ("forbid", "when_needed", "allow")
@@ -75,7 +76,9 @@ class Come(ProtectsEnds):
         if self.tokens not in ("all", "last"):
             raise UserError(f"method.tokens={self.tokens!r} is not one of all, last")
 
-    def check(self, source: ModelSource) -> None:
+    def check(self, context: Context) -> None:
+        super().check(context)
+        source = context.source
         if self.official_gqa and source.architecture.fuses_queries:
             raise UserError(
                 f"method.official_gqa=true: the published code cannot pick query heads in {source.name}, a"
@@ -87,17 +90,27 @@ class Come(ProtectsEnds):
                 f" {source.model_type} model, which has none"
             )
 
-    def plan(self, problem: PruningProblem) -> Plan:
+    def fewest_left(self, num_layers: int) -> tuple[int, str]:
+        fewest, why = super().fewest_left(num_layers)
+        if self.repeat != "forbid":
+            return fewest, why
+        runs = math.ceil((num_layers - self.num_protected) / self.run_length)
+        why = (
+            f"{self.num_protected} protected; with method.repeat=forbid at most method.run_length={self.run_length}"
+            " layers become one"
+        )
+        return max(fewest, self.num_protected + runs), why
+
+    def plan(self, problem: PruningProblem[Layers]) -> Plan:
         from slm_pipeline.engine.progressive import ProgressiveStack
 
-        assert problem.num_remove is not None
         stack = ProgressiveStack(problem.view, problem.input_ids)
         groups = [[layer] for layer in range(problem.view.num_layers)]
         ops: list[dict[str, Any]] = []
         tensors: dict[str, Any] = {}
         steps: list[dict[str, Any]] = []
-        with tqdm(total=problem.num_remove, desc=self.name, unit="layer", disable=None) as progress:
-            while (left := problem.num_remove - (problem.view.num_layers - len(groups))) > 0:
+        with tqdm(total=problem.target.remove, desc=self.name, unit="layer", disable=None) as progress:
+            while (left := problem.target.remove - (problem.view.num_layers - len(groups))) > 0:
                 length = min(self.run_length, left + 1)
                 stack.renew()
                 position, distance = self.least_turning_run(stack, groups, length)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, ProtectsEnds, PruningProblem
+from slm_pipeline.methods.target import Layers, Parameters
 from slm_pipeline.surgery.plan import EXPORTS, SUBLAYERS, Plan
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class FinerCut(ProtectsEnds):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 
     name: ClassVar[str] = "finercut"
+    targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,22 +53,22 @@ class FinerCut(ProtectsEnds):
             if getattr(self, option) not in allowed:
                 raise UserError(f"method.{option}={getattr(self, option)!r} is not one of {', '.join(allowed)}")
 
-    def plan(self, problem: PruningProblem) -> Plan:
+    def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         from slm_pipeline.engine.walk import Removal, RemovalWalk
 
-        assert problem.num_remove is not None
+        target = problem.target
         walk = RemovalWalk(problem.view, problem.input_ids, objective=self.objective)
         layers = self.candidates(problem.view.num_layers)
         candidates = [Removal(layer, part) for layer in layers for part in SUBLAYERS]
-        most = len(candidates) if problem.num_parameters else 2 * problem.num_remove
+        most = len(candidates) if isinstance(target, Parameters) else 2 * target.remove
         removed: list[Removal] = []
         rounds: list[dict[str, Any]] = []
-        parameters_left = problem.num_parameters
+        num_parameters = 0
         for found in walk.greedily(candidates, most):
             removed.append(found.removed)
             rounds.append(found.as_scores("distance", "distances"))
-            parameters_left -= problem.view.sublayer_parameters(*found.removed)
-            if problem.num_parameters and parameters_left <= 0:
+            num_parameters += problem.view.sublayer_parameters(*found.removed)
+            if isinstance(target, Parameters) and num_parameters >= target.remove:
                 break
         return self._removal_plan(problem, removed, rounds, walk.num_block_evaluations)
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slm_pipeline.config.ranges import FilePath
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, Method, PruningProblem
+from slm_pipeline.methods.target import NoTarget
 from slm_pipeline.surgery.mergekit import Passthrough, read_passthrough
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
-    from slm_pipeline.models.source import ModelSource
+    from slm_pipeline.models.context import Context
 
 
 @dataclass(kw_only=True)
@@ -33,7 +34,7 @@ class FromPlan(Method):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 
     name: ClassVar[str] = "from_plan"
-    takes_ratio: ClassVar[bool] = False
+    targets: ClassVar[tuple[type, ...]] = (NoTarget,)
 
     @property
     def reads_calibration(self) -> bool:
@@ -50,7 +51,9 @@ class FromPlan(Method):
             return {"kept": self.original.kept}
         return {"plan": self.original.fingerprint(), "method": self.original.method}
 
-    def check(self, source: ModelSource) -> None:
+    def check(self, context: Context) -> None:
+        super().check(context)
+        source = context.source
         if isinstance(self.original, Plan):
             self.original.check_model(source, self.path)
             return

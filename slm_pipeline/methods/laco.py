@@ -11,7 +11,7 @@ from slm_pipeline.methods.base import CalibrationSize
 from slm_pipeline.methods.threshold import Search, Similarity, ThresholdMerging
 
 if TYPE_CHECKING:
-    from slm_pipeline.models.source import ModelSource
+    from slm_pipeline.models.context import Context
 
 
 @dataclass(kw_only=True)
@@ -48,9 +48,26 @@ class Laco(ThresholdMerging):
         if self.highest is not None and self.highest <= self.lowest:
             raise UserError(f"method.highest={self.highest} must be above method.lowest={self.lowest}")
 
-    def check(self, source: ModelSource) -> None:
+    def check(self, context: Context) -> None:
+        super().check(context)
+        source = context.source
         if source.num_layers is not None and self.highest is not None and self.highest >= source.num_layers:
             raise UserError(f"method.highest={self.highest} must be below the model's {source.num_layers} layers")
+
+    def fewest_left(self, num_layers: int) -> tuple[int, str]:
+        """After the pass that folds most, whatever it must not fold for that."""
+        highest = num_layers - 1 if self.highest is None else self.highest
+        start = highest - self.num_merged
+        most = {start: 0}  # removed at most by the time that a layer is looked at
+        for layer in range(start, self.lowest - 1, -1):
+            folded = min(most[layer] + self.num_merged - 1, num_layers - 1 - layer)
+            for below, removed in ((layer - 1, most[layer]), (layer - self.interval, folded)):
+                most[below] = max(most.get(below, 0), removed)
+        why = (
+            f"with method.num_merged={self.num_merged} and method.interval={self.interval} a pass over layers"
+            f" {self.lowest} to {highest} folds no more"
+        )
+        return num_layers - max(most.values()), why
 
     def one_pass(self, similarity: Similarity, num_layers: int) -> LayerCollapse:
         highest = num_layers - 1 if self.highest is None else self.highest

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from slm_pipeline.config.ranges import Count, Range
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
+from slm_pipeline.methods.target import Layers
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -85,16 +86,15 @@ class Mka(LayerRemoval):
     def reads_calibration(self) -> bool:
         return not self.official
 
-    def plan(self, problem: PruningProblem) -> Plan:
-        assert problem.num_remove is not None
+    def plan(self, problem: PruningProblem[Layers]) -> Plan:
         candidates = self.candidates(problem.view.num_layers)
         if self.official:
-            return self.removal_plan(problem, candidates[::-1][: problem.num_remove], scores={})
+            return self.removal_plan(problem, candidates[::-1][: problem.target.remove], scores={})
         similarity = self._similarity(problem)
         adjacent, means = similarity.diagonal(1).tolist(), similarity.mean(dim=1).tolist()
         groups = [[layer] for layer in range(problem.view.num_layers)]
         merges: list[dict[str, Any]] = []
-        for layer in self._boundaries(candidates, adjacent)[: problem.num_remove]:
+        for layer in self._boundaries(candidates, adjacent)[: problem.target.remove]:
             position = next(index for index, group in enumerate(groups) if group[-1] == layer)
             pair = groups[position : position + 2]
             lower, upper = (sum(means[member] for member in group) / len(group) for group in pair)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from slm_pipeline.methods.base import CalibrationSize, Method, PruningProblem
+from slm_pipeline.methods.target import NoTarget
 from slm_pipeline.surgery.plan import Plan, groups_of_windows
 
 
@@ -16,7 +17,7 @@ class NoPruning(Method):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 
     name: ClassVar[str] = "none"
-    takes_ratio: ClassVar[bool] = False
+    targets: ClassVar[tuple[type, ...]] = (NoTarget,)
 
     @property
     def reads_calibration(self) -> bool:

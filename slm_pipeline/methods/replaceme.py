@@ -10,12 +10,13 @@ from slm_pipeline.config.ranges import Count, NotNegative, Positive, Share
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.angular import AngularDistance
 from slm_pipeline.methods.base import PruningProblem
+from slm_pipeline.methods.target import Layers
 from slm_pipeline.surgery.plan import Plan, format_fit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slm_pipeline.models.source import ModelSource
+    from slm_pipeline.models.context import Context
 
 SOLVERS = ("least_squares", "cosine")
 RIDGE_TARGETS = ("zero", "identity")
@@ -80,18 +81,19 @@ class ReplaceMe(AngularDistance):
         if self.ridge == 0:
             self.refuse_unused("with method.ridge=0", "ridge_target")
 
-    def check(self, source: ModelSource) -> None:
+    def check(self, context: Context) -> None:
+        super().check(context)
+        source = context.source
         if source.architecture.output_norms:
             raise UserError(
                 f"method=replaceme: in {source.name} a norm follows the last projection of the feed-forward network, so"
                 " a linear map cannot be folded into it"
             )
 
-    def plan(self, problem: PruningProblem) -> Plan:
+    def plan(self, problem: PruningProblem[Layers]) -> Plan:
         import torch
 
-        assert problem.num_remove is not None
-        removed, distances = self.closest_ends(problem.statistics.angle_last, problem.num_remove)
+        removed, distances = self.closest_ends(problem.statistics.angle_last, problem.target.remove)
         if self.solver == "least_squares":
             transform = self._least_squares(problem, removed)
         else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
+from slm_pipeline.methods.target import Layers
 from slm_pipeline.surgery.plan import Plan
 
 
@@ -23,6 +24,6 @@ class ReverseOrder(LayerRemoval):
     def reads_calibration(self) -> bool:
         return False
 
-    def plan(self, problem: PruningProblem) -> Plan:
-        removed = self.candidates(problem.view.num_layers)[::-1][: problem.num_remove]
+    def plan(self, problem: PruningProblem[Layers]) -> Plan:
+        removed = self.candidates(problem.view.num_layers)[::-1][: problem.target.remove]
         return self.removal_plan(problem, removed, scores={})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from slm_pipeline.config.ranges import NumLayersOrZero, Range
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
+from slm_pipeline.methods.target import Layers
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -39,14 +40,14 @@ class ShortenedPerplexity(ShortenedLlama):
     name: ClassVar[str] = "shortened_ppl"
     min_seq_len: ClassVar[int] = 2
 
-    def plan(self, problem: PruningProblem) -> Plan:
+    def plan(self, problem: PruningProblem[Layers]) -> Plan:
         from slm_pipeline.engine.walk import Removal, RemovalWalk
 
         walk = RemovalWalk(problem.view, problem.input_ids)
         candidates = [Removal(layer) for layer in self.candidates(problem.view.num_layers)]
         found = walk.losses(candidates)
         losses = {candidate.layer: loss for candidate, loss in found.items()}
-        removed = sorted(losses, key=lambda layer: losses[layer])[: problem.num_remove]
+        removed = sorted(losses, key=lambda layer: losses[layer])[: problem.target.remove]
         finite = {layer: loss for layer, loss in losses.items() if loss < float("inf")}
         if len(finite) < len(removed):
             raise UserError(
@@ -73,7 +74,7 @@ class ShortenedTaylor(ShortenedLlama):
     name: ClassVar[str] = "shortened_taylor"
     min_seq_len: ClassVar[int] = 2
 
-    def plan(self, problem: PruningProblem) -> Plan:
+    def plan(self, problem: PruningProblem[Layers]) -> Plan:
         salience = taylor_salience(problem.view, problem.input_ids)
         return self.removal_plan(problem, self.lowest_first(problem, salience), {"salience": salience})
 
@@ -93,7 +94,7 @@ class ShortenedMagnitude(ShortenedLlama):
     def reads_calibration(self) -> bool:
         return False
 
-    def plan(self, problem: PruningProblem) -> Plan:
+    def plan(self, problem: PruningProblem[Layers]) -> Plan:
         magnitude = [
             sum(
                 float(parameter.detach().float().abs().pow(self.power).sum())

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
+from slm_pipeline.methods.target import Layers
 from slm_pipeline.surgery.plan import Plan
 
 
@@ -24,6 +25,6 @@ class ShortGPT(LayerRemoval):
 
     name: ClassVar[str] = "shortgpt"
 
-    def plan(self, problem: PruningProblem) -> Plan:
+    def plan(self, problem: PruningProblem[Layers]) -> Plan:
         influence = (1 - problem.statistics.cosine.diagonal(1)).tolist()
         return self.removal_plan(problem, self.lowest_first(problem, influence), {"block_influence": influence})

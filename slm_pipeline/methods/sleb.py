@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from slm_pipeline.config.ranges import Count, NumLayersOrZero
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
+from slm_pipeline.methods.target import Layers
 from slm_pipeline.surgery.plan import Plan
 
 
@@ -37,13 +38,12 @@ class Sleb(LayerRemoval):
     name: ClassVar[str] = "sleb"
     min_seq_len: ClassVar[int] = 2
 
-    def plan(self, problem: PruningProblem) -> Plan:
+    def plan(self, problem: PruningProblem[Layers]) -> Plan:
         from slm_pipeline.engine.walk import Removal, RemovalWalk
 
-        assert problem.num_remove is not None
         walk = RemovalWalk(problem.view, problem.input_ids, strict=self.strict)
         candidates = [Removal(layer) for layer in self.candidates(problem.view.num_layers)]
-        rounds = list(walk.greedily(candidates, problem.num_remove, shortlist=self.shortlist))
+        rounds = list(walk.greedily(candidates, problem.target.remove, shortlist=self.shortlist))
         return self.removal_plan(
             problem,
             [found.removed.layer for found in rounds],

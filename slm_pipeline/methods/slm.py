@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
@@ -46,6 +47,14 @@ class SlidingLayerMerging(ThresholdMerging):
     @property
     def num_protected(self) -> int:
         return self.protect_first + self.protect_last
+
+    def fewest_left(self, num_layers: int) -> tuple[int, str]:
+        fewest, why = super().fewest_left(num_layers)
+        if self.max_window is None:
+            return fewest, why
+        windows = math.ceil((num_layers - self.num_protected) / self.max_window)
+        why = f"{self.num_protected} protected; at most method.max_window={self.max_window} layers become one"
+        return max(fewest, self.num_protected + windows), why
 
     def one_pass(self, similarity: Similarity, num_layers: int) -> SlidingWindow:
         return SlidingWindow(similarity, num_layers, self.protect_first, self.protect_last, self.max_window)

@@ -8,6 +8,7 @@ from typing import ClassVar
 from slm_pipeline.config.ranges import NumLayersOrZero
 from slm_pipeline.methods.angular import AngularDistance
 from slm_pipeline.methods.base import CalibrationSize, PruningProblem
+from slm_pipeline.methods.target import Layers
 from slm_pipeline.surgery.plan import Plan
 
 
@@ -31,8 +32,7 @@ class Streamline(AngularDistance):
 
     name: ClassVar[str] = "streamline"
 
-    def plan(self, problem: PruningProblem) -> Plan:
-        assert problem.num_remove is not None
+    def plan(self, problem: PruningProblem[Layers]) -> Plan:
         kept = int(self.replacement)
-        block, distances = self.closest_ends(1 - problem.statistics.cosine, problem.num_remove + kept)
+        block, distances = self.closest_ends(1 - problem.statistics.cosine, problem.target.remove + kept)
         return self.removal_plan(problem, block[kept:], {"distances": distances})

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import Method, PruningProblem
+from slm_pipeline.methods.target import Floor, Layers
 from slm_pipeline.surgery.merge_rules import RULES
 from slm_pipeline.surgery.plan import Plan, groups_of_windows
 
@@ -99,7 +100,7 @@ class ThresholdMerging(Method):
     merge_rule: str = "official"
     similarity: str = "final_hidden"
 
-    takes_threshold: ClassVar[bool] = True
+    targets: ClassVar[tuple[type, ...]] = (Layers, Floor)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,23 +113,21 @@ class ThresholdMerging(Method):
     def one_pass(self, similarity: Similarity, num_layers: int) -> Pass:
         """The method's pass over a stack of ``num_layers``."""
 
-    def plan(self, problem: PruningProblem) -> Plan:
-        from slm_pipeline.engine.window_memo import open_memo
+    def plan(self, problem: PruningProblem[Layers | Floor]) -> Plan:
         from slm_pipeline.engine.windows import StackSimilarity
 
         num_layers = problem.view.num_layers
-        with open_memo(problem.memo, self.merge_rule, self.similarity, afresh=problem.forced) as memo:
+        with problem.windows.open(self.merge_rule, self.similarity) as memo:
             similarity = StackSimilarity(problem.view, problem.input_ids, self.merge_rule, self.similarity, memo)
             one_pass = self.one_pass(similarity, num_layers)
-            if problem.threshold is not None:
+            if isinstance(problem.target, Floor):
                 with tqdm(total=one_pass.length, desc=f"{self.name} search", unit="window", disable=None) as progress:
-                    chosen = Search(problem.threshold, progress)
+                    chosen = Search(problem.target.similarity, progress)
                     one_pass(chosen, None)
                 searches, exact = [chosen], True
             else:
-                assert problem.num_remove is not None
                 chosen, searches, exact = find_threshold(
-                    one_pass, problem.num_remove, refine=problem.refine, exhaustive=problem.exhaustive
+                    one_pass, problem.target.remove, refine=problem.refine, exhaustive=problem.exhaustive
                 )
         return self._new_plan(
             problem,

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from slm_pipeline import cli, config
 from slm_pipeline.config import help_page
 from slm_pipeline.jobs.job import Job, prepare
+from slm_pipeline.methods.target import Floor
 from slm_pipeline.results import objective
 from slm_pipeline.surgery.plan import Plan, groups_of_windows
 
@@ -93,7 +94,7 @@ def test_every_option_composes_and_is_checked(group, option, here):
         assert (job.config.calibration.num_samples, job.config.calibration.seq_len) == (10, 128)
         assert job.config.calibration.source == option
     if group == "threshold":
-        assert job.threshold == {"auto": None, "fixed": 0.8, "published": 0.68}[option]
+        assert job.threshold.floor == {"auto": None, "fixed": Floor(0.8), "published": Floor(0.68)}[option]
     if group == "pruning_ratio" and option.startswith("r"):
         assert job.config.pruning_ratio.ratio == int(option[1:]) / 100
     if group == "evaluation":
@@ -108,13 +109,15 @@ def test_every_option_composes_and_is_checked(group, option, here):
 )
 def test_ratio_options_remove_as_many_layers_as_the_contract_says(ratio, removed, here):
     """30 layers: ties go to even, 7.5 to 8 and 10.5 to 10."""
-    assert job_of([f"pruning_ratio={ratio}"]).num_layers_to_remove(30) == removed
+    assert job_of([f"pruning_ratio={ratio}"]).num_layers == 30 - removed
 
 
 def test_llama2_7b_as_published(here):
-    assert job_of(["model=llama2_7b", "pruning_ratio=r20"]).num_layers_to_remove(32) == 6
-    assert job_of(["model=llama2_7b", "pruning_ratio=r35"]).num_layers_to_remove(32) == 11
-    assert job_of(["model=llama2_7b", "pruning_ratio=r20", "threshold=published"]).threshold == 0.81
+    assert job_of(["model=llama2_7b", "pruning_ratio=r20"]).num_layers == 32 - 6
+    assert job_of(["model=llama2_7b", "pruning_ratio=r35"]).num_layers == 32 - 11
+    # The floor decides, whatever ratio it is known by.
+    assert job_of(["model=llama2_7b", "pruning_ratio=r35", "threshold=published"]).num_layers is None
+    assert job_of(["model=llama2_7b", "pruning_ratio=r20", "threshold=published"]).threshold.floor == Floor(0.81)
 
 
 def test_seed_reaches_the_calibration_and_the_user_overrides_the_published_size(here):
@@ -333,7 +336,7 @@ class DropTop(Method):
     def plan(self, problem: PruningProblem) -> Plan:
         depth = problem.view.num_layers
         end = depth - self.keep_last
-        dropped = list(range(end - problem.num_remove, end))
+        dropped = list(range(end - problem.target.remove, end))
         groups = [[layer] for layer in range(depth) if layer not in dropped]
         return self._new_plan(problem, layer_groups=groups, dropped=dropped, ops=[{"op": "drop", "layers": dropped}])
 """
@@ -381,8 +384,8 @@ def test_every_method_says_whose_calibration_size_it_has(file):
 
 
 def test_a_threshold_whose_ratio_is_inferred_is_said_so(here, caplog):
-    assert job_of(["model=llama2_7b", "pruning_ratio=r35", "threshold=published"]).threshold == 0.68
+    assert job_of(["model=llama2_7b", "pruning_ratio=r35", "threshold=published"]).threshold.floor == Floor(0.68)
     assert "that 0.68 goes with pruning_ratio=r35 is inferred from the names in the authors' scripts" in caplog.text
     caplog.clear()
-    assert job_of(["model=llama2_13b", "pruning_ratio=none", "threshold=published"]).threshold == 0.72
+    assert job_of(["model=llama2_13b", "pruning_ratio=none", "threshold=published"]).threshold.floor == Floor(0.72)
     assert "inferred" not in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from slm_pipeline.assets import texts
 from slm_pipeline.config import CalibrationConfig
-from slm_pipeline.data.calibration import HUB_SETS, check, sample
+from slm_pipeline.data.calibration import HUB_SETS, Calibration
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.loading import byte_tokenizer
 
@@ -41,7 +42,7 @@ def decoded(tokenizer, input_ids) -> str:
 
 def test_contiguous_is_the_file_cut_in_order_newlines_kept(text_file):
     """The byte tokenizer gives the bytes of the file, line ends and all."""
-    found = sample(options(path=text_file, sampling="contiguous"), byte_tokenizer(), None)
+    found = Calibration(options(path=text_file, sampling="contiguous"), None).sample(byte_tokenizer())
     content = Path(text_file).read_bytes()
     vocabulary = byte_tokenizer().get_vocab()
     letters = byte_tokenizer().tokenize(TEXT)
@@ -56,10 +57,11 @@ def test_contiguous_is_the_file_cut_in_order_newlines_kept(text_file):
 
 def test_contiguous_takes_the_whole_text_if_it_just_fits(text_file):
     size = len(TEXT.encode())
-    found = sample(options(path=text_file, sampling="contiguous", num_samples=1, seq_len=size), byte_tokenizer(), None)
+    whole = options(path=text_file, sampling="contiguous", num_samples=1, seq_len=size)
+    found = Calibration(whole, None).sample(byte_tokenizer())
     assert decoded(byte_tokenizer(), found.input_ids) == TEXT
     with pytest.raises(UserError, match=f"has {size} tokens; .* needs {size + 1}"):
-        sample(options(path=text_file, sampling="contiguous", num_samples=1, seq_len=size + 1), byte_tokenizer(), None)
+        Calibration(dataclasses.replace(whole, seq_len=size + 1), None).sample(byte_tokenizer())
 
 
 def test_random_of_one_long_text_starts_anywhere_and_repeats_by_seed(tmp_path):
@@ -67,7 +69,7 @@ def test_random_of_one_long_text_starts_anywhere_and_repeats_by_seed(tmp_path):
     (tmp_path / "long.txt").write_text(text)
     given = {"path": "long.txt", "num_samples": 80, "seq_len": 25}
     tokenizer = byte_tokenizer()
-    found = sample(options(**given, seed=1), tokenizer, tmp_path)
+    found = Calibration(options(**given, seed=1), tmp_path).sample(tokenizer)
     starts = [row["start"] for row in found.ids]
     for row, start in zip(found.input_ids, starts, strict=True):
         assert decoded(tokenizer, row) == text[start : start + 25]
@@ -76,10 +78,10 @@ def test_random_of_one_long_text_starts_anywhere_and_repeats_by_seed(tmp_path):
     assert len({start % 25 for start in starts}) > 15  # not on a grid
     assert all(0 <= start <= 1975 for start in starts)
     assert (found.mode, found.input_ids.shape) == ("long_text", (80, 25))
-    again = sample(options(**given, seed=1), tokenizer, tmp_path)
+    again = Calibration(options(**given, seed=1), tmp_path).sample(tokenizer)
     assert torch.equal(again.input_ids, found.input_ids)
     assert again.fingerprint == found.fingerprint
-    other = sample(options(**given, seed=2), tokenizer, tmp_path)
+    other = Calibration(options(**given, seed=2), tmp_path).sample(tokenizer)
     assert other.ids != found.ids
     assert other.fingerprint != found.fingerprint
 
@@ -88,7 +90,7 @@ def test_random_of_a_very_long_text_reads_only_what_is_near_the_samples(tmp_path
     text = "".join(f"{number:06d}" for number in range(100_000))  # one word
     (tmp_path / "long.txt").write_text(text)
     config = options(path="long.txt", num_samples=40, seq_len=25, seed=1)
-    key = check(config, tmp_path)
+    key = Calibration(config, tmp_path).identity()
     monkeypatch.setattr("slm_pipeline.data.calibration.LONGEST", len(text) - 1)
     tokenizer = byte_tokenizer()
     given = []
@@ -99,7 +101,7 @@ def test_random_of_a_very_long_text_reads_only_what_is_near_the_samples(tmp_path
         ),
     )
     with caplog.at_level("INFO"):
-        found = sample(config, tokenizer, tmp_path)
+        found = Calibration(config, tmp_path).sample(tokenizer)
     assert "the text has 1 million characters: samples start at characters of it" in caplog.text
     assert sum(given) < len(text)
     starts = [place["character"] for place in found.ids]
@@ -107,26 +109,27 @@ def test_random_of_a_very_long_text_reads_only_what_is_near_the_samples(tmp_path
         assert decoded(tokenizer, row) == text[start : start + 25]
     assert min(starts) < len(text) / 10
     assert max(starts) > len(text) * 9 / 10
-    assert sample(config, tokenizer, tmp_path).fingerprint == found.fingerprint
-    assert check(config, tmp_path) != key  # a stored result is not taken for the other kind
+    assert Calibration(config, tmp_path).sample(tokenizer).fingerprint == found.fingerprint
+    assert Calibration(config, tmp_path).identity() != key  # a stored result is not taken for the other kind
     many = options(path="long.txt", num_samples=500, seq_len=25, seed=1)
-    assert "start" in sample(many, tokenizer, tmp_path).ids[0]  # reading near each would read more than the whole
+    # Here reading near each would read more than the whole.
+    assert "start" in Calibration(many, tmp_path).sample(tokenizer).ids[0]
 
 
 def test_random_needs_as_much_text_as_contiguous(text_file):
     config = options(path=text_file, num_samples=100, seq_len=50)
     with pytest.raises(UserError, match=r"calibration.num_samples=100 x calibration.seq_len=50 needs 5000"):
-        sample(config, byte_tokenizer(), None)
+        Calibration(config, None).sample(byte_tokenizer())
     with pytest.raises(
         UserError, match="bytes; calibration.num_samples=100 x calibration.seq_len=50 needs 5000 tokens"
     ):
-        check(config, None)
+        Calibration(config, None).identity()
 
 
 def test_not_utf8(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
     with pytest.raises(UserError, match=r"calibration.path='latin.txt': .*latin.txt is not UTF-8 text"):
-        sample(options(path="latin.txt"), byte_tokenizer(), tmp_path)
+        Calibration(options(path="latin.txt"), tmp_path).sample(byte_tokenizer())
 
 
 ROWS = ["a" * 19, "b" * 20, "c" * 21, "d" * 60, "", "e" * 45, "f" * 5, "g" * 33]
@@ -149,22 +152,25 @@ def test_documents_of_every_set_in_the_hubs_layout(name, tmp_path):
     write_rows(tmp_path / "set", name, ROWS)
     tokenizer = byte_tokenizer()
     config = options(name, path="set", num_samples=5)
-    assert check(config, tmp_path)["text"].startswith("folder:")
-    found = sample(config, tokenizer, tmp_path)
+    assert Calibration(config, tmp_path).identity()["text"].startswith("folder:")
+    found = Calibration(config, tmp_path).sample(tokenizer)
     assert found.mode == "documents"
     assert sorted(row["row"] for row in found.ids) == [1, 2, 3, 5, 7]  # at least 20 tokens, each once
     for tokens, place in zip(found.input_ids, found.ids, strict=True):
         row = tokenizer(ROWS[place["row"]])["input_ids"]
         assert tokens.tolist() == row[place["start"] : place["start"] + 20]
         assert len(tokens) == 20
-    assert sample(config, tokenizer, tmp_path).ids == found.ids
+    assert Calibration(config, tmp_path).sample(tokenizer).ids == found.ids
     with pytest.raises(UserError, match="only 5 of 8 rows have calibration.seq_len=20 tokens, .*num_samples=6"):
-        sample(options(name, path="set", num_samples=6), tokenizer, tmp_path)
+        Calibration(options(name, path="set", num_samples=6), tmp_path).sample(tokenizer)
 
 
 def test_documents_differ_with_the_seed_and_slices_move(tmp_path):
     write_rows(tmp_path / "set", "c4", ["".join(chr(97 + (i + j) % 26) for j in range(200)) for i in range(50)])
-    found = [sample(options("c4", path="set", num_samples=8, seed=seed), byte_tokenizer(), tmp_path) for seed in (1, 2)]
+    found = [
+        Calibration(options("c4", path="set", num_samples=8, seed=seed), tmp_path).sample(byte_tokenizer())
+        for seed in (1, 2)
+    ]
     assert {row["row"] for row in found[0].ids} != {row["row"] for row in found[1].ids}
     assert len({row["start"] for result in found for row in result.ids}) > 8
 
@@ -176,7 +182,7 @@ def test_special_tokens_are_there_only_in_a_slice_from_the_start(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 257)])
     write_rows(tmp_path / "set", "c4", ROWS)
-    found = sample(options("c4", path="set", num_samples=6), tokenizer, tmp_path)
+    found = Calibration(options("c4", path="set", num_samples=6), tmp_path).sample(tokenizer)
     assert sorted(row["row"] for row in found.ids) == [0, 1, 2, 3, 5, 7]
     for tokens, place in zip(found.input_ids.tolist(), found.ids, strict=True):
         assert (257 in tokens) == (place["start"] == 0)
@@ -184,52 +190,54 @@ def test_special_tokens_are_there_only_in_a_slice_from_the_start(tmp_path):
 
 def test_contiguous_of_a_data_set_joins_its_rows(tmp_path):
     write_rows(tmp_path / "set", "wikitext2", ROWS)
-    found = sample(options("wikitext2", path="set", sampling="contiguous"), byte_tokenizer(), tmp_path)
+    found = Calibration(options("wikitext2", path="set", sampling="contiguous"), tmp_path).sample(byte_tokenizer())
     assert decoded(byte_tokenizer(), found.input_ids) == "\n\n".join(ROWS)[:60]
 
 
 def test_folder_without_the_hubs_files(tmp_path):
     with pytest.raises(UserError, match=r"calibration.path='.' has no file plain_text/train-\*.parquet"):
-        check(options("bookcorpus", path="."), tmp_path)
+        Calibration(options("bookcorpus", path="."), tmp_path).identity()
 
 
 def test_folder_that_changes_is_another_text(tmp_path):
     write_rows(tmp_path / "set", "c4", ROWS)
-    before = check(options("c4", path="set"), tmp_path)
+    before = Calibration(options("c4", path="set"), tmp_path).identity()
     (tmp_path / "set").rename(tmp_path / "first")
     write_rows(tmp_path / "set", "c4", [*ROWS, "another"])
-    assert check(options("c4", path="set"), tmp_path) != before
+    assert Calibration(options("c4", path="set"), tmp_path).identity() != before
 
 
 def test_bundled_passages(monkeypatch):
     monkeypatch.setattr(texts, "bundled_texts", lambda name: {"lambada": ROWS}[name])
-    found = sample(options("bundled", num_samples=5), byte_tokenizer(), None)
+    found = Calibration(options("bundled", num_samples=5), None).sample(byte_tokenizer())
     assert (found.mode, sorted(row["row"] for row in found.ids)) == ("documents", [1, 2, 3, 5, 7])
 
 
 def test_bundled_passages_that_are_too_short_become_one_long_text(monkeypatch, caplog):
     monkeypatch.setattr(texts, "bundled_texts", lambda name: ROWS)
     with caplog.at_level("INFO"):
-        found = sample(options("bundled", num_samples=3, seq_len=61), byte_tokenizer(), None)
+        found = Calibration(options("bundled", num_samples=3, seq_len=61), None).sample(byte_tokenizer())
     assert "joined to one long text" in caplog.text
     assert found.mode == "long_text"
     joined = "\n".join(ROWS)
     for tokens, place in zip(found.input_ids, found.ids, strict=True):
         assert decoded(byte_tokenizer(), tokens) == joined[place["start"] : place["start"] + 61]
     with pytest.raises(UserError, match="the calibration text has 210 tokens"):
-        sample(options("bundled", num_samples=3, seq_len=71), byte_tokenizer(), None)
+        Calibration(options("bundled", num_samples=3, seq_len=71), None).sample(byte_tokenizer())
 
 
 def test_identity_holds_what_the_samples_depend_on(text_file, tmp_path):
-    base = check(options(path=text_file), None)
+    base = Calibration(options(path=text_file), None).identity()
     for changed in ({"num_samples": 4}, {"seq_len": 21}, {"seed": 5}, {"sampling": "contiguous"}):
-        assert check(options(path=text_file, **changed), None) != base
-    contiguous = [check(options(path=text_file, sampling="contiguous", seed=seed), None) for seed in (1, 2)]
+        assert Calibration(options(path=text_file, **changed), None).identity() != base
+    contiguous = [
+        Calibration(options(path=text_file, sampling="contiguous", seed=seed), None).identity() for seed in (1, 2)
+    ]
     assert contiguous[0] == contiguous[1]  # no seed in it
     (tmp_path / "copy.txt").write_bytes(Path(text_file).read_bytes())
-    assert check(options(path="copy.txt"), tmp_path) == base
+    assert Calibration(options(path="copy.txt"), tmp_path).identity() == base
     (tmp_path / "copy.txt").write_bytes(Path(text_file).read_bytes() + b"x")
-    assert check(options(path="copy.txt"), tmp_path) != base
+    assert Calibration(options(path="copy.txt"), tmp_path).identity() != base
 
 
 @pytest.mark.parametrize(
@@ -246,4 +254,4 @@ def test_identity_holds_what_the_samples_depend_on(text_file, tmp_path):
 )
 def test_unusable_options(given, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        check(options(**given), tmp_path)
+        Calibration(options(**given), tmp_path).identity()

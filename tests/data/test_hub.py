@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from slm_pipeline.config import CalibrationConfig
-from slm_pipeline.data import calibration, examples, hub, tasks
+from slm_pipeline.data import examples, hub, tasks
+from slm_pipeline.data.calibration import Calibration
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation import perplexity
 from slm_pipeline.evaluation.zero_shot import TASK_FILES
@@ -43,7 +44,7 @@ def identities() -> dict[str, str]:
     return {
         "task": tasks.task_fingerprint("hub", "arc_easy"),
         "corpus": perplexity.corpus_fingerprint("wikitext2"),
-        "calibration": calibration.check(c4, None)["text"],
+        "calibration": Calibration(c4, None).identity()["text"],
         "recovery": examples.examples_fingerprint("hub", **given),
     }
 
@@ -99,7 +100,7 @@ def test_the_hub_is_asked_first(caches, monkeypatch):
             "evaluation.perplexity.corpora=ptb: ptb-text-only/ptb_text_only is .* use bundled or a text file",
         ),
         (
-            lambda: calibration.check(CalibrationConfig(source="bookcorpus"), None),
+            lambda: Calibration(CalibrationConfig(source="bookcorpus"), None).identity(),
             "calibration=bookcorpus: bookcorpus/bookcorpus is .* use calibration=bundled or calibration=text_file",
         ),
     ],
@@ -121,10 +122,10 @@ def test_a_folder_in_the_hubs_layout_is_its_content(caches):
     config = CalibrationConfig(source="c4", path="allenai/c4", num_samples=1, seq_len=1)
 
     def found() -> list[str]:
-        local = calibration.check(config, Path.cwd())["text"]
+        local = Calibration(config, Path.cwd()).identity()["text"]
         return [
             local,
-            calibration.check(CalibrationConfig(source="c4"), None)["text"],
+            Calibration(CalibrationConfig(source="c4"), None).identity()["text"],
             perplexity.corpus_fingerprint("c4"),
         ]
 

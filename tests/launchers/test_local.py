@@ -19,7 +19,7 @@ from slm_pipeline.jobs.stages.merge import Merge
 
 run = Merge.run
 def dies(self, job, *arguments, **options):
-    if job.threshold == 0.6:
+    if job.threshold.floor.similarity == 0.6:
         os.kill(os.getpid(), 9)
     return run(self, job, *arguments, **options)
 Merge.run = dies

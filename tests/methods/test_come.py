@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import random_source
+from conftest import context_of, random_source
 from naive import problem_for
 
 from slm_pipeline.errors import UserError
@@ -214,8 +214,8 @@ def test_bad_options(method, options):
 
 def test_folding_norms_needs_rms_norms():
     with pytest.raises(UserError, match="is a opt model, which has none"):
-        Come(fold_norm=True).check(random_source("opt"))
-    Come(fold_norm=True).check(random_source("gemma3_text"))
+        Come(fold_norm=True).check(context_of(random_source("opt")))
+    Come(fold_norm=True).check(context_of(random_source("gemma3_text")))
 
 
 def test_protected_layers_are_never_merged(input_ids):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_source
+from conftest import context_of, random_source
+from naive import problem_of
 from omegaconf import OmegaConf
 
 from slm_pipeline.config import CONF_DIR, build
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.errors import UserError
-from slm_pipeline.methods.base import PruningProblem
+from slm_pipeline.methods.target import Layers
 from slm_pipeline.models import checkpoint
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
@@ -37,15 +38,15 @@ def test_its_checkpoint_reloads(name, architecture, input_ids, tmp_path):
     method = method_of(name)
     if (name, architecture) in REFUSED:
         with pytest.raises(UserError):
-            method.check(source)
+            method.check(context_of(source))
         return
-    method.check(source)
+    method.check(context_of(source))
     model, tokenizer = load_dense(source)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     view = ModelView(model)
     looked_at = {"fingerprint": "f", "num_tokens": input_ids.numel()}
     statistics = collect(view, input_ids)
-    plan = method.plan(PruningProblem(source, view, input_ids, statistics, 2, None, 5, False, looked_at))
+    plan = method.plan(problem_of(source, view, input_ids, Layers(2), statistics, calibration=looked_at))
     assert plan.calibration == (None if name in ("shortened_magnitude", "reverse") else looked_at)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())  # it only reads the model
     assert all(module.training is False for module in model.modules())
@@ -57,6 +58,17 @@ def test_its_checkpoint_reloads(name, architecture, input_ids, tmp_path):
     reloaded = checkpoint.save(pruned, tokenizer, tmp_path / "model", card="", config=source.config)
     assert type(reloaded) is type(pruned) is type(load_dense(source)[0])
     torch.testing.assert_close(reloaded(input_ids=input_ids, use_cache=False).logits, expected, rtol=0, atol=0)
+
+
+def test_samples_of_one_token_are_refused_where_the_next_is_predicted():
+    context = context_of(random_source())
+    context.config.calibration.seq_len = 1
+    predicting = {"come_posterior", "shortened_ppl", "shortened_taylor", "sleb"}
+    for name in predicting:
+        with pytest.raises(UserError, match=f"calibration.seq_len=1 must be at least 2 for method={name}, which predi"):
+            method_of(name).check(context)
+    for name in set(METHODS) - predicting:
+        method_of(name).check(context)
 
 
 READ_STATES = sorted(set(METHODS) - {"shortened_magnitude", "reverse", "shortened_taylor"})
@@ -74,7 +86,7 @@ def test_a_damaged_model_is_an_error(name, input_ids):
         for layer in view.layers:  # whatever goes, something damaged is left
             layer.mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite|is nan|overflows"):
-        method_of(name).plan(PruningProblem(source, view, input_ids, statistics, 2, None, 5, False, {}))
+        method_of(name).plan(problem_of(source, view, input_ids, Layers(2), statistics))
 
 
 def test_the_calibration_pass_names_the_first_damaged_layer(input_ids):

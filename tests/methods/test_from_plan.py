@@ -6,11 +6,12 @@ import json
 
 import numpy as np
 import pytest
-from conftest import random_source, run_slm
+from conftest import context_of, random_source, run_slm
+from naive import problem_of
 
 from slm_pipeline.errors import UserError
-from slm_pipeline.methods.base import PruningProblem
 from slm_pipeline.methods.from_plan import FromPlan
+from slm_pipeline.methods.target import NoTarget
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.plan import Plan
@@ -37,7 +38,7 @@ def written(path, **changes):
 def replayed(method):
     source = random_source()
     view = ModelView(load_dense(source)[0])
-    return method.plan(PruningProblem(source, view, None, None, None, None, 5, False, {"fingerprint": "of this job"}))
+    return method.plan(problem_of(source, view, None, NoTarget(), calibration={"fingerprint": "of this job"}))
 
 
 def test_a_replay_reads_no_text_and_keeps_what_the_search_read(tmp_path):
@@ -63,9 +64,9 @@ def test_plans_that_say_different_things_are_no_one_result(tmp_path):
 def test_a_linear_map_behind_which_a_norm_stands_is_refused_before_anything_runs(tmp_path):
     fold = [{"op": "fold", "layers": [1], "tensor": "t"}, {"op": "drop", "layers": [4]}]
     method = written(tmp_path / "a.json", ops=fold, tensors={"t": np.eye(32, dtype=np.float32)})
-    method.check(random_source())
+    method.check(context_of(random_source()))
     with pytest.raises(UserError, match="op 0 folds a linear map into a projection; in random, a gemma2 model, a norm"):
-        method.check(random_source("gemma2"))
+        method.check(context_of(random_source("gemma2")))
 
 
 def test_a_home_that_nobody_has_is_no_traceback():

@@ -6,13 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import random_source
+from conftest import context_of, random_source
+from naive import problem_of
 from omegaconf import OmegaConf
 
 from slm_pipeline.config import CONF_DIR, build
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.errors import UserError
-from slm_pipeline.methods.base import PruningProblem
+from slm_pipeline.methods.target import Floor, Layers
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 
@@ -64,7 +65,7 @@ WITHOUT_OPTIONS = {"none", "from_plan"}
 
 @pytest.fixture(scope="module")
 def make_problem():
-    """A function of layers to go and threshold: the problem of a Llama whose layers 2 and 3 do least."""
+    """A function of the target: the problem of a Llama whose layers 2 and 3 do least."""
     source = random_source(num_layers=8, hidden_size=32)
     model, _ = load_dense(source)
     view = ModelView(model)
@@ -76,9 +77,7 @@ def make_problem():
                 parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else (0.03 if index in (2, 3) else 0.15) * noise)
     input_ids = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(1))
     statistics = collect(view, input_ids)
-    return lambda num_remove, threshold: PruningProblem(
-        source, view, input_ids, statistics, num_remove, threshold, 5, False, {}
-    )
+    return lambda target: problem_of(source, view, input_ids, target, statistics)
 
 
 def method_of(name, **changes):
@@ -104,8 +103,8 @@ def test_every_option_changes_the_plan(name, option, make_problem):
     value, common = change if isinstance(change, tuple) else (change, {})
     before, after = method_of(name, **common), method_of(name, **{**common, option: value})
     assert before.options() != after.options()
-    everything = before.takes_threshold and option not in ("merge_rule", "similarity")  # passes at a threshold of 0
-    problem = make_problem(2 if option in ("run_length", "repeat") else 1, 0.0 if everything else None)
+    everything = Floor in before.targets and option not in ("merge_rule", "similarity")  # passes at a threshold of 0
+    problem = make_problem(Floor(0.0) if everything else Layers(2 if option in ("run_length", "repeat") else 1))
     plans = [method.plan(problem) for method in (before, after)]
     if option.startswith("protect") and (name, option) not in ONLY_LIMITS:
         assert plans[0].content() != plans[1].content()
@@ -142,6 +141,6 @@ def test_what_would_do_nothing_is_refused(name, changes, message):
 @pytest.mark.parametrize("architecture", ["phi3", "gpt_neox"])
 @pytest.mark.parametrize("name", ["come", "come_posterior"])
 def test_no_query_heads_are_picked_as_published_where_projections_are_fused(name, architecture):
-    method_of(name, official_gqa=True).check(random_source("qwen3"))
+    method_of(name, official_gqa=True).check(context_of(random_source("qwen3")))
     with pytest.raises(UserError, match=f"official_gqa=true: the published code cannot .* {architecture} model"):
-        method_of(name, official_gqa=True).check(random_source(architecture))
+        method_of(name, official_gqa=True).check(context_of(random_source(architecture)))

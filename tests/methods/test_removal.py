@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 from conftest import random_source
+from naive import problem_of
 
 from slm_pipeline.engine import blocks, walk
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.angular import AngularDistance
-from slm_pipeline.methods.base import PruningProblem
 from slm_pipeline.methods.reverse import ReverseOrder
 from slm_pipeline.methods.shortened import ShortenedMagnitude, ShortenedPerplexity, ShortenedTaylor
 from slm_pipeline.methods.shortgpt import ShortGPT
 from slm_pipeline.methods.sleb import Sleb
 from slm_pipeline.methods.streamline import Streamline
+from slm_pipeline.methods.target import Layers
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
@@ -33,7 +35,7 @@ def problem_for(architecture, input_ids, num_remove=3, num_layers=8):
     source = random_source(architecture, num_layers=num_layers)
     model, _ = load_dense(source)
     view = ModelView(model)
-    return PruningProblem(source, view, input_ids, collect(view, input_ids), num_remove, None, 5, False, {})
+    return problem_of(source, view, input_ids, Layers(num_remove), collect(view, input_ids))
 
 
 def without(model, layers):
@@ -110,16 +112,12 @@ def test_a_candidate_is_given_up_only_when_it_cannot_win(input_ids, monkeypatch)
 def test_a_loss_that_is_not_finite_never_wins(problem, input_ids):
     with torch.no_grad():
         problem.view.layers[2].mlp.down_proj.weight.fill_(math.nan)
-    plan = Sleb().plan(problem_of(problem, num_remove=1))
+    plan = Sleb().plan(dataclasses.replace(problem, target=Layers(1)))
     assert plan.dropped == [2]  # only without layer 2 is there a loss at all
     with torch.no_grad():
         problem.view.layers[5].mlp.down_proj.weight.fill_(math.nan)
     with pytest.raises(UserError, match="loss is not finite whatever is removed"):
-        Sleb().plan(problem_of(problem, num_remove=1))
-
-
-def problem_of(problem, **changes):
-    return PruningProblem(**{**vars(problem), **changes})
+        Sleb().plan(dataclasses.replace(problem, target=Layers(1)))
 
 
 def test_perplexity_ranks_single_removals(problem, input_ids):
@@ -224,7 +222,7 @@ def test_a_bound_on_the_loss_changes_no_decision(num_likely, monkeypatch):
             layer.mlp.down_proj.weight.mul_(1 + 2 * index)
     input_ids = torch.randint(0, 3000, (9, 12), generator=torch.Generator().manual_seed(5))
     view = ModelView(model)
-    problem = PruningProblem(source, view, input_ids, collect(view, input_ids), 3, None, 5, False, {})
+    problem = problem_of(source, view, input_ids, Layers(3), collect(view, input_ids))
     removed, losses = naive_sleb(model, input_ids, 3)
     bounded = []
     least_loss = blocks.BlockRunner.least_loss

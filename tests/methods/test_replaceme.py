@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
-from conftest import random_source
+from conftest import context_of, random_source
+from naive import problem_of
 
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.errors import UserError
-from slm_pipeline.methods.base import PruningProblem
 from slm_pipeline.methods.replaceme import ReplaceMe
+from slm_pipeline.methods.target import Layers
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
@@ -34,7 +35,7 @@ def problem_for(architecture, input_ids, num_remove=2):
                 if name not in view.norm_names(0):
                     noise = torch.randn(parameter.shape, generator=generator)
                     parameter.copy_(0.2 * noise)
-    return PruningProblem(source, view, input_ids, collect(view, input_ids), num_remove, None, 5, False, {})
+    return problem_of(source, view, input_ids, Layers(num_remove), collect(view, input_ids))
 
 
 HELD = [2, 7, 12, 17]  # of 20 samples, where a fifth is held out
@@ -152,7 +153,7 @@ def test_of_a_single_sample_the_last_tokens_are_held_out(input_ids):
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "olmo2"])
 def test_a_norm_behind_the_projection_is_refused(architecture):
     with pytest.raises(UserError, match="a norm follows the last projection"):
-        ReplaceMe().check(random_source(architecture))
+        ReplaceMe().check(context_of(random_source(architecture)))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from conftest import random_source
+from conftest import context_of, random_source
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -133,13 +133,13 @@ def test_keys_with_nothing_in_them_change_nothing(tmp_path):
 def test_the_files_dtype_is_the_models(tmp_path):
     source = random_source(num_layers=8)
     (tmp_path / "plan.yml").write_text(changed(top={"dtype": "float32"}))
-    FromPlan(path=str(tmp_path / "plan.yml")).check(source)
+    FromPlan(path=str(tmp_path / "plan.yml")).check(context_of(source))
     (tmp_path / "plan.yml").write_text(changed(top={"out_dtype": "bfloat16"}))
     with pytest.raises(UserError, match="asks for dtype='bfloat16', the model is in model.dtype=float32"):
-        FromPlan(path=str(tmp_path / "plan.yml")).check(source)
+        FromPlan(path=str(tmp_path / "plan.yml")).check(context_of(source))
     (tmp_path / "plan.yml").write_text(document([0, 9]))
     with pytest.raises(UserError, match="keeps layer 8; random has 8 layers"):
-        FromPlan(path=str(tmp_path / "plan.yml")).check(source)
+        FromPlan(path=str(tmp_path / "plan.yml")).check(context_of(source))
 
 
 KEYS = st.sampled_from(["slices", "sources", "model", "layer_range", "merge_method", "dtype", "parameters", "<<"])

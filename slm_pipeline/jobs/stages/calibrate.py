@@ -30,19 +30,18 @@ class Calibrate(Stage):
     leaves = ("samples.safetensors", "samples.json", "statistics.safetensors", "similarity.json")
 
     def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any]:
-        return {"version": VERSION, "model": job.source.fingerprint, "calibration": job.identities["calibration"]}
+        return {"version": VERSION, "model": job.source.fingerprint, "calibration": job.calibration.identity()}
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         from safetensors.torch import save_file
 
         from slm_pipeline.analysis.similarity import TokenAlignment, map_summary
-        from slm_pipeline.data.calibration import sample
         from slm_pipeline.engine.statistics import collect
         from slm_pipeline.models.loading import load_dense, load_dense_tokenizer
         from slm_pipeline.models.view import ModelView
 
         # before the weights: a text that is too short needs no model to be found so
-        samples = sample(job.config.calibration, load_dense_tokenizer(job.source), job.data_dir)
+        samples = job.calibration.sample(load_dense_tokenizer(job.source))
         model, _ = load_dense(job.source)
         save_file({"input_ids": samples.input_ids}, out / "samples.safetensors")
         write_json(

@@ -53,7 +53,7 @@ class Evaluate(Stage):
             "checkpoint": checkpoint,
             **({"dense": job.source.fingerprint} if self.measure.reads_dense else {}),
             "measure": self.measure.name,
-            "of": job.identities["evaluation"][self.measure.name, self.part],
+            "of": job.evaluation.identity()[self.measure.label(self.part)],
         }
 
     def _checkpoint(self, job: Job, results: Mapping[str, Artifact]) -> str | None:
@@ -66,7 +66,7 @@ class Evaluate(Stage):
 
     def preflight(self, job: Job) -> None:
         """The part has what the measure needs of it; see `Measure.preflight`."""
-        self.measure.preflight(self.part, job.dense_tokenizer, job.context)
+        self.measure.preflight(self.part, job.dense_tokenizer, job)
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         from slm_pipeline.models.loading import load_dense
@@ -78,7 +78,7 @@ class Evaluate(Stage):
             load_dense=lambda: load_dense(job.source),
             reads_dense=self.measure.reads_dense,
         )
-        found = self.measure.run(self.part, scored, job.context)
+        found = self.measure.run(self.part, scored, job)
         numbers = {number.key: number.to_json() for number in self.measure.numbers(self.part, found)}
         overlap = self._overlap(job, scored)
         device = gpus.in_words(job.config.model.device)
@@ -89,7 +89,7 @@ class Evaluate(Stage):
         """How many of the documents are found in the recovery's training data; see `overlaps`."""
         if self.target != "recovered" or not isinstance(job.recovery, TrainingOptions):
             return None
-        texts = self.measure.texts(self.part, scored.tokenizer, job.context)
+        texts = self.measure.texts(self.part, scored.tokenizer, job)
         train, _ = job.recovery.examples(job.data_dir) if texts else ([], None)
         return overlaps({self.part: texts}, train).get(self.part)
 

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline.jobs.job import Job, ParameterCounts
+from slm_pipeline.engine.window_memo import WindowMemos
+from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.calibrate import load_samples, load_statistics
 from slm_pipeline.jobs.tracking import Tracker
+from slm_pipeline.methods.target import ParameterCounts
 from slm_pipeline.report.run import sublayer_lines
 from slm_pipeline.results.of_run import of_pruning
 from slm_pipeline.store.artifact import Artifact
@@ -37,18 +39,14 @@ class Merge(Stage):
     leaves = ("plan.json",)
 
     def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any]:
-        ratio, threshold = job.config.pruning_ratio, job.config.threshold
-        search = {"refine": threshold.refine, "exhaustive": threshold.exhaustive}
         return {
             "version": VERSION,
             "model": job.source.fingerprint,
             "calibration": results["calibrate"].key if job.method.reads_calibration else None,
-            "method": job.method.name,
-            "options": job.method.options(),
-            "threshold": job.threshold,
-            "search": search if job.method.takes_threshold and job.threshold is None else None,
+            **job.method.identity(),
+            **job.threshold.identity(),
             # With a floor of its own the method does not look at the ratio.
-            "pruning_ratio": None if job.threshold is not None else vars(ratio),
+            "pruning_ratio": job.pruning_ratio.identity() if job.threshold.floor is None else None,
         }
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
@@ -103,7 +101,8 @@ class Merge(Stage):
 
     def _plan(self, job: Job, calibration: Artifact, view: Any) -> Plan:
         input_ids, identity = load_samples(calibration)
-        problem = job.pruning_problem(view, input_ids, load_statistics(calibration), identity, calibration.path)
+        windows = WindowMemos(calibration.path, afresh="merge" in job.config.force)
+        problem = job.pruning_problem(view, input_ids, load_statistics(calibration), identity, windows)
         started = time.monotonic()
         plan = job.method.plan(problem)
         plan.scores["seconds"] = round(time.monotonic() - started, 3)
