@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline.results.columns import change, count, perplexity
+from slm_pipeline.results.columns import change, perplexity
 from slm_pipeline.results.measurement import (
     Summary,
     corpus_labels,
@@ -17,8 +17,10 @@ from slm_pipeline.results.measurement import (
     standard_errors,
     task_details,
 )
+from slm_pipeline.show.numerals import count
 from slm_pipeline.show.tables import Lines, Table, code_block, in_order, markdown_escaped, wrapped
 from slm_pipeline.store.files import write_text
+from slm_pipeline.surgery.changes import Changes
 from slm_pipeline.surgery.plan import format_fit, format_groups
 
 
@@ -118,7 +120,7 @@ def _layers(summary: Summary) -> list[str]:
     lines = [format_groups(summary["layer_groups"])]
     if summary["dropped"]:
         lines.append("dropped: " + ", ".join(map(str, summary["dropped"])))
-    lines += sublayer_lines(summary.get("sublayers", {}))
+    lines += Changes.of(summary).lines
     if "fit" in summary:
         lines.append(f"linear map in their place: {format_fit(summary['fit'])}")
     if not summary.get("threshold_is_highest", True):
@@ -127,30 +129,6 @@ def _layers(summary: Summary) -> list[str]:
             " threshold.exhaustive=true finds out"
         )
     return lines
-
-
-def sublayer_lines(missing: Mapping[str, Any]) -> list[str]:
-    """Which sublayers are missing, and how the checkpoint says so; nothing if ``missing`` is empty.
-
-    Args:
-        missing: export, attention and mlp (original layers), and parameters in them.
-    """
-    if not missing:
-        return []
-    names = (("attention", "attention"), ("mlp", "feed-forward"))
-    lost = [f"{name} of {', '.join(map(str, missing[key]))}" for key, name in names if missing[key]]
-    number = count(missing["parameters"])
-    if missing["export"] == "stock":
-        how = (
-            f"the checkpoint has the dense model's class and {number} parameters that do nothing (zeroed projections):"
-            " nothing is faster or smaller; method.export=custom leaves them out"
-        )
-    else:
-        how = (
-            f"the checkpoint leaves their {number} parameters out; it brings modeling_pruned.py and loads with"
-            " trust_remote_code=True only"
-        )
-    return [f"dropped: {'; '.join(lost)}", how]
 
 
 def _recovery(summary: Summary) -> list[str]:

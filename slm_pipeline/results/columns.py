@@ -12,6 +12,7 @@ from slm_pipeline.results.measurement import (
     parameters_at_work,
     standard_errors,
 )
+from slm_pipeline.show.numerals import count
 
 # Of a model's efficiency: the key in summary.json, and the column for each of dense, pruned and recovered.
 _EFFICIENCY = {
@@ -130,13 +131,6 @@ def _shown_error(column: str, error: float) -> str:
     if error and parted(column)[0].startswith("perplexity ") and error < 0.1:
         return f"{error:.2g}"
     return shown(column, error)
-
-
-def count(number: int) -> str:
-    """A number of parameters or tokens: 6.74B, 134.5M, or in full below a million."""
-    if number >= 1e9:
-        return f"{number / 1e9:.2f}B"
-    return f"{number / 1e6:.1f}M" if number >= 1e6 else str(number)
 
 
 def perplexity(value: float) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from slm_pipeline.surgery.changes import Changes
+
 Summary = Mapping[str, Any]  # what summary.json holds
 
 
@@ -26,8 +28,7 @@ def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
 
 def zeroed_parameters(summary: Summary) -> int:
     """Parameters that the pruned checkpoint holds and that do nothing, because their sublayers were removed."""
-    missing = summary.get("sublayers", {})
-    return int(missing["parameters"]) if missing.get("export") == "stock" else 0
+    return Changes.of(summary).idle_parameters
 
 
 def parameters_at_work(summary: Summary) -> int:
