@@ -54,6 +54,56 @@ def test_a_plan_put_right_is_another_decision_though_its_edits_are_the_same(tmp_
     assert turned.fingerprint() != plan.fingerprint()
 
 
+UNITS = {"m.heads.0": [0], "m.heads.1": [1], "m.neurons.0": [0, 3], "m.neurons.1": [1, 2]}
+CONCATENATE = {"op": "merge", "layers": [2, 3], "rule": "concatenate", "shares": [0.5, 0.5], "tensors": "m"}
+PAIR = {"layer_groups": [[0], [1], [2, 3], [4], [5]]}
+GONE = {"layer_groups": [[0], [1], [4], [5]], "dropped": [2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors", "content", "fingerprint"),
+    [
+        ({}, {}, "0b03340b36705238", "3e7143c86ee692a4"),
+        ({"ops": [{"op": "drop", "layers": [2, 3]}], **GONE}, {}, "e5db7404da7420ac", "665a0a0ca50d048e"),
+        (
+            {"ops": [{"op": "merge", "layers": [2, 3], "rule": "weighted", "shares": [1, 0]}], **PAIR},
+            {},
+            "93f50c41ad6b9f75",
+            "f348dd4d0c40495d",
+        ),
+        ({"ops": [CONCATENATE], **PAIR}, UNITS, "b527612e4f3673b7", "076b44191571f16b"),
+        (
+            {"ops": [{**CONCATENATE, "official_gqa": False, "fold_norm": True}], **PAIR},
+            UNITS,
+            "58143a061a359670",
+            "44355d36c48da3c2",
+        ),
+        (
+            {"ops": [{"op": "drop", "layers": [2, 3]}, {"op": "fold", "layers": [1], "tensor": "t"}], **GONE},
+            {"t": np.eye(4, dtype=np.float32)},
+            "c17b744cc55e141b",
+            "43991f4a48a36e8b",
+        ),
+        (
+            {
+                "ops": [{"op": "drop_sublayer", "layers": [2], "sublayer": "mlp", "export": "stock"}],
+                "layer_groups": [[layer] for layer in range(6)],
+            },
+            {},
+            "db98424da1756eba",
+            "2e410ef9b2be1c50",
+        ),
+    ],
+)
+def test_a_plan_written_before_keeps_its_place_in_the_store(changes, tensors, content, fingerprint, tmp_path):
+    """Digests of the first version that had each operation: checkpoints and replays lie in stores under them."""
+    plan = read_with(tmp_path, tensors, **changes) if tensors else read(tmp_path, **changes)
+    assert (plan.content(), plan.fingerprint()) == (content, fingerprint)
+    assert [op.to_json() for op in plan.ops] == {**GOOD, **changes}["ops"]
+    plan.write(tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == {**GOOD, **changes}
+
+
 OVERLAPPING = [{"op": "merge", "layers": [3, 4], "rule": "mean"}, {"op": "merge", "layers": [2, 3], "rule": "mean"}]
 
 
