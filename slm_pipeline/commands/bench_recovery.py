@@ -28,7 +28,8 @@ from slm_pipeline.recovery.base import RecoveryProblem, TrainingOptions
 from slm_pipeline.recovery.distill import Distill
 from slm_pipeline.recovery.lora import Lora
 from slm_pipeline.recovery.spans import changed_spans
-from slm_pipeline.surgery.plan import Plan, groups_of_windows
+from slm_pipeline.surgery.ops.merge import Merge
+from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
     from slm_pipeline.data.tokens import Row
@@ -226,8 +227,7 @@ def _pairs(source: ModelSource, num_layers: int) -> Plan:
         method="pairs",
         options={},
         calibration={},
-        layer_groups=groups_of_windows(pairs, num_layers),
-        ops=[{"op": "merge", "layers": list(pair), "rule": "mean"} for pair in pairs],
+        ops=[Merge(pair, "mean") for pair in pairs],
     )
 
 

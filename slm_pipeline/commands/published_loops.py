@@ -420,7 +420,7 @@ def decision_of(method: Any, plan: Any) -> Decision:
     if isinstance(method, FinerCut):
         return [found["removed"] for found in plan.scores["rounds"]]
     if isinstance(method, (ThresholdMerging, Come)):
-        return [(min(op["layers"]), max(op["layers"])) for op in plan.ops]
+        return [(min(op.layers), max(op.layers)) for op in plan.ops]
     return list(plan.scores["order"])
 
 

@@ -21,6 +21,7 @@ from slm_pipeline.results.of_run import numbers_of, of_job, parameters_at_work
 from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.store.files import write_json
 from slm_pipeline.store.run_folder import BEFORE
+from slm_pipeline.surgery.changes import Changes
 from slm_pipeline.surgery.plan import Plan, merged_windows
 
 FORMAT = 1
@@ -141,8 +142,8 @@ def _pruning(job: Job, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
         "layer_groups": plan.layer_groups,
         "dropped": plan.dropped,
     }
-    if "sublayers" in result:
-        pruning["sublayers"] = result["sublayers"]
+    changes = Changes.of(result)
+    pruning |= {"changes": changes.to_json(with_facts=False), **changes.facts}
     if "seconds" in plan.scores:
         pruning["plan_seconds"] = plan.scores["seconds"]
         if "num_evaluated" in plan.scores:
@@ -259,8 +260,8 @@ def _draw_layers(summary: Mapping[str, Any], results: Mapping[str, Artifact], pa
     plan = load_plan(results["merge"]) if "merge" in results else None
     if plan is None or not plan.ops:
         return []
-    missing = plan.missing_sublayers()
-    return pictures.layer_strip(plan.layer_groups, plan.dropped, plan.model["num_layers"], path_stem, without=missing)
+    marks = Changes.of(summary).marks
+    return pictures.layer_strip(plan.layer_groups, plan.dropped, plan.model["num_layers"], path_stem, marks=marks)
 
 
 def _draw_recovery(summary: Mapping[str, Any], results: Mapping[str, Artifact], path_stem: Path) -> list[Path]:

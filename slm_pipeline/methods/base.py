@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -16,6 +17,8 @@ from slm_pipeline.config.ranges import Count, NumLayersOrZero, Tokens
 from slm_pipeline.engine.window_memo import WindowMemos
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.target import Layers, Target
+from slm_pipeline.surgery.ops import Op
+from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -134,14 +137,16 @@ class Method(ABC):
             UserError: the target cannot be reached, or the model's numbers are not finite.
         """
 
-    def _new_plan(self, problem: PruningProblem, **decision: Any) -> Plan:
+    def _new_plan(self, problem: PruningProblem, *, ops: Sequence[Op], **decision: Any) -> Plan:
+        """The plan of ``ops``; ``decision`` is what else of a plan is not known here."""
         model = {
             "name": problem.source.name,
             "fingerprint": problem.source.fingerprint,
             "num_layers": problem.view.num_layers,
         }
         calibration = problem.calibration if self.reads_calibration else None
-        plan = Plan(model=model, method=self.name, options=self.options(), calibration=calibration, **decision)
+        options = self.options()
+        plan = Plan(model=model, method=self.name, options=options, calibration=calibration, ops=[*ops], **decision)
         plan.check(f"the plan of method={self.name}")
         return plan
 
@@ -172,11 +177,8 @@ class LayerRemoval(ProtectsEnds):
 
     def removal_plan(self, problem: PruningProblem[Layers], removed: list[int], scores: dict[str, Any]) -> Plan:
         """The plan that removes ``removed``, in that order."""
-        kept = [[layer] for layer in range(problem.view.num_layers) if layer not in removed]
-        ops = [{"op": "drop", "layers": sorted(removed)}]
-        return self._new_plan(
-            problem, layer_groups=kept, dropped=sorted(removed), ops=ops, scores={"order": removed, **scores}
-        )
+        drop = Drop(tuple(sorted(removed)))
+        return self._new_plan(problem, ops=[drop], scores={"order": removed, **scores})
 
     def lowest_first(self, problem: PruningProblem[Layers], values: list[float]) -> list[int]:
         """The unprotected layers with the lowest values, lowest first, ties by index.

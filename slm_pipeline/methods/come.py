@@ -13,6 +13,7 @@ from slm_pipeline.config.ranges import Range, UpToOne
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, ProtectsEnds, PruningProblem
 from slm_pipeline.methods.target import Layers
+from slm_pipeline.surgery.ops.merge import Merge
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Come(ProtectsEnds):
 
         stack = ProgressiveStack(problem.view, problem.input_ids)
         groups = [[layer] for layer in range(problem.view.num_layers)]
-        ops: list[dict[str, Any]] = []
+        ops: list[Merge] = []
         tensors: dict[str, Any] = {}
         steps: list[dict[str, Any]] = []
         with tqdm(total=problem.target.remove, desc=self.name, unit="layer", disable=None) as progress:
@@ -118,15 +119,14 @@ class Come(ProtectsEnds):
                 layers = [layer for group in groups[position : position + length] for layer in group]
                 name = f"merge.{len(ops)}"
                 ops.append(
-                    {
-                        "op": "merge",
-                        "layers": layers,
-                        "rule": "concatenate",
-                        "shares": shares,
-                        "official_gqa": self.official_gqa,
-                        "fold_norm": self.fold_norm,
-                        "tensors": name,
-                    }
+                    Merge(
+                        tuple(layers),
+                        "concatenate",
+                        shares=tuple(shares),
+                        official_gqa=self.official_gqa,
+                        fold_norm=self.fold_norm,
+                        tensors=name,
+                    )
                 )
                 for part in range(length):
                     tensors[f"{name}.heads.{part}"] = heads[part].numpy()
@@ -145,7 +145,6 @@ class Come(ProtectsEnds):
                 progress.update(length - 1)
         return self._new_plan(
             problem,
-            layer_groups=groups,
             ops=ops,
             tensors=tensors,
             scores={"steps_taken": steps, "num_block_evaluations": stack.num_block_evaluations},

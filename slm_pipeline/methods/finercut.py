@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, ProtectsEnds, PruningProblem
 from slm_pipeline.methods.target import Layers, Parameters
-from slm_pipeline.surgery.plan import EXPORTS, SUBLAYERS, Plan
+from slm_pipeline.surgery.ops import Op
+from slm_pipeline.surgery.ops.base import SUBLAYERS
+from slm_pipeline.surgery.ops.drop import Drop
+from slm_pipeline.surgery.ops.drop_sublayer import EXPORTS, DropSublayer
+from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
     from slm_pipeline.engine.walk import Removal
@@ -77,14 +81,12 @@ class FinerCut(ProtectsEnds):
     ) -> Plan:
         lost = {layer: [part for at, part in removed if at == layer] for layer, _ in removed}
         gone = sorted(layer for layer, parts in lost.items() if len(parts) == len(SUBLAYERS))
-        ops: list[dict[str, Any]] = [{"op": "drop", "layers": gone}] if gone else []
+        ops: list[Op] = [Drop(tuple(gone))] if gone else []
         for layer, parts in sorted(lost.items()):
             if layer not in gone:
-                ops.append({"op": "drop_sublayer", "layers": [layer], "sublayer": parts[0], "export": self.export})
+                ops.append(DropSublayer((layer,), parts[0], self.export))
         return self._new_plan(
             problem,
-            layer_groups=[[layer] for layer in range(problem.view.num_layers) if layer not in gone],
-            dropped=gone,
             ops=ops,
             scores={"rounds": rounds, "num_block_evaluations": evaluations},
         )

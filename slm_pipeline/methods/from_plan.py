@@ -13,6 +13,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, Method, PruningProblem
 from slm_pipeline.methods.target import NoTarget
 from slm_pipeline.surgery.mergekit import Passthrough, read_passthrough
+from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -70,15 +71,12 @@ class FromPlan(Method):
         if isinstance(self.original, Passthrough):
             kept = self.original.kept
             dropped = sorted(set(range(problem.view.num_layers)).difference(kept))
-            ops = [{"op": "drop", "layers": dropped}] if dropped else []
-            return self._new_plan(problem, layer_groups=[[layer] for layer in kept], dropped=dropped, ops=ops)
+            return self._new_plan(problem, ops=[Drop(tuple(dropped))] if dropped else [])
         original = self.original
         replayed = {"method": original.method, "calibration": original.calibration, "scores": original.scores}
         return self._new_plan(
             problem,
             threshold=original.threshold,
-            layer_groups=original.layer_groups,
-            dropped=original.dropped,
             ops=original.ops,
             tensors=original.tensors,
             # Of a replay of a replay the first plan is what counts.

@@ -10,6 +10,7 @@ from slm_pipeline.config.ranges import Count, Range
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
 from slm_pipeline.methods.target import Layers
+from slm_pipeline.surgery.ops.merge import Merge
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -101,14 +102,9 @@ class Mka(LayerRemoval):
             share = 1 / (1 + math.exp(-self.sharpness * lower / (lower + upper)))
             groups[position : position + 2] = [pair[0] + pair[1]]
             merges.append({"layers": pair[0] + pair[1], "similarity": adjacent[layer], "shares": [share, 1 - share]})
-        ops = [
-            {"op": "merge", "layers": merge["layers"], "rule": "weighted", "shares": merge["shares"]}
-            for merge in merges
-        ]
         return self._new_plan(
             problem,
-            layer_groups=groups,
-            ops=ops,
+            ops=[Merge(tuple(merge["layers"]), "weighted", shares=tuple(merge["shares"])) for merge in merges],
             scores={"similarity": adjacent, "mean_similarity": means, "merges": merges},
         )
 

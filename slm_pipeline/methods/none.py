@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from slm_pipeline.methods.base import CalibrationSize, Method, PruningProblem
 from slm_pipeline.methods.target import NoTarget
-from slm_pipeline.surgery.plan import Plan, groups_of_windows
+from slm_pipeline.surgery.plan import Plan
 
 
 @dataclass(kw_only=True)
@@ -24,4 +24,4 @@ class NoPruning(Method):
         return False
 
     def plan(self, problem: PruningProblem) -> Plan:
-        return self._new_plan(problem, layer_groups=groups_of_windows([], problem.view.num_layers), ops=[])
+        return self._new_plan(problem, ops=[])

@@ -11,6 +11,8 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.methods.angular import AngularDistance
 from slm_pipeline.methods.base import PruningProblem
 from slm_pipeline.methods.target import Layers
+from slm_pipeline.surgery.ops.drop import Drop
+from slm_pipeline.surgery.ops.fold import Fold
 from slm_pipeline.surgery.plan import Plan, format_fit
 
 if TYPE_CHECKING:
@@ -103,12 +105,9 @@ class ReplaceMe(AngularDistance):
                 "method=replaceme: the linear map is not finite; try model.dtype=float32 or method.ridge=1e-4"
             )
         fit, warnings = self._fit(problem, removed, transform)
-        fold = {"op": "fold", "layers": [removed[0] - 1], "tensor": "fold.0"}
         return self._new_plan(
             problem,
-            layer_groups=[[layer] for layer in range(problem.view.num_layers) if layer not in removed],
-            dropped=removed,
-            ops=[{"op": "drop", "layers": removed}, fold],
+            ops=[Drop(tuple(removed)), Fold((removed[0] - 1,), "fold.0")],
             tensors={"fold.0": transform.float().cpu().numpy()},
             scores={
                 "order": removed,

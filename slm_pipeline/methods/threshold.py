@@ -13,7 +13,8 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import Method, PruningProblem
 from slm_pipeline.methods.target import Floor, Layers
 from slm_pipeline.surgery.merge_rules import RULES
-from slm_pipeline.surgery.plan import Plan, groups_of_windows
+from slm_pipeline.surgery.ops.merge import Merge
+from slm_pipeline.surgery.plan import Plan
 
 SIMILARITIES = ("final_hidden", "last_token", "per_token", "logits_kl")
 
@@ -132,11 +133,7 @@ class ThresholdMerging(Method):
         return self._new_plan(
             problem,
             threshold=chosen.threshold,
-            layer_groups=groups_of_windows(chosen.windows, num_layers),
-            ops=[
-                {"op": "merge", "layers": list(range(low, high + 1)), "rule": self.merge_rule}
-                for low, high in chosen.windows
-            ],
+            ops=[Merge(tuple(range(low, high + 1)), self.merge_rule) for low, high in chosen.windows],
             scores={
                 "steps": [vars(step) for step in chosen.steps],
                 "searches": [{"threshold": s.threshold, "num_removed": s.num_removed} for s in searches],

@@ -30,11 +30,11 @@ def spans(plan: Plan, gap: str = "above") -> list[Span]:
         gap: whether dropped layers belong to the next kept layer ``above`` (towards the output) or ``below``. Where
             there is none, and where the layer below was folded with a map that replaces them, it is the other.
     """
-    folded = {op["layers"][0] for op in plan.ops if op["op"] == "fold"}
-    starts = [group[0] for group in plan.layer_groups]
-    ends = [group[-1] for group in plan.layer_groups]
-    for position in range(1, plan.num_layers):
-        if gap == "below" or plan.layer_groups[position - 1][0] in folded:
+    layers = plan.layers()
+    starts = [layer.originals[0] for layer in layers]
+    ends = [layer.originals[-1] for layer in layers]
+    for position in range(1, len(layers)):
+        if gap == "below" or layers[position - 1].folded:
             ends[position - 1] = starts[position] - 1
         else:
             starts[position] = ends[position - 1] + 1
@@ -44,5 +44,5 @@ def spans(plan: Plan, gap: str = "above") -> list[Span]:
 
 def changed_spans(plan: Plan, gap: str = "above") -> list[Span]:
     """Those whose layer is not the original one in its original task: merged, next to a gap, or short of a sublayer."""
-    short = {position for positions in plan.missing_positions().values() for position in positions}
-    return [span for span in spans(plan, gap) if span.first < span.last or span.position in short]
+    layers = plan.layers()
+    return [span for span in spans(plan, gap) if span.first < span.last or layers[span.position].missing]

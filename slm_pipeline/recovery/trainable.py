@@ -30,7 +30,7 @@ def silent_modules(problem: RecoveryProblem) -> dict[str, nn.Module]:
     view = ModelView(problem.model)
     silent = {
         id(module)
-        for name, positions in (problem.plan.missing_positions() if problem.plan.export == "stock" else {}).items()
+        for name, positions in problem.plan.zeroed().items()
         for position in positions
         for child in view.sublayer(name)
         for module in view.layers[position].get_submodule(child).modules()

@@ -180,6 +180,11 @@ SUMMARY: Mapping[str, Any] = {
     "parameters?": _COUNTS,
     "layer_groups?": [[layer]],
     "dropped?": [layer],
+    "changes?": {
+        "lines": [text],
+        "marks": [{"label": text, "layers": [layer], "part": text}],
+        "idle_parameters": count,
+    },
     "sublayers?": {"attention?": [layer], "mlp?": [layer]},
     "numbers?": {str: _NUMBER},
     "metrics?": {str: {"zero_shot?": {str: number}, "perplexity?": {str: _PERPLEXITY}}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from slm_pipeline.show import curves, pictures
 from slm_pipeline.show.curves import Trace, Training
 from slm_pipeline.show.looks import Look
 from slm_pipeline.show.strips import Strip, layer_strips
+from slm_pipeline.surgery.changes import Changes
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +53,13 @@ def _strips(study: Study, folder: Path) -> Iterator[Picture]:
     found = {}
     for i, run in enumerate(study.runs):
         if run.summary and "layer_groups" in run.summary and "num_layers" in run.summary:
-            lost = run.summary.get("sublayers", {})
-            without = {name: lost.get(name, []) for name in ("attention", "mlp")}
             depth = run.summary["num_layers"]["dense"]
-            found[i] = (run.summary["layer_groups"], run.summary.get("dropped", []), depth, without)
+            marks = Changes.of(run.summary).marks
+            found[i] = Strip("", run.summary["layer_groups"], run.summary.get("dropped", []), depth, marks)
     if not found:
         return
-    distinct = _distinct(study, found, study.varied)
-    strips = [Strip(label, *found[i]) for label, i in distinct[:MOST]]
+    distinct = _distinct(study, {i: asdict(strip) for i, strip in found.items()}, study.varied)
+    strips = [replace(found[i], label=label) for label, i in distinct[:MOST]]
     title = "layers kept, merged and dropped"
     note = "; ".join(_cut(distinct))
     yield Picture(title, layer_strips(strips, folder / "layer_strips", title=f"{study.name}: {title}", note=note))

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from slm_pipeline.results.measurement import measurement, small_limit
-from slm_pipeline.results.number import Number, change, count
+from slm_pipeline.results.number import Number, change
 from slm_pipeline.results.of_run import Summary, numbers_of, parameters_at_work
+from slm_pipeline.show.numerals import count
 from slm_pipeline.show.tables import Lines, Table, code_block, in_order, markdown_escaped, wrapped
 from slm_pipeline.store.files import write_text
+from slm_pipeline.surgery.changes import Changes
 from slm_pipeline.surgery.plan import format_fit, format_groups
 
 
@@ -128,7 +130,7 @@ def _layers(summary: Summary) -> list[str]:
     lines = [format_groups(summary["layer_groups"])]
     if summary["dropped"]:
         lines.append("dropped: " + ", ".join(map(str, summary["dropped"])))
-    lines += sublayer_lines(summary.get("sublayers", {}))
+    lines += Changes.of(summary).lines
     if "fit" in summary:
         lines.append(f"linear map in their place: {format_fit(summary['fit'])}")
     if not summary.get("threshold_is_highest", True):
@@ -137,30 +139,6 @@ def _layers(summary: Summary) -> list[str]:
             " threshold.exhaustive=true finds out"
         )
     return lines
-
-
-def sublayer_lines(missing: Mapping[str, Any]) -> list[str]:
-    """Which sublayers are missing, and how the checkpoint says so; nothing if ``missing`` is empty.
-
-    Args:
-        missing: export, attention and mlp (original layers), and parameters in them.
-    """
-    if not missing:
-        return []
-    names = (("attention", "attention"), ("mlp", "feed-forward"))
-    lost = [f"{name} of {', '.join(map(str, missing[key]))}" for key, name in names if missing[key]]
-    number = count(missing["parameters"])
-    if missing["export"] == "stock":
-        how = (
-            f"the checkpoint has the dense model's class and {number} parameters that do nothing (zeroed projections):"
-            " nothing is faster or smaller; method.export=custom leaves them out"
-        )
-    else:
-        how = (
-            f"the checkpoint leaves their {number} parameters out; it brings modeling_pruned.py and loads with"
-            " trust_remote_code=True only"
-        )
-    return [f"dropped: {'; '.join(lost)}", how]
 
 
 def _recovery(summary: Summary) -> list[str]:

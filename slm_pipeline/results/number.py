@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from slm_pipeline.config import TARGETS
+from slm_pipeline.show.numerals import count
 
 PERCENT = "%"
 
@@ -100,13 +101,6 @@ class Number:
 
 
 _COUNTED = ("layers", "parameters", "tokens")
-
-
-def count(number: int) -> str:
-    """A number of parameters or tokens: 6.74B, 134.5M, or in full below a million."""
-    if number >= 1e9:
-        return f"{number / 1e9:.2f}B"
-    return f"{number / 1e6:.1f}M" if number >= 1e6 else str(number)
 
 
 def change(counts: Mapping[str, int]) -> str:

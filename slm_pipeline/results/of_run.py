@@ -7,6 +7,7 @@ from typing import Any
 
 from slm_pipeline.results import before
 from slm_pipeline.results.number import Number, by_key
+from slm_pipeline.surgery.changes import Changes
 
 Summary = Mapping[str, Any]  # what summary.json holds
 
@@ -47,9 +48,8 @@ def of_pruning(result: Mapping[str, Any]) -> list[Number]:
 
 
 def zeroed_parameters(summary: Summary) -> int:
-    """Parameters that the pruned checkpoint holds and that do nothing, because their sublayers were removed."""
-    missing = summary.get("sublayers", {})
-    return int(missing["parameters"]) if missing.get("export") == "stock" else 0
+    """Parameters that the pruned checkpoint holds and that do nothing, such as those of sublayers that were removed."""
+    return Changes.of(summary).idle_parameters
 
 
 def parameters_at_work(summary: Summary) -> int:

@@ -11,6 +11,8 @@ from typing import Any
 from slm_pipeline.show.canvas import WIDTH, log_scale, spans_decades
 from slm_pipeline.show.canvas import new_figure as _figure
 from slm_pipeline.show.canvas import save as _save
+from slm_pipeline.show.marks import Mark
+from slm_pipeline.show.marks import looks as mark_looks
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; one meaning each, in every picture.
 COLORS = {
@@ -239,7 +241,7 @@ def layer_strip(
     num_layers: int,
     path_stem: Path,
     *,
-    without: Mapping[str, Sequence[int]] | None = None,
+    marks: Sequence[Mark] = (),
 ) -> list[Path]:
     """The dense model's layers as a strip of cells, and below it the layers of the pruned model that they became.
 
@@ -248,26 +250,33 @@ def layer_strip(
         dropped: original layers in no group.
         num_layers: of the dense model.
         path_stem: where to write, without ``.png`` and ``.svg``.
-        without: attention, mlp -> original layers that lost it but not the other: their cells are half empty.
+        marks: on the cells of layers, above and below.
 
     Returns:
         The files written.
     """
     from matplotlib.patches import Patch, Rectangle
 
+    looks: dict[str, dict[str, Any]] = {
+        "kept": {"fc": COLORS["kept"], "ec": "white", "lw": 0.8},
+        "merged": {"fc": COLORS["merged"], "ec": "white", "lw": 0.8},
+        "dropped": {"fc": "white", "ec": COLORS["dropped"], "hatch": "/////", "lw": 0.5},
+        **mark_looks(marks, COLORS["kept"], 0.5),
+    }
     with _figure(WIDTH, 1.35) as figure:
         axes = figure.add_subplot()
         # In points, so that two digits fit a cell: upright where there is room, else on their side.
         size, rotation = (7.0, 0) if num_layers <= 36 else (min(7.0, 420 / num_layers), 90)
 
         def cell(left: float, bottom: float, number: int, kind: str) -> None:
-            axes.add_patch(Rectangle((left, bottom), 1, 1, **_looks(kind)))
+            axes.add_patch(Rectangle((left, bottom), 1, 1, **looks[kind]))
             ink = "white" if kind == "merged" else "black"
             place: dict[str, Any] = {"ha": "center", "va": "center", "rotation": rotation}
             axes.text(left + 0.5, bottom + 0.5, str(number), size=size, color=ink, **place)
 
         for layer in dropped:
             cell(layer, 1.0, layer, "dropped")
+        below = {}
         for index, group in enumerate(layer_groups):
             kind = "merged" if len(group) > 1 else "kept"
             middle = (group[0] + group[-1] + 1) / 2
@@ -275,17 +284,19 @@ def layer_strip(
                 cell(layer, 1.0, layer, kind)
                 axes.plot([layer + 0.5, middle], [0.95, 0.55], color=COLORS[kind], lw=1.0)
             cell(middle - 0.5, -0.5, index, kind)
-        for name, bottom in (("attention", 0.5), ("mlp", 0.0)):
-            for layer in (without or {}).get(name, []):
-                for row in (1.0, -0.5):
-                    axes.add_patch(Rectangle((layer, row + bottom), 1, 0.5, **_looks(name)))
+            below[group[0]] = middle - 0.5
+        for mark in marks:
+            for layer in mark.layers:
+                for left, row in ((layer, 1.0), (below.get(layer, layer), -0.5)):
+                    axes.add_patch(Rectangle((left, row + mark.bottom), 1, mark.height, **looks[mark.label]))
         kinds = [
             "kept",
             *(["merged"] if any(len(group) > 1 for group in layer_groups) else []),
             *(["dropped"] if dropped else []),
         ]
-        kinds += [name for name, layers in (without or {}).items() if layers]
-        entries = [Patch(**_looks(kind), label=_KINDS.get(kind, kind)) for kind in kinds]
+        kinds += dict.fromkeys(mark.label for mark in marks)
+        labels = {"merged": "merged into one"}
+        entries = [Patch(**looks[kind], label=labels.get(kind, kind)) for kind in kinds]
         figure.legend(handles=entries, loc="outside lower center", ncols=len(entries))
         axes.set(xlim=(-0.2, num_layers + 0.2), ylim=(-0.6, 2.1))
         axes.set_yticks([1.5, 0.0], [f"dense: {num_layers} layers", f"pruned: {len(layer_groups)} layers"])
@@ -293,19 +304,3 @@ def layer_strip(
         axes.set_xticks([])
         axes.spines[:].set_visible(False)
         return _save(figure, path_stem)
-
-
-_KINDS = {
-    "merged": "merged into one",
-    "attention": "without attention (upper half)",
-    "mlp": "without feed-forward (lower half)",
-}
-
-
-def _looks(kind: str) -> dict[str, Any]:
-    """How a layer's cell is drawn."""
-    if kind in ("attention", "mlp"):
-        return {"fc": "white", "ec": COLORS["kept"], "hatch": "////" if kind == "attention" else "....", "lw": 0.5}
-    if kind == "dropped":
-        return {"fc": "white", "ec": COLORS["dropped"], "hatch": "/////", "lw": 0.5}
-    return {"fc": COLORS[kind], "ec": "white", "lw": 0.8}

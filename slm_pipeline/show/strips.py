@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slm_pipeline.show.canvas import WIDTH, new_figure, save
+from slm_pipeline.show.marks import Mark
+from slm_pipeline.show.marks import looks as mark_looks
 
 _KEPT, _MERGED, _DROPPED = "#D9D9D9", "#0072B2", "#B0B0B0"
 
@@ -20,7 +22,7 @@ class Strip:
     layer_groups: Sequence[Sequence[int]]
     dropped: Sequence[int]
     num_layers: int  # of the dense model
-    without: Mapping[str, Sequence[int]] = field(default_factory=dict)  # attention, mlp -> layers that lost it alone
+    marks: Sequence[Mark] = ()
 
 
 def layer_strips(strips: Sequence[Strip], path_stem: Path, *, title: str, note: str = "") -> list[Path]:
@@ -36,10 +38,8 @@ def layer_strips(strips: Sequence[Strip], path_stem: Path, *, title: str, note: 
         "kept": {"fc": _KEPT, "ec": "white", "lw": 0.6},
         "merged into one": {"fc": _MERGED, "ec": "white", "lw": 0.6},
         "dropped": {"fc": "white", "ec": _DROPPED, "hatch": "//////", "lw": 0.4},
-        "attention": {"fc": "white", "ec": _KEPT, "hatch": "////", "lw": 0.4},
-        "mlp": {"fc": "white", "ec": _KEPT, "hatch": "....", "lw": 0.4},
+        **mark_looks((mark for strip in strips for mark in strip.marks), _KEPT, 0.4),
     }
-    names = {"attention": "without attention (upper half)", "mlp": "without feed-forward (lower half)"}
     used = set()
     depth = max(strip.num_layers for strip in strips)
     with new_figure(WIDTH, 0.95 + 0.24 * len(strips)) as figure:
@@ -57,9 +57,10 @@ def layer_strips(strips: Sequence[Strip], path_stem: Path, *, title: str, note: 
                     cell(kind, first - 0.5, bottom, last - first + 1, 0.72)
             for layer in strip.dropped:
                 cell("dropped", layer - 0.5, bottom, 1, 0.72)
-            for name, half in (("attention", 0.0), ("mlp", 0.36)):  # rows count downwards: the first is the upper half
-                for layer in strip.without.get(name, []):
-                    cell(name, layer - 0.5, bottom + half, 1, 0.36)
+            for mark in strip.marks:
+                low = 0.72 * (1 - mark.bottom - mark.height)  # rows count downwards
+                for layer in mark.layers:
+                    cell(mark.label, layer - 0.5, bottom + low, 1, 0.72 * mark.height)
             axes.text(depth - 0.2, row, str(len(strip.layer_groups)), va="center", ha="left", size=7)
         axes.text(depth - 0.2, -0.72, "left", va="bottom", ha="left", size=7)
         axes.set(xlim=(-0.7, depth - 0.3), ylim=(len(strips) - 0.45, -0.55), xlabel="layer of the dense model")
@@ -68,7 +69,7 @@ def layer_strips(strips: Sequence[Strip], path_stem: Path, *, title: str, note: 
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_title(title, loc="left")
-        entries = [Patch(**looks[kind], label=names.get(kind, kind)) for kind in looks if kind in used]
+        entries = [Patch(**looks[kind], label=kind) for kind in looks if kind in used]
         figure.legend(handles=entries, loc="outside lower center", ncols=len(entries))
         if note:
             figure.supxlabel(note, x=0.01, ha="left", size=6.5, color="#555555", wrap=True)

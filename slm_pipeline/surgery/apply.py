@@ -9,9 +9,8 @@ import torch
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
-from slm_pipeline.surgery.concatenate import concatenate
-from slm_pipeline.surgery.fold import fold
-from slm_pipeline.surgery.merge_rules import merge, weighted
+from slm_pipeline.surgery.ops import LayerSize, Widths, walk
+from slm_pipeline.surgery.ops.base import SUBLAYERS
 from slm_pipeline.surgery.plan import Plan
 
 
@@ -19,7 +18,7 @@ from slm_pipeline.surgery.plan import Plan
 def apply(plan: Plan, model: Any) -> Any:
     """Edit ``model``, the dense model, as ``plan`` says; returns the same object, shallower.
 
-    Its class stays, unless sublayers are missing and the plan's export is ``custom``.
+    Its class stays, unless the plan leaves layers without a sublayer.
 
     Raises:
         UserError: the plan is for another depth, or its tensors are for other widths.
@@ -32,17 +31,16 @@ def apply(plan: Plan, model: Any) -> Any:
             module.get_parameter(name).copy_(value)
     bodies = [block.body for block in blocks]
     view.rebuild([view.layers[body] for body in bodies], bodies)
-    if plan.export == "custom":
-        view.cut_out(plan.missing_positions())
-    elif plan.export == "stock":
-        silence_missing(plan, model)
+    if any((absent := plan.absent()).values()):
+        view.cut_out(absent)
+    silence_zeroed(plan, model)
     return model
 
 
-def silence_missing(plan: Plan, model: Any) -> None:
-    """Set the last projections of the sublayers that ``plan`` removed to zero in ``model``, the pruned one."""
+def silence_zeroed(plan: Plan, model: Any) -> None:
+    """Set the last projections of the sublayers that ``plan`` zeroes to zero in ``model``, the pruned one."""
     view = ModelView(model)
-    for name, positions in plan.missing_positions().items():
+    for name, positions in plan.zeroed().items():
         for position in positions:
             view.silence(position, name)
 
@@ -58,27 +56,15 @@ def planned_blocks(plan: Plan, view: ModelView) -> list[Block]:
             f"the plan is for {plan.model['name']} with {plan.model['num_layers']} layers;"
             f" this model has {view.num_layers}"
         )
-    plan.check_sizes(heads=view.num_kv_heads, neurons=view.num_neurons, width=view.config.hidden_size)
-    blocks = {layer: Block(layer) for layer in range(view.num_layers)}  # by the lowest original layer of each
-    for op in plan.ops:
-        members = [blocks.pop(layer) for layer in sorted(op["layers"]) if layer in blocks]
-        if op["op"] == "merge" and op["rule"] == "concatenate":
-            parts = range(len(members))
-            blocks[min(op["layers"])] = concatenate(
-                view,
-                members,
-                heads=[torch.from_numpy(plan.tensors[f"{op['tensors']}.heads.{part}"]) for part in parts],
-                neurons=[torch.from_numpy(plan.tensors[f"{op['tensors']}.neurons.{part}"]) for part in parts],
-                shares=op["shares"],
-                official_gqa=op.get("official_gqa", False),
-                fold_norm=op.get("fold_norm", False),
-            )
-        elif op["op"] == "merge" and op["rule"] == "weighted":
-            blocks[min(op["layers"])] = weighted(view, members, op["shares"])
-        elif op["op"] == "merge":
-            blocks[min(op["layers"])] = merge(view, members, op["rule"])
-        elif op["op"] == "drop_sublayer":
-            blocks[min(op["layers"])] = members[0].lacking(op["sublayer"])
-        elif op["op"] == "fold":
-            blocks[min(op["layers"])] = fold(view, members[0], torch.from_numpy(plan.tensors[op["tensor"]]))
-    return [blocks[layer] for layer in sorted(blocks)]
+    plan.check_sizes(Widths(heads=view.num_kv_heads, neurons=view.num_neurons, states=view.config.hidden_size))
+    dense = [Block(layer) for layer in range(view.num_layers)]
+    return walk(plan.ops, dense, lambda op, members: op.apply(view, members, plan.tensors))
+
+
+def layer_sizes(view: ModelView) -> list[LayerSize]:
+    """Parameters of the dense model's layers."""
+    sizes = []
+    for layer in range(view.num_layers):
+        attention, mlp = (view.sublayer_parameters(layer, name) for name in SUBLAYERS)
+        sizes.append(LayerSize(attention, mlp, other=view.block_parameters(layer) - attention - mlp))
+    return sizes

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from slm_pipeline.errors import UserError
-from slm_pipeline.surgery.plan import MAX_LAYERS, read_text, short
+from slm_pipeline.surgery.untrusted import MAX_LAYERS, read_text, short
 
 _MAX_BYTES = 1 << 16  # two hundred slices of models with long names are a third of that
 _MAX_DEPTH = 10  # a passthrough has six levels

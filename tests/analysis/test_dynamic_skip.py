@@ -14,6 +14,8 @@ from slm_pipeline.engine import blocks, keep_sets
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
+from slm_pipeline.surgery.ops.drop import Drop
+from slm_pipeline.surgery.ops.merge import Merge
 from slm_pipeline.surgery.plan import Plan
 
 INFINITY = math.inf
@@ -21,15 +23,12 @@ INFINITY = math.inf
 
 def plan_for(num_layers: int = 6) -> Plan:
     """One layer dropped, two merged."""
-    groups = [[0], [1, 2], [3], *([layer] for layer in range(5, num_layers))]
     return Plan(
         model={"name": "random", "fingerprint": "", "num_layers": num_layers},
         method="by_hand",
         options={},
         calibration={},
-        layer_groups=groups,
-        dropped=[4],
-        ops=[{"op": "merge", "layers": [1, 2], "rule": "mean"}, {"op": "drop", "layers": [4]}],
+        ops=[Merge((1, 2), "mean"), Drop((4,))],
     )
 
 
@@ -90,7 +89,7 @@ def test_a_plans_loss_is_that_of_the_model_it_makes(tiny_llama, input_ids, monke
     monkeypatch.setattr(dynamic_skip, "_SAMPLE_TOKENS", 24)  # two samples, then one
     model, _ = tiny_llama
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    nothing = Plan(**{**vars(plan_for()), "ops": [], "dropped": [], "layer_groups": [[layer] for layer in range(6)]})
+    nothing = Plan(**{**vars(plan_for()), "ops": []})
     losses, plan_losses = dynamic_skip.measure(ModelView(model), input_ids, [plan_for(), nothing])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     torch.testing.assert_close(plan_losses[1], losses[-1])

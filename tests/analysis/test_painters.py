@@ -14,6 +14,7 @@ from slm_pipeline.engine.blocks import BlockRunner
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
+from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.plan import Plan
 
 ONE_BY_ONE = [(layer,) for layer in range(6)]
@@ -120,9 +121,7 @@ def test_skipping_is_the_plan_that_drops_those_layers(tiny_llama, input_ids):
         method="by_hand",
         options={},
         calibration={},
-        layer_groups=[[0], [1], [4], [5]],
-        dropped=[2, 3],
-        ops=[{"op": "drop", "layers": [2, 3]}],
+        ops=[Drop((2, 3))],
     )
     pruned = apply(plan, model)
     with torch.no_grad():

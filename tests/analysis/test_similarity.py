@@ -15,7 +15,9 @@ from slm_pipeline.engine.blocks import BlockRunner
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.loading import byte_tokenizer
 from slm_pipeline.models.view import ModelView
-from slm_pipeline.surgery.plan import Plan, groups_of_windows
+from slm_pipeline.surgery.ops.drop import Drop
+from slm_pipeline.surgery.ops.merge import Merge
+from slm_pipeline.surgery.plan import Plan
 
 LENGTHS = [5, 12, 1, 7, 7, 3, 9, 2, 11, 4]
 
@@ -149,9 +151,9 @@ def test_a_calibration_of_three_tokens_has_no_cka(tiny_llama):
 
 
 def plan_of(windows, num_layers=6, dropped=()):
-    groups = [group for group in groups_of_windows(windows, num_layers) if group != list(dropped)]
+    merges = [Merge(tuple(range(low, high + 1)), "mean") for low, high in windows]
     model = {"name": "random", "fingerprint": "", "num_layers": num_layers}
-    return Plan(model, "slm", {}, {}, groups, [], dropped=list(dropped))
+    return Plan(model, "slm", {}, {}, [*merges, *([Drop(tuple(dropped))] if dropped else [])])
 
 
 def block_map(embeddings=0.1):

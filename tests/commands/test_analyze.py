@@ -11,20 +11,19 @@ import pytest
 
 from slm_pipeline.analysis import dynamic_skip, painters
 from slm_pipeline.commands import analyze
+from slm_pipeline.surgery.ops.drop import Drop
+from slm_pipeline.surgery.ops.merge import Merge
 from slm_pipeline.surgery.plan import Plan
 
 
 def plan_for(num_layers: int = 6) -> Plan:
     """One layer dropped, two merged."""
-    groups = [[0], [1, 2], [3], *([layer] for layer in range(5, num_layers))]
     return Plan(
         model={"name": "random", "fingerprint": "", "num_layers": num_layers},
         method="by_hand",
         options={},
         calibration={},
-        layer_groups=groups,
-        dropped=[4],
-        ops=[{"op": "merge", "layers": [1, 2], "rule": "mean"}, {"op": "drop", "layers": [4]}],
+        ops=[Merge((1, 2), "mean"), Drop((4,))],
     )
 
 

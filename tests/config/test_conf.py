@@ -23,7 +23,8 @@ from slm_pipeline.config import help_page
 from slm_pipeline.jobs.job import Job, prepare
 from slm_pipeline.methods.target import Floor
 from slm_pipeline.results import objective
-from slm_pipeline.surgery.plan import Plan, groups_of_windows
+from slm_pipeline.surgery.ops.merge import Merge
+from slm_pipeline.surgery.plan import Plan
 
 GROUPS = sorted(path.name for path in config.CONF_DIR.iterdir() if path.is_dir() and path.name != "hydra")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config.CONF_DIR / group).glob("*.yaml"))]
@@ -60,9 +61,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sound_models: dict[str
     )
     (tmp_path / "model").symlink_to(sound_models["llama_32_layers"])
     model = {"name": "smollm2_135m", "fingerprint": "x", "num_layers": 30}
-    plan = Plan(
-        model, "slm", {}, {}, groups_of_windows([(3, 4)], 30), [{"op": "merge", "layers": [3, 4], "rule": "mean"}]
-    )
+    plan = Plan(model, "slm", {}, {}, [Merge((3, 4), "mean")])
     plan.write(tmp_path / "plan.json")
     monkeypatch.setattr(
         "slm_pipeline.models.source._hub",
@@ -320,6 +319,7 @@ from typing import ClassVar
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, Method, PruningProblem
+from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.plan import Plan
 
 
@@ -337,8 +337,7 @@ class DropTop(Method):
         depth = problem.view.num_layers
         end = depth - self.keep_last
         dropped = list(range(end - problem.target.remove, end))
-        groups = [[layer] for layer in range(depth) if layer not in dropped]
-        return self._new_plan(problem, layer_groups=groups, dropped=dropped, ops=[{"op": "drop", "layers": dropped}])
+        return self._new_plan(problem, ops=[Drop(tuple(dropped))])
 """
 
 

@@ -14,6 +14,8 @@ from slm_pipeline.methods.from_plan import FromPlan
 from slm_pipeline.methods.target import NoTarget
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.surgery.ops.drop import Drop
+from slm_pipeline.surgery.ops.fold import Fold
 from slm_pipeline.surgery.plan import Plan
 
 SEARCHED = {"fingerprint": "of the search", "num_tokens": 7}
@@ -25,9 +27,7 @@ def written(path, **changes):
         "method": "shortgpt",
         "options": {},
         "calibration": SEARCHED,
-        "layer_groups": [[0], [1], [2], [3], [5]],
-        "dropped": [4],
-        "ops": [{"op": "drop", "layers": [4]}],
+        "ops": [Drop((4,))],
         "scores": {"order": [4]},
         **changes,
     }
@@ -62,7 +62,7 @@ def test_plans_that_say_different_things_are_no_one_result(tmp_path):
 
 
 def test_a_linear_map_behind_which_a_norm_stands_is_refused_before_anything_runs(tmp_path):
-    fold = [{"op": "fold", "layers": [1], "tensor": "t"}, {"op": "drop", "layers": [4]}]
+    fold = [Fold((1,), "t"), Drop((4,))]
     method = written(tmp_path / "a.json", ops=fold, tensors={"t": np.eye(32, dtype=np.float32)})
     method.check(context_of(random_source()))
     with pytest.raises(UserError, match="op 0 folds a linear map into a projection; in random, a gemma2 model, a norm"):

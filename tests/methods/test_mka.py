@@ -102,14 +102,14 @@ def test_equals_the_plain_version(pairs, input_ids):
     assert [merge["layers"] for merge in plan.scores["merges"]] == [layers for layers, _ in steps]
     assert [merge["shares"][0] for merge in plan.scores["merges"]] == pytest.approx([share for _, share in steps])
     for op, merge in zip(plan.ops, plan.scores["merges"], strict=True):
-        assert (op["layers"], op["shares"], op["rule"]) == (merge["layers"], merge["shares"], "weighted")
-        assert sum(op["shares"]) == pytest.approx(1)
+        assert ([*op.layers], [*op.shares], op.rule) == (merge["layers"], merge["shares"], "weighted")
+        assert sum(op.shares) == pytest.approx(1)
 
 
 def test_last_takes_the_pairs_from_the_top(input_ids):
     source, model, _ = dense()
     plan = Mka(pairs="last").plan(problem_for(model, source, input_ids, num_remove=3))
-    assert [op["layers"] for op in plan.ops] == [[6, 7], [5, 6, 7], [4, 5, 6, 7]]
+    assert [op.layers for op in plan.ops] == [(6, 7), (5, 6, 7), (4, 5, 6, 7)]
     assert plan.layer_groups == [[0], [1], [2], [3], [4, 5, 6, 7]]
 
 
@@ -130,7 +130,7 @@ def test_official_is_reverse_order(input_ids):
     for options in ({}, {"protect_last": 2}):
         plan = Mka(official=True, **options).plan(problem)
         assert plan.content() == ReverseOrder(**options).plan(problem).content()
-        assert [op["op"] for op in plan.ops] == ["drop"]
+        assert [op.name for op in plan.ops] == ["drop"]
 
 
 @pytest.mark.parametrize("pairs", ["similar", "last"])
@@ -146,9 +146,9 @@ def test_sharpness(input_ids):
     source, model, _ = dense()
     problem = problem_for(model, source, input_ids, num_remove=2)
     plans = {beta: Mka(sharpness=beta).plan(problem) for beta in (0.0, 1.0, 6.0)}
-    assert [op["shares"] for op in plans[0.0].ops] == [[0.5, 0.5], [0.5, 0.5]]
+    assert [op.shares for op in plans[0.0].ops] == [(0.5, 0.5), (0.5, 0.5)]
     for mild, sharp in zip(plans[1.0].ops, plans[6.0].ops, strict=True):
-        assert 0.5 < mild["shares"][0] < 0.74 < sharp["shares"][0]
+        assert 0.5 < mild.shares[0] < 0.74 < sharp.shares[0]
 
 
 def test_merged_parameters_are_the_weighted_sums(any_model, input_ids):
@@ -156,10 +156,10 @@ def test_merged_parameters_are_the_weighted_sums(any_model, input_ids):
     source = random_source(any_model.config.model_type)
     problem = problem_for(any_model, source, input_ids, num_remove=2)
     plan = Mka(pairs="last", protect_last=2, protect_first=1).plan(problem)
-    assert [op["layers"] for op in plan.ops] == [[2, 3], [1, 2, 3]]
+    assert [op.layers for op in plan.ops] == [(2, 3), (1, 2, 3)]
     before = [dict(layer.named_parameters()) for layer in copy.deepcopy(problem.view.layers)]
     pruned = ModelView(apply(plan, any_model))
-    inner, outer = (op["shares"] for op in plan.ops)
+    inner, outer = (op.shares for op in plan.ops)
     for name, found in pruned.layers[1].named_parameters():
         upper = inner[0] * before[2][name] + inner[1] * before[3][name]
         torch.testing.assert_close(found, outer[0] * before[1][name] + outer[1] * upper)

@@ -17,6 +17,8 @@ from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
 from slm_pipeline.surgery.merge_rules import RULES
+from slm_pipeline.surgery.ops.merge import Merge
+from slm_pipeline.surgery.plan import Plan
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -31,7 +33,7 @@ def test_search_equals_the_naive_loop(rule, options, input_ids):
     for threshold in (0.0, 0.6, 0.9, 0.97, 0.995, 1.0):
         windows, similarities = naive_search(model, input_ids, threshold, rule, **options)
         plan = SlidingLayerMerging(merge_rule=rule, **options).plan(problem_for(model, source, input_ids, threshold))
-        assert [op["layers"] for op in plan.ops] == [list(range(low, high + 1)) for low, high in windows]
+        assert [op.layers for op in plan.ops] == [tuple(range(low, high + 1)) for low, high in windows]
         found = {(step["low"], step["high"]): step["similarity"] for step in plan.scores["steps"]}
         assert found.keys() == similarities.keys()
         assert found == pytest.approx(similarities, abs=1e-5)
@@ -123,19 +125,10 @@ def test_no_window_is_evaluated_twice(input_ids):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["last_token", "per_token", "logits_kl"])
 def test_other_similarities(kind, any_model, input_ids):
-    from slm_pipeline.surgery.plan import Plan, groups_of_windows
-
     view = ModelView(any_model)
     found = StackSimilarity(view, input_ids, "official", kind)(((2, 3, 4), 5))
     dense = any_model(input_ids=input_ids, output_hidden_states=True)
-    plan = Plan(
-        {"name": "x", "num_layers": 6},
-        "x",
-        {},
-        {},
-        groups_of_windows([(2, 4)], 6),
-        [{"op": "merge", "layers": [2, 3, 4], "rule": "official"}],
-    )
+    plan = Plan({"name": "x", "num_layers": 6}, "x", {}, {}, [Merge((2, 3, 4), "official")])
     pruned = apply(plan, copy.deepcopy(any_model))(input_ids=input_ids, output_hidden_states=True)
     a, b = dense.hidden_states[-1], pruned.hidden_states[-1]
     if kind == "last_token":

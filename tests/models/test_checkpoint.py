@@ -18,7 +18,8 @@ from slm_pipeline.models.loading import byte_tokenizer, load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
 from slm_pipeline.surgery.merge_rules import RULES
-from slm_pipeline.surgery.plan import Plan, groups_of_windows
+from slm_pipeline.surgery.ops.merge import Merge
+from slm_pipeline.surgery.plan import Plan
 
 
 def plan_of(windows, rule="official", num_layers=6) -> Plan:
@@ -27,8 +28,7 @@ def plan_of(windows, rule="official", num_layers=6) -> Plan:
         method="test",
         options={},
         calibration={},
-        layer_groups=groups_of_windows(windows, num_layers),
-        ops=[{"op": "merge", "layers": list(range(low, high + 1)), "rule": rule} for low, high in windows],
+        ops=[Merge(tuple(range(low, high + 1)), rule) for low, high in windows],
     )
 
 

@@ -18,6 +18,8 @@ from slm_pipeline.models.loading import byte_tokenizer, load_checkpoint, load_de
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
 from slm_pipeline.surgery.block import Block
+from slm_pipeline.surgery.ops.drop import Drop
+from slm_pipeline.surgery.ops.drop_sublayer import DropSublayer
 from slm_pipeline.surgery.plan import Plan
 
 
@@ -29,14 +31,10 @@ def plan_with(export, num_layers=6):
         method="test",
         options={},
         calibration={},
-        layer_groups=[[0], [1], [3], [4], [5]],
-        dropped=[2],
-        ops=[
-            {"op": "drop", "layers": [2]},
-            *({"op": "drop_sublayer", "layers": [i], "sublayer": part, "export": export} for i, part in lost),
-        ],
+        ops=[Drop((2,)), *(DropSublayer((i,), part, export) for i, part in lost)],
     )
     plan.check("the plan")
+    assert plan.layer_groups == [[0], [1], [3], [4], [5]]
     return plan
 
 

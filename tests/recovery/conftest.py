@@ -15,6 +15,8 @@ from slm_pipeline.models.loading import byte_tokenizer, load_dense
 from slm_pipeline.recovery.base import RecoveryProblem
 from slm_pipeline.recovery.lora import Lora
 from slm_pipeline.surgery.apply import apply
+from slm_pipeline.surgery.ops.drop import Drop
+from slm_pipeline.surgery.ops.merge import Merge
 from slm_pipeline.surgery.plan import Plan
 
 BUDGET = {
@@ -36,15 +38,10 @@ BUDGET = {
 
 def make_plan(num_layers=6, **decision):
     model = {"name": "tiny", "fingerprint": "x", "num_layers": num_layers}
-    defaults = {"layer_groups": [[layer] for layer in range(num_layers)], "ops": []}
-    return Plan(model=model, method="test", options={}, calibration={}, **{**defaults, **decision})
+    return Plan(model=model, method="test", options={}, calibration={}, **{"ops": [], **decision})
 
 
-MERGED = make_plan(
-    layer_groups=[[0], [1, 2], [3], [5]],
-    dropped=[4],
-    ops=[{"op": "merge", "layers": [1, 2], "rule": "mean"}, {"op": "drop", "layers": [4]}],
-)
+MERGED = make_plan(ops=[Merge((1, 2), "mean"), Drop((4,))])
 
 
 @pytest.fixture(scope="session")

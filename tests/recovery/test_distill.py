@@ -21,6 +21,10 @@ from slm_pipeline.recovery.distillation import LOSSES, LogitMatching, StateMatch
 from slm_pipeline.recovery.spans import Span, changed_spans, spans
 from slm_pipeline.recovery.trainable import train_only
 from slm_pipeline.surgery.apply import apply
+from slm_pipeline.surgery.ops.drop import Drop
+from slm_pipeline.surgery.ops.drop_sublayer import DropSublayer
+from slm_pipeline.surgery.ops.fold import Fold
+from slm_pipeline.surgery.ops.merge import Merge
 
 SPANS = [Span(1, 1, 2), Span(3, 4, 5)]
 BODIES = [0, 2, 3, 5]
@@ -31,7 +35,7 @@ def distill(**changes):
 
 
 def test_dropped_layers_belong_to_the_next_kept_one():
-    plan = make_plan(8, layer_groups=[[1], [2, 3], [6]], dropped=[0, 4, 5, 7])
+    plan = make_plan(8, ops=[Merge((2, 3), "mean"), Drop((0, 4, 5, 7))])
     assert spans(plan) == [Span(0, 0, 1), Span(1, 2, 3), Span(2, 4, 7)]
     assert spans(plan, gap="below") == [Span(0, 0, 1), Span(1, 2, 5), Span(2, 6, 7)]
     assert changed_spans(MERGED) == SPANS
@@ -40,14 +44,13 @@ def test_dropped_layers_belong_to_the_next_kept_one():
 
 
 def test_a_folded_layer_stands_for_the_gap_above_it():
-    fold = {"op": "fold", "layers": [1], "tensor": "fold.0"}
-    plan = make_plan(layer_groups=[[0], [1], [4], [5]], dropped=[2, 3], ops=[{"op": "drop", "layers": [2, 3]}, fold])
+    plan = make_plan(ops=[Drop((2, 3)), Fold((1,), "fold.0")])
     assert changed_spans(plan) == [Span(1, 1, 3)]
 
 
 def test_a_layer_short_of_a_sublayer_stands_for_itself():
-    op = {"op": "drop_sublayer", "layers": [2], "sublayer": "mlp", "export": "stock"}
-    assert changed_spans(make_plan(ops=[op])) == [Span(2, 2, 2)]
+    for export in ("stock", "custom"):
+        assert changed_spans(make_plan(ops=[DropSublayer((2,), "mlp", export)])) == [Span(2, 2, 2)]
 
 
 def batch(architecture_vocabulary=256):
@@ -280,7 +283,7 @@ def test_small_updates_of_bfloat16_weights_are_not_rounded_away(data, tmp_path):
 
 
 def test_a_zeroed_sublayer_stays_zero(data, tmp_path):
-    ops = [{"op": "drop_sublayer", "layers": [2], "sublayer": "mlp", "export": "stock"}]
+    ops = [DropSublayer((2,), "mlp", "stock")]
     result = distill().run(problem(data, tmp_path, plan=make_plan(ops=ops)))
     layer, before = result.model.model.layers[2], teacher().model.layers[2]
     assert layer.mlp.down_proj.weight.count_nonzero() == 0
@@ -289,7 +292,7 @@ def test_a_zeroed_sublayer_stays_zero(data, tmp_path):
 
 
 def test_block_mse_trains_the_layer_below_the_gap(data, tmp_path):
-    plan = make_plan(layer_groups=[[0], [1], [2], [5]], dropped=[3, 4], ops=[{"op": "drop", "layers": [3, 4]}])
+    plan = make_plan(ops=[Drop((3, 4))])
     options = BlockMse(**{**BUDGET, "warmup_steps": 0})
     task = problem(data, tmp_path / "states", plan=plan)
     train, validation = options.tokenized_split(task.tokenizer, data)

@@ -16,6 +16,7 @@ from slm_pipeline.data import tokens
 from slm_pipeline.errors import UserError
 from slm_pipeline.recovery.lora import Lora, merge_adapter
 from slm_pipeline.surgery.apply import apply
+from slm_pipeline.surgery.ops.drop_sublayer import DropSublayer
 
 
 def naive_loss(model, rows):
@@ -212,7 +213,7 @@ def test_unknown_target_modules():
 def test_a_zeroed_sublayer_gets_no_adapter(folder, tmp_path):
     """FinerCut's stock export: an adapter on a projection that was set to zero would bring the sublayer back."""
     removed = [(1, "mlp"), (2, "attention")]
-    ops = [{"op": "drop_sublayer", "layers": [i], "sublayer": part, "export": "stock"} for i, part in removed]
+    ops = [DropSublayer((i,), part, "stock") for i, part in removed]
     plan = dataclasses.replace(WHOLE, ops=ops)
     model = apply(plan, AutoModelForCausalLM.from_pretrained(folder / "model"))
     result = run_lora(folder, tmp_path, model=model, plan=plan, max_steps=4)

@@ -17,6 +17,7 @@ from slm_pipeline.recovery.distill import Distill
 from slm_pipeline.recovery.full import Full
 from slm_pipeline.recovery.lora import Lora
 from slm_pipeline.recovery.partial_layers import PartialLayers
+from slm_pipeline.surgery.ops.drop_sublayer import DropSublayer
 
 RECOVERIES = {"lora": Lora, "full": Full, "partial_layers": PartialLayers, "distill": Distill, "block_mse": BlockMse}
 
@@ -71,7 +72,7 @@ def test_full_trains_every_weight(data, tmp_path):
 
 
 def test_full_leaves_a_zeroed_sublayer_alone(data, tmp_path):
-    ops = [{"op": "drop_sublayer", "layers": [2], "sublayer": "attention", "export": "stock"}]
+    ops = [DropSublayer((2,), "attention", "stock")]
     task = problem(data, tmp_path, plan=make_plan(ops=ops))
     result = options(Full).run(task)
     untouched = set(result.model.state_dict()) - moved(task, result)

@@ -11,6 +11,7 @@ from slm_pipeline.show import curves, strips
 from slm_pipeline.show.canvas import spans_decades
 from slm_pipeline.show.curves import Axis, Curve, Point, Trace, Training, pareto_front
 from slm_pipeline.show.looks import METHODS
+from slm_pipeline.show.marks import Mark
 from slm_pipeline.show.strips import Strip
 
 SLM, LACO = METHODS["slm"], METHODS["laco"]
@@ -141,7 +142,7 @@ def test_layers_in_turn_have_lines_of_their_own_and_units_panels(figure):
 def test_strips_lie_on_one_axis_of_the_dense_layers(figure):
     found = [
         Strip("a", [[0], [1, 2, 3], [5]], [4], 6),
-        Strip("b", [[i] for i in range(6)], [], 6, {"attention": [2], "mlp": [3]}),
+        Strip("b", [[i] for i in range(6)], [], 6, [Mark("no attention", [2], "upper"), Mark("no mlp", [3], "lower")]),
     ]
     (axes,) = figure(strips.layer_strips, found, title="t").axes
     boxes = [(p.get_x(), p.get_y() + 0.36, p.get_width(), p.get_height(), p.get_hatch()) for p in axes.patches]

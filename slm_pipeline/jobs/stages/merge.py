@@ -14,12 +14,12 @@ from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.calibrate import load_samples, load_statistics
 from slm_pipeline.jobs.tracking import Tracker
 from slm_pipeline.methods.target import ParameterCounts
-from slm_pipeline.report.run import sublayer_lines
 from slm_pipeline.results.of_run import of_pruning
 from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.store.checksums import digest
 from slm_pipeline.store.files import write_text
 from slm_pipeline.store.unfinished import note_complete
+from slm_pipeline.surgery.changes import measure_changes
 from slm_pipeline.surgery.mergekit import can_name, to_mergekit
 from slm_pipeline.surgery.plan import Plan, format_fit, format_groups
 
@@ -52,6 +52,7 @@ class Merge(Stage):
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         from slm_pipeline.models.loading import load_dense
         from slm_pipeline.models.view import ModelView
+        from slm_pipeline.surgery.apply import layer_sizes
 
         model, tokenizer = load_dense(job.source)
         view = ModelView(model)
@@ -61,24 +62,25 @@ class Merge(Stage):
             self._plan(job, results["calibrate"], view).write(out / "plan.json")
             note_complete(out, "plan.json", "plan.safetensors")
         plan = Plan.read(out / "plan.json")
-        if plan.ops and all(op["op"] == "drop" for op in plan.ops):
+        if plan.ops and all(op.only_removes for op in plan.ops):
             model_name = job.config.model.repo or job.config.model.path or job.source.name
             kept = [layer for group in plan.layer_groups for layer in group]
             if can_name(model_name):
                 write_text(out / "mergekit.yml", to_mergekit(kept, model_name, job.config.model.dtype))
             else:
                 log.warning("no mergekit.yml: mergekit takes the + or @ in %s for an adapter or a revision", model_name)
-        num_parameters = _parameters_after(plan, view, counts)
-        sublayers = _missing_sublayers(plan, view)
+        dense_sizes = layer_sizes(view)
+        sizes, changes = measure_changes(plan, dense_sizes)
+        outside_layers = counts.total - sum(size.whole for size in dense_sizes)
         if job.config.keep == "model":
             save_pruned(plan, model, tokenizer, out / "model", job)
         return {
             "checkpoint": checkpoint_id(job, plan),
             "threshold": plan.threshold,
             "num_layers": {"dense": plan.model["num_layers"], "pruned": plan.num_layers},
-            "parameters": {"dense": counts.total, "pruned": num_parameters},
+            "parameters": {"dense": counts.total, "pruned": outside_layers + sum(size.whole for size in sizes)},
             "layers": format_groups(plan.layer_groups),
-            **({"sublayers": sublayers} if sublayers else {}),
+            "changes": changes.to_json(),
         }
 
     def is_whole(self, job: Job, artifact: Artifact) -> bool:
@@ -134,15 +136,16 @@ def save_pruned(plan: Plan, model: Any, tokenizer: Any, folder: Path, job: Job) 
     """Apply ``plan`` to ``model`` and keep the result in ``folder``, verified; ``model`` is used up."""
     from slm_pipeline.models import checkpoint
     from slm_pipeline.models.view import ModelView
-    from slm_pipeline.surgery.apply import apply
+    from slm_pipeline.surgery.apply import apply, layer_sizes
 
+    _, changes = measure_changes(plan, layer_sizes(ModelView(model)))
     dense = plan.model["name"]
     body = (
         f"Method: `{plan.method}`, {plan.model['num_layers']} -> {plan.num_layers} layers"
         + (f", similarity threshold {plan.threshold}" if plan.threshold is not None else "")
         + f".\n\nLayers, by the original layers merged into each: `{format_groups(plan.layer_groups)}`"
         + (f"; dropped: {plan.dropped}" if plan.dropped else "")
-        + "".join(f"; {line}" for line in sublayer_lines(_missing_sublayers(plan, ModelView(model))))
+        + "".join(f"; {line}" for line in changes.lines)
         + _measured(plan)
         + ".\n\nThe whole decision, replayable with `slm method=from_plan`, is in `plan.json`."
     )
@@ -171,21 +174,3 @@ def _measured(plan: Plan) -> str:
     if rounds and "loss" in rounds[-1]:
         return f".\n\nLoss on {num_tokens} calibration tokens: {rounds[-1]['loss']:.4f} nats a token"
     return ""
-
-
-def _parameters_after(plan: Plan, view: Any, counts: ParameterCounts) -> int:
-    """Parameters of the pruned checkpoint: each group has the size of its first layer; zeroed sublayers count."""
-    left = counts.total - sum(counts.blocks) + sum(counts.blocks[group[0]] for group in plan.layer_groups)
-    return left - (_in_sublayers(plan, view) if plan.export == "custom" else 0)
-
-
-def _in_sublayers(plan: Plan, view: Any) -> int:
-    missing = plan.missing_sublayers()
-    return sum(view.sublayer_parameters(layer, name) for name, layers in missing.items() for layer in layers)
-
-
-def _missing_sublayers(plan: Plan, view: Any) -> dict[str, Any]:
-    """How the checkpoint says that sublayers are missing, which, and how many parameters they have; empty if none."""
-    if plan.export is None:
-        return {}
-    return {"export": plan.export, **plan.missing_sublayers(), "parameters": _in_sublayers(plan, view)}

@@ -16,10 +16,10 @@ from slm_pipeline.jobs.stages.merge import load_plan, load_pruned
 from slm_pipeline.jobs.tracking import Tracker
 from slm_pipeline.recovery import workers
 from slm_pipeline.recovery.base import RecoveryProblem
-from slm_pipeline.report.run import sublayer_lines
 from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.store.files import write_json
 from slm_pipeline.store.unfinished import note_complete
+from slm_pipeline.surgery.changes import Changes
 
 # 2: checkpoints hold what trains alone, zeroed sublayers stay zero; 3: padding on the right; 4: the steps of a training
 # in parts add up; 5: losses on logits have names of their own; 6: checkpoints that transformers 4 reads alike
@@ -68,11 +68,11 @@ class Recover(Stage):
 
     def _train(self, job: Job, merge: Artifact, out: Path, tracker: Tracker) -> None:
         from slm_pipeline.models import checkpoint
-        from slm_pipeline.surgery.apply import silence_missing
+        from slm_pipeline.surgery.apply import silence_zeroed
 
         assert job.recovery is not None
         plan = load_plan(merge)
-        missing = merge.record()["result"].get("sublayers", {})
+        changes = Changes.of(merge.record()["result"])
         make_problem = functools.partial(recovery_problem, job, merge, out)
 
         logged: list[dict[str, float]] = []
@@ -94,12 +94,11 @@ class Recover(Stage):
             licence_note="The base model's licence applies.",
             body=f"Pruned with `{plan.method}` (see `plan.json`), then trained with `{job.recovery.name}`: "
             + ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in _numbers(result.metrics).items())
-            + "".join(f"; {line}" for line in sublayer_lines(missing))
+            + "".join(f"; {line}" for line in changes.lines)
             + ".",
             command=job.command,
         )
-        if plan.export == "stock":  # whatever trained, what the plan removed stays removed
-            silence_missing(plan, result.model)
+        silence_zeroed(plan, result.model)  # whatever trained, what the plan removed stays removed
         checkpoint.save(result.model, problem.tokenizer, out / "model", card=card, config=job.config.model)
 
     def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
