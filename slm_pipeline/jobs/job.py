@@ -19,7 +19,8 @@ from slm_pipeline.jobs.tracking import check_tracker
 from slm_pipeline.machine import gpus
 from slm_pipeline.methods.base import Method, PruningProblem, num_layers_to_remove
 from slm_pipeline.models.source import ModelSource, describe
-from slm_pipeline.recovery.base import Recovery, TrainingOptions
+from slm_pipeline.recovery.base import Recovery
+from slm_pipeline.recovery.fine_tuning import FineTuning
 from slm_pipeline.results import objective
 from slm_pipeline.store.artifact import check_layout
 from slm_pipeline.store.files import LONGEST_NAME
@@ -41,7 +42,7 @@ class Job:
     Attributes:
         threshold: the similarity floor to use; None when the method looks for one or needs none.
         recovery: None for recovery=none.
-        identities: what calibration text, recovery data and evaluation data are, as JSON for the artefacts' keys.
+        identities: what calibration text, recovery and evaluation data are, as JSON for the artefacts' keys.
         command: the command line that gave this configuration.
         warnings: what may not be as meant although the job can run, such as options that nothing reads.
     """
@@ -172,7 +173,7 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
         )
     identities: dict[str, Any] = {"calibration": calibration.check(config.calibration, data_dir(config))}
     if recovery is not None and {"recover", "evaluate"}.intersection(config.stages):
-        identities["recovery"] = recovery.data_identity(data_dir(config))
+        identities["recovery"] = recovery.identity(data_dir(config))
     identities["evaluation"] = _check_evaluation(config)
     _check_special_tokens(config, source)
     warnings = (*source.warnings, *_check_positions(config, source, recovery), *_unused_options(config, method))
@@ -316,7 +317,7 @@ def _check_positions(config: Config, source: ModelSource, recovery: Recovery | N
     lengths: dict[str, int] = {}
     if {"calibrate", "merge"}.intersection(config.stages):
         lengths["calibration.seq_len"] = config.calibration.seq_len
-    if "recover" in config.stages and isinstance(recovery, TrainingOptions):
+    if "recover" in config.stages and isinstance(recovery, FineTuning):
         lengths["recovery.cutoff_len"] = recovery.cutoff_len
     if "evaluate" in config.stages and evaluation.of:
         if evaluation.perplexity.corpora:

@@ -22,12 +22,10 @@ from typing import TYPE_CHECKING
 
 from slm_pipeline.errors import UserError, portable
 from slm_pipeline.machine import memory
-from slm_pipeline.recovery.base import Recovery, RecoveryProblem
+from slm_pipeline.recovery.base import Log, Recovery, RecoveryProblem
 
 if TYPE_CHECKING:
     import torch
-
-Log = Callable[[dict[str, float], int], None]
 
 
 def train(recovery: Recovery, make_problem: Callable[[Log], RecoveryProblem], log: Log) -> None:

@@ -16,7 +16,7 @@ from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.merge import load_pruned
 from slm_pipeline.jobs.tracking import Tracker
-from slm_pipeline.recovery.base import TrainingOptions
+from slm_pipeline.recovery.fine_tuning import FineTuning
 from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.store.files import write_json
 from slm_pipeline.store.unfinished import note_complete
@@ -133,7 +133,7 @@ class Evaluate(Stage):
                 ),
             )
         scored = settings.tasks or settings.perplexity.corpora
-        if scored and self.target == "recovered" and isinstance(job.recovery, TrainingOptions):
+        if scored and self.target == "recovered" and isinstance(job.recovery, FineTuning):
             scores["overlap"] = _finished(out / "overlap.json", lambda: self._overlap(job, tokenizer))
         return {kind: values for kind, values in scores.items() if values}
 
@@ -142,7 +142,7 @@ class Evaluate(Stage):
         from slm_pipeline.evaluation.perplexity import corpus_tokens
         from slm_pipeline.evaluation.zero_shot import task_documents
 
-        assert isinstance(job.recovery, TrainingOptions)
+        assert isinstance(job.recovery, FineTuning)
         settings, text = job.config.evaluation, job.config.evaluation.perplexity
         documents = {
             task: task_documents(task, data=settings.data, limit=settings.limit, data_dir=job.data_dir)
