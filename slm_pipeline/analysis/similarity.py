@@ -26,10 +26,12 @@ from tqdm import tqdm
 
 from slm_pipeline.analysis.cka import LEAST_ROWS, MinibatchCKA
 from slm_pipeline.analysis.patches import agreement, contrast, patches, windows_in_patches
+from slm_pipeline.data.calibration import sample
 from slm_pipeline.data.tokens import tokenized
 from slm_pipeline.engine.blocks import entering_and_leaving
 from slm_pipeline.engine.statistics import MAX_BATCH_TOKENS, check_finite, token_cosines
 from slm_pipeline.errors import UserError
+from slm_pipeline.evaluation import zero_shot
 from slm_pipeline.show.tables import Table
 from slm_pipeline.surgery.plan import Plan, merged_windows
 
@@ -76,8 +78,6 @@ class Text:
 
 def calibration_text(name: str, config: CalibrationConfig, tokenizer: Any, data_dir: Path | None) -> Text:
     """Calibration samples as the calibrate stage draws them."""
-    from slm_pipeline.data.calibration import sample
-
     samples = sample(config, tokenizer, data_dir)
     return Text(name, list(samples.input_ids), {"kind": "calibration", **asdict(config), "mode": samples.mode})
 
@@ -87,8 +87,6 @@ def task_text(
 ) -> Text:
     """The first ``limit`` examples of a task, each with all its answer options; ``per_option``: of lm-eval's requests,
     each a context and one option. ``data`` and ``data_dir`` as for `zero_shot.score_task`."""
-    from slm_pipeline.evaluation import zero_shot
-
     read = zero_shot.task_requests if per_option else zero_shot.task_documents
     texts = read(task, data=data, limit=limit, data_dir=data_dir)
     tokens = [tokenized(tokenizer, text, special=True)[:max_tokens] for text in texts]

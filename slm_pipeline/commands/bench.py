@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_pipeline import cli
 from slm_pipeline.commands import bench_recovery, bench_sweep
+from slm_pipeline.data.calibration import sample
 from slm_pipeline.errors import UserError
 from slm_pipeline.machine import memory
 from slm_pipeline.methods.base import PruningProblem
@@ -85,8 +86,6 @@ _COLUMNS = ("method", "tokens", "seconds theirs", "ours", "ratio", "blocks their
 
 
 def _problem(job: Job, view: ModelView, tokenizer: Any) -> PruningProblem:
-    from slm_pipeline.data.calibration import sample
-
     input_ids = sample(job.config.calibration, tokenizer, job.data_dir).input_ids
     no_statistics: Any = None  # made, and timed, with the methods that read them
     return job.pruning_problem(view, input_ids, no_statistics, {})

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline import cli
+from slm_pipeline.data.batches import Collator
 from slm_pipeline.errors import UserError
 from slm_pipeline.recovery import workers
 from slm_pipeline.recovery.base import Log, RecoveryProblem
@@ -135,8 +136,6 @@ class Bench:
         from peft import LoraConfig, get_peft_model
         from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-        from slm_pipeline.data.batches import Collator
-
         seed = self.job.config.seed
         set_seed(seed)
         adapters = LoraConfig(
@@ -166,7 +165,6 @@ class Bench:
         many batches: no optimizer, no Trainer."""
         import torch
 
-        from slm_pipeline.data.batches import Collator
         from slm_pipeline.engine.blocks import entering_and_leaving
         from slm_pipeline.models.view import ModelView
 
