@@ -217,7 +217,7 @@ class TokenAlignment:
         self._size = len(states)
 
     def result(self) -> Tensor:
-        """As `MinibatchCKA.result`; NaN throughout if there are fewer tokens than the estimator needs."""
+        """The map of `MinibatchCKA.result`; NaN throughout if there are fewer tokens than the estimator needs."""
         if self._cka.num_rows < LEAST_ROWS[self._cka.estimator]:
             return torch.full((self._size, self._size), torch.nan, dtype=torch.float64)
         return self._cka.result()

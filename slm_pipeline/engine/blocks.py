@@ -115,7 +115,7 @@ class BlockRunner:
 
     @torch.no_grad()
     def losses(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
-        """The same, summed over each sample alone: [batch] float64."""
+        """Next-token loss in nats, summed over the tokens of each sample: [batch] float64."""
         normed = self.finish(hidden).flatten(0, 1)
         # The last token has no next one. It is run all the same: these are the shapes of the model's own forward pass.
         targets = pad(input_ids[:, 1:], (0, 1), value=_NO_TARGET).flatten().to(normed.device)

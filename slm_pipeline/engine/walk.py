@@ -105,7 +105,7 @@ class RemovalWalk:
     def losses_of_contenders(
         self, candidates: Sequence[Removal], *, shortlist: int | None = None
     ) -> dict[Removal, float]:
-        """The same, where a candidate that cannot be the best any more is given up, since sums only grow.
+        """`losses`, but a candidate that cannot be the best any more is given up, since sums only grow.
 
         Whoever leads after the first samples is measured to the end, then the others as far as they can still win.
         Where the head is costly, a cheap bound on the rest of their losses decides first who may.

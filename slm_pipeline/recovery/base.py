@@ -31,8 +31,8 @@ class RecoveryResult:
 
     Attributes:
         model: of the same class, dtype and device as the pruned one.
-        metrics: what ``stage.json`` and the tables show, JSON values; ``loss`` says what the losses are,
-            ``num_tokens`` and ``seconds`` what was spent.
+        metrics: what ``stage.json`` and the tables show, JSON values: at least ``num_tokens`` and ``seconds``, what was
+            spent, and with a curve ``loss``, which says what its losses are.
         curve: ``{"step", "loss", "learning_rate"}`` and ``{"step", "eval_loss"}`` in the order logged; with
             ``logit_`` before the names of losses where `Distill` trains on logits. Empty where nothing was trained.
     """
@@ -40,6 +40,10 @@ class RecoveryResult:
     model: PreTrainedModel
     metrics: dict[str, Any]
     curve: list[dict[str, float]]
+
+    def __post_init__(self) -> None:
+        if lacking := {"num_tokens", "seconds", *(["loss"] if self.curve else [])}.difference(self.metrics):
+            raise ValueError(f"the metrics of a recovery lack {', '.join(sorted(lacking))}")
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def _num_items(counted: Tensor, num_items_in_batch: Any) -> Any:
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:
-    """The same with every floating-point tensor in it as ``dtype``."""
+    """``value`` with every floating-point tensor in it as ``dtype``."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, (tuple, list)):

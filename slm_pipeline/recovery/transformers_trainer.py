@@ -112,7 +112,7 @@ class RecoveryTrainer(Trainer):
         return DataLoader(rows, batch_sampler=order, collate_fn=self.data_collator)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Only what trains: of a large model with a small adapter the rest would be written again and again."""
+        """Save what trains: of a large model with a small adapter the rest would be written again and again."""
         assert self.model is not None
         save_trained(self.model, Path(output_dir or str(self.args.output_dir)))
 

@@ -132,7 +132,7 @@ class Watch(TrainerCallback):
             mark_complete(self.folder / f"checkpoint-{state.global_step}", self.progress)
 
     def _step(self, state: TrainerState) -> int:
-        """Of the whole recovery."""
+        """The step, counted over all phases of the recovery."""
         return self.phase.steps_before + state.global_step
 
     def _time_left(self, state: TrainerState) -> str:

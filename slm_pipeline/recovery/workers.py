@@ -153,7 +153,7 @@ class _Sender(logging.handlers.QueueHandler):
 
 
 def _send_log_records(sender: Connection | None, level: int) -> None:
-    """Only this package's; those of all processes but the first would say the same again."""
+    """Send this package's records, of the first process alone: the others' would say the same again."""
     logger = logging.getLogger("slm_pipeline")
     logger.setLevel(level)
     logger.propagate = False
