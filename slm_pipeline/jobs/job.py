@@ -42,7 +42,7 @@ class Job:
     Attributes:
         threshold: the similarity floor to use; None when the method looks for one or needs none.
         recovery: None for recovery=none.
-        identities: what calibration text, recovery and evaluation data are, as JSON for the artefacts' keys.
+        identities: what calibration text, recovery (with its data) and evaluation data are, as JSON for the keys.
         command: the command line that gave this configuration.
         warnings: what may not be as meant although the job can run, such as options that nothing reads.
     """
