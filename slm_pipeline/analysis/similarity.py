@@ -31,6 +31,7 @@ from slm_pipeline.data.tokens import tokenized
 from slm_pipeline.engine.blocks import entering_and_leaving
 from slm_pipeline.engine.statistics import MAX_BATCH_TOKENS, check_finite, token_cosines
 from slm_pipeline.errors import UserError
+from slm_pipeline.evaluation import zero_shot
 from slm_pipeline.show.tables import Table
 from slm_pipeline.surgery.plan import Plan, merged_windows
 
@@ -86,8 +87,6 @@ def task_text(
 ) -> Text:
     """The first ``limit`` examples of a task, each with all its answer options; ``per_option``: of lm-eval's requests,
     each a context and one option. ``data`` and ``data_dir`` as for `zero_shot.score_task`."""
-    from slm_pipeline.evaluation import zero_shot
-
     read = zero_shot.task_requests if per_option else zero_shot.task_documents
     texts = read(task, data=data, limit=limit, data_dir=data_dir)
     tokens = [tokenized(tokenizer, text, special=True)[:max_tokens] for text in texts]
@@ -218,7 +217,7 @@ class TokenAlignment:
         self._size = len(states)
 
     def result(self) -> Tensor:
-        """As `MinibatchCKA.result`; NaN throughout if there are fewer tokens than the estimator needs."""
+        """The map of `MinibatchCKA.result`; NaN throughout if there are fewer tokens than the estimator needs."""
         if self._cka.num_rows < LEAST_ROWS[self._cka.estimator]:
             return torch.full((self._size, self._size), torch.nan, dtype=torch.float64)
         return self._cka.result()

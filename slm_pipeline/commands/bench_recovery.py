@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline import cli
+from slm_pipeline.data.batches import Collator
 from slm_pipeline.errors import UserError
 from slm_pipeline.recovery import workers
-from slm_pipeline.recovery.base import RecoveryProblem, TrainingOptions
+from slm_pipeline.recovery.base import Log, RecoveryProblem
 from slm_pipeline.recovery.distill import Distill
+from slm_pipeline.recovery.fine_tuning import FineTuning
 from slm_pipeline.recovery.lora import Lora
 from slm_pipeline.recovery.spans import changed_spans
 from slm_pipeline.surgery.ops.merge import Merge
@@ -57,7 +59,7 @@ def recovery(words: list[str]) -> None:
 
 def _side_by_side(job: Job, lora: Lora) -> None:
     """Print our speed over a bare script's, and what distillation costs over its two halves."""
-    distill = Distill(**{name: getattr(lora, name) for name in TrainingOptions.__dataclass_fields__})
+    distill = Distill(**{name: getattr(lora, name) for name in FineTuning.__dataclass_fields__})
     bench = Bench(job)
     print(f"{job.source.name}, {bench.plan.num_layers} of {bench.plan.model['num_layers']} layers", flush=True)
     ours, bare = _best_of_two(lambda: bench.ours(lora), lambda: bench.bare_lora(lora))
@@ -103,7 +105,7 @@ class Bench:
     def __init__(self, job: Job):
         from slm_pipeline.models.loading import load_dense
 
-        assert isinstance(job.recovery, TrainingOptions)
+        assert isinstance(job.recovery, FineTuning)
         self.job = job
         self.teacher, self.tokenizer = load_dense(job.source)
         self.teacher.requires_grad_(False)
@@ -135,8 +137,6 @@ class Bench:
         from peft import LoraConfig, get_peft_model
         from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-        from slm_pipeline.data.batches import Collator
-
         seed = self.job.config.seed
         set_seed(seed)
         adapters = LoraConfig(
@@ -166,7 +166,6 @@ class Bench:
         many batches: no optimizer, no Trainer."""
         import torch
 
-        from slm_pipeline.data.batches import Collator
         from slm_pipeline.engine.blocks import entering_and_leaving
         from slm_pipeline.models.view import ModelView
 
@@ -199,7 +198,7 @@ class Bench:
         return apply(self.plan, load_dense(self.job.source)[0])
 
 
-def _problem(job: Job, plan: Plan, out: Path, log: workers.Log) -> RecoveryProblem:
+def _problem(job: Job, plan: Plan, out: Path, log: Log) -> RecoveryProblem:
     from slm_pipeline.models.loading import load_dense
     from slm_pipeline.surgery.apply import apply
 

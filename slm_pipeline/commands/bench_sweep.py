@@ -21,7 +21,10 @@ from pathlib import Path
 import yaml
 
 from slm_pipeline import cli, config
+from slm_pipeline.jobs.runner import execute
+from slm_pipeline.jobs.tracking import Tracker
 from slm_pipeline.show.tables import Table
+from slm_pipeline.surgery.plan import Plan
 
 _DEFAULTS = [
     *("threshold=fixed", "threshold.value=0.9", "pruning_ratio=none", "recovery=none", "keep=plan", "pictures=false"),
@@ -83,10 +86,6 @@ def _pairs(alone: Cost, shared: Cost) -> list[str]:
 
 
 def _run(words: list[str], threshold: str, output_dir: Path) -> Cost:
-    from slm_pipeline.jobs.runner import execute
-    from slm_pipeline.jobs.tracking import Tracker
-    from slm_pipeline.surgery.plan import Plan
-
     overrides = [*words, f"threshold.value={threshold}", f"output_dir={output_dir}"]
     job = cli.compose_job(["slm-bench", "sweep"], overrides, _DEFAULTS)
     run_dir = output_dir / "runs" / threshold

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from slm_pipeline.engine.objectives import OBJECTIVES
+from slm_pipeline.engine.criteria import CRITERIA
 from slm_pipeline.engine.progressive import ProgressiveStack
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.angular import AngularDistance
@@ -215,7 +215,7 @@ def passed_over(view: ModelView, layers: Sequence[int]) -> Iterator[None]:
 @torch.no_grad()
 def finercut(problem: PruningProblem, method: FinerCut) -> Decision:
     """There is no published code: the plain greedy loop."""
-    view, measure = problem.view, OBJECTIVES[method.objective].measure
+    view, sums = problem.view, CRITERIA[method.objective].sums
     rows = [row[None] for row in problem.input_ids.to(view.device)]
     dense = [view.decoder(input_ids=row, use_cache=False).last_hidden_state for row in rows]
 
@@ -226,7 +226,7 @@ def finercut(problem: PruningProblem, method: FinerCut) -> Decision:
         for row, final in zip(rows, dense, strict=True):
             with passed_over(view, gone), all_lacking(view, {k: v for k, v in lost.items() if k not in gone}):
                 normed = view.decoder(input_ids=row, use_cache=False).last_hidden_state
-            total += measure(cast(Any, _Finished(view, final)), [normed], row)[0]
+            total += sums(cast(Any, _Finished(view, final)), [normed], row)[0]
         return total
 
     layers = range(method.protect_first, view.num_layers - method.protect_last)
@@ -248,7 +248,7 @@ def finercut(problem: PruningProblem, method: FinerCut) -> Decision:
 
 
 class _Finished:
-    """As much of a `BlockRunner` as an objective reads, for states that have passed the final norm already."""
+    """As much of a `BlockRunner` as a criterion reads, for states that have passed the final norm already."""
 
     def __init__(self, view: ModelView, final: Tensor):
         self.view = view

@@ -53,7 +53,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Of the result that it is, or is work on, from the store."""
+        """``<stage>/<key>`` of the result that it is, or is work on."""
         return f"{self.stage}/{self.path.name.partition('.')[0]}"
 
     @property

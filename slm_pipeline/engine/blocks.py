@@ -115,7 +115,7 @@ class BlockRunner:
 
     @torch.no_grad()
     def losses(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
-        """The same, summed over each sample alone: [batch] float64."""
+        """Next-token loss in nats, summed over the tokens of each sample: [batch] float64."""
         normed = self.finish(hidden).flatten(0, 1)
         # The last token has no next one. It is run all the same: these are the shapes of the model's own forward pass.
         targets = pad(input_ids[:, 1:], (0, 1), value=_NO_TARGET).flatten().to(normed.device)
@@ -217,11 +217,11 @@ def around(view: ModelView, input_ids: Tensor, start: int, end: int) -> Iterator
         [batch, length, d] each, on one device: the output of the feed-forward network of block start - 1, the residual
         stream that enters block start, and what leaves block end - 1. The pass ends there.
     """
-    found: dict[str, Tensor] = {}
+    states: dict[str, Tensor] = {}
 
     def keep(name: str, stop: bool = False) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            found[name] = output[0] if isinstance(output, tuple) else output
+            states[name] = output[0] if isinstance(output, tuple) else output
             if stop:
                 raise _Enough
 
@@ -236,8 +236,8 @@ def around(view: ModelView, input_ids: Tensor, start: int, end: int) -> Iterator
         for batch in batches(input_ids.to(view.device), _PASS_TOKENS):
             with suppress(_Enough):
                 view.decoder(input_ids=batch, use_cache=False)
-            device = found["after"].device
-            yield found["output"].view_as(found["before"]).to(device), found["before"].to(device), found["after"]
+            device = states["after"].device
+            yield states["output"].view_as(states["before"]).to(device), states["before"].to(device), states["after"]
     finally:
         for hook in hooks:
             hook.remove()

@@ -108,7 +108,7 @@ def similarities(embeddings: list[Tensor], num_neighbors: int) -> Tensor:
     """
     depth = len(embeddings)
     num_points, num_coordinates = embeddings[0].shape
-    found = torch.zeros(depth, depth, dtype=torch.float64)
+    similarity = torch.zeros(depth, depth, dtype=torch.float64)
     entropies = [
         entropy(max_norm_distances(ranked), num_coordinates, min(_ENTROPY_NEIGHBORS, num_points - 1))
         for ranked in embeddings
@@ -117,5 +117,5 @@ def similarities(embeddings: list[Tensor], num_neighbors: int) -> Tensor:
         own = max_norm_distances(embeddings[i])
         for j in range(i, depth):
             information = mutual_information(own, max_norm_distances(embeddings[j]), num_neighbors)
-            found[i, j] = found[j, i] = max(information, 0) / math.sqrt(entropies[i] * entropies[j])
-    return found
+            similarity[i, j] = similarity[j, i] = max(information, 0) / math.sqrt(entropies[i] * entropies[j])
+    return similarity

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slm_pipeline.engine.blocks import BlockRunner, batches, rows_at_once
-from slm_pipeline.engine.objectives import OBJECTIVES, Measure
+from slm_pipeline.engine.criteria import CRITERIA, Sums
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
@@ -42,7 +42,7 @@ class Removal(NamedTuple):
 
 @dataclass(frozen=True)
 class Round:
-    """One removal: what, the objective's mean after it, and that of every candidate measured."""
+    """One removal: what, the criterion's mean after it, and that of every candidate measured."""
 
     removed: Removal
     loss: float
@@ -70,7 +70,7 @@ class RemovalWalk:
     Args:
         view: the dense model; never changed.
         input_ids: [N, T] int64 calibration tokens.
-        objective: a key of `slm_pipeline.engine.objectives.OBJECTIVES`.
+        criterion: a key of `slm_pipeline.engine.criteria.CRITERIA`.
         strict: run each candidate on its own, in the batch shape of a plain loop. In bfloat16 the shape of a batch
             changes the rounding, so ties may fall otherwise.
 
@@ -79,16 +79,16 @@ class RemovalWalk:
         num_block_evaluations: blocks run on N x T tokens since the dense pass.
     """
 
-    def __init__(self, view: ModelView, input_ids: Tensor, *, objective: str = "next_token_loss", strict: bool = False):
+    def __init__(self, view: ModelView, input_ids: Tensor, *, criterion: str = "next_token_loss", strict: bool = False):
         self.view = view
         self.blocks = [Block(layer) for layer in range(view.num_layers)]
         self.num_block_evaluations = 0.0
-        self._objective = OBJECTIVES[objective]
+        self._criterion = CRITERIA[criterion]
         costly = view.head_parameters() >= _COSTLY_HEAD * view.block_parameters(0)
         exact = view.dtype == torch.float32  # in less, rounding could put the bound above the loss
-        self._bound = self._objective.bound if costly and exact and not strict else None
+        self._bound = self._criterion.bound if costly and exact and not strict else None
         self._num_samples, length = input_ids.shape
-        self._num_terms = self._num_samples * (length - self._objective.tokens_without)
+        self._num_terms = self._num_samples * (length - self._criterion.tokens_without)
         self._strict = strict
         tokens = 1 if strict else min(_TEXT_TOKENS, input_ids.numel() // _FEWEST_PIECES)
         self._input_ids = batches(input_ids.to(view.device), tokens)
@@ -97,7 +97,7 @@ class RemovalWalk:
         self._prefixes = [runner.states for runner in self._runners]
 
     def losses(self, candidates: Sequence[Removal]) -> dict[Removal, float]:
-        """Mean over tokens of the objective with each candidate removed as well; infinity where it is not finite."""
+        """Mean over tokens of the criterion with each candidate removed as well; infinity where it is not finite."""
         totals = dict.fromkeys(candidates, 0.0)
         self._go_on(totals, range(len(self._runners)))
         return self._means(totals, math.inf)
@@ -105,7 +105,7 @@ class RemovalWalk:
     def losses_of_contenders(
         self, candidates: Sequence[Removal], *, shortlist: int | None = None
     ) -> dict[Removal, float]:
-        """The same, where a candidate that cannot be the best any more is given up, since sums only grow.
+        """`losses`, but a candidate that cannot be the best any more is given up, since sums only grow.
 
         Whoever leads after the first samples is measured to the end, then the others as far as they can still win.
         Where the head is costly, a cheap bound on the rest of their losses decides first who may.
@@ -139,7 +139,7 @@ class RemovalWalk:
         """Remove the best candidate, again and again, until ``num_rounds`` are done or the caller has enough.
 
         Args:
-            shortlist: see `losses_of_contenders`.
+            shortlist: in each round give up all but so many best after the first samples; then the best may be missed.
 
         Raises:
             UserError: no candidate has a finite value.
@@ -166,24 +166,24 @@ class RemovalWalk:
         totals: dict[Removal, float],
         numbers: Sequence[int],
         limit: float = math.inf,
-        measure: Measure | None = None,
+        sums: Sums | None = None,
         known: dict[int, dict[Removal, Tensor]] | None = None,
     ) -> None:
         """Add the sums over some batches to ``totals``, of those candidates whose sum does not exceed the limit yet.
 
         Args:
-            measure: in place of the objective.
+            sums: in place of the criterion's.
             known: for each batch the states that candidates arrived at. Those found here are added while there is
                 room, so that a second measurement need not walk again.
         """
-        measure = measure or self._objective.measure
+        sums = sums or self._criterion.sums
         for index in tqdm(numbers, desc="candidates", unit="batch", disable=None, leave=False):
             walking = [candidate for candidate, total in totals.items() if total <= limit * self._num_terms]
             states = {c: state for c, state in (known or {}).get(index, {}).items() if c in walking}
             states |= self._walk(index, [candidate for candidate in walking if candidate not in states])
             if not states:
                 continue
-            losses = measure(self._runners[index], list(states.values()), self._input_ids[index])
+            losses = sums(self._runners[index], list(states.values()), self._input_ids[index])
             for candidate, loss in zip(states, losses, strict=True):
                 totals[candidate] += loss if math.isfinite(loss) else math.inf
             if known is not None:

@@ -1,4 +1,4 @@
-"""What Hydra calls around each job; see ``hydra.callbacks`` in conf/config.yaml."""
+"""What Hydra calls around each job, as ``hydra.callbacks`` in conf/config.yaml tells it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ForgetJob(Callback):
 
 
 def _clear_frames(error: BaseException) -> None:
-    """Of the error, and of all that led to it."""
+    """Let go of the frames of the error, and of all errors that led to it."""
     seen, waiting = set(), [error]
     while waiting:
         error = waiting.pop()

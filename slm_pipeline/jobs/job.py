@@ -22,7 +22,8 @@ from slm_pipeline.methods.base import Method, PruningProblem
 from slm_pipeline.methods.target import ParameterCounts, PruningRatio, Threshold
 from slm_pipeline.models.context import Context, OptionGroup
 from slm_pipeline.models.source import ModelSource, describe
-from slm_pipeline.recovery.base import Recovery, TrainingOptions
+from slm_pipeline.recovery.base import Recovery
+from slm_pipeline.recovery.fine_tuning import FineTuning
 from slm_pipeline.results import objective
 from slm_pipeline.store.artifact import check_layout
 from slm_pipeline.store.files import LONGEST_NAME
@@ -41,7 +42,7 @@ class Job(Context):
 
     Attributes:
         recovery: None for recovery=none.
-        identities: what recovery data are, as JSON for the artefacts' keys.
+        identities: what recovery, with its data, is, as JSON for the artefacts' keys.
         warnings: what may not be as meant although the job can run, such as options that nothing reads.
         loaded: the models that evaluations have in memory.
     """
@@ -56,7 +57,6 @@ class Job(Context):
     warnings: tuple[str, ...] = ()
     loaded: LoadedModels = field(default_factory=LoadedModels)
 
-    @property
     @cached_property
     def dense_tokenizer(self) -> PreTrainedTokenizerBase:
         from slm_pipeline.models.loading import load_dense_tokenizer
@@ -135,7 +135,7 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
         group.check(context)
     identities: dict[str, Any] = {}
     if recovery is not None and {"recover", "evaluate"}.intersection(config.stages):
-        identities["recovery"] = recovery.data_identity(context.data_dir)
+        identities["recovery"] = recovery.identity(context.data_dir)
     warnings = (
         *source.warnings,
         *_check_positions(config, source, recovery, evaluation),
@@ -233,7 +233,7 @@ def _check_positions(
     lengths: dict[str, int] = {}
     if {"calibrate", "merge"}.intersection(config.stages):
         lengths["calibration.seq_len"] = config.calibration.seq_len
-    if "recover" in config.stages and isinstance(recovery, TrainingOptions):
+    if "recover" in config.stages and isinstance(recovery, FineTuning):
         lengths["recovery.cutoff_len"] = recovery.cutoff_len
     for measure in evaluation.active if "evaluate" in config.stages else ():
         lengths |= measure.lengths()

@@ -54,7 +54,7 @@ def build(
     if "calibrate" in records:
         summary["calibration"] = records["calibrate"]["result"]
     if job.recovery is not None and "recover" in records:
-        options = dataclasses.asdict(job.recovery)  # type: ignore[call-overload]
+        options = dataclasses.asdict(job.recovery)
         summary["recovery"] = {"name": job.recovery.name, "options": options, **records["recover"]["result"]}
     if "merge" in records:
         summary |= _pruning(job, load_plan(results["merge"]), records["merge"]["result"])

@@ -91,7 +91,7 @@ class Tracker:
 
 
 class WandbTracker(Tracker):
-    """The same, and a W&B run in ``<run_dir>/wandb``. Metrics are named ``<stage>/<metric>`` there.
+    """metrics.jsonl, and a W&B run in ``<run_dir>/wandb``. Metrics are named ``<stage>/<metric>`` there.
 
     A stage's curves have their own axis ``<stage>/step``: W&B drops whatever is logged at a smaller value of its one
     global step, and stages all count from zero.

@@ -43,8 +43,8 @@ class AngularDistance(LayerRemoval):
         """The block of ``size`` layers with the smallest ``distance`` ([L + 1, L + 1]) between its two ends."""
         num_layers = len(distance) - 1
         allowed = range(self.protect_first, num_layers - self.protect_last - size + 1)
-        found = [float(distance[start, start + size]) if start in allowed else None for start in range(num_layers)]
-        if not all(math.isfinite(found[start] or 0.0) for start in allowed):
+        distances = [float(distance[start, start + size]) if start in allowed else None for start in range(num_layers)]
+        if not all(math.isfinite(distances[start] or 0.0) for start in allowed):
             raise UserError(f"method={self.name}: the states are not finite; try model.dtype=float32")
-        best = min(allowed, key=lambda start: found[start] or 0.0)
-        return list(range(best, best + size)), found
+        best = min(allowed, key=lambda start: distances[start] or 0.0)
+        return list(range(best, best + size)), distances

@@ -153,14 +153,10 @@ class Method(ABC):
 
 @dataclass(kw_only=True)
 class ProtectsEnds(Method):
-    """Base of the methods that can be told to leave the ends of the stack alone.
+    """Base of the methods that can be told to leave the ends of the stack alone."""
 
-    Options:
-        protect_first, protect_last: layers at the input and output side that are never touched.
-    """
-
-    protect_first: NumLayersOrZero = 0
-    protect_last: NumLayersOrZero = 0
+    protect_first: NumLayersOrZero = 0  # layers at the input side that are never touched
+    protect_last: NumLayersOrZero = 0  # layers at the output side that are never touched
 
     @property
     def num_protected(self) -> int:

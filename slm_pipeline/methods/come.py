@@ -13,6 +13,7 @@ from slm_pipeline.config.ranges import Range, UpToOne
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, ProtectsEnds, PruningProblem
 from slm_pipeline.methods.target import Layers
+from slm_pipeline.surgery.concatenate import concatenate
 from slm_pipeline.surgery.ops.merge import Merge
 from slm_pipeline.surgery.plan import Plan
 
@@ -45,27 +46,19 @@ class Come(ProtectsEnds):
         - the last layer is scored on its true output, before the final norm;
         - after a merge only the layers above it are run again.
 
-    Options:
-        run_length: layers merged into one in a step; the last step may be shorter to land on the target.
-        repeat: whether a merged layer may be merged again: forbid (an error when nothing else is left), when_needed,
-            or allow. The published commands forbid it.
-        power: exponent of the block influences in the shares; 0 shares equally.
-        min_largest_share: in [0, 1], 0 is off: the largest share in a run of n original layers is at least
-            min_largest_share ** (1 / (n - 1)).
-        tokens: all | last.
-        protect_first, protect_last: layers at the input and output side that are never merged.
-        fold_norm: put each layer's RMS gain into its own rows, which is exact, instead of averaging the gains (ours).
-
     Scores in the plan: steps, each with the run, its SBI, the shares, and how many groups and neurons each layer gave.
     """
 
+    # Layers merged into one in a step; the last step may be shorter to land on the target.
     run_length: Annotated[int, Range(at_least=2, at_most=10_000)] = 2
+    # forbid | when_needed | allow: may a merged layer be merged again. The published commands forbid it, which is an
+    # error when nothing else is left.
     repeat: str = "forbid"
-    power: Annotated[float, Range(at_least=0, at_most=100)] = 1.0
-    min_largest_share: UpToOne = 0.0
-    tokens: str = "all"
-    official_gqa: bool = False
-    fold_norm: bool = False
+    power: Annotated[float, Range(at_least=0, at_most=100)] = 1.0  # of the influences in the shares; 0: equal ones
+    min_largest_share: UpToOne = 0.0  # s: the largest share of n original layers is at least s ** (1 / (n - 1)); 0: off
+    tokens: str = "all"  # all | last: those of each sample over which SBI is averaged
+    official_gqa: bool = False  # pick query heads as the published code does (wrong for grouped-query attention)
+    fold_norm: bool = False  # put each layer's RMS gain into its own rows, which is exact, instead of averaging (ours)
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(9, 2048))
 
     name: ClassVar[str] = "come"
@@ -183,8 +176,6 @@ class Come(ProtectsEnds):
     def concatenate(
         self, stack: ProgressiveStack, position: int, length: int, chosen: Sequence[float]
     ) -> tuple[Block, list[Tensor], list[Tensor]]:
-        from slm_pipeline.surgery.concatenate import concatenate
-
         view = stack.view
         head_counts, neuron_counts = split(view.num_kv_heads, chosen), split(view.num_neurons, chosen)
         heads, neurons = [], []
@@ -210,11 +201,10 @@ class ComePosterior(Come):
     one with the least language-model loss on the calibration text, the first on ties.
 
     Splits that give the same groups and neurons are measured once, and only blocks from the merged one up are run.
-
-    Options: ``granularity`` is n. ``power`` and ``min_largest_share``, which are about CoMe's shares, are refused.
+    ``power`` and ``min_largest_share``, which are about CoMe's shares, are refused.
     """
 
-    granularity: Annotated[int, Range(at_least=1, at_most=10_000)] = 20
+    granularity: Annotated[int, Range(at_least=1, at_most=10_000)] = 20  # n
 
     name: ClassVar[str] = "come_posterior"
     min_seq_len: ClassVar[int] = 2
@@ -228,15 +218,15 @@ class ComePosterior(Come):
     def _merge(
         self, stack: ProgressiveStack, groups: Sequence[Sequence[int]], position: int, length: int
     ) -> tuple[Block, list[float], list[Tensor], list[Tensor]]:
-        found: dict[tuple[int, int], tuple[float, Any]] = {}
+        tried: dict[tuple[int, int], tuple[float, Any]] = {}
         for step in range(self.granularity + 1):
             lower = step / self.granularity
             chosen = [lower, 1 - lower]
             key = split(stack.view.num_kv_heads, chosen)[0], split(stack.view.num_neurons, chosen)[0]
-            if key not in found:
+            if key not in tried:
                 merged, heads, neurons = self.concatenate(stack, position, length, chosen)
-                found[key] = stack.loss(position, length, merged), (merged, chosen, heads, neurons)
-        finite = [item for item in found.values() if item[0] < float("inf")]
+                tried[key] = stack.loss(position, length, merged), (merged, chosen, heads, neurons)
+        finite = [item for item in tried.values() if item[0] < float("inf")]
         if not finite:
             raise UserError("the loss is not finite for any split of the merged layers; try model.dtype=float32")
         return min(finite, key=lambda item: item[0])[1]

@@ -32,19 +32,18 @@ class FinerCut(ProtectsEnds):
     (`slm_pipeline.engine.walk`). There is no published code, and of the paper only the abstract could be read: sample
     size, default objective and search range are ours.
 
-    Options:
-        objective: mean over tokens of angular (angle between the final-normed states / pi), euclidean (length of
-            their difference) or jensen_shannon (divergence of the next-token distributions in nats; costs the head).
-        protect_first, protect_last: layers at the input and output side that keep both sublayers.
-        export: what a checkpoint is. stock: the dense model's class, the last projections of missing sublayers are
-            zero; same function, nothing faster or smaller. custom: they are absent, which is faster and smaller;
-            the checkpoint brings a modelling file and loads with trust_remote_code=True.
+    The ends that are protected keep both sublayers.
 
     Scores in the plan: rounds, each with the sublayer removed, the distance then, and that of every candidate measured
     (null for one that was given up because it could not win any more).
     """
 
+    # angular | euclidean | jensen_shannon, a mean over tokens: the angle between the final-normed states / pi, the
+    # length of their difference, or the divergence of the next-token distributions in nats, which costs the head.
     objective: str = "angular"
+    # stock | custom: what a checkpoint is. stock: the dense model's class, the last projections of missing sublayers
+    # are zero; same function, nothing faster or smaller. custom: they are absent, which is faster and smaller; the
+    # checkpoint brings a modelling file and loads with trust_remote_code=True.
     export: str = "stock"
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 
@@ -61,7 +60,7 @@ class FinerCut(ProtectsEnds):
         from slm_pipeline.engine.walk import Removal, RemovalWalk
 
         target = problem.target
-        walk = RemovalWalk(problem.view, problem.input_ids, objective=self.objective)
+        walk = RemovalWalk(problem.view, problem.input_ids, criterion=self.objective)
         layers = self.candidates(problem.view.num_layers)
         candidates = [Removal(layer, part) for layer in layers for part in SUBLAYERS]
         most = len(candidates) if isinstance(target, Parameters) else 2 * target.remove

@@ -27,18 +27,13 @@ class Laco(ThresholdMerging):
     five English sentences of under 20 words. `official` is what the released code computes (its loop telescopes),
     `base_difference` the paper's formula.
 
-    Options:
-        num_merged: layers folded into one at a time (C in the paper).
-        lowest, highest: range of layers looked at (L and H); highest=null is the last layer.
-        interval: layers to move down after a fold (I).
-
-    Scores in the plan: see `slm_pipeline.methods.threshold.ThresholdMerging`.
+    Scores in the plan: those of `slm_pipeline.methods.threshold.ThresholdMerging`.
     """
 
-    num_merged: Annotated[int, Range(at_least=2, at_most=10_000)] = 4
-    lowest: NumLayersOrZero = 0
-    highest: NumLayers | None = None
-    interval: NumLayers = 1
+    num_merged: Annotated[int, Range(at_least=2, at_most=10_000)] = 4  # layers folded into one at a time (C)
+    lowest: NumLayersOrZero = 0  # of the layers looked at (L)
+    highest: NumLayers | None = None  # of the layers looked at (H); None: the last one
+    interval: NumLayers = 1  # layers to move down after a fold (I)
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(5, 32))
 
     name: ClassVar[str] = "laco"

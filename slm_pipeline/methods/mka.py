@@ -45,23 +45,16 @@ class Mka(LayerRemoval):
         - an estimate of the information below 0 counts as 0.
     The published text is test questions of MMLU, so its MMLU scores are not clean; any calibration text does here.
 
-    Options:
-        pairs: similar, or last, which always merges the two last layers (as the re-implementation in CoMe's code).
-        official: drop the last layers and look at no similarity; of the other options only the protected layers count.
-        sharpness: beta in the shares; 0 shares equally.
-        num_points: tokens in a cloud, if the calibration text has as many; time and memory grow with its square.
-        num_neighbors: neighbours in the estimate of the mutual information.
-        protect_first, protect_last: layers at the input and output side that are never merged.
-
     Scores in the plan, unless official: similarity[l] of layers l and l + 1; mean_similarity[l], which is S_l; merges,
     each with the layers, the similarity of the two that face each other, and the shares of the lower and upper part.
     """
 
-    pairs: str = "similar"
-    official: bool = False
-    sharpness: Annotated[float, Range(at_least=0, at_most=1000)] = 1.0
+    pairs: str = "similar"  # similar | last (always the two last layers, as the re-implementation in CoMe's code)
+    official: bool = False  # drop the last layers; of the other options only the protected layers count
+    sharpness: Annotated[float, Range(at_least=0, at_most=1000)] = 1.0  # beta in the shares; 0 shares equally
+    # Tokens in a cloud, if the calibration text has as many; time and memory grow with its square.
     num_points: Annotated[int, Range(at_least=3, at_most=2**16)] = 512
-    num_neighbors: Count = 5
+    num_neighbors: Count = 5  # in the estimate of the mutual information
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(64, 256))
 
     name: ClassVar[str] = "mka"

@@ -39,32 +39,25 @@ class ReplaceMe(AngularDistance):
     refused for architectures that put a norm after the projection, where folding is wrong. One block only; the
     published code can cut several. The published text is 8000 chat samples of SlimOrca, of at most 1024 tokens.
 
-    Options:
-        held_out: share of the samples that the map is not fitted to, at least one (of a single sample its last tokens);
-            0, as published, measures nothing but the fit.
-        solver: least_squares (closed form, float64) or cosine (the mean of cos(m T, h_e - h_s + m) is maximised with
-            Adam from T = 1; keeps two [tokens, d] matrices in the model's dtype on its device, twice that while they
-            are put together).
-        ridge: least squares: the penalty on the size of T, or of T - 1, relative to the mean square of m; 0 as
-            published.
-        ridge_target: zero or identity: what the penalty draws T to. The identity, ours, removes the block and changes
-            nothing else.
-        accurate: cosine: maximise cos(m T + h_s - m, h_e) instead; keeps a third matrix.
-        learning_rate, num_epochs, batch_tokens: cosine: of Adam. The published values.
-
     Scores in the plan: distances as for ``angular``; fit, for the tokens fitted and those held_out (absent where none
     are) num_tokens, and cosine_before and cosine_after, their means of cos(h_s, h_e) and of cos(m T + h_s - m, h_e);
     warnings, if there were fewer than 8 tokens for each of the d channels.
     """
 
+    # Share of the samples that the map is not fitted to, at least one (of a single sample its last tokens); 0, as
+    # published, measures nothing but the fit.
     held_out: Share = 0.1
+    # least_squares | cosine: closed form, float64; or the mean of cos(m T, h_e - h_s + m) maximised with Adam from
+    # T = 1, which keeps two [tokens, d] matrices in the model's dtype on its device, twice that while they are made.
     solver: str = "least_squares"
-    ridge: NotNegative = 0.0
+    ridge: NotNegative = 0.0  # least_squares: penalty on T, or T - 1, relative to the mean square of m; 0 as published
+    # least_squares: zero | identity: what the penalty draws T to. The identity, ours, removes the block and changes
+    # nothing else.
     ridge_target: str = "zero"
-    accurate: bool = False
-    learning_rate: Positive = 1e-4
-    num_epochs: Count = 10
-    batch_tokens: Count = 1024
+    accurate: bool = False  # cosine: maximise cos(m T + h_s - m, h_e) instead; keeps a third matrix
+    learning_rate: Positive = 1e-4  # cosine: of Adam, as published
+    num_epochs: Count = 10  # cosine: as published
+    batch_tokens: Count = 1024  # cosine: as published
 
     name: ClassVar[str] = "replaceme"
 
@@ -124,10 +117,10 @@ class ReplaceMe(AngularDistance):
         from slm_pipeline.engine.blocks import around
 
         chosen = self._is_held_out(problem.input_ids).flatten() == held_out
-        for found in around(problem.view, problem.input_ids, removed[0], removed[-1] + 1):
-            here, chosen = chosen[: found[0][..., 0].numel()], chosen[found[0][..., 0].numel() :]
+        for states in around(problem.view, problem.input_ids, removed[0], removed[-1] + 1):
+            here, chosen = chosen[: states[0][..., 0].numel()], chosen[states[0][..., 0].numel() :]
             if here.any():
-                output, before, after = (rows.flatten(0, 1)[here.to(rows.device)] for rows in found)
+                output, before, after = (rows.flatten(0, 1)[here.to(rows.device)] for rows in states)
                 yield output, before, after
 
     def _is_held_out(self, input_ids: Tensor) -> Tensor:

@@ -45,8 +45,7 @@ class ShortenedPerplexity(ShortenedLlama):
 
         walk = RemovalWalk(problem.view, problem.input_ids)
         candidates = [Removal(layer) for layer in self.candidates(problem.view.num_layers)]
-        found = walk.losses(candidates)
-        losses = {candidate.layer: loss for candidate, loss in found.items()}
+        losses = {candidate.layer: loss for candidate, loss in walk.losses(candidates).items()}
         removed = sorted(losses, key=lambda layer: losses[layer])[: problem.target.remove]
         finite = {layer: loss for layer, loss in losses.items() if loss < float("inf")}
         if len(finite) < len(removed):
@@ -86,7 +85,7 @@ class ShortenedMagnitude(ShortenedLlama):
     Scores in the plan: magnitude of every layer.
     """
 
-    power: Annotated[int, Range(at_least=1, at_most=2)] = 1
+    power: Annotated[int, Range(at_least=1, at_most=2)] = 1  # of |weight|
 
     name: ClassVar[str] = "shortened_magnitude"
 

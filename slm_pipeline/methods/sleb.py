@@ -20,19 +20,16 @@ class Sleb(LayerRemoval):
     them not finite is an error (there the last layer goes, silently); any architecture. Its "128 samples" are lines
     of WikiText-2, about five windows of 2048 tokens.
 
-    Options:
-        shortlist: measure only so many layers on all samples, those with the least loss on the first (up to 2048
-            tokens). Several times faster, ours, and not always the published choice. null: all that can still win.
-        strict: keep the published batch shapes; matters for ties in bfloat16 only, and is slower.
-
     Scores in the plan: rounds, each with the layer removed, the loss in nats per token then, and the losses of all
     candidates measured (null for one that was given up because it could not win any more).
     """
 
     protect_first: NumLayersOrZero = 1
     protect_last: NumLayersOrZero = 1
+    # Measure only so many layers on all samples, those with the least loss on the first (up to 2048 tokens). Several
+    # times faster, ours, and not always the published choice. None: all that can still win.
     shortlist: Count | None = None
-    strict: bool = False
+    strict: bool = False  # keep the published batch shapes; matters for ties in bfloat16 only, and is slower
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(5, 2048))
 
     name: ClassVar[str] = "sleb"

@@ -29,16 +29,14 @@ class SlidingLayerMerging(ThresholdMerging):
         - the first layer is protected too (``protect_first=0`` for the published behaviour);
         - biases, q/k norms and the layer type follow their projections.
 
-    Options:
-        merge_rule, similarity: see `ThresholdMerging`. `official` and `final_hidden` are what the authors released.
-        protect_first, protect_last: layers at the input and output side that are never merged.
-        max_window: most layers merged into one; 2 makes `official` and `base_difference` the same rule.
+    The merge rule `official` and the similarity `final_hidden` are what the authors released.
 
-    Scores in the plan: see `slm_pipeline.methods.threshold.ThresholdMerging`.
+    Scores in the plan: those of `slm_pipeline.methods.threshold.ThresholdMerging`.
     """
 
-    protect_first: NumLayersOrZero = 1
-    protect_last: NumLayersOrZero = 1
+    protect_first: NumLayersOrZero = 1  # layers at the input side that are never merged
+    protect_last: NumLayersOrZero = 1  # layers at the output side that are never merged
+    # Most layers merged into one; None: no limit; 2 makes `official` and `base_difference` the same rule.
     max_window: Annotated[int, Range(at_least=2, at_most=10_000)] | None = None
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 

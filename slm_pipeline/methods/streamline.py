@@ -27,7 +27,7 @@ class Streamline(AngularDistance):
     """
 
     protect_first: NumLayersOrZero = 0
-    replacement: bool = False
+    replacement: bool = False  # keep one layer more, the first of the block, for `recovery=block_mse`
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(50, 2048))
 
     name: ClassVar[str] = "streamline"

@@ -19,7 +19,7 @@ from slm_pipeline.surgery.plan import Plan
 SIMILARITIES = ("final_hidden", "last_token", "per_token", "logits_kl")
 
 Window = tuple[int, int]  # closed range (low, high) of original layers
-Similarity = Callable[[tuple[Any, ...]], float]  # of the stack from some layer up, see engine.windows.StackSimilarity
+Similarity = Callable[[tuple[Any, ...]], float]  # of the stack from some layer up
 
 
 @dataclass
@@ -85,11 +85,6 @@ class Pass(Protocol):
 class ThresholdMerging(Method):
     """Base of the methods that merge windows while the model stays similar enough to the dense one.
 
-    Options:
-        merge_rule: see `slm_pipeline.surgery.merge_rules`.
-        similarity: final_hidden (cosine of the flattened final-normed states), last_token, per_token, or logits_kl
-            (exp of minus the mean KL divergence from dense to pruned).
-
     Scores in the plan:
         steps: {low, high, similarity, accepted} of the search that gave the plan, in the order evaluated.
         searches: {threshold, num_removed} of every threshold tried, in order.
@@ -98,7 +93,9 @@ class ThresholdMerging(Method):
         exact: whether the threshold is known to be the highest on the grid that reaches the target.
     """
 
-    merge_rule: str = "official"
+    merge_rule: str = "official"  # one of `slm_pipeline.surgery.merge_rules`
+    # final_hidden | last_token | per_token | logits_kl: cosine of the flattened final-normed states, of the last
+    # token's, the mean of each token's; or exp of minus the mean KL divergence from dense to pruned.
     similarity: str = "final_hidden"
 
     targets: ClassVar[tuple[type, ...]] = (Layers, Floor)

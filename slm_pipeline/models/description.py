@@ -233,7 +233,7 @@ def is_size(value: Any, most: int) -> bool:
 
 
 def not_allowed(key: str, value: Any, allowed: str, file: str = "config.json") -> str:
-    """That a file has such a value, in words."""
+    """Words for a file that has such a value."""
     return f"{file} has {key}={shown(value)}: {allowed} is needed"
 
 

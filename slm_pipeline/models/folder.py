@@ -457,13 +457,13 @@ def _special_tokens(read: Mapping[str, Any]) -> frozenset[str] | None:
 
 
 def lacking(names: Iterable[str]) -> str:
-    """That tensors are missing, in words."""
+    """Words for tensors that are missing."""
     names = list(names)
     return f"its files lack {_count(names)} of the model that config.json describes: {tensor_names(names)}"
 
 
 def unequal(shapes: Mapping[str, tuple[Iterable[int], Iterable[int | None]]]) -> list[str]:
-    """That tensors are of another shape, in words; ``shapes``: in the files, and as config.json has it."""
+    """Words for tensors of another shape; ``shapes``: in the files, and as config.json has it."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, (found, expected) in shapes.items():
         groups.setdefault((_shape(found), _shape(expected)), []).append(name)
@@ -478,7 +478,7 @@ def _shape(sizes: Iterable[int | None]) -> str:
 
 
 def not_used(place: str, names: Iterable[str]) -> str:
-    """That tensors of the files are not part of the model, in words."""
+    """Words for tensors of the files that are not part of the model."""
     names = list(names)
     return f"{place}: the model has no place for {_count(names)} of its files, not used: {tensor_names(names)}"
 
@@ -488,7 +488,7 @@ def _count(names: list[str]) -> str:
 
 
 def more_tokens(num_tokens: int, rows: int) -> str:
-    """That token ids have no embedding, in words."""
+    """Words for token ids that have no embedding."""
     return f"its tokenizer has token ids up to {num_tokens - 1}, its embedding only {rows} rows"
 
 

@@ -85,7 +85,7 @@ class ModelView:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the head, in which logits are computed."""
+        """Type of the head's weight, in which logits are computed."""
         return cast(torch.dtype, self.head.weight.dtype)
 
     def num_parameters(self) -> int:

@@ -14,7 +14,7 @@ from slm_pipeline.recovery.spans import changed_spans
 OBJECTIVES = ("states", "language_model")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BlockMse(Distill):
     """Layer replacement of LLM-Streamline, arXiv 2403.19135: one layer learns to stand for a block of removed ones.
 
@@ -31,11 +31,12 @@ class BlockMse(Distill):
     """
 
     loss: str = "mse"
-    objective: str = "states"  # states | language_model
+    objective: str = "states"  # states | language_model (the pruned model's own loss)
     schedule: str = "cosine"
-    final_learning_rate: Share = 0.25
+    final_learning_rate: Share = 0.25  # as a share of learning_rate
     weight_decay: NotNegative = 1e-3
     max_grad_norm: Positive = 5.0
+
     gap: ClassVar[str] = "below"
     name: ClassVar[str] = "block_mse"
 
@@ -43,7 +44,7 @@ class BlockMse(Distill):
         super().__post_init__()
         if self.objective not in OBJECTIVES:
             raise UserError(f"recovery.objective={self.objective!r} is not one of {', '.join(OBJECTIVES)}")
-        self._refuse_idle("loss", "order", "logit_share", objective="states")
+        self.refuse_unless("loss", "order", "logit_share", objective="states")
 
     @property
     def trains_states(self) -> bool:
@@ -55,7 +56,6 @@ class BlockMse(Distill):
         if self.trains_states or not changed:
             return super().run(problem)
         from slm_pipeline.models.view import ModelView
-        from slm_pipeline.recovery.training import tune
 
         layers = ModelView(problem.model).layers
-        return tune(self, problem, [layers[span.position] for span in changed])
+        return self.train_modules(problem, [layers[span.position] for span in changed])

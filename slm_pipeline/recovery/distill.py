@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_pipeline.config.ranges import Share
 from slm_pipeline.errors import UserError
-from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
+from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult
+from slm_pipeline.recovery.fine_tuning import FineTuning
+from slm_pipeline.recovery.freezing import freeze_all_but
+from slm_pipeline.recovery.phase import Phase
 from slm_pipeline.recovery.spans import Span, changed_spans
 
 if TYPE_CHECKING:
-    from slm_pipeline.recovery.training import Fit
+    from slm_pipeline.recovery.training_loop import Fit
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +24,8 @@ STATE_LOSSES = ("mse", "cosine", "kl", "mse_cosine")
 ORDERS = ("joint", "blocks")
 
 
-@dataclass
-class Distill(TrainingOptions):
+@dataclass(kw_only=True)
+class Distill(FineTuning):
     """Hierarchical distillation of CoMe, arXiv 2510.15304: a merged layer learns to do what its originals did.
 
     The layer that stands for the originals l .. l + m gets the dense model's state that enters l, and its output is
@@ -36,21 +39,22 @@ class Distill(TrainingOptions):
 
     ``order=joint`` (CoMe-sp) trains all layers at once on one forward pass of the teacher, their losses summed and
     their gradients clipped each by itself; ``order=blocks`` (CoMe-mp) trains one after the other on the same data.
-    Both give the same weights for models without dropout. With ``logit_share`` the last part of the budget goes to
+    Both give the same weights for models without dropout. With ``logit_share`` the last share of the budget goes to
     the same layers once more, on the KL divergence of the whole model's next-token distribution.
 
-    The last weights are kept, not the best, so that both orders end alike; of the last part on logits the best. A
+    The last weights are kept, not the best, so that both orders end alike; of the last phase, on logits, the best. A
     validation loss above the first one is a warning. Metrics are those of the layers' losses, summed over the layers;
     tokens are those that each layer was trained on. The curve of ``order=blocks`` has one layer's losses after the
-    other's; the losses of the part on logits are called ``logit_loss`` and ``logit_eval_loss``, in nats per counted
+    other's; the losses of the phase on logits are called ``logit_loss`` and ``logit_eval_loss``, in nats per counted
     token.
     """
 
-    completion_only: bool = False
-    loss: str = "kl"  # mse | cosine | kl | mse_cosine
-    order: str = "joint"  # joint | blocks
-    logit_share: Share = 0.0  # of the budget: for the logits, at the end
-    gap: ClassVar[str] = "above"
+    completion_only: bool = False  # True: the states of the output's tokens alone
+    loss: str = "kl"  # mse | cosine | kl (of the softmax over features) | mse_cosine
+    order: str = "joint"  # joint (all layers on one forward pass of the teacher) | blocks (one after the other)
+    logit_share: Share = 0.0  # of the budget, at the end, for the whole model's next-token distribution
+
+    gap: ClassVar[str] = "above"  # in `spans`: which kept layer stands for dropped ones
     name: ClassVar[str] = "distill"
 
     def __post_init__(self) -> None:
@@ -88,10 +92,8 @@ class Distill(TrainingOptions):
         self, problem: RecoveryProblem, changed: Sequence[Span]
     ) -> tuple[dict[str, Any], list[dict[str, float]]]:
         from slm_pipeline.models.view import ModelView
-        from slm_pipeline.recovery.distillation import LogitMatching, StateMatching
-        from slm_pipeline.recovery.trainable import train_only
-        from slm_pipeline.recovery.trainer import Part
-        from slm_pipeline.recovery.training import fit
+        from slm_pipeline.recovery.teacher_losses import LogitLoss, StateLoss
+        from slm_pipeline.recovery.training_loop import fit
         from slm_pipeline.surgery.apply import planned_blocks
 
         train, validation = self.tokenized_split(problem.tokenizer, problem.data_dir)
@@ -102,22 +104,21 @@ class Distill(TrainingOptions):
         share = 1 - self.logit_share
         fits: list[Fit] = []
         for spans in together:
-            train_only(problem, [layers[span.position] for span in spans])
-            objective = StateMatching(teacher, problem.model, spans, bodies, self.loss)
+            freeze_all_but(problem, [layers[span.position] for span in spans])
+            loss = StateLoss(teacher, problem.model, spans, bodies, self.loss)
             folder = "checkpoints/" + "_".join(str(span.position) for span in spans)
             minutes = share / len(together)
-            part = Part(folder=folder, end=share, minutes=minutes, steps_before=_steps(fits), keep="last")
-            fits.append(fit(objective, train, validation, self, problem, part))
+            phase = Phase(folder=folder, end=share, minutes=minutes, steps_before=_steps(fits), keep="last")
+            fits.append(fit(loss, train, validation, self, problem, phase))
         metrics = {**_sum_of_layers(fits), "loss": f"{self.loss} of states, {len(changed)} layers"}
         if self.logit_share:
-            train_only(problem, [layers[span.position] for span in changed])
-            end_to_end = LogitMatching(teacher, problem.model)
-            part = Part(
+            freeze_all_but(problem, [layers[span.position] for span in changed])
+            phase = Phase(
                 folder="checkpoints/logits", begin=share, minutes=self.logit_share, steps_before=_steps(fits),
                 prefix="logit_",
             )  # fmt: skip
-            last = fit(end_to_end, train, validation, self, problem, part)
-            del metrics["best_step"]  # of which part?
+            last = fit(LogitLoss(teacher, problem.model), train, validation, self, problem, phase)
+            del metrics["best_step"]  # of which phase?
             metrics |= {
                 "initial_logit_eval_loss": last.metrics["initial_eval_loss"],
                 "logit_eval_loss": last.metrics["eval_loss"],

@@ -6,21 +6,21 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from slm_pipeline.config.ranges import Positive
-from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
+from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult
+from slm_pipeline.recovery.fine_tuning import FineTuning
 
 
-@dataclass
-class Full(TrainingOptions):
+@dataclass(kw_only=True)
+class Full(FineTuning):
     """Every parameter of the pruned model trains on the language-model loss, embedding and head among them.
 
     Weights, gradients and AdamW's two moments are float32: 16 bytes a parameter, beside the activations.
     """
 
     learning_rate: Positive = 5e-4
+
     name: ClassVar[str] = "full"
 
     def run(self, problem: RecoveryProblem) -> RecoveryResult:
         """Train; leaves nothing in ``out`` but checkpoints."""
-        from slm_pipeline.recovery.training import tune
-
-        return tune(self, problem, [problem.model])
+        return self.train_modules(problem, [problem.model])

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from slm_pipeline.config.ranges import Range, Share
 from slm_pipeline.errors import UserError
-from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
-from slm_pipeline.recovery.trainable import silent_modules
+from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult
+from slm_pipeline.recovery.fine_tuning import FineTuning
+from slm_pipeline.recovery.freezing import silent_modules
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from slm_pipeline.models.source import ModelSource
 
 
-@dataclass
-class Lora(TrainingOptions):
+@dataclass(kw_only=True)
+class Lora(FineTuning):
     """LoRA (arXiv 2106.09685) with peft, then merged into the weights.
 
     The adapters are float32 and stay in ``out/adapter`` in peft's format. Merging happens in float32 and is rounded
@@ -27,10 +28,11 @@ class Lora(TrainingOptions):
 
     rank: Annotated[int, Range(at_least=1, at_most=2**16)] = 8
     alpha: Annotated[int, Range(at_least=1, at_most=2**16)] = 16
-    dropout: Share = 0.05
+    dropout: Share = 0.05  # of what enters an adapter, while it trains
     target_modules: list[str] | None = None  # None: every linear layer of every block, seven for Llama
     use_dora: bool = False  # arXiv 2402.09353
     use_rslora: bool = False  # arXiv 2312.03732: scale alpha / sqrt(rank) instead of alpha / rank
+
     name: ClassVar[str] = "lora"
 
     def __post_init__(self) -> None:
@@ -52,16 +54,17 @@ class Lora(TrainingOptions):
         from peft import get_peft_model
         from transformers import set_seed
 
-        from slm_pipeline.recovery import collective, training
+        from slm_pipeline.recovery import collective
+        from slm_pipeline.recovery.training_loop import fit
 
         train, validation = self.tokenized_split(problem.tokenizer, problem.data_dir)
         set_seed(problem.seed)
         adapted: Any = get_peft_model(problem.model, self._peft_config(list(silent_modules(problem))))
-        result = training.fit(adapted, train, validation, self, problem)
+        trained = fit(adapted, train, validation, self, problem)
         adapted.peft_config["default"].base_model_name_or_path = problem.base_path
         if collective.rank() == 0:
             adapted.save_pretrained(str(problem.out / "adapter"), save_embedding_layers=False)
-        return RecoveryResult(merge_adapter(adapted), result.metrics, result.curve)
+        return RecoveryResult(merge_adapter(adapted), trained.metrics, trained.curve)
 
     def _peft_config(self, left_out: list[str]) -> LoraConfig:
         from peft import LoraConfig

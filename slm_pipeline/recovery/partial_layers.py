@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from slm_pipeline.config.ranges import NumLayersOrZero
 from slm_pipeline.errors import UserError
-from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
+from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult
+from slm_pipeline.recovery.fine_tuning import FineTuning
 
 if TYPE_CHECKING:
     from slm_pipeline.models.source import ModelSource
 
 
-@dataclass
-class PartialLayers(TrainingOptions):
+@dataclass(kw_only=True)
+class PartialLayers(FineTuning):
     """Partial-layer fine-tuning of "Reassessing Layer Pruning in LLMs", arXiv 2411.15558: the last blocks, the final
     norm and the output head train, all below is frozen.
 
@@ -27,9 +28,10 @@ class PartialLayers(TrainingOptions):
     a gradient, so none of its activations is kept.
     """
 
-    num_layers: NumLayersOrZero = 3
-    head: bool | None = None  # null: trained unless it is the embedding
+    num_layers: NumLayersOrZero = 3  # blocks, from the top
+    head: bool | None = None  # None: trained unless it is the embedding
     final_norm: bool = True
+
     name: ClassVar[str] = "partial_layers"
 
     def __post_init__(self) -> None:
@@ -70,7 +72,6 @@ class PartialLayers(TrainingOptions):
             UserError: also when ``num_layers`` is more than the model has.
         """
         from slm_pipeline.models.view import ModelView
-        from slm_pipeline.recovery.training import tune
 
         view = ModelView(problem.model)
         self._require(view.num_layers, "the pruned model")
@@ -79,4 +80,4 @@ class PartialLayers(TrainingOptions):
             modules.append(view.final_norm)
         if self.head or (self.head is None and not view.ties_embeddings):
             modules.append(view.head)
-        return tune(self, problem, modules)
+        return self.train_modules(problem, modules)

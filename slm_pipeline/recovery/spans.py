@@ -43,6 +43,6 @@ def spans(plan: Plan, gap: str = "above") -> list[Span]:
 
 
 def changed_spans(plan: Plan, gap: str = "above") -> list[Span]:
-    """Those whose layer is not the original one in its original task: merged, next to a gap, or short of a sublayer."""
+    """The spans whose layer is not the original one in its task: merged, next to a gap, or short of a sublayer."""
     layers = plan.layers()
     return [span for span in spans(plan, gap) if span.first < span.last or layers[span.position].missing]

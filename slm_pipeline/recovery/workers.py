@@ -22,12 +22,10 @@ from typing import TYPE_CHECKING
 
 from slm_pipeline.errors import UserError, portable
 from slm_pipeline.machine import memory
-from slm_pipeline.recovery.base import Recovery, RecoveryProblem
+from slm_pipeline.recovery.base import Log, Recovery, RecoveryProblem
 
 if TYPE_CHECKING:
     import torch
-
-Log = Callable[[dict[str, float], int], None]
 
 
 def train(recovery: Recovery, make_problem: Callable[[Log], RecoveryProblem], log: Log) -> None:
@@ -155,7 +153,7 @@ class _Sender(logging.handlers.QueueHandler):
 
 
 def _send_log_records(sender: Connection | None, level: int) -> None:
-    """Only this package's; those of all processes but the first would say the same again."""
+    """Send this package's records, of the first process alone: the others' would say the same again."""
     logger = logging.getLogger("slm_pipeline")
     logger.setLevel(level)
     logger.propagate = False

@@ -69,7 +69,7 @@ class Artifact:
 
     @property
     def intact(self) -> bool:
-        """The same with every file read, once in a process: for whoever goes on to read the result."""
+        """Whether there is a finished result, every file read, once in a process: for whoever goes on to read it."""
         return result_fault(self.path, self.stage, whole=True) is None
 
     def record(self) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _identity(state: os.stat_result) -> tuple[int, ...]:
 
 
 def sha256(path: Path) -> str:
-    """Of the file's content, in hexadecimal; some 2 GB/s. A file that did not change is read once in a process."""
+    """Hexadecimal sha256 of a file's content; some 2 GB/s. A file that did not change is read once in a process."""
     identity = _identity(path.stat())
     if identity not in _read:
         content = hashlib.sha256()

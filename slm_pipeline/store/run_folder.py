@@ -59,7 +59,7 @@ def beginnings(hydra: Any) -> set[str]:
 
 
 def check_study(folder: Path, option: str) -> None:
-    """The same for the folder of a study."""
+    """Raise `UserError` if the folder holds anything, unless it was a study's from the start; makes nothing."""
     found = _content(folder, option)
     if study_of(folder) is None:
         _refuse(folder, option, found - {STARTING}, "a study")

@@ -17,9 +17,9 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.recovery.block_mse import BlockMse
 from slm_pipeline.recovery.distill import Distill
-from slm_pipeline.recovery.distillation import LOSSES, LogitMatching, StateMatching
+from slm_pipeline.recovery.freezing import freeze_all_but
 from slm_pipeline.recovery.spans import Span, changed_spans, spans
-from slm_pipeline.recovery.trainable import train_only
+from slm_pipeline.recovery.teacher_losses import LOSSES, LogitLoss, StateLoss
 from slm_pipeline.surgery.apply import apply
 from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.ops.drop_sublayer import DropSublayer
@@ -99,10 +99,10 @@ def test_the_loss_is_that_of_each_layer_alone_on_the_teachers_states(kind):
     dense, pruned = teacher(), apply(MERGED, teacher())
     rows, inputs = batch()
     expected = naive_losses(dense, pruned, rows, kind)
-    joint = StateMatching(dense, pruned, SPANS, BODIES, kind)(**inputs)["loss"]
+    joint = StateLoss(dense, pruned, SPANS, BODIES, kind)(**inputs)["loss"]
     assert float(joint) == pytest.approx(float(sum(expected)), rel=1e-5)
     for span, loss in zip(SPANS, expected, strict=True):
-        alone = StateMatching(dense, pruned, [span], BODIES, kind)(**inputs)["loss"]
+        alone = StateLoss(dense, pruned, [span], BODIES, kind)(**inputs)["loss"]
         assert float(alone) == pytest.approx(float(loss), rel=1e-5)
     assert float(expected[0]) > 1e-4  # it is not all zero
 
@@ -110,7 +110,7 @@ def test_the_loss_is_that_of_each_layer_alone_on_the_teachers_states(kind):
 def test_batches_of_a_step_add_up_to_its_mean():
     dense, pruned = teacher(), apply(MERGED, teacher())
     rows, together = batch()
-    objective = StateMatching(dense, pruned, SPANS, BODIES, "mse")
+    objective = StateLoss(dense, pruned, SPANS, BODIES, "mse")
     parts = [objective(**Collator(0)([row]), num_items_in_batch=torch.tensor(6 + 3))["loss"] for row in rows]
     assert float(sum(parts)) == pytest.approx(float(objective(**together)["loss"]), rel=1e-5)
 
@@ -120,9 +120,7 @@ def test_packed_rows_have_the_loss_of_single_ones(objective):
     dense, pruned = teacher(), apply(MERGED, teacher())
     rows, together = batch()
     packed = Collator(0)([*pack(rows, 16), *pack(rows[:1], 16)])
-    module = (
-        StateMatching(dense, pruned, SPANS, BODIES, "kl") if objective == "states" else LogitMatching(dense, pruned)
-    )
+    module = StateLoss(dense, pruned, SPANS, BODIES, "kl") if objective == "states" else LogitLoss(dense, pruned)
     alone = [float(module(**Collator(0)([row]), num_items_in_batch=1)["loss"]) for row in [*rows, rows[0]]]
     assert float(module(**packed, num_items_in_batch=1)["loss"]) == pytest.approx(sum(alone), rel=1e-5)
 
@@ -135,9 +133,9 @@ def test_the_logit_loss_is_the_divergence_from_the_teacher():
         ids = torch.tensor([row["input_ids"]])
         p, q = (model(ids).logits[0].double().softmax(-1) for model in (dense, pruned))
         values += [(p[i] * (p[i] / q[i]).log()).sum() for i in range(ids.shape[1] - 1) if row["labels"][i + 1] != -100]
-    loss = LogitMatching(dense, pruned)(**inputs)["loss"]
+    loss = LogitLoss(dense, pruned)(**inputs)["loss"]
     assert float(loss) == pytest.approx(float(torch.stack(values).mean()), rel=1e-4)
-    assert float(LogitMatching(dense, teacher())(**inputs)["loss"]) == pytest.approx(0, abs=1e-6)
+    assert float(LogitLoss(dense, teacher())(**inputs)["loss"]) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_dense_layers_themselves_have_no_loss(architecture):
@@ -145,7 +143,7 @@ def test_the_dense_layers_themselves_have_no_loss(architecture):
     dense, same = teacher(architecture), teacher(architecture)
     whole = [Span(layer, layer, layer) for layer in range(6)]
     _, inputs = batch()
-    loss = StateMatching(dense, same, whole, list(range(6)), "mse")(**inputs)["loss"]
+    loss = StateLoss(dense, same, whole, list(range(6)), "mse")(**inputs)["loss"]
     assert float(loss) == pytest.approx(0, abs=1e-9)
 
 
@@ -158,7 +156,7 @@ def test_only_the_spans_layers_get_gradients_each_its_own():
         pruned.requires_grad_(False)
         for span in spans:
             pruned.model.layers[span.position].requires_grad_(True)
-        StateMatching(dense, pruned, spans, BODIES, "kl")(**inputs)["loss"].backward()
+        StateLoss(dense, pruned, spans, BODIES, "kl")(**inputs)["loss"].backward()
         return {name: p.grad.clone() for name, p in pruned.named_parameters() if p.grad is not None}
 
     joint = gradients(SPANS)
@@ -235,7 +233,7 @@ def test_the_last_weights_are_kept_and_their_loss_is_told(data, tmp_path):
     task = problem(data, tmp_path)
     result = distill(loss="mse").run(task)
     train, validation = distill().tokenized_split(task.tokenizer, data)
-    objective = StateMatching(teacher(), result.model, SPANS, BODIES, "mse")
+    objective = StateLoss(teacher(), result.model, SPANS, BODIES, "mse")
     with torch.no_grad():
         loss = float(objective(**Collator(0)(validation))["loss"])
     assert result.metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
@@ -331,8 +329,8 @@ def test_bad_options(make, message):
         make()
 
 
-def test_all_parts_train_apart(data, tmp_path):
+def test_the_gradients_of_each_layer_are_clipped_apart(data, tmp_path):
     task = problem(data, tmp_path)
-    train_only(task, [ModelView(task.model).layers[span.position] for span in SPANS])
-    parts = StateMatching(teacher(), task.model, SPANS, BODIES, "kl").parts()
-    assert [len(part) for part in parts] == [9, 9]
+    freeze_all_but(task, [ModelView(task.model).layers[span.position] for span in SPANS])
+    groups = StateLoss(teacher(), task.model, SPANS, BODIES, "kl").clipping_groups()
+    assert [len(group) for group in groups] == [9, 9]

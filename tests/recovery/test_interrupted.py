@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from slm_pipeline.config import CONF_DIR
 from slm_pipeline.errors import UserError
-from slm_pipeline.recovery import checkpoints, training
+from slm_pipeline.recovery import checkpoints, training_loop
 
 KILLED = """
 import os, signal, sys
@@ -83,7 +83,7 @@ def test_a_finished_training_is_not_trained_again(folder, undisturbed):
 def test_killed_after_the_last_step(folder, undisturbed, monkeypatch):
     """All steps done, results not written: nothing is trained beyond the last step."""
     out = folder / "killed_at_the_end"
-    monkeypatch.setattr(training, "_summarize", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(training_loop, "_summarize", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run_lora(folder, out)
     monkeypatch.undo()
@@ -143,7 +143,7 @@ def test_a_new_best_checkpoint_that_was_never_finished_costs_nothing(folder, und
         checkpoints.mark_complete(checkpoint, progress)
 
     with monkeypatch.context() as patch:
-        patch.setattr("slm_pipeline.recovery.trainer.mark_complete", mark)
+        patch.setattr("slm_pipeline.recovery.watch.mark_complete", mark)
         with pytest.raises(KeyboardInterrupt):
             run_lora(folder, out)
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == sorted(marked)

@@ -227,9 +227,9 @@ def test_a_zeroed_sublayer_gets_no_adapter(folder, tmp_path):
 
 def test_missing_data_are_found_without_training(folder):
     options = Lora(**LORA_OPTIONS)
-    assert options.data_identity(folder)["fingerprint"].startswith("sha256:")
+    assert options.identity(folder)["data"]["fingerprint"].startswith("sha256:")
     with pytest.raises(UserError, match="there is no file"):
-        options.data_identity(folder / "elsewhere")
+        options.identity(folder / "elsewhere")
 
 
 def test_tokens_are_checked_without_tokenizing_everything(folder, monkeypatch):

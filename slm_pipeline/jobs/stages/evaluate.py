@@ -15,7 +15,7 @@ from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.merge import load_pruned
 from slm_pipeline.jobs.tracking import Tracker
 from slm_pipeline.machine import gpus
-from slm_pipeline.recovery.base import TrainingOptions
+from slm_pipeline.recovery.fine_tuning import FineTuning
 from slm_pipeline.results.number import Number
 from slm_pipeline.store.artifact import Artifact
 
@@ -87,7 +87,7 @@ class Evaluate(Stage):
 
     def _overlap(self, job: Job, scored: ScoredModel) -> dict[str, int] | None:
         """How many of the documents are found in the recovery's training data; see `overlaps`."""
-        if self.target != "recovered" or not isinstance(job.recovery, TrainingOptions):
+        if self.target != "recovered" or not isinstance(job.recovery, FineTuning):
             return None
         texts = self.measure.texts(self.part, scored.tokenizer, job)
         train, _ = job.recovery.examples(job.data_dir) if texts else ([], None)

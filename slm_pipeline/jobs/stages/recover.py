@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.merge import load_plan, load_pruned
 from slm_pipeline.jobs.tracking import Tracker
 from slm_pipeline.recovery import workers
-from slm_pipeline.recovery.base import RecoveryProblem
+from slm_pipeline.recovery.base import Log, RecoveryProblem
 from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.store.files import write_json
 from slm_pipeline.store.unfinished import note_complete
@@ -41,13 +40,10 @@ class Recover(Stage):
         """
         if not results["merge"].done or "recovery" not in job.identities:
             return None
-        assert job.recovery is not None
         return {
             "version": VERSION,
             "checkpoint": results["merge"].record()["result"]["checkpoint"],
-            "recovery": job.recovery.name,
-            "options": dataclasses.asdict(job.recovery),  # type: ignore[call-overload]
-            "data": job.identities["recovery"],
+            **job.identities["recovery"],
             "seed": job.config.seed,
         }
 
@@ -112,9 +108,7 @@ class Recover(Stage):
             tracker.log(metrics, stage=self.name, step=int(row["step"]))
 
 
-def recovery_problem(
-    job: Job, merge: Artifact, out: Path, log: Callable[[dict[str, float], int], None]
-) -> RecoveryProblem:
+def recovery_problem(job: Job, merge: Artifact, out: Path, log: Log) -> RecoveryProblem:
     """What the job's recovery gets; ``merge`` is the finished stage, ``out`` where the recovery may write."""
     from slm_pipeline.models.loading import load_dense
 

@@ -1,12 +1,9 @@
-"""Train what may train in a model, from where an earlier attempt stood, and keep the best.
-
-This module imports torch, so option classes import it only when they run.
-"""
+"""Train what may train in a model, from where an earlier attempt stood, and keep the best."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,29 +17,15 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerState, set_see
 from slm_pipeline.data.batches import Collator, blank
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.recovery import collective, sharding
-from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult, TrainingOptions
+from slm_pipeline.recovery.base import RecoveryProblem
 from slm_pipeline.recovery.checkpoints import Progress, last_complete_checkpoint, load_trained, read_progress
-from slm_pipeline.recovery.trainable import train_only
-from slm_pipeline.recovery.trainer import (
-    WHOLE,
-    Objective,
-    Part,
-    RecoveryTrainer,
-    Watch,
-    share_of_process,
-    training_arguments,
-)
+from slm_pipeline.recovery.fine_tuning import FineTuning
+from slm_pipeline.recovery.loss_module import LossModule
+from slm_pipeline.recovery.phase import WHOLE, Phase
+from slm_pipeline.recovery.transformers_trainer import RecoveryTrainer, share_of_process, training_arguments
+from slm_pipeline.recovery.watch import Watch
 
 logger = logging.getLogger(__name__)
-
-
-def tune(options: TrainingOptions, problem: RecoveryProblem, modules: Iterable[nn.Module]) -> RecoveryResult:
-    """Train these parts of the pruned model, and nothing else, on the language-model loss."""
-    train, validation = options.tokenized_split(problem.tokenizer, problem.data_dir)
-    train_only(problem, modules)
-    result = fit(problem.model, train, validation, options, problem)
-    problem.model.requires_grad_(True)
-    return RecoveryResult(problem.model, result.metrics, result.curve)
 
 
 @dataclass(frozen=True)
@@ -50,7 +33,7 @@ class Fit:
     """A finished training.
 
     Attributes:
-        curve: as in `RecoveryResult`, the losses named with the part's prefix.
+        curve: as in `RecoveryResult`, the losses named with the phase's prefix.
         metrics: what a recovery reports of it.
     """
 
@@ -59,12 +42,12 @@ class Fit:
 
 
 def fit(
-    model: PreTrainedModel | PeftModel | Objective,
+    model: PreTrainedModel | PeftModel | LossModule,
     train: Sequence[dict[str, list[int]]],
     validation: Sequence[dict[str, list[int]]],
-    options: TrainingOptions,
+    options: FineTuning,
     problem: RecoveryProblem,
-    part: Part = WHOLE,
+    phase: Phase = WHOLE,
 ) -> Fit:
     """Train whatever in ``model`` requires gradients, from the last complete checkpoint if there is one.
 
@@ -90,10 +73,10 @@ def fit(
         sharded = options.sharding and collective.count() > 1
         if sharded:
             sharding.shard(model, ModelView(problem.model).layers)
-        last, progress = _train(model, train, validation, options, problem, part)
+        last, progress = _train(model, train, validation, options, problem, phase)
         if sharded:
             raise collective.Trained
-        kept, curve, metrics = _summarize(last, progress, part)
+        kept, curve, metrics = _summarize(last, progress, phase)
         load_trained(model, kept)
     model.eval()
     metrics["loss"] = "nats per answer token" if options.completion_only else "nats per token"
@@ -107,22 +90,22 @@ def fit(
 
 
 def _train(
-    model: PreTrainedModel | PeftModel | Objective,
+    model: PreTrainedModel | PeftModel | LossModule,
     train: Sequence[dict[str, list[int]]],
     validation: Sequence[dict[str, list[int]]],
-    options: TrainingOptions,
+    options: FineTuning,
     problem: RecoveryProblem,
-    part: Part,
+    phase: Phase,
 ) -> tuple[Path, Progress]:
     """Train to the end; the last checkpoint and what was counted."""
-    folder = problem.out / part.folder
+    folder = problem.out / phase.folder
     checkpoint = last_complete_checkpoint(folder)
     progress = Progress() if checkpoint is None else read_progress(checkpoint)
     if checkpoint is not None:
         logger.info("recovery goes on from %s", checkpoint)
         if progress.finished:
             return checkpoint, progress
-    begin, end = (round(share * options.num_steps(train)) for share in (part.begin, part.end))
+    begin, end = (round(share * options.num_steps(train)) for share in (phase.begin, phase.end))
     num_steps = max(1, end - begin)
     if options.warmup_steps >= num_steps:
         logger.warning(
@@ -133,7 +116,7 @@ def _train(
     arguments = training_arguments(options, folder, num_steps, problem.seed, use_cpu=model.device.type == "cpu")
     arguments.eval_on_start = checkpoint is None
     pad_token_id = problem.tokenizer.pad_token_id
-    watch = Watch(model, folder, progress, options, part, problem.log)
+    watch = Watch(model, folder, progress, options, phase, problem.log)
     trainer = RecoveryTrainer(
         watch,
         options.sharding and collective.count() > 1,
@@ -176,7 +159,7 @@ def _cast(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _summarize(last: Path, progress: Progress, part: Part) -> tuple[Path, list[dict[str, float]], dict[str, Any]]:
+def _summarize(last: Path, progress: Progress, phase: Phase) -> tuple[Path, list[dict[str, float]], dict[str, Any]]:
     """The checkpoint to keep, the curve, and the metrics, of a training that is over."""
     state = TrainerState.load_from_json(str(last / "trainer_state.json"))
     logged = [row for row in state.log_history if "loss" in row]
@@ -186,16 +169,16 @@ def _summarize(last: Path, progress: Progress, part: Part) -> tuple[Path, list[d
     metrics = {
         "train_loss": total / state.global_step,
         "initial_eval_loss": validated[0]["eval_loss"],
-        "eval_loss": state.best_metric if part.keep == "best" else validated[-1]["eval_loss"],
-        "best_step": state.best_global_step if part.keep == "best" else state.global_step,
+        "eval_loss": state.best_metric if phase.keep == "best" else validated[-1]["eval_loss"],
+        "best_step": state.best_global_step if phase.keep == "best" else state.global_step,
         "num_steps": state.global_step,
         "num_tokens": progress.num_tokens,
         "num_label_tokens": progress.num_label_tokens,
         "seconds": round(progress.seconds, 3),
     }
-    curve = [part.row(row, row["step"]) for row in state.log_history]
+    curve = [phase.row(row, row["step"]) for row in state.log_history]
     curve = [row for row in curve if len(row) > 1]
-    if part.keep == "last":
+    if phase.keep == "last":
         return last, curve, metrics
     assert state.best_model_checkpoint is not None  # the last step is always evaluated
     return last.parent / Path(state.best_model_checkpoint).name, curve, metrics

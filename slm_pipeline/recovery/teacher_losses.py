@@ -1,4 +1,4 @@
-"""The losses of distillation as modules that the Trainer takes: single layers' states, and the model's logits."""
+"""The losses of a pruned model against its dense one, the teacher: of single layers' states, and of the logits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from slm_pipeline.data.tokens import IGNORED
 from slm_pipeline.engine.blocks import entering_and_leaving
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.recovery.loss_module import LossModule
 from slm_pipeline.recovery.spans import Span
-from slm_pipeline.recovery.trainer import Objective
 
 
 def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-class StateMatching(Objective):
+class StateLoss(LossModule):
     """Each span's layer is given what enters the span in the teacher, and is compared with what leaves it there.
 
     So the layers' losses do not depend on one another, and one forward pass of the teacher, as far as the last span,
@@ -70,12 +70,12 @@ class StateMatching(Objective):
         self.bodies = [bodies[span.position] for span in spans]
         self.loss = LOSSES[loss]
 
-    def parts(self) -> list[list[Parameter]]:
+    def clipping_groups(self) -> list[list[Parameter]]:
         layers = [self.layers[span.position] for span in self.spans]
         return [[parameter for parameter in layer.parameters() if parameter.requires_grad] for layer in layers]
 
     def forward(self, labels: Tensor, num_items_in_batch: Any = None, **inputs: Any) -> dict[str, Tensor]:
-        """Sum over the spans of the mean loss over the counted tokens; see `Objective`."""
+        """``loss`` of a batch of `Collator`: over the spans the sum of the mean over the counted tokens, a scalar."""
         firsts, lasts = [span.first for span in self.spans], [span.last for span in self.spans]
         entering, leaving, arguments = entering_and_leaving(self.teacher, inputs, firsts, lasts, self.bodies)
         counted = labels[:, 1:] != IGNORED
@@ -95,7 +95,7 @@ class StateMatching(Objective):
         return {"loss": torch.stack(losses).sum() / _num_items(counted, num_items_in_batch)}
 
 
-class LogitMatching(Objective):
+class LogitLoss(LossModule):
     """The KL divergence from the teacher's next-token distribution to the student's, temperature 1.
 
     Args:
@@ -108,7 +108,7 @@ class LogitMatching(Objective):
         self.teacher = ModelView(teacher)
 
     def forward(self, labels: Tensor, num_items_in_batch: Any = None, **inputs: Any) -> dict[str, Tensor]:
-        """Mean over the counted tokens, in nats; see `Objective`."""
+        """``loss`` of a batch of `Collator`: the mean over the counted tokens, a scalar in nats."""
         counted = labels[:, 1:] != IGNORED
         with torch.no_grad():
             target = _logits(self.teacher, inputs, counted)
@@ -128,7 +128,7 @@ def _num_items(counted: Tensor, num_items_in_batch: Any) -> Any:
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:
-    """The same with every floating-point tensor in it as ``dtype``."""
+    """``value`` with every floating-point tensor in it as ``dtype``."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, (tuple, list)):

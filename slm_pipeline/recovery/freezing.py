@@ -1,4 +1,4 @@
-"""Which parts of a pruned model train."""
+"""Which parts of a pruned model train, and which stay frozen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def train_only(problem: RecoveryProblem, modules: Iterable[nn.Module]) -> None:
+def freeze_all_but(problem: RecoveryProblem, modules: Iterable[nn.Module]) -> None:
     """Let the parameters of ``modules`` get gradients, and no others of the model.
 
     Those of sublayers that the plan removed by zeroing never do: training would bring them back.

@@ -12,23 +12,23 @@ from torch import Tensor
 
 from slm_pipeline.engine.blocks import BlockRunner, max_logit_rows
 
-Measure = Callable[[BlockRunner, Sequence[Tensor], Tensor], list[float]]
+Sums = Callable[[BlockRunner, Sequence[Tensor], Tensor], list[float]]
 
 
 @dataclass(frozen=True)
-class Objective:
-    """A measure of badness.
+class Criterion:
+    """How bad a variant is, lower is better.
 
     Attributes:
-        measure: (runner, states, input_ids) -> for each variant the sum over the batch's tokens, >= 0. ``states`` holds
+        sums: (runner, states, input_ids) -> for each variant the sum over the batch's tokens, >= 0. ``states`` holds
             the variants' last blocks' outputs, [batch, length, d] each; ``runner`` has the dense model's.
         tokens_without: tokens of a sample that add nothing to the sum.
-        bound: the same as measure, but cheaper and never above it (but for rounding).
+        bound: the same as ``sums``, but cheaper and never above it (but for rounding).
     """
 
-    measure: Measure
+    sums: Sums
     tokens_without: int = 0
-    bound: Measure | None = None
+    bound: Sums | None = None
 
 
 def next_token_loss(runner: BlockRunner, states: Sequence[Tensor], input_ids: Tensor) -> list[float]:
@@ -68,9 +68,9 @@ def jensen_shannon(runner: BlockRunner, states: Sequence[Tensor], input_ids: Ten
     return totals
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "next_token_loss": Objective(next_token_loss, tokens_without=1, bound=least_next_token_loss),
-    "angular": Objective(angular_distance),
-    "euclidean": Objective(euclidean_distance),
-    "jensen_shannon": Objective(jensen_shannon),
+CRITERIA: dict[str, Criterion] = {
+    "next_token_loss": Criterion(next_token_loss, tokens_without=1, bound=least_next_token_loss),
+    "angular": Criterion(angular_distance),
+    "euclidean": Criterion(euclidean_distance),
+    "jensen_shannon": Criterion(jensen_shannon),
 }
