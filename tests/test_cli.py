@@ -56,7 +56,7 @@ REFUSED = {
     "wrong type in a method": (["method.protect_first=x"], ["method.protect_first", "'x'", "Integer"]),
     "a switch for a number": (["seed=true"], ["seed=true", "Integer"]),
     "a fraction for a whole number": (["seed=1.5"], ["seed=1.5", "Integer"]),
-    "a float for a whole number": (["evaluation.limit=1e3"], ["evaluation.limit=1e3", "Integer"]),
+    "a float for a whole number": (["evaluation.limit=1e3"], ["evaluation.limit: ", "1000.0", "Integer"]),
     "a list for a number": (["seed=[1]"], ["seed=[1]", "Integer"]),
     "a mapping for a number": (["seed={a:1}"], ["seed={a:1}", "Integer"]),
     "null for what must be": (["seed=null"], ["seed=null", "not Optional"]),
@@ -142,7 +142,7 @@ REFUSED = {
     "unknown stage": (["stages=[prune]"], ["'prune'", "calibrate, merge, recover, evaluate"]),
     "unknown stage to force": (["force=[prune]"], ["'prune'", "calibrate, merge, recover, evaluate"]),
     "a stage without what it reads": (
-        ["stages=[evaluate]", "evaluation=efficiency"], ["evaluate_pruned needs the result of merge", "add merge"]),
+        ["stages=[evaluate]", "evaluation=efficiency"], ["evaluate_pruned/efficiency needs the result of merge"]),
     "missing data_dir": (["data_dir=nowhere"], ["data_dir='nowhere'", "not a folder"]),
     "unknown evaluation target": (["evaluation.of=[x]"], ["'x'", "dense, pruned, recovered"]),
     "task folder without files": (
@@ -437,7 +437,7 @@ def test_dry_run_imports_nothing_heavy(base):
     command = [sys.executable, "-c", program, *(word for word in overrides if not word.startswith("model."))]
     found = subprocess.run(command, capture_output=True, text=True, env=environment(WANDB_MODE="offline"), check=True)
     *stages, imported = found.stdout.splitlines()
-    assert len(stages) == 6
+    assert len(stages) == 3 + 3 * 8  # calibrate, merge, recover; of each model seven tasks and a text
     assert imported == "[]"
 
 

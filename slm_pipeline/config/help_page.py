@@ -15,6 +15,7 @@ _GROUPS = (
     "calibration",
     "recovery",
     "evaluation",
+    "measure",
     "tracker",
     "experiment",
 )

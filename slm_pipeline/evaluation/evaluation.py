@@ -39,6 +39,11 @@ class Evaluation:
         known = [*EvaluationConfig.__dataclass_fields__, *nodes]
         for key in plain:
             if key not in EvaluationConfig.__dataclass_fields__:
+                if isinstance(plain[key], Mapping):
+                    raise UserError(
+                        f"evaluation.{key} has options and is no measure that was chosen; there are"
+                        f" {', '.join(nodes) or 'none'}: +measure={key} adds it"
+                    )
                 near = difflib.get_close_matches(key, known, n=3)
                 raise UserError(
                     f"evaluation.{key} does not exist; {'did you mean' if near else 'there are'}"

@@ -142,7 +142,7 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
         *_unused_options(config),
         *threshold.unused(),
     )
-    objective.check(config.objective, _numbers_to_come(config, recovery, evaluation))
+    objective.check(config.objective, numbers_to_come(config, recovery, evaluation))
     check_tracker(config.tracker)
     job = Job(
         config,
@@ -215,7 +215,7 @@ def _check_top_level(config: Config) -> None:
     check_layout(Path(config.output_dir).absolute() / "store", options.STAGES)
 
 
-def _numbers_to_come(config: Config, recovery: Recovery | None, evaluation: Evaluation) -> dict[str, bool]:
+def numbers_to_come(config: Config, recovery: Recovery | None, evaluation: Evaluation) -> dict[str, bool]:
     """Keys of the numbers that this job will measure; False where only their beginning is known before."""
     known = dict.fromkeys(["num_layers", "parameters"] if "merge" in config.stages else [], True)
     if "evaluate" not in config.stages:

@@ -183,7 +183,7 @@ SUMMARY: Mapping[str, Any] = {
     "changes?": {
         "lines": [text],
         "marks": [{"label": text, "layers": [layer], "part": text}],
-        "idle_parameters": count,
+        "idle_parameters": number,
     },
     "sublayers?": {"attention?": [layer], "mlp?": [layer]},
     "numbers?": {str: _NUMBER},

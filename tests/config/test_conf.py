@@ -20,9 +20,8 @@ from omegaconf import OmegaConf
 
 from slm_pipeline import cli, config
 from slm_pipeline.config import help_page
-from slm_pipeline.jobs.job import Job, prepare
+from slm_pipeline.jobs.job import Job, numbers_to_come, prepare
 from slm_pipeline.methods.target import Floor
-from slm_pipeline.results import objective
 from slm_pipeline.surgery.ops.merge import Merge
 from slm_pipeline.surgery.plan import Plan
 
@@ -81,7 +80,10 @@ def job_of(overrides: list[str]) -> Job:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_is_checked(group, option, here):
-    job = job_of([f"{group}={option}", *NEEDS.get((group, option), [])])
+    added = "+" if group == "measure" else ""  # they stand side by side
+    job = job_of([f"{added}{group}={option}", *NEEDS.get((group, option), [])])
+    if group == "measure":
+        assert job.evaluation.measures[option].name == option
     if group == "model":
         assert job.config.model.name == option
         if job.config.model.source == "hub":
@@ -98,7 +100,7 @@ def test_every_option_composes_and_is_checked(group, option, here):
         assert job.config.pruning_ratio.ratio == int(option[1:]) / 100
     if group == "evaluation":
         targets = [] if option == "none" else list(config.TARGETS)
-        assert job.config.evaluation.of == targets
+        assert job.evaluation.of == targets
     if group == "tracker":
         assert job.config.tracker.kind == ("jsonl" if option == "jsonl" else "wandb")
 
@@ -168,7 +170,7 @@ def test_every_file_says_what_it_is_and_how_to_use_it(file, here):
     with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF_DIR)):
         composed = compose("config", overrides=overrides, return_hydra_config=True)
     group, option = file.parent.name, file.stem
-    if file not in SWEEPS and group in GROUPS:
+    if file not in SWEEPS and group in GROUPS and group != "measure":
         assert composed.hydra.runtime.choices[group] == option
 
 
@@ -256,11 +258,11 @@ def test_every_sweep_declares_its_axes_its_metric_and_its_plot(file):
     study = values["study"]
     assert values["name"] == file.stem
     assert study["question"] == file.read_text().splitlines()[1].removeprefix("# ")
-    target = study["metric"].split()[-1]
+    target = study["metric"].partition("/")[0]
     assert target in values.get("evaluation", {}).get("of", config.TARGETS)
     axes = set(values["hydra"]["sweeper"]["params"])
     drawn = {study["x"], *study.get("series", [])}
-    assert drawn <= axes | {"layers", "parameters"}
+    assert drawn <= axes | {"num_layers", "parameters"}
     assert set(study) <= {field.name for field in dataclasses.fields(config.StudyConfig)}
 
 
@@ -273,7 +275,7 @@ def test_what_the_wandb_agent_starts_passes_all_checks(file, here):
     parameters = [[f"{name}={value}" for value in given["values"]] for name, given in values["parameters"].items()]
     assert parameters == swept(config.SWEEPS_ROOT / "sweeps" / file.name)
     job = job_of([*words, *(chosen[-1] for chosen in parameters)])
-    assert values["metric"]["name"] in objective.names(job.config)
+    assert values["metric"]["name"] in numbers_to_come(job.config, job.recovery, job.evaluation)
 
 
 def test_what_a_search_shares_names_its_storage(here):
