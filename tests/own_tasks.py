@@ -85,15 +85,16 @@ def write(folder: Path) -> Path:
             (data / f"{name}_{split}.jsonl").write_text(lines, encoding="utf-8")
     for name in ("colours", "more_colours"):
         tags = {"tag": "own_tag"} if name == "colours" else {}
-        _dump(folder / f"{name}.yaml", {"task": name, **tags, **_CHOICE, "dataset_kwargs": _files(data, name)})
-    _dump(folder / "sums.yaml", {**_SUMS, "dataset_kwargs": _files(data, "sums")})
+        _dump(folder / f"{name}.yaml", {"task": name, **tags, **_CHOICE, "dataset_kwargs": files(data, name)})
+    _dump(folder / "sums.yaml", {**_SUMS, "dataset_kwargs": files(data, "sums")})
     _dump(folder / "signs.yaml", _SIGNS)
     _dump(folder / "both.yaml", _GROUP)
     (folder / "prompts.py").write_text(_CODE, encoding="utf-8")
     return folder
 
 
-def _files(data: Path, name: str) -> dict:
+def files(data: Path, name: str) -> dict:
+    """A task's ``dataset_kwargs``."""
     return {"data_files": {split: str(data / f"{name}_{split}.jsonl") for split in ("test", "train")}}
 
 

@@ -249,6 +249,13 @@ def test_identity_changes_with_what_the_scores_depend_on_and_nothing_else(own, c
     assert (before != after) == (change in CHANGES)
 
 
+def test_the_identity_of_a_tag_is_that_of_its_tasks(own):
+    before = identity("own_tag", **OPTIONS, include_path=str(own))
+    assert set(before["data"]) == {"colours", "sums", "signs"}
+    (own / "data" / "sums_test.jsonl").write_text("{}")
+    assert identity("own_tag", **OPTIONS, include_path=str(own)) != before
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"num_fewshot": 1}, {"limit": 3}, {"batch_size": 4}, {"apply_chat_template": True}, {"gen_kwargs": {"top_k": 1}}],
@@ -269,23 +276,40 @@ def test_identity_holds_no_place(own, tmp_path):
     moved = tmp_path / "elsewhere" / "tasks"
     shutil.copytree(own, moved)
     for name in ("colours", "more_colours"):
-        _edit(moved / f"{name}.yaml", dataset_kwargs=own_tasks._files(moved / "data", name))
+        _edit(moved / f"{name}.yaml", dataset_kwargs=own_tasks.files(tmp_path / "data", name))
+    (moved / "data").rename(tmp_path / "data")
     shutil.rmtree(own)
     assert identity("both", **OPTIONS, include_path="tasks", data_dir=moved.parent) == before
 
 
-def test_a_data_set_of_the_hub_is_known_by_its_commit_or_files(own, tmp_path, monkeypatch):
-    repo = tmp_path / "people" / "colours"  # a folder in the hub's layout stands for the hub's data set
-    shutil.copytree(own / "data", repo)
-    _edit(own / "colours.yaml", dataset_path="people/colours", dataset_kwargs={"revision": "v1"})
-    monkeypatch.setattr("slm_pipeline.data.hub.commit", lambda repo, option, instead, revision: f"commit of {revision}")
-    assert identity("colours", **OPTIONS, include_path=str(own))["data"] == {
-        "people/colours v1": "people/colours@commit of v1"
+def test_a_data_set_of_the_hub_is_known_by_its_commit(own, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "slm_pipeline.data.hub.commit",
+        lambda repo, option, instead, revision: asked.append((repo, revision)) or f"commit of {revision}",
+    )
+    for name, options in (("colours", {"revision": "v1"}), ("more_colours", {}), ("sums", {})):  # signs includes sums
+        _edit(own / f"{name}.yaml", dataset_path="people/colours", dataset_kwargs=options)
+    assert identity("both", **OPTIONS, include_path=str(own))["data"] == {
+        "people/colours v1": "people/colours@commit of v1",
+        "people/colours": "people/colours@commit of main",
     }
-    monkeypatch.chdir(tmp_path)
+    asked.clear()
+    identity("own_tag", **OPTIONS, include_path=str(own))
+    assert sorted(asked) == [("people/colours", "main"), ("people/colours", "v1")]
+
+
+def test_a_folder_in_the_hubs_layout_is_known_by_its_files(own, tmp_path):
+    repo = tmp_path / "people" / "colours"
+    (own / "data").rename(tmp_path / "data")
+    shutil.copytree(tmp_path / "data", repo)
+    _edit(own / "colours.yaml", dataset_path=str(repo), dataset_kwargs={})
     before = identity("colours", **OPTIONS, include_path=str(own))
     assert before["data"]["colours"].startswith("folder:")
-    (repo / "sums_test.jsonl").write_text("{}")
+    repo.rename(tmp_path / "moved")
+    _edit(own / "colours.yaml", dataset_path=str(tmp_path / "moved"))
+    assert identity("colours", **OPTIONS, include_path=str(own)) == before
+    (tmp_path / "moved" / "sums_test.jsonl").write_text("{}")
     assert identity("colours", **OPTIONS, include_path=str(own)) != before
 
 
