@@ -178,12 +178,14 @@ def test_model_tokenizer_and_logging_are_left_as_they_were(tiny_llama, own, capf
     tokenizer.pad_token = None
     logger, root = logging.getLogger("lm_eval"), logging.getLogger()
     before = (logger.level, logger.propagate, logger.handlers[:], root.level, root.handlers[:])
-    score(model, tokenizer, "both", **{**OPTIONS, "limit": 1}, include_path=str(own))
+    score(model, tokenizer, "sums", **{**OPTIONS, "limit": 2}, include_path=str(own))
     assert (logger.level, logger.propagate, logger.handlers, root.level, root.handlers) == before
     assert "from_string" not in vars(lm_eval.utils.env)
     assert tokenizer.pad_token is None
     assert not model.training
-    assert capfd.readouterr().out == ""
+    written = capfd.readouterr()
+    assert "bootstrapping" in written.err  # what lm-eval prints
+    assert written.out == ""
 
 
 def test_nothing_but_messages_is_written(tiny_llama, own, capfd):
@@ -207,6 +209,17 @@ def test_unknown_names_are_refused_with_near_ones(own, monkeypatch):
     for path in ("nothing", "own/data"):
         with pytest.raises(UserError, match=f"include_path={path}: .*{path} is no folder with task files"):
             check_names(["colours"], path, own.parent)
+
+
+def test_a_task_of_ones_own_counts_where_lm_eval_has_one_of_its_name(own, tmp_path, monkeypatch):
+    shutil.copytree(own, tmp_path / "theirs")
+    _edit(tmp_path / "theirs" / "colours.yaml", metadata={"version": "theirs"})
+    theirs = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(tmp_path / "theirs")).task_index
+    monkeypatch.setattr(task_files, "_built_in", lambda: theirs)
+    (own / "sums.yaml").unlink()
+    manager = task_files.manager(["colours", "sums"], own, "tasks")
+    assert manager.task_index["colours"].yaml_path == own / "colours.yaml"
+    assert manager.task_index["sums"].yaml_path == tmp_path / "theirs" / "sums.yaml"
 
 
 def test_lm_evals_own_tasks_are_known_and_those_without_data_refused(own):
@@ -254,6 +267,20 @@ def test_the_identity_of_a_tag_is_that_of_its_tasks(own):
     assert set(before["data"]) == {"colours", "sums", "signs"}
     (own / "data" / "sums_test.jsonl").write_text("{}")
     assert identity("own_tag", **OPTIONS, include_path=str(own)) != before
+
+
+def test_the_data_of_members_that_are_written_out_in_a_group_is_in_its_identity(own, tmp_path, monkeypatch):
+    monkeypatch.setattr(task_files, "_built_in", dict)
+    inner = {**yaml.safe_load((own / "sums.yaml").read_text()), "task": "more_sums"}
+    other = {"task": "colours", "dataset_kwargs": own_tasks.files(own / "data", "more_colours")}
+    _edit(own / "both.yaml", task=[inner, other])
+    before = identity("both", **OPTIONS, include_path=str(own))
+    assert set(before["data"]) == {"both[1]", "both[2]", "colours"}
+    for name in ("sums", "more_colours"):
+        (own / "data" / f"{name}_test.jsonl").write_text("{}")
+        after = identity("both", **OPTIONS, include_path=str(own))
+        assert after != before
+        before = after
 
 
 @pytest.mark.parametrize(
