@@ -137,8 +137,8 @@ def corpus_documents(
         data_dir: where a relative file is looked up; None: the working directory.
 
     Returns:
-        [num_tokens] int64 each, and what the text is: corpus, source, split, documents (what one is), max_tokens and
-        the sha256 of the text.
+        [num_tokens] int64 each, and what the text is: source, split, documents (what one is), max_tokens and the
+        sha256 of the text.
 
     Raises:
         UserError: as `corpus_tokens`, or running text shorter than one window.
@@ -160,9 +160,9 @@ def corpus_documents(
             raise UserError(
                 f"{corpus}: {len(ids)} tokens are less than one window; evaluation.fidelity.window={window}"
             )
-        del of_text["join"]
+        about = {name: of_text[name] for name in ("source", "split", "sha256")}
         whole = len(ids) // window * window
-        return list(ids[:whole].split(window)), {**of_text, "documents": "window", "max_tokens": max_tokens}
+        return list(ids[:whole].split(window)), {**about, "documents": "window", "max_tokens": max_tokens}
     documents: list[torch.Tensor] = []
     left = max_tokens
     for text in written:
@@ -171,7 +171,7 @@ def corpus_documents(
         documents.append(torch.tensor(text_tokens(tokenizer, text, left), dtype=torch.long))
         left = None if left is None else left - len(documents[-1])
     sha256 = hashlib.sha256("\0".join(written).encode()).hexdigest()
-    return documents, {"corpus": corpus, **about, "max_tokens": max_tokens, "sha256": sha256}
+    return documents, {**about, "max_tokens": max_tokens, "sha256": sha256}
 
 
 def preflight(

@@ -175,7 +175,7 @@ def test_bundled_documents_are_the_stories(tiny_llama, monkeypatch):
     monkeypatch.setattr("slm_pipeline.assets.texts.bundled_texts", lambda name: {"coqa": ["A b.", "C d e."]}[name])
     documents, about = corpus_documents(tokenizer, "bundled", window=3)
     assert [tokenizer.decode(ids) for ids in documents] == ["A b.", "C d e."]
-    assert (about["corpus"], about["documents"], about["max_tokens"]) == ("bundled", "story", None)
+    assert (about["source"], about["documents"], about["max_tokens"]) == ("coqa", "story", None)
     cut, _ = corpus_documents(tokenizer, "bundled", window=3, max_tokens=7)
     assert [tokenizer.decode(ids) for ids in cut] == ["A b.", "C d"]
     first, _ = corpus_documents(tokenizer, "bundled", window=3, max_tokens=4)
@@ -187,7 +187,7 @@ def test_a_file_is_cut_into_windows(tiny_llama, tmp_path):
     (tmp_path / "text.txt").write_text("abcdefgh")
     documents, about = corpus_documents(tokenizer, "text.txt", window=3, data_dir=tmp_path)
     assert [tokenizer.decode(ids) for ids in documents] == ["abc", "def"]
-    assert (about["source"], about["documents"]) == ("text.txt", "window")
+    assert (about["split"], about["documents"]) == ("file", "window")
     documents, _ = corpus_documents(tokenizer, "text.txt", window=3, max_tokens=5, data_dir=tmp_path)
     assert [tokenizer.decode(ids) for ids in documents] == ["abc"]
     with pytest.raises(UserError, match="text.txt: 8 tokens are less than one window; evaluation.fidelity.window=9"):
