@@ -136,8 +136,8 @@ def similarity(words: list[str]) -> None:
         raise UserError(f"--num-patches={options.num_patches} must be in 1..{depth}, the model's layers")
     sources = _calibration_sources(options, job)
     for task in tasks:
-        task_source(job.config.evaluation.data, task, job.data_dir)  # fetches what is bundled
-        task_fingerprint(job.config.evaluation.data, task, job.data_dir)  # looks at the rows of a folder
+        task_source(job.evaluation.options.data, task, job.data_dir)  # fetches what is bundled
+        task_fingerprint(job.evaluation.options.data, task, job.data_dir)  # looks at the rows of a folder
 
     from slm_pipeline.analysis import cka
     from slm_pipeline.analysis import similarity as analysis
@@ -169,7 +169,7 @@ def similarity(words: list[str]) -> None:
         analysis.task_text(
             task,
             tokenizer,
-            data=job.config.evaluation.data,
+            data=job.evaluation.options.data,
             data_dir=job.data_dir,
             limit=options.limit,
             per_option=options.per_option,

@@ -52,12 +52,19 @@ class HubCorpus:
     revision: str | None = None
     num_documents: int | None = None  # the first ones; None: all
     max_windows: int | None = None  # the first ones; None: all
+    documents: bool = False  # each row is a text of its own
 
 
 HUB_CORPORA = {
     "wikitext2": HubCorpus("Salesforce/wikitext", "wikitext-2-raw-v1/test-*.parquet", "test", "\n\n"),
     "c4": HubCorpus(
-        "allenai/c4", "en/c4-validation.00000-of-00008.json.gz", "validation", " ", num_documents=1100, max_windows=256
+        "allenai/c4",
+        "en/c4-validation.00000-of-00008.json.gz",
+        "validation",
+        " ",
+        num_documents=1100,
+        max_windows=256,
+        documents=True,
     ),
     # a loading script, which datasets no longer runs: the parquet files that the hub made of it
     "ptb": HubCorpus(
@@ -248,6 +255,7 @@ def corpus_tokens(
     window: int,
     max_tokens: int | None = None,
     data_dir: Path | None = None,
+    option: str = OPTION,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """An evaluation text as tokens, those of one tokenizer call without special tokens.
 
@@ -259,6 +267,7 @@ def corpus_tokens(
         window: tokens of one window, for corpora that are cut by windows.
         max_tokens: the first so many are enough; None: all.
         data_dir: where a relative file is looked up; None: the working directory.
+        option: what named the text, for messages.
 
     Returns:
         [num_tokens] int64, and what the text is: source (of a file, none: it says what is in it, not where it lies),
@@ -275,20 +284,22 @@ def corpus_tokens(
         about: dict[str, Any] = {"source": BUNDLED_TEXT, "split": "validation", "join": "\n\n"}
     elif corpus in HUB_CORPORA:
         of_hub = HUB_CORPORA[corpus]
-        text = of_hub.separator.join(_rows(corpus, of_hub))
+        text = of_hub.separator.join(hub_rows(corpus, option))
         about = {"source": of_hub.repo, "split": of_hub.split, "join": of_hub.separator}
         if of_hub.max_windows is not None:
             limits.append(of_hub.max_windows * window)
     else:
-        file = _file(corpus, data_dir)
-        text = read_text(file, OPTION)
+        file = _file(corpus, data_dir, option)
+        text = read_text(file, option)
         about = {"source": None, "split": "file", "join": ""}
     ids = torch.tensor(text_tokens(tokenizer, text, min(limits, default=None)), dtype=torch.long)
     return ids, {**about, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def corpus_fingerprint(corpus: str, data_dir: Path | None = None) -> str:
+def corpus_fingerprint(corpus: str, data_dir: Path | None = None, option: str = OPTION) -> str:
     """What identifies an evaluation text: pinned for ``bundled``, the file's sha256, the hub's commit and files.
+
+    ``option``: what named the text, for messages.
 
     Raises:
         UserError: neither a known name nor a file, a file that is empty or not UTF-8, or the hub cannot be reached.
@@ -298,12 +309,12 @@ def corpus_fingerprint(corpus: str, data_dir: Path | None = None) -> str:
     if corpus in HUB_CORPORA:
         of_hub = HUB_CORPORA[corpus]
         place = hub.identity(
-            of_hub.repo, _option(corpus), INSTEAD, files=of_hub.files, revision=of_hub.revision or "main"
+            of_hub.repo, f"{option}={corpus}", INSTEAD, files=of_hub.files, revision=of_hub.revision or "main"
         )
         return f"hub {place} {of_hub.files}"
-    file = _file(corpus, data_dir)
-    if not (text := read_text(file, OPTION)).strip():
-        raise UserError(f"{OPTION}: {file} is empty")
+    file = _file(corpus, data_dir, option)
+    if not (text := read_text(file, option)).strip():
+        raise UserError(f"{option}: {file} is empty")
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -359,8 +370,14 @@ def _losses(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
     return torch.stack(losses)
 
 
-def _rows(name: str, of_hub: HubCorpus) -> list[str]:
-    option = _option(name)
+def hub_rows(corpus: str, option: str = OPTION) -> list[str]:
+    """The rows of one of `HUB_CORPORA`, as many as papers take.
+
+    Raises:
+        UserError: neither the hub nor its cache has them, or a row is no text.
+    """
+    of_hub = HUB_CORPORA[corpus]
+    option = f"{option}={corpus}"
     rows = hub.load(
         of_hub.repo,
         option,
@@ -375,15 +392,11 @@ def _rows(name: str, of_hub: HubCorpus) -> list[str]:
     return texts
 
 
-def _option(corpus: str) -> str:
-    return f"{OPTION}={corpus}"
-
-
-def _file(corpus: str, data_dir: Path | None) -> Path:
+def _file(corpus: str, data_dir: Path | None, option: str) -> Path:
     file = (data_dir or Path.cwd()) / Path(corpus).expanduser()
     if not file.exists():
         raise UserError(
-            f"{OPTION}: {corpus!r} is not a file in {data_dir or Path.cwd()} and not one of"
+            f"{option}: {corpus!r} is not a file in {data_dir or Path.cwd()} and not one of"
             f" bundled, {', '.join(HUB_CORPORA)}"
         )
     return file

@@ -7,12 +7,9 @@ includes lm-eval's and points it at a local file. Scores of lm-eval 0.4 differ a
 
 from __future__ import annotations
 
-import copy
-import functools
 import itertools
 import logging
 import math
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slm_pipeline.config.ranges import BatchSize, Count, FilePath
 from slm_pipeline.data.tasks import COLUMNS, check_name, check_row, task_fingerprint, task_rows, task_source
 from slm_pipeline.errors import UserError
+from slm_pipeline.evaluation import harness
 from slm_pipeline.evaluation.measure import Measure, Scored
 from slm_pipeline.machine import provenance
 from slm_pipeline.models.context import Context
@@ -96,7 +94,7 @@ class ZeroShot(Measure):
 
     def preflight(self, part: str, tokenizer: PreTrainedTokenizerBase, context: Context) -> None:
         """lm-eval's own data can be had and has answers; those of a folder are looked at by `identity`."""
-        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        if not harness.has_start(tokenizer):
             raise UserError(
                 f"evaluation.tasks={self.tasks}: the model's tokenizer has neither a BOS nor an EOS token, and lm-eval"
                 " needs one; name it in tokenizer_config.json, or use evaluation.tasks=[]"
@@ -169,25 +167,15 @@ def score_task(
         UserError: unknown task, missing or unusable data, a tokenizer with neither BOS nor EOS, or the batch does not
             fit into memory.
     """
-    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+    if not harness.has_start(tokenizer):
         raise UserError(f"{task}: the tokenizer has neither a BOS nor an EOS token, and lm-eval needs one")
     with _loaded(task, data, data_dir) as loaded:
         import lm_eval
-        import torch
-        from lm_eval.evaluator import evaluate
 
         num_examples = len(loaded["tasks"][task].eval_docs)
         log.info("%s: %d of %d examples", task, min(limit or num_examples, num_examples), num_examples)
-        wrapped = _wrap(model, tokenizer, batch_size)
-        logging.getLogger("lm_eval").setLevel(logging.WARNING)
-        try:
-            results = evaluate(wrapped, loaded, limit=limit, log_samples=False)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"{task} does not fit into memory with evaluation.batch_size={batch_size}; try"
-                f" evaluation.batch_size={max(1, batch_size // 2)}"
-            ) from error
-        assert results is not None  # None only on the other ranks of a distributed run
+        wrapped = harness.wrapped(model, tokenizer, batch_size)
+        results = harness.evaluated(wrapped, loaded, task, "evaluation.batch_size", limit=limit)
         version = lm_eval.__version__
     metric = TASKS[task]
     found = {
@@ -252,11 +240,7 @@ def average(scores: dict[str, float]) -> float:
 def _loaded(task: str, data: str, data_dir: Path | None) -> Iterator[Any]:
     """lm-eval's task on the data asked for, while lm-eval keeps quiet and the temporary files are there."""
     source = task_source(data, task, data_dir)
-    with _contained(), tempfile.TemporaryDirectory(prefix="slm_task_", ignore_cleanup_errors=True) as folder:
-        import lm_eval  # noqa: F401  # sets its level
-
-        # it warns that a loaded model is not a path, and of its own task files
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with harness.contained(), tempfile.TemporaryDirectory(prefix="slm_task_", ignore_cleanup_errors=True) as folder:
         yield _load_task(task, source, Path(folder))
 
 
@@ -264,8 +248,6 @@ def _load_task(task: str, source: Path | None, folder: Path) -> Any:
     """lm-eval's task, reading the file ``source`` unless that is None. ``folder`` takes temporary files."""
     import lm_eval.tasks
     import yaml
-    from datasets.exceptions import DatasetsError
-    from jinja2 import TemplateError
 
     file, split = TASK_FILES[task]
     settings: dict[str, Any] = {"include": str(Path(lm_eval.tasks.__file__).parent / file), "num_fewshot": 0}
@@ -283,12 +265,8 @@ def _load_task(task: str, source: Path | None, folder: Path) -> Any:
     task_file = folder / f"{task}.yaml"
     task_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
     place = "evaluation.data=hub" if source is None else str(source)
-    try:
+    with harness.loading(f"{place}: cannot load the examples of {task}"):
         loaded = lm_eval.tasks.TaskManager(include_defaults=False).load([str(task_file)])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, TemplateError, DatasetsError) as error:
-        raise UserError(
-            f"{place}: cannot load the examples of {task}: {_first_line(error.__cause__ or error)}"
-        ) from error
     if source is None:
         for number, row in enumerate(loaded["tasks"][task].eval_docs, start=1):
             check_row(task, row, f"evaluation.data=hub: {task}, row {number}")
@@ -306,45 +284,3 @@ def _rewritten(task: str, source: Path, folder: Path) -> Path:
         rows = [{**row, "label": str(row["label"])} for row in rows]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     return file
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    # a copy of the tokenizer: lm-eval gives it a padding token
-    wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-    silent = not sys.stderr.isatty()
-    wrapped.loglikelihood = functools.partial(wrapped.loglikelihood, disable_tqdm=silent)
-    return wrapped
-
-
-@contextmanager
-def _contained() -> Iterator[None]:
-    """Undo what lm-eval does to logging (its issue 2102); no bars of datasets where stderr is not a terminal.
-
-    Templates are compiled once, not for each of some 60,000 prompts and answers as lm-eval does.
-    """
-    import datasets
-
-    loggers = [logging.getLogger(), logging.getLogger("lm_eval")]
-    before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
-    from lm_eval.utils import env as templates
-
-    silent = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
-    if silent:
-        datasets.disable_progress_bars()
-    templates.from_string = functools.cache(templates.from_string)
-    try:
-        yield
-    finally:
-        del templates.from_string  # back to the class's own
-        for logger, handlers, level, propagate in before:
-            logger.handlers[:] = handlers
-            logger.setLevel(level)
-            logger.propagate = propagate
-        if silent:
-            datasets.enable_progress_bars()

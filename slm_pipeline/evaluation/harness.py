@@ -1,0 +1,117 @@
+"""What every use of lm-evaluation-harness needs: a model it takes, and its logging, bars and templates kept in bounds.
+
+lm-eval is imported inside functions: it imports datasets and pandas, and its models torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+from slm_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """Undo what lm-eval does to logging (its issue 2102); no bars of its and of datasets where stderr is no terminal.
+
+    Inside, lm-eval says nothing below an error: it warns that a loaded model is not a path, and of its own task files.
+    What it prints goes to stderr. Templates are compiled once, not for each of some 60,000 prompts and answers as
+    lm-eval does. Not to be nested.
+    """
+    import datasets
+    from tqdm import tqdm
+
+    loggers = [logging.getLogger(), logging.getLogger("lm_eval")]
+    before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    from lm_eval.api import task as prompts  # lm_eval sets its level
+    from lm_eval.utils import env as templates
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    silent = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    if silent:
+        datasets.disable_progress_bars()
+    templates.from_string = functools.cache(templates.from_string)
+    prompts.tqdm = functools.partial(tqdm, disable=None)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        prompts.tqdm = tqdm
+        del templates.from_string  # back to the class's own
+        for logger, handlers, level, propagate in before:
+            logger.handlers[:] = handlers
+            logger.setLevel(level)
+            logger.propagate = propagate
+        if silent:
+            datasets.enable_progress_bars()
+
+
+def wrapped(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+    """The model as lm-eval's ``HFLM``; the tokenizer is copied, as lm-eval gives it a padding token."""
+    from lm_eval.models.huggingface import HFLM
+
+    made = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    silent = not sys.stderr.isatty()
+    for request in _REQUESTS:
+        setattr(made, request, functools.partial(getattr(made, request), disable_tqdm=silent))
+    return made
+
+
+def evaluated(model: Any, loaded: Any, what: str, option: str, **options: Any) -> dict[str, Any]:
+    """``lm_eval.evaluate`` of loaded tasks, with lm-eval's warnings.
+
+    Args:
+        model: from `wrapped`.
+        loaded: what lm-eval's ``TaskManager.load`` gives.
+        what: the task, for messages.
+        option: that names the batch size, for messages.
+        options: of ``lm_eval.evaluate``.
+
+    Raises:
+        UserError: the batch does not fit into memory.
+    """
+    import torch
+    from lm_eval.evaluator import evaluate
+
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    try:
+        results = evaluate(model, loaded, log_samples=False, **options)
+    except torch.OutOfMemoryError as error:
+        batch_size = model.batch_size
+        raise UserError(
+            f"{what} does not fit into memory with {option}={batch_size}; try {option}={max(1, batch_size // 2)}"
+        ) from error
+    assert results is not None  # None only on the other ranks of a distributed run
+    return dict(results)
+
+
+def has_start(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer has a token that lm-eval can put before a text that begins nowhere: BOS, else EOS."""
+    return tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn what lm-eval and datasets raise while they load a task into a `UserError` that begins with ``what``."""
+    from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, TemplateError, DatasetsError) as error:
+        raise UserError(f"{what}: {_first_line(error.__cause__ or error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
