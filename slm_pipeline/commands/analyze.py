@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from slm_pipeline import cli
 from slm_pipeline.config import CalibrationConfig
-from slm_pipeline.data import calibration
+from slm_pipeline.data import calibration, corpora
 from slm_pipeline.data.tasks import task_fingerprint, task_source
 from slm_pipeline.errors import UserError
-from slm_pipeline.evaluation import perplexity
 from slm_pipeline.evaluation.zero_shot import TASKS
 from slm_pipeline.jobs.job import Job, check_output_root
 from slm_pipeline.store.files import write_json
@@ -223,7 +222,7 @@ def painters(words: list[str]) -> None:
         raise UserError(f"--keep-ends={options.keep_ends} leaves fewer than 2 of {depth} layers in the middle")
     if options.corpus:
         try:
-            perplexity.corpus_fingerprint(options.corpus, job.data_dir)
+            corpora.corpus_fingerprint(options.corpus, job.data_dir)
         except UserError as error:
             raise UserError(str(error).replace("evaluation.perplexity.corpora", "--corpus")) from error
 
@@ -308,7 +307,7 @@ def _calibration_text(config: CalibrationConfig, samples: calibration.Samples) -
 def _corpus_windows(corpus: str, size: CalibrationConfig, tokenizer: Any, job: Job) -> tuple[Tensor, dict[str, Any]]:
     """The first num_samples x seq_len tokens of a perplexity corpus, cut in order; and what they are, as JSON."""
     needed = size.num_samples * size.seq_len
-    tokens, about = perplexity.corpus_tokens(
+    tokens, about = corpora.corpus_tokens(
         tokenizer, corpus, window=size.seq_len, max_tokens=needed, data_dir=job.data_dir
     )
     if len(tokens) < needed:
@@ -317,7 +316,7 @@ def _corpus_windows(corpus: str, size: CalibrationConfig, tokenizer: Any, job: J
             f" calibration.seq_len={size.seq_len} needs {needed}"
         )
     windows = tokens.view(size.num_samples, size.seq_len)
-    return windows, {**about, "num_samples": size.num_samples, "seq_len": size.seq_len}
+    return windows, {"corpus": corpus, **about, "num_samples": size.num_samples, "seq_len": size.seq_len}
 
 
 def _names(option: str, text: str | None, allowed: Sequence[str], *, one: bool = False) -> list[str]:

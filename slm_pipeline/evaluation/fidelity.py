@@ -7,19 +7,21 @@ first choices are llama.cpp's "KL divergence" and "same top p"; Dutta et al., ar
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
 
-from slm_pipeline.assets import texts
-from slm_pipeline.data.tokens import text_tokens
+from slm_pipeline.config.ranges import BatchSize, Count, FilePath, Range
+from slm_pipeline.data.corpora import corpus_documents, corpus_fingerprint, corpus_labels
 from slm_pipeline.errors import UserError
-from slm_pipeline.evaluation.perplexity import BUNDLED_TEXT, HUB_CORPORA, corpus_tokens, hub_rows
+from slm_pipeline.evaluation.measure import Measure, Scored
+from slm_pipeline.models.context import Context
+from slm_pipeline.results.number import PERCENT, Number
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,82 @@ log = logging.getLogger(__name__)
 OPTION = "evaluation.fidelity.corpora"
 MAX_ELEMENTS = 1 << 25  # logits of each model in float32 at a time: 128 MB
 TAIL = 0.99  # the quantile that is reported
+
+
+@dataclass(kw_only=True)
+class Fidelity(Measure):
+    """Agreement with the dense model on each corpus, a part each. See `fidelity` and `corpus_documents`."""
+
+    corpora: list[FilePath] = field(default_factory=list)  # bundled | wikitext2 | c4 | ptb | a text file
+    window: Annotated[int, Range(at_least=2, at_most=2**20)] = 1024  # tokens
+    bos: bool = False  # put the BOS token before every window
+    max_tokens: Count | None = None  # null: the whole text
+    batch_size: BatchSize = 4
+
+    name: ClassVar[str] = "fidelity"
+    of: ClassVar[Sequence[str]] = ("pruned", "recovered")
+    reads_dense: ClassVar[bool] = True
+
+    def parts(self) -> list[str]:
+        return self.corpora
+
+    def label(self, part: str) -> str:
+        return f"{self.name}/{corpus_labels(self.corpora)[part]}"
+
+    def names(self, part: str) -> list[str]:
+        return ["kl", "kl_p99", "top1_agreement"]
+
+    def check(self, context: Context) -> None:
+        if self.bos and context.source.special_tokens is not None and "bos" not in context.source.special_tokens:
+            raise UserError(f"evaluation.fidelity.bos=true: the tokenizer of {context.source.name} has no BOS token")
+
+    def lengths(self) -> dict[str, int]:
+        return {"evaluation.fidelity.window": self.window}
+
+    def identity(self, part: str, context: Context) -> dict[str, Any]:
+        return {**self.settings("corpora"), "text": corpus_fingerprint(part, context.data_dir, OPTION)}
+
+    def preflight(self, part: str, tokenizer: PreTrainedTokenizerBase, context: Context) -> None:
+        if self.bos and tokenizer.bos_token_id is None:
+            raise UserError("evaluation.fidelity.bos=true: the model's tokenizer has no BOS token")
+        documents, _ = self._documents(part, tokenizer, context, most=self.window)
+        if all(len(ids) + self.bos < 2 for ids in documents):
+            raise UserError(f"{OPTION}={part}: no document has a token to predict")
+
+    def run(self, part: str, scored: Scored, context: Context) -> dict[str, Any]:
+        documents, about = self._documents(part, scored.tokenizer, context, most=self.max_tokens)
+        result = fidelity(
+            scored.model,
+            scored.dense,
+            documents,
+            window=self.window,
+            bos_token_id=scored.tokenizer.bos_token_id if self.bos else None,
+            batch_size=self.batch_size,
+            label=Path(part).stem,
+        )
+        return {**about, **result}
+
+    def numbers(self, part: str, found: Mapping[str, Any]) -> list[Number]:
+        split = "" if found["split"] == "file" else f"{found['split']} split, "
+        bos = "BOS before each" if found["bos"] else "no BOS"
+        how = (
+            f"{split}{found['num_tokens']} tokens of {found['num_documents']} documents ({found['documents']}),"
+            f" windows of {found['window']} tokens, {bos}"
+        )
+        names = ("num_tokens", "num_documents", "documents", "split", "window", "bos", "batch_size", "max_tokens")
+        measured = {"how": how, **{name: found[name] for name in names}, "sha256": found["sha256"]}
+        kinds = (("kl", "nats/token", False), ("kl_p99", "nats/token", False), ("top1_agreement", PERCENT, True))
+        return [
+            Number(name, found[name], unit, found[f"{name}_stderr"], higher, measured, detail=name == "kl_p99")
+            for name, unit, higher in kinds
+        ]
+
+    def _documents(
+        self, part: str, tokenizer: PreTrainedTokenizerBase, context: Context, most: int | None
+    ) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        return corpus_documents(
+            tokenizer, part, window=self.window, max_tokens=most, data_dir=context.data_dir, option=OPTION
+        )
 
 
 def fidelity(
@@ -116,78 +194,6 @@ def fidelity(
         label, numbers["kl"], numbers["top1_agreement"], numbers["num_tokens"],
     )  # fmt: skip
     return {**numbers, "window": window, "bos": has_bos, "batch_size": batch_size}
-
-
-def corpus_documents(
-    tokenizer: PreTrainedTokenizerBase,
-    corpus: str,
-    *,
-    window: int,
-    max_tokens: int | None = None,
-    data_dir: Path | None = None,
-) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """An evaluation text as documents, for `fidelity`: those that it has, or windows where it is running text.
-
-    Args:
-        tokenizer: the model's.
-        corpus: as for `corpus_tokens`. ``bundled`` has stories and ``c4`` web pages; ``wikitext2``, ``ptb`` and files
-            are cut into windows.
-        window: tokens of one window, where the text is cut into these; a shorter tail is left out.
-        max_tokens: of all documents together; the last one may be cut. None: all.
-        data_dir: where a relative file is looked up; None: the working directory.
-
-    Returns:
-        [num_tokens] int64 each, and what the text is: source, split, documents (what one is), max_tokens and the
-        sha256 of the text.
-
-    Raises:
-        UserError: as `corpus_tokens`, or running text shorter than one window.
-    """
-    import torch
-
-    of_hub = HUB_CORPORA.get(corpus)
-    if corpus == "bundled":
-        written = texts.bundled_texts(BUNDLED_TEXT)
-        about = {"source": BUNDLED_TEXT, "split": "validation", "documents": "story"}
-    elif of_hub is not None and of_hub.documents:
-        written = hub_rows(corpus, OPTION)
-        about = {"source": of_hub.repo, "split": of_hub.split, "documents": "row"}
-    else:
-        ids, of_text = corpus_tokens(
-            tokenizer, corpus, window=window, max_tokens=max_tokens, data_dir=data_dir, option=OPTION
-        )
-        if len(ids) < window:
-            raise UserError(
-                f"{corpus}: {len(ids)} tokens are less than one window; evaluation.fidelity.window={window}"
-            )
-        about = {name: of_text[name] for name in ("source", "split", "sha256")}
-        whole = len(ids) // window * window
-        return list(ids[:whole].split(window)), {**about, "documents": "window", "max_tokens": max_tokens}
-    documents: list[torch.Tensor] = []
-    left = max_tokens
-    for text in written:
-        if left == 0:
-            break
-        documents.append(torch.tensor(text_tokens(tokenizer, text, left), dtype=torch.long))
-        left = None if left is None else left - len(documents[-1])
-    sha256 = hashlib.sha256("\0".join(written).encode()).hexdigest()
-    return documents, {**about, "max_tokens": max_tokens, "sha256": sha256}
-
-
-def preflight(
-    tokenizer: PreTrainedTokenizerBase, corpora: list[str], *, window: int, bos: bool, data_dir: Path | None
-) -> None:
-    """Check with the tokenizer alone that every text can be had and has a token to predict.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if corpora and bos and tokenizer.bos_token_id is None:
-        raise UserError("evaluation.fidelity.bos=true: the model's tokenizer has no BOS token")
-    for corpus in corpora:
-        documents, _ = corpus_documents(tokenizer, corpus, window=window, max_tokens=window, data_dir=data_dir)
-        if all(len(ids) + bos < 2 for ids in documents):
-            raise UserError(f"{OPTION}={corpus}: no document has a token to predict")
 
 
 def _after(bos_token_id: int, ids: Tensor) -> Tensor:

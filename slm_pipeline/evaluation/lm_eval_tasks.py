@@ -11,11 +11,16 @@ import logging
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from slm_pipeline.config.ranges import BatchSize, Count, CountOrZero, FilePath
 from slm_pipeline.errors import UserError, refused_in_one_line
 from slm_pipeline.evaluation import harness, task_files
+from slm_pipeline.evaluation.measure import Measure, Scored
+from slm_pipeline.models.context import Context
+from slm_pipeline.results.number import Number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +31,67 @@ OPTION = "evaluation.lm_eval"
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # the defaults of lm-eval's simple_evaluate
 MAX_GEN_TOKENS = 256  # lm-eval's, of a task that does not say
 _MAX_GEN_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+@dataclass(kw_only=True)
+class LmEval(Measure):
+    """Every metric of each task, group or tag that lm-eval knows, a part each, in lm-eval's own units. See `score`."""
+
+    tasks: list[str] = field(default_factory=list)
+    num_fewshot: CountOrZero | None = None  # null: as the task says
+    include_path: FilePath | None = None  # a folder of task YAMLs of one's own
+    apply_chat_template: bool = False
+    gen_kwargs: dict[str, Any] = field(default_factory=dict)  # laid over a generating task's own
+    limit: Count | None = None  # first examples of each task; null: all
+    batch_size: BatchSize = 16
+
+    name: ClassVar[str] = "lm_eval"
+
+    def parts(self) -> list[str]:
+        return self.tasks
+
+    def check(self, context: Context) -> None:
+        check_names(self.tasks, self.include_path, context.data_dir)
+
+    def identity(self, part: str, context: Context) -> dict[str, Any]:
+        return identity(part, **self._options(context))
+
+    def preflight(self, part: str, tokenizer: PreTrainedTokenizerBase, context: Context) -> None:
+        from slm_pipeline.models.loading import num_positions
+
+        options = {name: value for name, value in self._options(context).items() if name not in ("limit", "batch_size")}
+        preflight(tokenizer, [part], max_positions=num_positions(context.source), **options)
+
+    def run(self, part: str, scored: Scored, context: Context) -> dict[str, Any]:
+        return score(scored.model, scored.tokenizer, part, **self._options(context))
+
+    def numbers(self, part: str, found: Mapping[str, Any]) -> list[Number]:
+        examples = "all examples" if found["limit"] is None else f"the first {found['limit']} examples of each task"
+        how = f"lm-eval {found['lm_eval_version']}, {examples}, batch size {found['batch_size']}"
+
+        def of(name: str, one: Mapping[str, Any], detail: bool) -> list[Number]:
+            shots = {} if one["num_fewshot"] is None else {"num_fewshot": one["num_fewshot"]}
+            words = f"{how}, {one['num_fewshot']} examples shown" if shots else how
+            measured = {"how": words, "limit": found["limit"], "task_version": one["version"], **shots}
+            return [
+                Number(
+                    metric.removesuffix(",none"),
+                    said["value"],
+                    "",
+                    said["stderr"],
+                    said["higher_is_better"],
+                    measured,
+                    detail=detail,
+                ).below(name)
+                for metric, said in one["numbers"].items()
+                if said["value"] is not None
+            ]
+
+        subtasks = [number for name, one in found["subtasks"].items() for number in of(name, one, detail=True)]
+        return [*of("", found, detail=False), *subtasks]
+
+    def _options(self, context: Context) -> dict[str, Any]:
+        return {**self.settings("tasks"), "data_dir": context.data_dir}
 
 
 def check_names(tasks: Sequence[str], include_path: str | None = None, data_dir: Path | None = None) -> None:

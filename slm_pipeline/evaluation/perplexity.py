@@ -7,23 +7,18 @@ tokens that no earlier window predicted are scored, so that every token has a lo
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from tqdm import tqdm
 
-from slm_pipeline.assets import texts
 from slm_pipeline.config.ranges import BatchSize, Count, FilePath, Range, Tokens
-from slm_pipeline.data import hub
-from slm_pipeline.data.files import check_text, read_text
+from slm_pipeline.data.corpora import corpus_fingerprint, corpus_labels, corpus_tokens
 from slm_pipeline.data.overlap import word_passages
-from slm_pipeline.data.tokens import text_tokens
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.measure import Measure, Scored
 from slm_pipeline.models.context import Context
@@ -38,47 +33,6 @@ log = logging.getLogger(__name__)
 
 MAX_ELEMENTS = 1 << 26  # logits in float32 at a time: 256 MB
 MAX_NLL = 700.0  # nats; exp of more is not a float
-
-
-@dataclass(frozen=True)
-class HubCorpus:
-    """An evaluation text on the hub and the convention by which papers join and cut it."""
-
-    repo: str
-    files: str  # pattern of the split's files
-    split: str
-    separator: str
-    column: str = "text"
-    revision: str | None = None
-    num_documents: int | None = None  # the first ones; None: all
-    max_windows: int | None = None  # the first ones; None: all
-    documents: bool = False  # each row is a text of its own
-
-
-HUB_CORPORA = {
-    "wikitext2": HubCorpus("Salesforce/wikitext", "wikitext-2-raw-v1/test-*.parquet", "test", "\n\n"),
-    "c4": HubCorpus(
-        "allenai/c4",
-        "en/c4-validation.00000-of-00008.json.gz",
-        "validation",
-        " ",
-        num_documents=1100,
-        max_windows=256,
-        documents=True,
-    ),
-    # a loading script, which datasets no longer runs: the parquet files that the hub made of it
-    "ptb": HubCorpus(
-        "ptb-text-only/ptb_text_only",
-        "penn_treebank/test/*.parquet",
-        "test",
-        " ",
-        column="sentence",
-        revision="refs/convert/parquet",
-    ),
-}
-BUNDLED_TEXT = "coqa"
-OPTION = "evaluation.perplexity.corpora"
-INSTEAD = "bundled or a text file"  # of a hub
 
 
 @dataclass(kw_only=True)
@@ -156,13 +110,6 @@ class Perplexity(Measure):
         self, part: str, tokenizer: PreTrainedTokenizerBase, context: Context
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         return corpus_tokens(tokenizer, part, window=self.window, max_tokens=self.max_tokens, data_dir=context.data_dir)
-
-
-def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
-    """What numbers call each corpus: the name of its file, or its whole path where two files have one name."""
-    names = {corpus: Path(corpus).name for corpus in corpora}
-    counts = Counter(names.values())
-    return {corpus: name if counts[name] == 1 else corpus for corpus, name in names.items()}
 
 
 def perplexity(
@@ -248,76 +195,6 @@ def perplexity(
     }
 
 
-def corpus_tokens(
-    tokenizer: PreTrainedTokenizerBase,
-    corpus: str,
-    *,
-    window: int,
-    max_tokens: int | None = None,
-    data_dir: Path | None = None,
-    option: str = OPTION,
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """An evaluation text as tokens, those of one tokenizer call without special tokens.
-
-    Args:
-        tokenizer: the model's.
-        corpus: ``bundled`` (the stories of CoQA's validation split, joined by blank lines), a text file, or one of
-            the hub's ``wikitext2`` (test split, rows joined by blank lines), ``c4`` (validation, its first 1,100
-            documents joined by spaces, 256 windows of them), ``ptb`` (test, sentences joined by spaces).
-        window: tokens of one window, for corpora that are cut by windows.
-        max_tokens: the first so many are enough; None: all.
-        data_dir: where a relative file is looked up; None: the working directory.
-        option: what named the text, for messages.
-
-    Returns:
-        [num_tokens] int64, and what the text is: source (of a file, none: it says what is in it, not where it lies),
-        split, join and the sha256 of the text.
-
-    Raises:
-        UserError: unknown name, missing or unreadable file, or neither the hub nor its cache has the text.
-    """
-    import torch
-
-    limits = [max_tokens] if max_tokens is not None else []
-    if corpus == "bundled":
-        text = "\n\n".join(texts.bundled_texts(BUNDLED_TEXT))
-        about: dict[str, Any] = {"source": BUNDLED_TEXT, "split": "validation", "join": "\n\n"}
-    elif corpus in HUB_CORPORA:
-        of_hub = HUB_CORPORA[corpus]
-        text = of_hub.separator.join(hub_rows(corpus, option))
-        about = {"source": of_hub.repo, "split": of_hub.split, "join": of_hub.separator}
-        if of_hub.max_windows is not None:
-            limits.append(of_hub.max_windows * window)
-    else:
-        file = _file(corpus, data_dir, option)
-        text = read_text(file, option)
-        about = {"source": None, "split": "file", "join": ""}
-    ids = torch.tensor(text_tokens(tokenizer, text, min(limits, default=None)), dtype=torch.long)
-    return ids, {**about, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def corpus_fingerprint(corpus: str, data_dir: Path | None = None, option: str = OPTION) -> str:
-    """What identifies an evaluation text: pinned for ``bundled``, the file's sha256, the hub's commit and files.
-
-    ``option``: what named the text, for messages.
-
-    Raises:
-        UserError: neither a known name nor a file, a file that is empty or not UTF-8, or the hub cannot be reached.
-    """
-    if corpus == "bundled":
-        return texts.texts_fingerprint(BUNDLED_TEXT)
-    if corpus in HUB_CORPORA:
-        of_hub = HUB_CORPORA[corpus]
-        place = hub.identity(
-            of_hub.repo, f"{option}={corpus}", INSTEAD, files=of_hub.files, revision=of_hub.revision or "main"
-        )
-        return f"hub {place} {of_hub.files}"
-    file = _file(corpus, data_dir, option)
-    if not (text := read_text(file, option)).strip():
-        raise UserError(f"{option}: {file} is empty")
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def _check_length(num_tokens: int, capacity: int, label: str, window: int) -> None:
     if num_tokens < capacity:
         raise UserError(f"{label}: {num_tokens} tokens are less than one window; evaluation.perplexity.window={window}")
@@ -368,35 +245,3 @@ def _losses(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
         pieces = zip(row_logits[:-1].split(num_positions), row[1:].split(num_positions), strict=True)
         losses.append(torch.cat([cross_entropy(piece.float(), ids, reduction="none") for piece, ids in pieces]))
     return torch.stack(losses)
-
-
-def hub_rows(corpus: str, option: str = OPTION) -> list[str]:
-    """The rows of one of `HUB_CORPORA`, as many as papers take.
-
-    Raises:
-        UserError: neither the hub nor its cache has them, or a row is no text.
-    """
-    of_hub = HUB_CORPORA[corpus]
-    option = f"{option}={corpus}"
-    rows = hub.load(
-        of_hub.repo,
-        option,
-        INSTEAD,
-        data_files={of_hub.split: of_hub.files},
-        split=of_hub.split,
-        revision=None if Path(of_hub.repo).is_dir() else of_hub.revision,
-    )
-    texts = list(hub.column(rows, of_hub.column, option)[: of_hub.num_documents])
-    for number, text in enumerate(texts, start=1):
-        check_text(text, f"{option}: {of_hub.repo}, row {number}, column {of_hub.column}", empty=True)
-    return texts
-
-
-def _file(corpus: str, data_dir: Path | None, option: str) -> Path:
-    file = (data_dir or Path.cwd()) / Path(corpus).expanduser()
-    if not file.exists():
-        raise UserError(
-            f"{option}: {corpus!r} is not a file in {data_dir or Path.cwd()} and not one of"
-            f" bundled, {', '.join(HUB_CORPORA)}"
-        )
-    return file

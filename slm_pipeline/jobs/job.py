@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from slm_pipeline import config as options
 from slm_pipeline.config import Config, build, unused
 from slm_pipeline.data.calibration import Calibration
+from slm_pipeline.data.corpora import corpus_fingerprint
 from slm_pipeline.engine.window_memo import WindowMemos
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.evaluation import Evaluation
-from slm_pipeline.evaluation.perplexity import corpus_fingerprint
 from slm_pipeline.jobs.loaded import LoadedModels
 from slm_pipeline.jobs.tracking import check_tracker
 from slm_pipeline.machine import gpus

@@ -11,10 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from slm_pipeline.config import CalibrationConfig
-from slm_pipeline.data import examples, hub, tasks
+from slm_pipeline.data import corpora, examples, hub, tasks
 from slm_pipeline.data.calibration import Calibration
 from slm_pipeline.errors import UserError
-from slm_pipeline.evaluation import perplexity
 from slm_pipeline.evaluation.zero_shot import TASK_FILES
 
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -43,7 +42,7 @@ def identities() -> dict[str, str]:
     given = {"path": None, "repo": "yahma/alpaca-cleaned", "revision": "main", "data_dir": None}
     return {
         "task": tasks.task_fingerprint("hub", "arc_easy"),
-        "corpus": perplexity.corpus_fingerprint("wikitext2"),
+        "corpus": corpora.corpus_fingerprint("wikitext2"),
         "calibration": Calibration(c4, None).identity()["text"],
         "recovery": examples.examples_fingerprint("hub", **given),
     }
@@ -96,7 +95,7 @@ def test_the_hub_is_asked_first(caches, monkeypatch):
             "evaluation.data=hub: piqa: baber/piqa is .*use evaluation.data=bundled or a folder of task files",
         ),
         (
-            lambda: perplexity.corpus_fingerprint("ptb"),
+            lambda: corpora.corpus_fingerprint("ptb"),
             "evaluation.perplexity.corpora=ptb: ptb-text-only/ptb_text_only is .* use bundled or a text file",
         ),
         (
@@ -126,7 +125,7 @@ def test_a_folder_in_the_hubs_layout_is_its_content(caches):
         return [
             local,
             Calibration(CalibrationConfig(source="c4"), None).identity()["text"],
-            perplexity.corpus_fingerprint("c4"),
+            corpora.corpus_fingerprint("c4"),
         ]
 
     before = found()
@@ -183,7 +182,7 @@ def test_a_column_that_is_missing_and_a_row_that_is_no_text_are_named(caches, ti
     ):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "0000.parquet")
         with pytest.raises(UserError, match=message):
-            perplexity.corpus_tokens(tiny_llama[1], "ptb", window=8)
+            corpora.corpus_tokens(tiny_llama[1], "ptb", window=8)
     (folder / "0000.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="corpora=ptb: ptb-text-only/ptb_text_only cannot be read"):
-        perplexity.corpus_tokens(tiny_llama[1], "ptb", window=8)
+        corpora.corpus_tokens(tiny_llama[1], "ptb", window=8)

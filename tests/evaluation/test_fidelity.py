@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_source
+from conftest import context_of, random_source
 
+from slm_pipeline.config import Config
+from slm_pipeline.data.corpora import corpus_documents
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation import fidelity as module
-from slm_pipeline.evaluation.fidelity import corpus_documents, fidelity, preflight
+from slm_pipeline.evaluation.fidelity import Fidelity, fidelity
+from slm_pipeline.models.context import Context
 from slm_pipeline.models.loading import load_dense
 
 BOS = 257
@@ -182,6 +187,10 @@ def test_bundled_documents_are_the_stories(tiny_llama, monkeypatch):
     assert [tokenizer.decode(ids) for ids in first] == ["A b."]
 
 
+def in_folder(folder: Path) -> Context:
+    return dataclasses.replace(context_of(random_source()), config=Config(data_dir=str(folder)))
+
+
 def test_a_file_is_cut_into_windows(tiny_llama, tmp_path):
     _, tokenizer = tiny_llama
     (tmp_path / "text.txt").write_text("abcdefgh")
@@ -191,13 +200,12 @@ def test_a_file_is_cut_into_windows(tiny_llama, tmp_path):
     documents, _ = corpus_documents(tokenizer, "text.txt", window=3, max_tokens=5, data_dir=tmp_path)
     assert [tokenizer.decode(ids) for ids in documents] == ["abc"]
     with pytest.raises(UserError, match="text.txt: 8 tokens are less than one window; evaluation.fidelity.window=9"):
-        preflight(tokenizer, ["text.txt"], window=9, bos=False, data_dir=tmp_path)
+        Fidelity(corpora=["text.txt"], window=9).preflight("text.txt", tokenizer, in_folder(tmp_path))
 
 
 def test_rows_of_c4_are_documents_and_those_of_wikitext_are_not(tiny_llama, monkeypatch):
     _, tokenizer = tiny_llama
-    monkeypatch.setattr("slm_pipeline.evaluation.perplexity.hub_rows", lambda corpus, option: ["ab", "cdef"])
-    monkeypatch.setattr("slm_pipeline.evaluation.fidelity.hub_rows", lambda corpus, option: ["ab", "cdef"])
+    monkeypatch.setattr("slm_pipeline.data.corpora.hub_rows", lambda corpus, option: ["ab", "cdef"])
     rows, about = corpus_documents(tokenizer, "c4", window=3)
     assert ([tokenizer.decode(ids) for ids in rows], about["documents"]) == (["ab", "cdef"], "row")
     windows, about = corpus_documents(tokenizer, "wikitext2", window=3)
@@ -215,4 +223,5 @@ def test_preflight_finds_what_cannot_be_had(tiny_llama, tmp_path, settings, mess
     _, tokenizer = tiny_llama
     tokenizer.bos_token = None
     with pytest.raises(UserError, match=message):
-        preflight(tokenizer, **{"window": 4, "bos": False, "data_dir": tmp_path, **settings})
+        measure = Fidelity(window=4, **settings)
+        measure.preflight(measure.corpora[0], tokenizer, in_folder(tmp_path))

@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
+from slm_pipeline.data.corpora import HUB_CORPORA, corpus_fingerprint, corpus_tokens
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation import perplexity as module
-from slm_pipeline.evaluation.perplexity import HUB_CORPORA, corpus_fingerprint, corpus_tokens, perplexity
+from slm_pipeline.evaluation.perplexity import perplexity
 
 BOS = 257
 OPTIONS = {"window": 8, "stride": None, "bos_token_id": None, "batch_size": 3, "max_tokens": None, "label": "text"}
