@@ -222,6 +222,6 @@ def test_rows_of_c4_are_documents_and_those_of_wikitext_are_not(tiny_llama, monk
 def test_preflight_finds_what_cannot_be_had(tiny_llama, tmp_path, settings, message):
     _, tokenizer = tiny_llama
     tokenizer.bos_token = None
+    measure = Fidelity(window=4, **settings)
     with pytest.raises(UserError, match=message):
-        measure = Fidelity(window=4, **settings)
         measure.preflight(measure.corpora[0], tokenizer, in_folder(tmp_path))
