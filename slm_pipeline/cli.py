@@ -24,12 +24,14 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import MissingConfigException
 from hydra.main import get_args_parser
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from yaml import YAMLError
 
 from slm_pipeline import config
-from slm_pipeline.config import COMPOSITION_ERRORS, help_page
+from slm_pipeline.config import COMPOSITION_ERRORS, help_page, plugins
 from slm_pipeline.config.overrides import asks_for_several_jobs, check_group, first_value, parse_overrides
 from slm_pipeline.errors import Terminated, UserError, printable
 from slm_pipeline.jobs import study
@@ -75,10 +77,12 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
     if {"--help", "-h"} & set(sys.argv[1:]):
         with errors_in_one_line():
+            plugins.use(_named_plugins(sys.argv[1:]))
             print(help_page.text(), flush=True)
         return
     with errors_in_one_line():
         arguments = get_args_parser().parse_args()
+        plugins.use(_named_plugins(arguments.overrides))
         if not _only_asks_hydra(arguments) and _check_before_hydra(arguments):
             return
         with study.reported(), _foreign_errors_explained():
@@ -151,6 +155,18 @@ def set_environment() -> None:
     os.environ["SLM_SHIPPED_SWEEPS"] = shipped
     os.environ["SLM_USER_SWEEPS"] = str(Path.cwd()) if Path("sweeps").is_dir() else shipped
     os.environ["SLM_NUM_GPUS"] = str(len(gpus.visible()))
+
+
+def _named_plugins(overrides: Sequence[str]) -> list[str]:
+    """The plugins that ``plugins=`` names: needed before anything is composed, for they bring what is composed."""
+    named: list[str] = []
+    for item in parse_overrides([word for word in overrides if re.match(r"\+{0,2}plugins=", word)]):
+        value = item.value()
+        if item.is_sweep_override() or not isinstance(value, list):
+            text = (item.input_line or "").partition("=")[2]
+            raise UserError(f"{item.input_line}: plugins are a list, the same for all jobs: plugins=[{text}]")
+        named = [str(name) for name in value]
+    return named
 
 
 @contextmanager
@@ -318,6 +334,7 @@ def compose_job(program: Sequence[str], overrides: Sequence[str], defaults: Sequ
     """
     set_environment()
     arguments = Namespace(config_dir=None, config_name=None)
+    plugins.use(_named_plugins(overrides))
     with _config_loader(arguments) as loader:
         for item in parse_overrides(overrides, loader):
             if item.is_sweep_override():
@@ -342,10 +359,20 @@ def _config_loader(arguments: Namespace) -> Iterator[ConfigLoader]:
 
 def _compose(arguments: Namespace, overrides: list[str]) -> DictConfig:
     try:
-        return compose(arguments.config_name or "config", overrides=overrides, return_hydra_config=True)
+        composed = compose(arguments.config_name or "config", overrides=overrides, return_hydra_config=True)
+    except MissingConfigException as error:
+        raise UserError(config.one_line(error) + plugins.without_options()) from error
+    except YAMLError as error:
+        raise UserError(f"a YAML file cannot be read: {' '.join(str(error).split())}") from error
     except (ValueError, OverflowError, RecursionError, AssertionError) as error:  # not all are Hydra's own
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"cannot read the overrides {overrides}: {reason}") from error
+    if unknown := set(composed.plugins or []) - {plugin.name for plugin in plugins.in_use()}:
+        raise UserError(
+            f"plugins=[{','.join(sorted(map(str, unknown)))}] stands in a file; what it brings must be known before a"
+            " file is read: name it on the command line, or give the package an entry point"
+        )
+    return composed
 
 
 def _describe_search(composed: DictConfig) -> str:
