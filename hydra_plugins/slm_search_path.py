@@ -1,4 +1,4 @@
-"""Shows Hydra the conf/ of each plugin, after our own. Hydra takes what changes its search path from ``hydra_plugins``."""
+"""Shows Hydra the conf/ of each plugin, after ours. Hydra takes such code from ``hydra_plugins`` alone."""
 
 from __future__ import annotations
 

@@ -77,12 +77,12 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
     if {"--help", "-h"} & set(sys.argv[1:]):
         with errors_in_one_line():
-            plugins.use(_named_plugins(sys.argv[1:]))
+            use_plugins(sys.argv[1:])
             print(help_page.text(), flush=True)
         return
     with errors_in_one_line():
         arguments = get_args_parser().parse_args()
-        plugins.use(_named_plugins(arguments.overrides))
+        use_plugins(arguments.overrides)
         if not _only_asks_hydra(arguments) and _check_before_hydra(arguments):
             return
         with study.reported(), _foreign_errors_explained():
@@ -157,8 +157,8 @@ def set_environment() -> None:
     os.environ["SLM_NUM_GPUS"] = str(len(gpus.visible()))
 
 
-def _named_plugins(overrides: Sequence[str]) -> list[str]:
-    """The plugins that ``plugins=`` names: needed before anything is composed, for they bring what is composed."""
+def use_plugins(overrides: Sequence[str]) -> None:
+    """Import what ``plugins=`` names, and what is installed: before anything is composed, for they bring options."""
     named: list[str] = []
     for item in parse_overrides([word for word in overrides if re.match(r"\+{0,2}plugins=", word)]):
         value = item.value()
@@ -166,7 +166,7 @@ def _named_plugins(overrides: Sequence[str]) -> list[str]:
             text = (item.input_line or "").partition("=")[2]
             raise UserError(f"{item.input_line}: plugins are a list, the same for all jobs: plugins=[{text}]")
         named = [str(name) for name in value]
-    return named
+    plugins.use(named)
 
 
 @contextmanager
@@ -334,7 +334,7 @@ def compose_job(program: Sequence[str], overrides: Sequence[str], defaults: Sequ
     """
     set_environment()
     arguments = Namespace(config_dir=None, config_name=None)
-    plugins.use(_named_plugins(overrides))
+    use_plugins(overrides)
     with _config_loader(arguments) as loader:
         for item in parse_overrides(overrides, loader):
             if item.is_sweep_override():

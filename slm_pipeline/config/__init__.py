@@ -294,8 +294,9 @@ def _types(key: str) -> list[Any]:
 def build(node: Any, *, group: str) -> Any:
     """The object that a plug-in group's YAML describes; None for ``recovery=none``, which has no class.
 
-    ``_target_`` names a dataclass of this package or of a plugin; the other keys are its fields, checked for name, type and range, and
-    by the class's own ``__post_init__``. The option ``none`` has no use for the keys of the others: see `unused`.
+    ``_target_`` names a dataclass of this package or of a plugin; the other keys are its fields, checked for name, type
+    and range, and by the class's own ``__post_init__``. The option ``none`` has no use for the keys of the others: see
+    `unused`.
 
     Raises:
         UserError: the class is not one of these, it lacks a key, or a value is of the wrong type or range.

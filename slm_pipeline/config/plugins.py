@@ -6,8 +6,8 @@ declares an entry point in the group ``slm_pipeline.plugins`` is one wherever it
     [project.entry-points."slm_pipeline.plugins"]
     mypackage = "mypackage"
 
-Its conf/ holds options as ours does (conf/method/mine.yaml), ``_target_`` may name its classes, and its ``__init__`` may
-add to our registries, such as `slm_pipeline.engine.similarities.SIMILARITIES`. It is imported before anything is
+Its conf/ holds options as ours does (conf/method/mine.yaml), ``_target_`` may name its classes, and its ``__init__``
+may add to our registries, such as `slm_pipeline.engine.similarities.SIMILARITIES`. It is imported before anything is
 composed, for ``slm --help`` and ``dry_run=true`` too, so its modules import torch inside functions, as ours do.
 """
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slm_pipeline.config import ranges
+from slm_pipeline.config import plugins, ranges
 from slm_pipeline.config.ranges import Count, NumLayersOrZero, Tokens
 from slm_pipeline.errors import UserError
 from slm_pipeline.surgery.plan import Plan
@@ -106,6 +106,10 @@ class Method(ABC):
         values = asdict(self)
         del values["published_calibration"]
         return values
+
+    def code(self) -> dict[str, str]:
+        """What of its code comes from plugins, see `plugins.code_of`; it goes into the artefact's key."""
+        return plugins.code_of(type(self))
 
     def refuse_unused(self, why: str, *names: str) -> None:
         """Raise `UserError` if one of these options, which do nothing ``why``, is not at its default."""

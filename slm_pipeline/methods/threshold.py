@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Protocol
 
 from tqdm import tqdm
 
+from slm_pipeline.config import plugins
+from slm_pipeline.engine.similarities import SIMILARITIES
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import Method, PruningProblem
 from slm_pipeline.surgery.merge_rules import RULES
 from slm_pipeline.surgery.plan import Plan, groups_of_windows
-
-SIMILARITIES = ("final_hidden", "last_token", "per_token", "logits_kl")
 
 Window = tuple[int, int]  # closed range (low, high) of original layers
 Similarity = Callable[[tuple[Any, ...]], float]  # of the stack from some layer up, see engine.windows.StackSimilarity
@@ -86,7 +86,8 @@ class ThresholdMerging(Method):
     Options:
         merge_rule: see `slm_pipeline.surgery.merge_rules`.
         similarity: final_hidden (cosine of the flattened final-normed states), last_token, per_token, or logits_kl
-            (exp of minus the mean KL divergence from dense to pruned).
+            (exp of minus the mean KL divergence from dense to pruned); or a plugin's, see
+            `slm_pipeline.engine.similarities`.
 
     Scores in the plan:
         steps: {low, high, similarity, accepted} of the search that gave the plan, in the order evaluated.
@@ -108,6 +109,9 @@ class ThresholdMerging(Method):
         if self.similarity not in SIMILARITIES:
             raise UserError(f"method.similarity={self.similarity!r} is not one of {', '.join(SIMILARITIES)}")
 
+    def code(self) -> dict[str, str]:
+        return super().code() | plugins.code_of(SIMILARITIES[self.similarity].measure)
+
     @abstractmethod
     def one_pass(self, similarity: Similarity, num_layers: int) -> Pass:
         """The method's pass over a stack of ``num_layers``."""
@@ -117,7 +121,8 @@ class ThresholdMerging(Method):
         from slm_pipeline.engine.windows import StackSimilarity
 
         num_layers = problem.view.num_layers
-        with open_memo(problem.memo, self.merge_rule, self.similarity, afresh=problem.forced) as memo:
+        judged_by = "_".join([self.similarity, *plugins.code_of(SIMILARITIES[self.similarity].measure).values()])
+        with open_memo(problem.memo, self.merge_rule, judged_by, afresh=problem.forced) as memo:
             similarity = StackSimilarity(problem.view, problem.input_ids, self.merge_rule, self.similarity, memo)
             one_pass = self.one_pass(similarity, num_layers)
             if problem.threshold is not None:

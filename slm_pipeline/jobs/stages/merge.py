@@ -45,6 +45,7 @@ class Merge(Stage):
             "calibration": results["calibrate"].key if job.method.reads_calibration else None,
             "method": job.method.name,
             "options": job.method.options(),
+            **({"plugins": code} if (code := job.method.code()) else {}),
             "threshold": job.threshold,
             "search": search if job.method.takes_threshold and job.threshold is None else None,
             # With a floor of its own the method does not look at the ratio.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from slm_pipeline.config import plugins
 from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.merge import load_plan, load_pruned
@@ -47,6 +48,7 @@ class Recover(Stage):
             "checkpoint": results["merge"].record()["result"]["checkpoint"],
             "recovery": job.recovery.name,
             "options": dataclasses.asdict(job.recovery),  # type: ignore[call-overload]
+            **({"plugins": code} if (code := plugins.code_of(type(job.recovery))) else {}),
             "data": job.identities["recovery"],
             "seed": job.config.seed,
         }
