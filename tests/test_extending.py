@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 from wandb_files import only
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+(NEARNESS,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/extending.md").read_text("utf-8"), re.DOTALL)
 
 PACKAGE = {
     # what its modules add to registries, it adds when it is imported
@@ -74,15 +77,9 @@ _target_: stranger.louder.Louder
 factor: 3.0
 """,
     # a similarity of the searches, and one of slm-analyze: one file
-    "likeness.py": '''
-"""One minus the relative distance."""
-
+    "likeness.py": NEARNESS
+    + """
 from slm_pipeline.analysis.token_metrics import TOKEN_METRICS, TokenMetric
-from slm_pipeline.engine.similarities import SIMILARITIES, Similarity
-
-
-def nearness(view, dense, pruned):
-    return 1 - (dense.float() - pruned.float()).flatten(1).norm(dim=1) / dense.float().flatten(1).norm(dim=1)
 
 
 def same_sign(states):
@@ -92,9 +89,8 @@ def same_sign(states):
     return (signs @ signs.mT) / signs.shape[-1]
 
 
-SIMILARITIES["nearness"] = Similarity(nearness)
 TOKEN_METRICS["same_sign"] = TokenMetric("same sign", "share of features of one sign, from -1 to 1", same_sign)
-''',
+""",
     # an architecture: one entry
     "helium.py": '''
 """Helium's blocks are built as Llama's."""

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from slm_pipeline.config.folders import CONF_DIR, SWEEPS_ROOT
@@ -39,10 +40,12 @@ class Plugin:
     Attributes:
         name: to import it by, such as ``mypackage`` or ``company.pruning``.
         file: of the module, ``__init__.py`` of a package.
+        digest: of its code when it was imported, hexadecimal: of the names and contents of all its .py files.
     """
 
     name: str
     file: Path
+    digest: str
 
     @property
     def conf(self) -> Path:
@@ -53,20 +56,9 @@ class Plugin:
         """The YAML files of its options of a group."""
         return sorted((self.conf / group).glob("*.yaml"))
 
-    @functools.cached_property
-    def digest(self) -> str:
-        """Of its code, hexadecimal: the names and contents of all its .py files."""
-        folder = self.file.parent
-        files = sorted(folder.rglob("*.py")) if self.file.name == "__init__.py" else [self.file]
-        code = hashlib.sha256()
-        for file in files:
-            content = file.read_bytes()
-            code.update(f"{file.relative_to(folder)}\n{len(content)}\n".encode())
-            code.update(content)
-        return code.hexdigest()
-
 
 _in_use: list[Plugin] = []
+_imported: dict[str, tuple[ModuleType, Plugin]] = {}  # an edit after the import is not what runs
 
 
 def in_use() -> tuple[Plugin, ...]:
@@ -112,7 +104,21 @@ def _load(name: str, origin: str) -> Plugin:
         module = importlib.import_module(name)
     if not getattr(module, "__file__", None):
         raise UserError(f"{origin}: {name} has no code of its own; a plugin is a folder with an __init__.py")
-    return Plugin(name, Path(str(module.__file__)).resolve())
+    if name not in _imported or _imported[name][0] is not module:
+        file = Path(str(module.__file__)).resolve()
+        _imported[name] = module, Plugin(name, file, _digest(file))
+    return _imported[name][1]
+
+
+def _digest(file: Path) -> str:
+    folder = file.parent
+    files = sorted(folder.rglob("*.py")) if file.name == "__init__.py" else [file]
+    code = hashlib.sha256()
+    for one in files:
+        content = one.read_bytes()
+        code.update(f"{one.relative_to(folder)}\n{len(content)}\n".encode())
+        code.update(content)
+    return code.hexdigest()
 
 
 def _check_options(plugin: Plugin, others: Iterable[Plugin]) -> None:

@@ -43,15 +43,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a file that is written twice in a second is read twice
-    modules = set(sys.modules)
     Path("text.txt").write_text("the mill stands by the river " * 1000)
     yield tmp_path
-    for name in set(sys.modules) - modules:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+    forget(tmp_path)
     plugins._installed.cache_clear()
     monkeypatch.undo()
     plugins.use([])
+
+
+def forget(folder: Path) -> None:
+    """As in a new process: nothing of this folder is imported."""
+    for name, module in list(sys.modules.items()):
+        if str(folder) in str(getattr(module, "__file__", "")):
+            del sys.modules[name]
 
 
 def write(package: str, *, option: str = "half", name: str = "half", method: str = METHOD, yaml: str = YAML) -> Path:
@@ -186,6 +190,8 @@ def test_keys_change_with_a_plugins_code_and_two_plugins_of_one_method_have_two(
     Path("which").write_text("mine")
     assert {merge_key()} == keys["mine"]
     (folders[0] / "helper.py").write_text("# what half.py may use\n")
+    assert {merge_key()} == keys["mine"]  # what runs was imported before
+    forget(here)
     assert merge_key() not in keys["mine"]
 
 

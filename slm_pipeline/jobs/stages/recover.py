@@ -121,6 +121,7 @@ def recovery_problem(
     """What the job's recovery gets; ``merge`` is the finished stage, ``out`` where the recovery may write."""
     from slm_pipeline.models.loading import load_dense
 
+    plugins.use(job.config.plugins)  # a training process of its own has not imported them
     model, tokenizer = load_pruned(job, merge)
     return RecoveryProblem(
         teacher=lambda: load_dense(job.source)[0],
