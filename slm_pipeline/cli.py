@@ -24,12 +24,14 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import MissingConfigException
 from hydra.main import get_args_parser
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from yaml import YAMLError
 
 from slm_pipeline import config
-from slm_pipeline.config import COMPOSITION_ERRORS, help_page
+from slm_pipeline.config import COMPOSITION_ERRORS, help_page, plugins
 from slm_pipeline.config.overrides import asks_for_several_jobs, check_group, first_value, parse_overrides
 from slm_pipeline.errors import Terminated, UserError, printable
 from slm_pipeline.jobs import study
@@ -48,22 +50,27 @@ _error_of_single_run: list[UserError] = []
 
 @hydra.main(version_base="1.3", config_path=str(config.CONF_DIR), config_name="config")
 def _hydra_main(composed: DictConfig) -> float | None:
-    hydra_config = HydraConfig.get()
-    multirun = hydra_config.mode == RunMode.MULTIRUN
-    run_dir = Path(hydra_config.runtime.output_dir)
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     be_heard_or_not()
     try:
-        option = "hydra.sweep.subdir" if multirun else "hydra.run.dir"
-        run_folder.check_run(run_dir, option, run_folder.beginnings(hydra_config))
-        with run_folder.running(run_dir):
-            from slm_pipeline.jobs.runner import run_job
-
-            return run_job(composed)
+        return run_inside_hydra(composed, sys.argv[1:])
     except UserError as error:
         if multirun:
             raise
         _error_of_single_run.append(error)  # past Hydra, which would print a line of its own before ours
         return None
+
+
+def run_inside_hydra(composed: DictConfig, words: Sequence[str]) -> float | None:
+    """The job that Hydra has composed and made a folder for; its objective. ``words``: of the command line."""
+    hydra_config = HydraConfig.get()
+    run_dir = Path(hydra_config.runtime.output_dir)
+    option = "hydra.sweep.subdir" if hydra_config.mode == RunMode.MULTIRUN else "hydra.run.dir"
+    run_folder.check_run(run_dir, option, run_folder.beginnings(hydra_config))
+    with run_folder.running(run_dir):
+        from slm_pipeline.jobs.runner import run_job
+
+        return run_job(composed, words)
 
 
 def main() -> None:
@@ -75,10 +82,12 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
     if {"--help", "-h"} & set(sys.argv[1:]):
         with errors_in_one_line():
+            use_plugins(sys.argv[1:])
             print(help_page.text(), flush=True)
         return
     with errors_in_one_line():
         arguments = get_args_parser().parse_args()
+        use_plugins(arguments.overrides)
         if not _only_asks_hydra(arguments) and _check_before_hydra(arguments):
             return
         with study.reported(), _foreign_errors_explained():
@@ -153,6 +162,18 @@ def set_environment() -> None:
     os.environ["SLM_NUM_GPUS"] = str(len(gpus.visible()))
 
 
+def use_plugins(overrides: Sequence[str]) -> None:
+    """Import what ``plugins=`` names, and what is installed: before anything is composed, for they bring options."""
+    named: list[str] = []
+    for item in parse_overrides([word for word in overrides if re.match(r"\+{0,2}plugins=", word)]):
+        value = item.value()
+        if item.is_sweep_override() or not isinstance(value, list):
+            text = (item.input_line or "").partition("=")[2]
+            raise UserError(f"{item.input_line}: plugins are a list, the same for all jobs: plugins=[{text}]")
+        named = [str(name) for name in value]
+    plugins.use(named)
+
+
 @contextmanager
 def _foreign_errors_explained() -> Iterator[None]:
     """Say in our words why Optuna or joblib ended a multirun with an error of its own."""
@@ -191,7 +212,7 @@ def _check_before_hydra(arguments: Namespace) -> bool:
 
     Of a multirun every job is composed, and the first checked; each is checked when it starts.
     """
-    with _config_loader(arguments) as loader:
+    with config_loader(arguments) as loader:
         overrides = parse_overrides(arguments.overrides, loader)
         multirun = arguments.multirun or any(
             item.key_or_group == "hydra.mode" and str(item.value()).upper() == "MULTIRUN" for item in overrides
@@ -200,10 +221,9 @@ def _check_before_hydra(arguments: Namespace) -> bool:
             if item.is_sweep_override() and not multirun:
                 raise UserError(f"{asks_for_several_jobs(item)}; for these add -m: slm -m {item.input_line}")
             check_group(item)
-        composed = _compose(arguments, [first_value(item) for item in overrides])
+        composed = composed_of(arguments, [first_value(item) for item in overrides])
         from slm_pipeline.jobs.job import make_output_root
 
-        _check_hydra_options(composed.hydra)
         if multirun:
             _check_study(composed, overrides)
             task = [item.input_line or "" for item in overrides if not item.is_hydra_override()]
@@ -217,7 +237,7 @@ def _check_before_hydra(arguments: Namespace) -> bool:
                 return True
         else:
             _check_not_a_study(composed, overrides)
-            if _check_run(composed):
+            if check_run(composed, sys.argv[1:]):
                 return True
         make_output_root(composed.output_dir)
         return False
@@ -237,12 +257,13 @@ def _check_hydra_options(hydra: DictConfig) -> None:
         raise UserError(f"hydra.job.name={name[:300]!r} must do as the name of a file, that of the run's log")
 
 
-def _check_run(composed: DictConfig) -> bool:
-    """Check a single run and its folder; whether that was all."""
+def check_run(composed: DictConfig, words: Sequence[str]) -> bool:
+    """Check a single run and its folder; whether that was all. ``words``: of the command line."""
     from slm_pipeline.jobs.job import check_output_root
     from slm_pipeline.jobs.runner import describe_plan, plan, preflight
 
-    job = _job(composed, sys.argv[1:])
+    _check_hydra_options(composed.hydra)
+    job = _job(composed, words)
     run_dir = study.folder(composed, "hydra.run.dir")
     check_output_root(str(run_dir), option="hydra.run.dir")
     run_folder.check_run(run_dir, "hydra.run.dir", beginnings=())
@@ -260,6 +281,7 @@ def _check_study(composed: DictConfig, overrides: Sequence[Override]) -> None:
     """Raise `UserError` for what no job of a multirun could say by itself."""
     from slm_pipeline.jobs.job import check_output_root
 
+    _check_hydra_options(composed.hydra)
     check_output_root(str(study.folder(composed, "hydra.sweep.dir")), option="hydra.sweep.dir")
     if composed.hydra.runtime.choices["hydra/launcher"] == "gpus":
         gpus.check(composed.hydra.launcher.n_jobs)
@@ -295,7 +317,7 @@ def _describe_study(composed: DictConfig, arguments: Namespace, loader: ConfigLo
     for number, overrides in enumerate(study.jobs(composed, arguments.overrides, loader)):
         print(f"#{number} {' '.join(overrides)}", flush=True)
         try:
-            print(describe_plan(_job(_compose(arguments, overrides), overrides, runs_here=here)), flush=True)
+            print(describe_plan(_job(composed_of(arguments, overrides), overrides, runs_here=here)), flush=True)
         except UserError as error:
             failures += 1
             print(f"would fail: {error}", flush=True)
@@ -306,29 +328,36 @@ def _describe_study(composed: DictConfig, arguments: Namespace, loader: ConfigLo
         raise UserError(f"{failures} of {number + 1} jobs would fail, see above")
 
 
-def compose_job(program: Sequence[str], overrides: Sequence[str], defaults: Sequence[str] = ()) -> Job:
+def compose_job(
+    program: Sequence[str],
+    overrides: Sequence[str],
+    defaults: Sequence[str] = (),
+    config_dir: str | os.PathLike[str] | None = None,
+) -> Job:
     """The job of another console script that takes overrides as ``slm`` does, checked.
 
     Args:
         program: the words of the command line before the overrides, such as ``["slm-bench", "search"]``.
         defaults: overrides that the user's own may override.
+        config_dir: a folder with options of the user's own, as ``--config-dir``.
 
     Raises:
         UserError: for anything that can be known without loading the model.
     """
     set_environment()
-    arguments = Namespace(config_dir=None, config_name=None)
-    with _config_loader(arguments) as loader:
+    arguments = Namespace(config_dir=config_dir, config_name=None)
+    use_plugins(overrides)
+    with config_loader(arguments) as loader:
         for item in parse_overrides(overrides, loader):
             if item.is_sweep_override():
                 raise UserError(f"{asks_for_several_jobs(item)}; {' '.join(program)} runs one")
             check_group(item)
-        return _job(_compose(arguments, [*defaults, *overrides]), overrides, program)
+        return _job(composed_of(arguments, [*defaults, *overrides]), overrides, program)
 
 
 @contextmanager
-def _config_loader(arguments: Namespace) -> Iterator[ConfigLoader]:
-    """What Hydra itself will load configurations with, ``--config-dir`` included; `_compose` works inside."""
+def config_loader(arguments: Namespace) -> Iterator[ConfigLoader]:
+    """What Hydra itself will load configurations with, ``--config-dir`` included; `composed_of` works inside."""
     if arguments.config_dir and not Path(arguments.config_dir).is_dir():
         raise UserError(f"--config-dir={arguments.config_dir} is not a folder")
     with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF_DIR)):
@@ -340,12 +369,24 @@ def _config_loader(arguments: Namespace) -> Iterator[ConfigLoader]:
         yield loader
 
 
-def _compose(arguments: Namespace, overrides: list[str]) -> DictConfig:
+def composed_of(arguments: Namespace, overrides: list[str]) -> DictConfig:
+    """What Hydra composes of the overrides, with its own part; `UserError` where it cannot. Inside `config_loader`."""
     try:
-        return compose(arguments.config_name or "config", overrides=overrides, return_hydra_config=True)
+        composed = compose(arguments.config_name or "config", overrides=overrides, return_hydra_config=True)
+    except COMPOSITION_ERRORS as error:
+        hint = plugins.without_options() if isinstance(error, MissingConfigException) else ""
+        raise UserError(config.one_line(error) + hint) from error
+    except YAMLError as error:
+        raise UserError(f"a YAML file cannot be read: {' '.join(str(error).split())}") from error
     except (ValueError, OverflowError, RecursionError, AssertionError) as error:  # not all are Hydra's own
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"cannot read the overrides {overrides}: {reason}") from error
+    if unknown := set(composed.plugins or []) - {plugin.name for plugin in plugins.in_use()}:
+        raise UserError(
+            f"plugins=[{','.join(sorted(map(str, unknown)))}] stands in a file; what it brings must be known before a"
+            " file is read: name it on the command line, or give the package an entry point"
+        )
+    return composed
 
 
 def _describe_search(composed: DictConfig) -> str:

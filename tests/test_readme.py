@@ -12,6 +12,8 @@ import pytest
 from conftest import run_slm
 from task_rows import TASK_ROWS
 
+from slm_pipeline.config import plugins
+
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 
 
@@ -20,26 +22,54 @@ def code_block(language: str) -> str:
     return block
 
 
-def test_the_method_in_the_readme_works(tmp_path, monkeypatch):
+JOB = [
+    *("model=random", "model.num_layers=8", "pruning_ratio=r35", "calibration=text_file", "calibration.path=text.txt"),
+    *("recovery=none", "evaluation=none", "tracker=jsonl"),
+]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """A folder to start from; nothing of it stays imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in ("slm_pipeline.methods.every_other", "mypackage.every_other", "mypackage"):
+        sys.modules.pop(name, None)
+    plugins.use([])
+
+
+def write_method(code: Path, conf: Path, yaml: str) -> None:
+    """The README's method, as the files of a package."""
+    (conf / "method").mkdir(parents=True)
+    code.mkdir(exist_ok=True)
+    (code / "__init__.py").touch()
+    (code / "every_other.py").write_text(code_block("python"))
+    (conf / "method" / "every_other.yaml").write_text(yaml)
+
+
+def write_package() -> None:
+    target = "_target_: mypackage.every_other.EveryOther"
+    assert target in README
+    write_method(Path("mypackage"), Path("mypackage/conf"), re.sub("_target_: .*", target, code_block("yaml")))
+
+
+@pytest.mark.parametrize("place", ["inside", "outside"])
+def test_the_method_in_the_readme_works(place, tmp_path, monkeypatch):
+    """Inside: as if its two files lay in this package. Outside: in a package where the command starts."""
     import slm_pipeline.methods
 
-    monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("the mill stands by the river " * 500)
-    Path("methods").mkdir()
-    Path("methods/every_other.py").write_text(code_block("python"))
-    Path("conf/method").mkdir(parents=True)
-    Path("conf/method/every_other.yaml").write_text(code_block("yaml"))
-    monkeypatch.setattr(slm_pipeline.methods, "__path__", [*slm_pipeline.methods.__path__, str(tmp_path / "methods")])
-    try:
-        outcome = run_slm(
-            "--config-dir=conf", "method=every_other", "model=random", "model.num_layers=8", "pruning_ratio=r35",
-            "calibration=text_file", "calibration.path=text.txt", "recovery=none", "evaluation=none", "tracker=jsonl",
-        )  # fmt: skip
-        assert outcome.status == 0, outcome.err
-        (summary,) = Path("outputs/runs").glob("*/*/summary.json")
-        assert json.loads(summary.read_text())["dropped"] == [1, 3, 5]
-    finally:
-        sys.modules.pop("slm_pipeline.methods.every_other", None)
+    if place == "inside":
+        write_method(Path("methods"), Path("conf"), code_block("yaml"))
+        methods = [*slm_pipeline.methods.__path__, str(tmp_path / "methods")]
+        monkeypatch.setattr(slm_pipeline.methods, "__path__", methods)
+    else:
+        write_package()
+    outcome = run_slm("--config-dir=conf" if place == "inside" else "plugins=[mypackage]", "method=every_other", *JOB)
+    assert outcome.status == 0, outcome.err
+    (summary,) = Path("outputs/runs").glob("*/*/summary.json")
+    assert json.loads(summary.read_text())["dropped"] == [1, 3, 5]
 
 
 def commands() -> list[list[str]]:
@@ -56,7 +86,7 @@ def test_the_readme_has_commands():
 @pytest.mark.parametrize("arguments", commands(), ids=" ".join)
 def test_commands(arguments, tmp_path, monkeypatch):
     """With files of the names that they use; the hub is left out."""
-    monkeypatch.chdir(tmp_path)
+    write_package()
     Path("book.txt").write_text("word " * 5000)
     Path("notes.txt").write_text("word " * 5000)
     Path("alpaca.json").write_text(

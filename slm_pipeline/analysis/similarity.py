@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from slm_pipeline.analysis.cka import LEAST_ROWS, MinibatchCKA
 from slm_pipeline.analysis.patches import agreement, contrast, patches, windows_in_patches
+from slm_pipeline.analysis.token_metrics import TOKEN_METRICS
 from slm_pipeline.data.calibration import Calibration
 from slm_pipeline.data.tokens import tokenized
 from slm_pipeline.engine.blocks import entering_and_leaving
-from slm_pipeline.engine.statistics import MAX_BATCH_TOKENS, check_finite, token_cosines
+from slm_pipeline.engine.statistics import MAX_BATCH_TOKENS, check_finite
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation import zero_shot
 from slm_pipeline.show.tables import Table
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from slm_pipeline.config import CalibrationConfig
     from slm_pipeline.models.view import ModelView
 
-METRICS = ("cosine", "cka")
 MINIBATCH = {"mean_pooled": 64, "tokens": 256, "flattened": 64}  # by what a row is: rows of a minibatch, unless said
 FEATURES = tuple(MINIBATCH)
 
@@ -49,7 +49,7 @@ class Settings:
     """What is measured.
 
     Attributes:
-        metrics: of ``cosine`` (of a token's states, mean over all tokens) and ``cka``.
+        metrics: of `TOKEN_METRICS` (means over all tokens) and ``cka``.
         features: what a row is for CKA. ``mean_pooled``: the mean of a text's tokens; ``tokens``: a token;
             ``flattened``: all tokens of a text side by side, as published, for texts of one length.
         minibatch, estimator, kernel, bandwidth_factor: see `slm_pipeline.analysis.cka`.
@@ -58,7 +58,7 @@ class Settings:
             than all others, and linear CKA sees nothing else.
     """
 
-    metrics: tuple[str, ...] = METRICS
+    metrics: tuple[str, ...] = ("cosine", "cka")
     features: str = "mean_pooled"
     minibatch: int = 64
     estimator: str = "unbiased"
@@ -122,20 +122,20 @@ def measure(view: ModelView, text: Text, settings: Settings) -> tuple[dict[str, 
     """
     check_rows(text, settings)
     size = view.num_layers + 1
-    cosine = torch.zeros(size, size, dtype=torch.float64)
+    chosen = {name: TOKEN_METRICS[name].measure for name in settings.metrics if name in TOKEN_METRICS}
+    sums = {name: torch.zeros(size, size, dtype=torch.float64) for name in chosen}
     alignment = MinibatchCKA(settings.minibatch, settings.estimator, settings.kernel, settings.bandwidth_factor)
     for batch in tqdm(list(_batches(text.sequences)), desc=f"similarity on {text.name}", disable=None):
         states, real = residual_states(view, batch)
         check_finite(states, text.name)
-        if "cosine" in settings.metrics:
-            cosine += token_cosines(states)[real.to(states[0].device)].sum(dim=0, dtype=torch.float64).cpu()
+        for name, of_tokens in chosen.items():
+            values = of_tokens(states)
+            sums[name] += values[real.to(values.device)].sum(dim=0, dtype=torch.float64).cpu()
         if "cka" in settings.metrics:
             alignment.add(sample_rows(states, real, settings.features, settings.unit_length))
     num_tokens = sum(map(len, text.sequences))
     counts = {"num_sequences": len(text.sequences), "num_tokens": num_tokens}
-    maps = {}
-    if "cosine" in settings.metrics:
-        maps["cosine"] = cosine / num_tokens
+    maps = {name: total / num_tokens for name, total in sums.items()}
     if "cka" in settings.metrics:
         maps["cka"] = alignment.result()
         counts |= {"num_rows": alignment.num_rows, "num_minibatches": alignment.num_minibatches}
@@ -289,10 +289,15 @@ def _plan_summary(path: str, plan: Plan, maps: Mapping[str, Any]) -> dict[str, A
     }
 
 
+def label(metric: str) -> str:
+    """What a metric is called."""
+    return TOKEN_METRICS[metric].label if metric in TOKEN_METRICS else "CKA"
+
+
 def describe(metric: str, settings: Settings) -> str:
     """What a metric's numbers are, in words."""
-    if metric == "cosine":
-        return "cosine similarity of a token's states, mean over tokens"
+    if metric in TOKEN_METRICS:
+        return TOKEN_METRICS[metric].words
     of = {
         "mean_pooled": "each text's mean state",
         "tokens": "single tokens",
@@ -315,7 +320,6 @@ def describe_counts(counts: Mapping[str, int]) -> str:
 
 def report(found: Mapping[str, Any]) -> str:
     """The tables, for the terminal. ``found`` is what `summarize` returns."""
-    names = {"cosine": "cosine similarity", "cka": "CKA"}
     parts = [
         "inside, outside: mean similarity of two layers of one patch, of two; beyond: how much of the former is not\n"
         "the distance of the layers (0: neighbours are alike, and that is all)\n"
@@ -325,11 +329,11 @@ def report(found: Mapping[str, Any]) -> str:
             [text, *(_shown(one[metric][key]) for key in ("inside", "outside", "beyond_distance")), _runs(one[metric])]
             for text, one in found["maps"].items()
         ]
-        columns = [names[metric], "inside", "outside", "beyond", "patches"]
+        columns = [label(metric), "inside", "outside", "beyond", "patches"]
         parts.append("\n" + Table(columns, rows).text())
         if len(values) > 1:
             rows = [[text, *map(_shown, row)] for text, row in zip(found["maps"], values, strict=True)]
-            parts.append(f"\nCorrelation of the maps of {names[metric]}\n{Table(['', *found['maps']], rows).text()}")
+            parts.append(f"\nCorrelation of the maps of {label(metric)}\n{Table(['', *found['maps']], rows).text()}")
     if found["plans"]:
         parts.append("\nMerged windows that lie in one patch (in brackets: anywhere in the stack so many would)\n")
         for plan in found["plans"]:
@@ -340,7 +344,7 @@ def report(found: Mapping[str, Any]) -> str:
                     [text, *(f"{c['windows']} of {len(plan['windows'])} ({c['expected']:.1f})" for c in one.values())]
                     for text, one in plan["in_patches"].items()
                 ]
-                columns = ["text", *(names[metric] for metric in found["agreement"])]
+                columns = ["text", *(label(metric) for metric in found["agreement"])]
                 parts.append(Table(columns, rows).text())
     return "".join(parts)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from slm_pipeline import cli
+from slm_pipeline.analysis.token_metrics import TOKEN_METRICS
 from slm_pipeline.config import CalibrationConfig
 from slm_pipeline.data import calibration, corpora
 from slm_pipeline.data.tasks import task_fingerprint, task_source
@@ -96,7 +97,9 @@ def similarity(words: list[str]) -> None:
         "How alike the outputs of every two layers are on each text, and the runs of alike layers (patches). "
         "Default text: calibration.num_samples=64 calibration.seq_len=128.",
     )
-    parser.add_argument("--metric", default="cosine,cka", metavar="NAMES", help="of cosine,cka (default: both)")
+    parser.add_argument(
+        "--metric", default="cosine,cka", metavar="NAMES", help="of cosine,cka (default: both), or a plugin's"
+    )
     parser.add_argument("--estimator", default="unbiased", help="CKA: unbiased (default), biased or official")
     parser.add_argument("--kernel", default="linear", help="CKA: linear (default) or rbf")
     parser.add_argument("--bandwidth", type=float, default=1.0, help="rbf: so many median distances (default 1)")
@@ -119,7 +122,8 @@ def similarity(words: list[str]) -> None:
     parser.add_argument("--num-patches", type=int, help="of each map (default: as many as fit it best)")
     parser.add_plans("whose merged and dropped layers are drawn on the maps")
     options = parser.parse_intermixed_args(words)
-    metrics = _names("--metric", options.metric, ("cosine", "cka"))
+    cli.use_plugins(options.overrides)
+    metrics = _names("--metric", options.metric, (*TOKEN_METRICS, "cka"))
     tasks = list(TASKS) if options.tasks == "all" else _names("--tasks", options.tasks, tuple(TASKS))
     for option, least in (("limit", 1), ("max-tokens", 1), ("num-patches", 1)):
         _at_least(options, option, least)
@@ -191,9 +195,10 @@ def similarity(words: list[str]) -> None:
     ]
     title = f"{job.source.name}, {job.config.model.dtype}"
     for metric in metrics:
-        panels = [{"title": name, "metric": metric, **maps[metric]} for name, maps in found["maps"].items()]
-        label = analysis.describe(metric, settings)
-        written += heat_maps.heat_maps(panels, out / metric, title=f"{title}: {label}", plans=done)
+        colours = {"metric": metric, "label": analysis.label(metric)}
+        panels = [{"title": name, **colours, **maps[metric]} for name, maps in found["maps"].items()]
+        about_metric = analysis.describe(metric, settings)
+        written += heat_maps.heat_maps(panels, out / metric, title=f"{title}: {about_metric}", plans=done)
     lines = [f"{name}: {analysis.describe_counts(counts)}" for name, (_, counts) in measured.items()]
     labels = [analysis.describe(metric, settings) for metric in metrics]
     _print("\n".join([title, *labels, *lines]), analysis.report(found), written)

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from slm_pipeline.cli import errors_in_one_line
+from slm_pipeline.config import plugins
 from slm_pipeline.errors import UserError
 from slm_pipeline.jobs.job import check_output_root
 from slm_pipeline.report import documents
@@ -37,12 +38,16 @@ def main() -> None:
         help="default: all; html draws plots",
     )
     parser.add_argument(
+        "--plugins", type=_names, metavar="PACKAGE,...", default=[], help="packages whose plots are drawn too"
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="default: DIR; for one run DIR/report; for several DIRs ./report"
     )
     given = parser.parse_args()
     with errors_in_one_line():
         if unknown := [name for name in given.format if name not in FORMATS]:
             raise UserError(f"--format: {unknown[0]!r} is not one of {', '.join(FORMATS)}")
+        plugins.use(given.plugins)
         study = read_study(
             *given.directories,
             metric=given.metric,

@@ -166,8 +166,15 @@ def verify(entries: Sequence[Entry]) -> bool:
 def _line(entry: Entry) -> str:
     return (
         f"{entry.stage:<10} {entry.path.name:<24} {_size(entry.num_bytes):>9} {entry.age_days:>6.1f} d"
-        f" {len(entry.use.runs):>5} runs  {_about(entry.record) if entry.state == 'finished' else entry.state}"
+        f" {len(entry.use.runs):>5} runs  {_said(entry.record) if entry.state == 'finished' else entry.state}"
     )
+
+
+def _said(record: dict[str, Any]) -> str:
+    """Which method or recovery made a result, if one did, and what it is."""
+    identity = record.get("identity")
+    made_by = identity.get("recovery", identity.get("method")) if isinstance(identity, dict) else None
+    return ": ".join(filter(None, [made_by if isinstance(made_by, str) else "", _about(record)]))
 
 
 def _about(record: dict[str, Any]) -> str:

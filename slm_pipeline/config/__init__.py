@@ -12,7 +12,7 @@ import functools
 import importlib
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from inspect import isabstract
 from pathlib import Path
@@ -23,8 +23,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from slm_pipeline.config import ranges
+from slm_pipeline.config import plugins, ranges
+from slm_pipeline.config.folders import CONF_DIR, SWEEPS_ROOT
 from slm_pipeline.config.ranges import (
     BatchSize,
     Count,
@@ -39,11 +41,6 @@ from slm_pipeline.config.ranges import (
 )
 from slm_pipeline.errors import UserError
 from slm_pipeline.store.checksums import digest
-
-_HERE = Path(__file__).resolve().parent.parent
-_ROOT = _HERE if (_HERE / "conf").is_dir() else _HERE.parent  # an installed wheel carries conf/ and sweeps/ inside
-CONF_DIR = _ROOT / "conf"
-SWEEPS_ROOT = _ROOT  # the folder that holds the shipped sweeps/
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)  # of a configuration that cannot be put together
 PLUG_INS = ("method", "recovery", "measure")  # groups whose options are classes, see `build`
@@ -153,6 +150,7 @@ class Config:
 
     name: FolderName = "slm"
     seed: Seed = 1234
+    plugins: list[str] = field(default_factory=list)  # packages that bring options of their own, see config/plugins.py
     stages: list[str] = field(default_factory=lambda: list(STAGES))
     force: list[str] = field(default_factory=list)  # stages to run again, with everything after them
     keep: str = "model"  # model | plan: whether the pruned weights stay on disk or are rebuilt from the plan
@@ -198,11 +196,11 @@ def _digest(*keys: str, _root_: DictConfig) -> str:
 
 
 def to_config(composed: DictConfig) -> Config:
-    """The typed configuration of a composed one; interpolations resolved, unknown keys refused.
+    """The typed configuration of a composed one; interpolations resolved, unknown keys refused, its plugins in use.
 
     Raises:
         UserError: a key that does not exist (also one added with ``+``), a wrong type, a missing value, or one out of
-            its range.
+            its range; or a plugin that cannot be used.
     """
     values = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(values, dict)
@@ -215,6 +213,7 @@ def to_config(composed: DictConfig) -> Config:
         config = OmegaConf.to_object(OmegaConf.merge(_schema(Config), plain))
     assert isinstance(config, Config)
     ranges.check(config)
+    plugins.use(config.plugins)  # another process than the one that composed it has not imported them
     return config
 
 
@@ -255,10 +254,10 @@ def _types(key: str) -> list[Any]:
     first, *names = key.split(".")
     if first == "evaluation":
         kinds: list[Any] = [EvaluationConfig]
-        if names and names[0] in (measures := _shipped_classes("measure")):
+        if names and names[0] in (measures := _classes("measure", plugins.in_use())):
             kinds, names = [measures[names[0]]], names[1:]
     elif first in PLUG_INS:
-        kinds = list(_shipped_classes(first).values())
+        kinds = list(_classes(first, plugins.in_use()).values())
     elif first == "hydra":
         kinds = [HydraConf]
     else:
@@ -273,14 +272,15 @@ def _types(key: str) -> list[Any]:
 def build(node: Any, *, group: str, key: str = "") -> Any:
     """The object that a plug-in group's YAML describes; None for ``recovery=none``, which has no class.
 
-    ``_target_`` names a dataclass of this package; the other keys are its fields, checked for name, type and range, and
-    by the class's own ``__post_init__``. The option ``none`` has no use for the keys of the others: see `unused`.
+    ``_target_`` names a dataclass of this package or of a plugin; the other keys are its fields, checked for name, type
+    and range, and by the class's own ``__post_init__``. The option ``none`` has no use for the keys of the others: see
+    `unused`.
 
     Args:
         key: where the options stand, such as ``evaluation.perplexity``; empty: under the group's name.
 
     Raises:
-        UserError: the class is not one of ours, it lacks a key, or a value is of the wrong type or range.
+        UserError: the class is not one of these, it lacks a key, or a value is of the wrong type or range.
     """
     target, values = _target_and_values(node, group)
     if target is None and group == "recovery":
@@ -321,7 +321,7 @@ def unused(node: Any, *, group: str) -> list[str]:
         return []
     own = {option.name for option in fields(options)} if options is not None else set()
     extra = [key for key in values if key not in own]
-    known = _options_with(group)
+    known = _options_with(group, plugins.in_use())
     for key in extra:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=3)
@@ -343,23 +343,36 @@ def _options_class(target: Any, group: str) -> Any:
     """The dataclass that ``_target_`` names."""
     if target is None:
         raise UserError(f"{group} has no option; choose one of {', '.join(sorted(_names(group)))}")
-    if not isinstance(target, str) or not target.startswith("slm_pipeline."):
-        raise UserError(f"{group}._target_={target!r} must name a class in slm_pipeline")
+    ours = isinstance(target, str) and target.startswith("slm_pipeline.")
+    if not isinstance(target, str) or not (ours or plugins.is_named(target)):
+        raise UserError(
+            f"{group}._target_={target!r} must name a class in slm_pipeline, or in a package that plugins=[...] names"
+        )
     module_name, _, class_name = target.rpartition(".")
     try:
         options = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{group}._target_={target!r} does not exist ({error})") from error
+    except Exception as error:
+        if ours:
+            raise
+        words = " ".join(str(error).split())
+        raise UserError(f"{group}._target_={target!r} cannot be imported: {type(error).__name__}: {words}") from error
     does = {"method": "plan", "recovery": "run", "measure": "numbers"}[group]
     if not (is_dataclass(options) and hasattr(options, "name") and hasattr(options, does)) or isabstract(options):
         raise UserError(f"{group}._target_={target!r} is not the class of a {group}")
+    if not ours and (CONF_DIR / group / f"{options.name}.yaml").exists():
+        raise UserError(
+            f"{group}._target_={target!r} calls itself {options.name!r}, as one of slm_pipeline does; tables and plans"
+            " would not tell them apart: give the class another name"
+        )
     return options
 
 
 def _lacks(name: str, group: str, key: str, options: Any) -> str:
     """Why a name is refused: which options have it, or what is like it."""
     message = f"{key}.{name} does not exist for {group}={options.name}"
-    if others := _options_with(group).get(name):
+    if others := _options_with(group, plugins.in_use()).get(name):
         message += f", only for {group}={', '.join(others)}"
     names = [option.name for option in fields(options)]
     if near := difflib.get_close_matches(str(name), names):
@@ -367,29 +380,41 @@ def _lacks(name: str, group: str, key: str, options: Any) -> str:
     return f"{message}; {group}={options.name} has: {', '.join(names)}"
 
 
+def option_files(group: str) -> list[Path]:
+    """The YAML files of a group's options, of ours and of the plugins in use, by name."""
+    folder = (SWEEPS_ROOT if group == "sweeps" else CONF_DIR) / group
+    files = [*folder.glob("*.yaml"), *(file for plugin in plugins.in_use() for file in plugin.options(group))]
+    return sorted(files, key=lambda file: file.stem)
+
+
 def _names(group: str) -> list[str]:
-    return [file.stem for file in (CONF_DIR / group).glob("*.yaml")]
+    return [file.stem for file in option_files(group)]
 
 
 @functools.cache
-def _options_with(group: str) -> dict[str, list[str]]:
-    """Of each key of a plug-in group the shipped options that have it."""
+def _options_with(group: str, in_use: tuple[plugins.Plugin, ...]) -> dict[str, list[str]]:
+    """Of each key of a plug-in group the options that have it; see `_classes`."""
     found: dict[str, list[str]] = {}
-    for name, options in _shipped_classes(group).items():
+    for name, options in _classes(group, in_use).items():
         for option in fields(options):
             found.setdefault(option.name, []).append(name)
     return found
 
 
 @functools.cache
-def _shipped_classes(group: str) -> dict[str, Any]:
-    """The class of each shipped option of a plug-in group that has one."""
+def _classes(group: str, in_use: tuple[plugins.Plugin, ...]) -> dict[str, Any]:
+    """The class of each option of a plug-in group that has one, of ours and of the plugins in use.
+
+    A plugin's option that is wrong is left out: it is refused when it is chosen.
+    """
     found = {}
-    for name in sorted(_names(group)):
-        values: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / group / f"{name}.yaml"), resolve=False)
-        values = values.get(group, values)  # some are written from the top
-        if target := values.get("_target_"):
-            found[name] = _options_class(target, group)
+    for file in option_files(group):
+        refused = () if file.is_relative_to(CONF_DIR) else (UserError, *COMPOSITION_ERRORS, YAMLError)
+        with suppress(*refused):
+            values: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+            values = values.get(group, values)  # some are written from the top
+            if target := values.get("_target_"):
+                found[file.stem] = _options_class(target, group)
     return found
 
 

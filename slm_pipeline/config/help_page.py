@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from slm_pipeline import config
+from slm_pipeline.config import plugins
 
 _GROUPS = (
     "model",
@@ -29,6 +30,7 @@ slm: compress a language model by depth. One command calibrates, merges layers, 
   slm dry_run=true                                        what would run, what would be reused
   slm -m threshold=fixed pruning_ratio=none threshold.value=0.7,0.8,0.9    one job for each
   slm -m sweeps=thresholds                                a study
+  slm plugins=[mypackage] method=mine                     an option of another package; its --help shows them all
 
 Running the same command again reuses every stage that is done and continues what was interrupted."""
 
@@ -41,19 +43,22 @@ def text() -> str:
     """Introduction, every group with its options, the keys of the top level."""
     parts = [_INTRODUCTION]
     for group in _GROUPS:
-        parts.append(f"{group}=\n" + "\n".join(_option_lines(config.CONF_DIR / group)))
-    parts.append("sweeps=   (with -m)\n" + "\n".join(_option_lines(config.SWEEPS_ROOT / "sweeps")))
-    launchers = config.CONF_DIR / "hydra" / "launcher"
+        parts.append(f"{group}=\n" + "\n".join(_option_lines(group)))
+    parts.append("sweeps=   (with -m)\n" + "\n".join(_option_lines("sweeps")))
     parts.append(
-        "hydra/launcher=   (with -m; also joblib, and basic: one after another)\n" + "\n".join(_option_lines(launchers))
+        "hydra/launcher=   (with -m; also joblib, and basic: one after another)\n"
+        + "\n".join(_option_lines("hydra/launcher"))
     )
     parts.append("keys of the top level\n" + "\n".join(_key_lines()))
     parts.append(_FURTHER)
     return "\n\n".join(parts)
 
 
-def _option_lines(folder: Path) -> list[str]:
-    return [f"  {file.stem:<20} {_first_comment(file)}" for file in sorted(folder.glob("*.yaml"))]
+def _option_lines(group: str) -> list[str]:
+    """Each option with the first comment of its file, and of a plugin's its package."""
+    owners = {file: f" ({plugin.name})" for plugin in plugins.in_use() for file in plugin.options(group)}
+    files = config.option_files(group)
+    return [f"  {file.stem:<20} {_first_comment(file)}{owners.get(file, '')}" for file in files]
 
 
 def _first_comment(file: Path) -> str:

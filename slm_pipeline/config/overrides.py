@@ -98,7 +98,7 @@ def check_group(item: Override) -> None:
                 f" slm -m {group}={names}"
             )
         if not isinstance(value, str) or not value:
-            names = ", ".join(sorted(file.stem for file in _folder(group).glob("*.yaml")))
+            names = ", ".join(file.stem for file in config.option_files(group))
             raise UserError(f"{item.input_line}: {group} is a group, choose one of its options: {names}")
 
 

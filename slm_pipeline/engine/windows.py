@@ -12,14 +12,12 @@ changing a decision:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from slm_pipeline.engine.blocks import BlockRunner, batches
+from slm_pipeline.engine.similarities import SIMILARITIES
 from slm_pipeline.engine.window_memo import WindowMemo
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
@@ -37,7 +35,7 @@ class StackSimilarity:
         view: the dense model; never changed.
         input_ids: [N, length] calibration samples.
         rule: merge rule, see `slm_pipeline.surgery.merge_rules`.
-        similarity: a key of `SIMILARITIES`.
+        similarity: a key of `slm_pipeline.engine.similarities.SIMILARITIES`.
         memo: what is known already, for the same model, samples, rule and similarity.
 
     Attributes:
@@ -104,49 +102,3 @@ class StackSimilarity:
 def originals(group: Group) -> list[int]:
     """The original layers of a group, lowest first."""
     return [group] if isinstance(group, int) else [layer for member in group for layer in originals(member)]
-
-
-@dataclass(frozen=True)
-class Similarity:
-    """How alike two models' final-normed states are.
-
-    Attributes:
-        measure: (view, dense, pruned), both [batch, length, d] -> [batch] float32.
-        of_mean: turns the mean of the measure over all samples into the similarity.
-    """
-
-    measure: Callable[[ModelView, Tensor, Tensor], Tensor]
-    of_mean: Callable[[float], float] = float
-
-
-def flattened_cosine(view: ModelView, dense: Tensor, pruned: Tensor) -> Tensor:
-    """Cosine of all of a sample's states as one vector, as published."""
-    return torch.cosine_similarity(dense.float().flatten(1), pruned.float().flatten(1), dim=-1)
-
-
-def last_token_cosine(view: ModelView, dense: Tensor, pruned: Tensor) -> Tensor:
-    """Cosine of the last token's state."""
-    return torch.cosine_similarity(dense[:, -1].float(), pruned[:, -1].float(), dim=-1)
-
-
-def per_token_cosine(view: ModelView, dense: Tensor, pruned: Tensor) -> Tensor:
-    """Mean over tokens of the cosine of each token's state."""
-    return torch.cosine_similarity(dense.float(), pruned.float(), dim=-1).mean(dim=1)
-
-
-def kl_divergence(view: ModelView, dense: Tensor, pruned: Tensor) -> Tensor:
-    """KL(dense || pruned) of the next-token distributions in nats, averaged over tokens."""
-    values = []
-    for dense_row, pruned_row in zip(dense, pruned, strict=True):  # one sample's logits at a time bounds the memory
-        reference = view.logits(dense_row).float().log_softmax(dim=-1)
-        candidate = view.logits(pruned_row).float().log_softmax(dim=-1)
-        values.append((reference.exp() * (reference - candidate)).sum(dim=-1).mean())
-    return torch.stack(values)
-
-
-SIMILARITIES: dict[str, Similarity] = {
-    "final_hidden": Similarity(flattened_cosine),
-    "last_token": Similarity(last_token_cosine),
-    "per_token": Similarity(per_token_cosine),
-    "logits_kl": Similarity(kl_divergence, of_mean=lambda divergence: math.exp(-divergence)),
-}

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,9 +120,12 @@ def describe_plan(job: Job) -> str:
     return "\n".join(lines)
 
 
-def run_job(composed: DictConfig) -> float | None:
+def run_job(composed: DictConfig, words: Sequence[str]) -> float | None:
     """Run one composed configuration inside Hydra. Leaves summary.json, or failure.json and an error, or if it was
     interrupted neither.
+
+    Args:
+        words: of the command line.
 
     Returns:
         The job's objective, for a sweeper that searches.
@@ -130,7 +133,7 @@ def run_job(composed: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
     multirun = hydra.mode == RunMode.MULTIRUN
-    command = shlex.join(["slm", *(hydra.overrides.task if multirun else sys.argv[1:])])
+    command = shlex.join(["slm", *(hydra.overrides.task if multirun else words)])
     if multirun and hydra.runtime.choices["hydra/launcher"] == "gpus":
         gpus.take_one(hydra.launcher.n_jobs)
     warnings = _WarningCollector()

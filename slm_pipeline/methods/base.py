@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from slm_pipeline.config import ranges
+from slm_pipeline.config import plugins, ranges
 from slm_pipeline.config.ranges import Count, NumLayersOrZero, Tokens
 from slm_pipeline.engine.window_memo import WindowMemos
 from slm_pipeline.errors import UserError
@@ -105,6 +105,10 @@ class Method(ABC):
         del values["published_calibration"]
         return values
 
+    def code(self) -> dict[str, str]:
+        """What of its code comes from plugins, see `plugins.code_of`; it goes into the artefact's key."""
+        return plugins.code_of(type(self))
+
     def refuse_unused(self, why: str, *names: str) -> None:
         """Raise `UserError` if one of these options, which do nothing ``why``, is not at its default."""
         for option in fields(self):
@@ -123,7 +127,8 @@ class Method(ABC):
             )
 
     def identity(self) -> dict[str, Any]:
-        return {"method": self.name, "options": self.options()}
+        code = self.code()
+        return {"method": self.name, "options": self.options(), **({"plugins": code} if code else {})}
 
     def fewest_left(self, num_layers: int) -> tuple[int, str]:
         """Fewest layers that a plan can leave of so many, whatever the method measures, and why no fewer."""

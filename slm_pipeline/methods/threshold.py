@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Protocol
 
 from tqdm import tqdm
 
+from slm_pipeline.config import plugins
+from slm_pipeline.engine.similarities import SIMILARITIES
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import Method, PruningProblem
 from slm_pipeline.methods.target import Floor, Layers
 from slm_pipeline.surgery.merge_rules import RULES
 from slm_pipeline.surgery.ops.merge import Merge
 from slm_pipeline.surgery.plan import Plan
-
-SIMILARITIES = ("final_hidden", "last_token", "per_token", "logits_kl")
 
 Window = tuple[int, int]  # closed range (low, high) of original layers
 Similarity = Callable[[tuple[Any, ...]], float]  # of the stack from some layer up
@@ -95,7 +95,7 @@ class ThresholdMerging(Method):
 
     merge_rule: str = "official"  # one of `slm_pipeline.surgery.merge_rules`
     # final_hidden | last_token | per_token | logits_kl: cosine of the flattened final-normed states, of the last
-    # token's, the mean of each token's; or exp of minus the mean KL divergence from dense to pruned.
+    # token's, the mean of each token's; or exp of minus the mean KL divergence from dense to pruned. Or a plugin's.
     similarity: str = "final_hidden"
 
     targets: ClassVar[tuple[type, ...]] = (Layers, Floor)
@@ -107,6 +107,9 @@ class ThresholdMerging(Method):
         if self.similarity not in SIMILARITIES:
             raise UserError(f"method.similarity={self.similarity!r} is not one of {', '.join(SIMILARITIES)}")
 
+    def code(self) -> dict[str, str]:
+        return super().code() | plugins.code_of(SIMILARITIES[self.similarity].measure)
+
     @abstractmethod
     def one_pass(self, similarity: Similarity, num_layers: int) -> Pass:
         """The method's pass over a stack of ``num_layers``."""
@@ -115,7 +118,8 @@ class ThresholdMerging(Method):
         from slm_pipeline.engine.windows import StackSimilarity
 
         num_layers = problem.view.num_layers
-        with problem.windows.open(self.merge_rule, self.similarity) as memo:
+        judged_by = "_".join([self.similarity, *plugins.code_of(SIMILARITIES[self.similarity].measure).values()])
+        with problem.windows.open(self.merge_rule, judged_by) as memo:
             similarity = StackSimilarity(problem.view, problem.input_ids, self.merge_rule, self.similarity, memo)
             one_pass = self.one_pass(similarity, num_layers)
             if isinstance(problem.target, Floor):

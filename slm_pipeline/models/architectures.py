@@ -1,7 +1,8 @@
 """Where each supported architecture keeps its parts. Everything else in the package asks `ModelView`.
 
-A new architecture is one entry here, if its blocks map a residual stream to a residual stream and share nothing
-with other blocks. Importing this module stays cheap: no torch.
+A new architecture is one entry here, or one that a plugin adds to `ARCHITECTURES` when it is imported, if its blocks
+map a residual stream to a residual stream and share nothing with other blocks. Importing this module stays cheap: no
+torch.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         head="embed_out",
     ),
 }
+SHIPPED = frozenset(ARCHITECTURES)  # what is said of these changes with this package alone
 
 # How configurations speak of single layers, here and in kindred architectures. No list is known by its length.
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # one entry for each layer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from slm_pipeline.config import ModelConfig
@@ -77,6 +77,9 @@ def describe(config: ModelConfig) -> ModelSource:
             f"{config.path or config.repo} lacks whole sublayers already, so it cannot be pruned further; start from"
             " the dense model, or from a checkpoint written with method.export=stock"
         )
+    if source.model_type not in architectures.SHIPPED:  # a plugin may yet say something else of it
+        said = digest(asdict(source.architecture))
+        return replace(source, fingerprint=f"{source.fingerprint}:{said}")
     return source
 
 

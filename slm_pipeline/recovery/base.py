@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slm_pipeline.config import ranges
+from slm_pipeline.config import plugins, ranges
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,7 +102,8 @@ class Recovery(ABC):
         Raises:
             UserError: the data are missing or malformed.
         """
-        return {"recovery": self.name, "options": self.options()}
+        code = plugins.code_of(type(self))
+        return {"recovery": self.name, "options": self.options(), **({"plugins": code} if code else {})}
 
     def check(self, source: ModelSource, num_layers: int | None) -> None:  # noqa: B027  # most work on any model
         """Raise `UserError` if it cannot work on this model; called before anything expensive, without torch.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +30,9 @@ class Picture:
 
 
 def draw(study: Study, folder: Path) -> list[Picture]:
-    """Every plot for which the study has numbers, written into ``folder``."""
+    """Every one of `PLOTS` for which the study has numbers, written into ``folder``."""
     drawn: list[Picture] = []
-    for name, plot in (("metric", _metric), ("score by layers", _layers), ("score by speed", _speed)):
+    for name, plot in PLOTS.items():
         with only_warned_about(f"no plot of the {name}"):
             drawn += plot(study, folder)
     return drawn
@@ -286,3 +286,11 @@ def telling_options(study: Study) -> list[str]:
     """The options that tell runs apart in pictures without a given series: at most two, the method first, then x."""
     names = dict.fromkeys(["method", study.x or "", *study.varied])
     return [name for name in names if name in study.options][:2]
+
+
+# By what a warning calls them, in their order on the page. A plugin adds one when it is imported.
+PLOTS: dict[str, Callable[[Study, Path], Iterator[Picture]]] = {
+    "metric": _metric,
+    "score by layers": _layers,
+    "score by speed": _speed,
+}

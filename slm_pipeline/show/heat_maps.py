@@ -23,8 +23,9 @@ def heat_maps(
     """Similarity maps side by side, those of one metric in the same colours.
 
     Args:
-        panels: each ``title``; ``metric`` (cosine, cka); ``matrix``, [L+1][L+1] numbers or None, where index 0 is the
-            embeddings and i the output of layer i - 1; ``patches``, pairs of first and last layer, outlined.
+        panels: each ``title``; ``metric`` (cosine, cka, or another with its ``label``); ``matrix``, [L+1][L+1] numbers
+            or None, where index 0 is the embeddings and i the output of layer i - 1; ``patches``, pairs of first and
+            last layer, outlined.
         path_stem: where to write, without ``.png`` and ``.svg``.
         title: the picture's title.
         plans: each ``name``; ``windows``, pairs of first and last layer merged into one, outlined; ``dropped``, layers
@@ -62,7 +63,8 @@ def heat_maps(
                     axes.scatter(states, states, marker="x", s=18 if large else 7, lw=1.0, color=color, zorder=4)
                 _label_layers(axes, len(values), most=8 if large else 5)
             together = [axes for axes, _ in chosen]
-            figure.colorbar(image, ax=together, label=LABELS[metric], shrink=0.8 if large else 1.0)
+            label = chosen[0][1].get("label") or LABELS[metric]
+            figure.colorbar(image, ax=together, label=label, shrink=0.8 if large else 1.0)
         for axes in grid[:, 0]:
             axes.set_ylabel("output of layer")
         for column in range(columns):

@@ -102,7 +102,7 @@ def test_any_values_give_a_job_or_a_users_error(data, composed, monkeypatch):
         key = data.draw(st.sampled_from(keys(changed)))
         try:
             OmegaConf.update(changed, key, data.draw(VALUES), merge=True)
-        except OverflowError:  # said by `cli._compose`
+        except OverflowError:  # said by `cli.composed_of`
             return
         except OmegaConfBaseException:
             continue

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from slm_pipeline.config import plugins
 from slm_pipeline.data.overlap import RUN, overlaps
 from slm_pipeline.evaluation.measure import Measure
 from slm_pipeline.jobs.job import Job
@@ -53,6 +54,7 @@ class Evaluate(Stage):
             "checkpoint": checkpoint,
             **({"dense": job.source.fingerprint} if self.measure.reads_dense else {}),
             "measure": self.measure.name,
+            **({"plugins": code} if (code := plugins.code_of(type(self.measure))) else {}),
             "of": job.evaluation.identity()[self.measure.label(self.part)],
         }
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from slm_pipeline.config import plugins
 from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.merge import load_plan, load_pruned
@@ -112,6 +113,7 @@ def recovery_problem(job: Job, merge: Artifact, out: Path, log: Log) -> Recovery
     """What the job's recovery gets; ``merge`` is the finished stage, ``out`` where the recovery may write."""
     from slm_pipeline.models.loading import load_dense
 
+    plugins.use(job.config.plugins)  # a training process of its own has not imported them
     model, tokenizer = load_pruned(job, merge)
     return RecoveryProblem(
         teacher=lambda: load_dense(job.source)[0],
