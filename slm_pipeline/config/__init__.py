@@ -1,32 +1,27 @@
-"""The schema of every option we own, and the one place where YAML turns into objects.
+"""The schema of every option we own.
 
 The dataclasses below are the root of the Hydra configuration: a misspelt key or a wrong type is refused while the
-configuration is composed. Groups that plug in (``method``, ``recovery``, ``measure``) name a class with ``_target_``;
-`build` is the only function that resolves such a name. Importing this module stays cheap: no torch.
+configuration is composed. Groups that plug in (``method``, ``recovery``, ``measure``) name a class with
+``_target_``; see `slm_pipeline.config.groups`. Importing this module stays cheap: no torch.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
-import importlib
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from inspect import isabstract
-from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
 
-from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from slm_pipeline.config import plugins, ranges
-from slm_pipeline.config.folders import CONF_DIR, SWEEPS_ROOT
+from slm_pipeline.config import ranges
+from slm_pipeline.config.folders import CONF_DIR as CONF_DIR
+from slm_pipeline.config.folders import SWEEPS_ROOT as SWEEPS_ROOT
 from slm_pipeline.config.ranges import (
     BatchSize,
     Count,
@@ -43,7 +38,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.store.checksums import digest
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)  # of a configuration that cannot be put together
-PLUG_INS = ("method", "recovery", "measure")  # groups whose options are classes, see `build`
+PLUG_INS = ("method", "recovery", "measure")  # groups whose options are classes, see `slm_pipeline.config.groups`
 STAGES = ("calibrate", "merge", "recover", "evaluate")
 TARGETS = ("dense", "pruned", "recovered")
 
@@ -174,7 +169,7 @@ def register() -> None:
     """Make the schema known to Hydra, as ``schema`` in the defaults list.
 
     The groups that plug in are open, and so is ``evaluation``, under which measures stand: which keys they have is for
-    their classes to say, see `build`, where an error can name the option that lacks a key, and is one job's alone in a
+    their classes to say, where an error can name the option that lacks a key, and is one job's alone in a
     study.
     """
     schema = OmegaConf.structured(Config)
@@ -206,7 +201,7 @@ def to_config(composed: DictConfig) -> Config:
     assert isinstance(values, dict)
     values.pop("hydra", None)
     plain = OmegaConf.create(values)
-    with _refusals_in_one_line():
+    with refusals_in_one_line():
         OmegaConf.resolve(plain)
         if missing := sorted(OmegaConf.missing_keys(plain)):
             raise UserError(f"no value for {', '.join(missing)}; see slm --help")
@@ -224,7 +219,7 @@ def _schema(options: Any) -> DictConfig:
 
 
 @contextmanager
-def _refusals_in_one_line(group: str = "") -> Iterator[None]:
+def refusals_in_one_line(group: str = "") -> Iterator[None]:
     """Turn what OmegaConf has against a value, of the whole configuration or of a group, into a user's error."""
     try:
         yield
@@ -238,60 +233,6 @@ def _refusals_in_one_line(group: str = "") -> Iterator[None]:
         raise UserError("values refer to one another in a circle: ${...}") from error
 
 
-def is_text(key: str) -> bool:
-    """Whether an option, by its whole name, holds one text; one of a plug-in group if it does so in any of its options,
-    one of Hydra if its own schema says so."""
-    return str in _types(key)
-
-
-def is_list_of_texts(key: str) -> bool:
-    """As `is_text`, but whether it holds a list of them."""
-    return list[str] in _types(key)
-
-
-def _types(key: str) -> list[Any]:
-    """What an option, by its whole name, may hold, without None and ranges; empty if there is none of that name."""
-    first, *names = key.split(".")
-    if first == "evaluation":
-        kinds: list[Any] = [EvaluationConfig]
-        if names and names[0] in (measures := _classes("measure", plugins.in_use())):
-            kinds, names = [measures[names[0]]], names[1:]
-    elif first in PLUG_INS:
-        kinds = list(_classes(first, plugins.in_use()).values())
-    elif first == "hydra":
-        kinds = [HydraConf]
-    else:
-        kinds, names = [Config], [first, *names]
-    for name in names:
-        hints = [ranges.declared(kind).get(name) for kind in kinds if is_dataclass(kind)]
-        kinds = [ranges.split(hint)[0] for hint in hints if hint is not None]
-    of_texts = [get_origin(kind) is list and ranges.split(get_args(kind)[0])[0] is str for kind in kinds]
-    return [list[str] if is_list else kind for kind, is_list in zip(kinds, of_texts, strict=True)]
-
-
-def build(node: Any, *, group: str, key: str = "") -> Any:
-    """The object that a plug-in group's YAML describes; None for ``recovery=none``, which has no class.
-
-    ``_target_`` names a dataclass of this package or of a plugin; the other keys are its fields, checked for name, type
-    and range, and by the class's own ``__post_init__``. The option ``none`` has no use for the keys of the others: see
-    `unused`.
-
-    Args:
-        key: where the options stand, such as ``evaluation.perplexity``; empty: under the group's name.
-
-    Raises:
-        UserError: the class is not one of these, it lacks a key, or a value is of the wrong type or range.
-    """
-    target, values = _target_and_values(node, group)
-    if target is None and group == "recovery":
-        return None
-    options = _options_class(target, group)
-    lacking = set(values) - {option.name for option in fields(options)}
-    if lacking and options.name != "none":
-        raise UserError(_lacks(min(lacking), group, key or group, options))
-    return checked(options, {name: value for name, value in values.items() if name not in lacking}, key or group)
-
-
 def checked(options: Any, values: Mapping[str, Any], key: str) -> Any:
     """An instance of a dataclass of options with these values.
 
@@ -301,121 +242,10 @@ def checked(options: Any, values: Mapping[str, Any], key: str) -> Any:
     Raises:
         UserError: a value is of the wrong type, or out of its range.
     """
-    with _refusals_in_one_line(key):
+    with refusals_in_one_line(key):
         built = OmegaConf.to_object(OmegaConf.merge(_schema(options), dict(values)))
     ranges.check(built, f"{key}.")
     return built
-
-
-def unused(node: Any, *, group: str) -> list[str]:
-    """Keys of a plug-in group that were set although its option is ``none``, by their whole names.
-
-    So ``recovery=none`` can be laid over an experiment, or stand in a study, that sets what the others read.
-
-    Raises:
-        UserError: no option of the group has such a key.
-    """
-    target, values = _target_and_values(node, group)
-    options = None if target is None and group == "recovery" else _options_class(target, group)
-    if options is not None and options.name != "none":
-        return []
-    own = {option.name for option in fields(options)} if options is not None else set()
-    extra = [key for key in values if key not in own]
-    known = _options_with(group, plugins.in_use())
-    for key in extra:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=3)
-            raise UserError(
-                f"{group}.{key} does not exist in any option of {group};"
-                f" {'did you mean' if near else 'there are'} {', '.join(near or sorted(known))}"
-            )
-    return [f"{group}.{key}" for key in extra]
-
-
-def _target_and_values(node: Any, group: str) -> tuple[Any, dict[str, Any]]:
-    if not isinstance(node or {}, (Mapping, DictConfig)):
-        raise UserError(f"{group}={ranges.short(node)} must be one of {', '.join(sorted(_names(group)))}")
-    values = {str(key): value for key, value in (node or {}).items()}
-    return values.pop("_target_", None), values
-
-
-def _options_class(target: Any, group: str) -> Any:
-    """The dataclass that ``_target_`` names."""
-    if target is None:
-        raise UserError(f"{group} has no option; choose one of {', '.join(sorted(_names(group)))}")
-    ours = isinstance(target, str) and target.startswith("slm_pipeline.")
-    if not isinstance(target, str) or not (ours or plugins.is_named(target)):
-        raise UserError(
-            f"{group}._target_={target!r} must name a class in slm_pipeline, or in a package that plugins=[...] names"
-        )
-    module_name, _, class_name = target.rpartition(".")
-    try:
-        options = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{group}._target_={target!r} does not exist ({error})") from error
-    except Exception as error:
-        if ours:
-            raise
-        words = " ".join(str(error).split())
-        raise UserError(f"{group}._target_={target!r} cannot be imported: {type(error).__name__}: {words}") from error
-    does = {"method": "plan", "recovery": "run", "measure": "numbers"}[group]
-    if not (is_dataclass(options) and hasattr(options, "name") and hasattr(options, does)) or isabstract(options):
-        raise UserError(f"{group}._target_={target!r} is not the class of a {group}")
-    if not ours and (CONF_DIR / group / f"{options.name}.yaml").exists():
-        raise UserError(
-            f"{group}._target_={target!r} calls itself {options.name!r}, as one of slm_pipeline does; tables and plans"
-            " would not tell them apart: give the class another name"
-        )
-    return options
-
-
-def _lacks(name: str, group: str, key: str, options: Any) -> str:
-    """Why a name is refused: which options have it, or what is like it."""
-    message = f"{key}.{name} does not exist for {group}={options.name}"
-    if others := _options_with(group, plugins.in_use()).get(name):
-        message += f", only for {group}={', '.join(others)}"
-    names = [option.name for option in fields(options)]
-    if near := difflib.get_close_matches(str(name), names):
-        message += f" (did you mean {', '.join(near)}?)"
-    return f"{message}; {group}={options.name} has: {', '.join(names)}"
-
-
-def option_files(group: str) -> list[Path]:
-    """The YAML files of a group's options, of ours and of the plugins in use, by name."""
-    folder = (SWEEPS_ROOT if group == "sweeps" else CONF_DIR) / group
-    files = [*folder.glob("*.yaml"), *(file for plugin in plugins.in_use() for file in plugin.options(group))]
-    return sorted(files, key=lambda file: file.stem)
-
-
-def _names(group: str) -> list[str]:
-    return [file.stem for file in option_files(group)]
-
-
-@functools.cache
-def _options_with(group: str, in_use: tuple[plugins.Plugin, ...]) -> dict[str, list[str]]:
-    """Of each key of a plug-in group the options that have it; see `_classes`."""
-    found: dict[str, list[str]] = {}
-    for name, options in _classes(group, in_use).items():
-        for option in fields(options):
-            found.setdefault(option.name, []).append(name)
-    return found
-
-
-@functools.cache
-def _classes(group: str, in_use: tuple[plugins.Plugin, ...]) -> dict[str, Any]:
-    """The class of each option of a plug-in group that has one, of ours and of the plugins in use.
-
-    A plugin's option that is wrong is left out: it is refused when it is chosen.
-    """
-    found = {}
-    for file in option_files(group):
-        refused = () if file.is_relative_to(CONF_DIR) else (UserError, *COMPOSITION_ERRORS, YAMLError)
-        with suppress(*refused):
-            values: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-            values = values.get(group, values)  # some are written from the top
-            if target := values.get("_target_"):
-                found[file.stem] = _options_class(target, group)
-    return found
 
 
 def one_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from slm_pipeline import config
-from slm_pipeline.config import plugins
+from slm_pipeline.config import groups, plugins
 
 _GROUPS = (
     "model",
@@ -57,7 +57,7 @@ def text() -> str:
 def _option_lines(group: str) -> list[str]:
     """Each option with the first comment of its file, and of a plugin's its package."""
     owners = {file: f" ({plugin.name})" for plugin in plugins.in_use() for file in plugin.options(group)}
-    files = config.option_files(group)
+    files = groups.option_files(group)
     return [f"  {file.stem:<20} {_first_comment(file)}{owners.get(file, '')}" for file in files]
 
 
@@ -68,8 +68,7 @@ def _first_comment(file: Path) -> str:
 
 def _key_lines() -> list[str]:
     """Top-level keys with the values and comments of conf/config.yaml."""
-    groups = set(_GROUPS)
-    wanted = {option.name for option in fields(config.Config)} - groups
+    wanted = {option.name for option in fields(config.Config)} - set(_GROUPS)
     lines = []
     for line in (config.CONF_DIR / "config.yaml").read_text(encoding="utf-8").splitlines():
         key, separator, rest = line.partition(":")

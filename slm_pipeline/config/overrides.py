@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, O
 from hydra.errors import HydraException
 
 from slm_pipeline import config
-from slm_pipeline.config import ranges
+from slm_pipeline.config import groups, ranges
 from slm_pipeline.errors import UserError
 
 _QUOTED = re.compile(r""""[^"]*"|'[^']*'""")
@@ -47,7 +47,7 @@ def parse_overrides(overrides: Sequence[str], loader: ConfigLoader | None = None
         if isinstance(value, int) and value.bit_length() > 1000:
             raise UserError(f"{item.key_or_group}={ranges.short(value)} is too large a number")
         no_text = isinstance(value, (bool, int, float, list, dict)) and str(value) != raw
-        if no_text and config.is_text(item.key_or_group):
+        if no_text and groups.is_text(item.key_or_group):
             raise UserError(f"{override} is read as {item.value()}{as_text_hint(override)}")
         item.config_loader = loader
         parsed.append(item)
@@ -63,9 +63,9 @@ def as_text_hint(override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals or ranges.Text(at_most=300).fault(value):
         return ""
-    if config.is_text(name := key.lstrip("+~")):
+    if groups.is_text(name := key.lstrip("+~")):
         return f"; as one text it is written {shlex.quote(f'{key}={_quoted(value)}')}"
-    if not config.is_list_of_texts(name):
+    if not groups.is_list_of_texts(name):
         return ""
     texts = (text.strip() for text in _BETWEEN_COMMAS.findall(value.strip().removeprefix("[").removesuffix("]")))
     plain = (text[1:-1] if _QUOTED.fullmatch(text) else text for text in texts if text)
@@ -98,7 +98,7 @@ def check_group(item: Override) -> None:
                 f" slm -m {group}={names}"
             )
         if not isinstance(value, str) or not value:
-            names = ", ".join(file.stem for file in config.option_files(group))
+            names = ", ".join(file.stem for file in groups.option_files(group))
             raise UserError(f"{item.input_line}: {group} is a group, choose one of its options: {names}")
 
 

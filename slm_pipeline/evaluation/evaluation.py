@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from slm_pipeline.config import TARGETS, EvaluationConfig, build, checked
+from slm_pipeline.config import TARGETS, EvaluationConfig, checked
+from slm_pipeline.config.groups import build
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.measure import Measure
 from slm_pipeline.models.context import Context

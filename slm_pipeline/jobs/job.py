@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline import config as options
-from slm_pipeline.config import Config, build, unused
+from slm_pipeline.config import Config
+from slm_pipeline.config.groups import build, unused
 from slm_pipeline.data.calibration import Calibration
 from slm_pipeline.data.corpora import corpus_fingerprint
 from slm_pipeline.engine.window_memo import WindowMemos

@@ -10,7 +10,8 @@ import pytest
 from conftest import run_slm
 
 from slm_pipeline import cli
-from slm_pipeline.config import option_files, plugins
+from slm_pipeline.config import plugins
+from slm_pipeline.config.groups import option_files
 from slm_pipeline.errors import UserError
 from slm_pipeline.jobs.runner import describe_plan
 

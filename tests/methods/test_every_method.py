@@ -8,7 +8,8 @@ from conftest import context_of, random_source
 from naive import problem_of
 from omegaconf import OmegaConf
 
-from slm_pipeline.config import CONF_DIR, build
+from slm_pipeline.config import CONF_DIR
+from slm_pipeline.config.groups import build
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.target import Layers
