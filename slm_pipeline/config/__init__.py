@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from slm_pipeline.config import ranges
+from slm_pipeline.config import plugins, ranges
 from slm_pipeline.config.folders import CONF_DIR as CONF_DIR
 from slm_pipeline.config.folders import SWEEPS_ROOT as SWEEPS_ROOT
 from slm_pipeline.config.ranges import (
