@@ -187,7 +187,7 @@ def _about(record: dict[str, Any]) -> str:
             return f"{result['source']}, {result['num_samples']} x {result['seq_len']} tokens"
         if "numbers" in result:
             numbers = [Number.from_json(key, said) for key, said in result["numbers"].items()]
-            return ", ".join(f"{number.below(result['measure']).key} {number}" for number in numbers)
+            return ", ".join(f"{number.below(result['label']).key} {number}" for number in numbers)
         return ", ".join(result)  # of a version that kept all measures together
     except (LookupError, TypeError):  # another version's
         return ""

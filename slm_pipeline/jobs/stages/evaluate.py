@@ -83,8 +83,13 @@ class Evaluate(Stage):
         found = self.measure.run(self.part, scored, job)
         numbers = {number.key: number.to_json() for number in self.measure.numbers(self.part, found)}
         overlap = self._overlap(job, scored)
-        device = gpus.in_words(job.config.model.device)
-        result = {"measure": self.measure.name, "found": found, "numbers": numbers, "device": device}
+        result = {
+            "measure": self.measure.name,
+            "label": self.measure.label(self.part),  # for people: another job may call the part otherwise
+            "found": found,
+            "numbers": numbers,
+            "device": gpus.in_words(job.config.model.device),
+        }
         return {**result, **({"overlap": overlap} if overlap else {})}
 
     def _overlap(self, job: Job, scored: ScoredModel) -> dict[str, int] | None:
