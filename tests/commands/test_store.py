@@ -22,6 +22,7 @@ RESULTS = {
     "merge": {"num_layers": {"dense": 30, "pruned": 24}, "layers": "0-21 {22-24} 25-29"},
     "evaluate": {
         "measure": "perplexity",
+        "label": "perplexity/notes.txt",
         "numbers": {"": {"value": 15.234, "unit": "perplexity", "higher_is_better": False}},
     },
 }
@@ -85,7 +86,7 @@ def test_list(output_dir, capsys):
     assert "3.0 d" in unused
     assert "1.5 kB" in partial
     assert partial.endswith("unfinished")
-    assert scores.endswith("perplexity 15.23")
+    assert scores.endswith("perplexity/notes.txt 15.23")
     assert calibration.endswith("bundled, 10 x 128 tokens")
     assert lines[-1].startswith("5 results, 5.0 MB")
 
