@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.utils import find_adapter_config_file
 
 from slm_pipeline.errors import UserError
-from slm_pipeline.models import folder
+from slm_pipeline.models import fault_words
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +35,15 @@ def load_checked(model_class: Any, place: Path | str, **options: Any) -> Any:
         )
     finally:
         transformers_log.removeFilter(_is_no_load_report)
-    problems = [folder.lacking(sorted(found["missing_keys"]))] if found["missing_keys"] else []
-    problems += folder.unequal({name: (saved, wanted) for name, saved, wanted in sorted(found["mismatched_keys"])})
+    problems = [fault_words.lacking(sorted(found["missing_keys"]))] if found["missing_keys"] else []
+    problems += fault_words.unequal({name: (saved, wanted) for name, saved, wanted in sorted(found["mismatched_keys"])})
     if not problems and (names := [name for name, tensor in model.named_parameters() if not _is_finite(tensor)]):
         dtype = str(model.dtype).removeprefix("torch.")
-        problems.append(f"not every value of {folder.tensor_names(names)} is a finite number in {dtype}")
+        problems.append(f"not every value of {fault_words.tensor_names(names)} is a finite number in {dtype}")
     if problems:
         raise UserError(f"{place}: {'; '.join(problems)}")
     if found["unexpected_keys"]:
-        log.warning("%s", folder.not_used(str(place), sorted(found["unexpected_keys"])))
+        log.warning("%s", fault_words.not_used(str(place), sorted(found["unexpected_keys"])))
     return model
 
 

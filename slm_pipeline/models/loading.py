@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError, refused_in_one_line
 from slm_pipeline.machine import gpus
-from slm_pipeline.models import bundled, folder, modeling_pruned
+from slm_pipeline.models import bundled, fault_words, folder, modeling_pruned
 from slm_pipeline.models.architectures import PRUNED
 from slm_pipeline.models.checked import load_checked
 from slm_pipeline.models.source import RANDOM_POSITIONS, ModelSource, drawn_on
@@ -37,7 +37,7 @@ def load_dense(source: ModelSource) -> tuple[Any, Any]:
     model = _load(place, source.config, revision)
     num_tokens, rows = 1 + max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
     if num_tokens > rows:
-        raise UserError(f"{place}: {folder.more_tokens(num_tokens, rows)}")
+        raise UserError(f"{place}: {fault_words.more_tokens(num_tokens, rows)}")
     return model, tokenizer
 
 

@@ -14,6 +14,7 @@ from slm_pipeline.models import architectures, folder
 from slm_pipeline.models.architectures import PRUNED, Architecture
 from slm_pipeline.models.bundled import BUNDLED_MODELS, model_fingerprint
 from slm_pipeline.models.description import check_description
+from slm_pipeline.models.json_files import read_json
 from slm_pipeline.store.checksums import digest
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -107,7 +108,7 @@ def _hub(config: ModelConfig) -> ModelSource:
         ) from error
     commit = Path(file).parent.name  # the hub's cache keeps files under snapshots/<commit>/
     try:
-        description = folder.read_json(Path(file))
+        description = read_json(Path(file))
     except ValueError as error:
         raise UserError(f"model.repo={config.repo!r}: config.json {error}") from error
     if problems := check_description(description):

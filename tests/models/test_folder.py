@@ -24,6 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.zero_shot import score_task
+from slm_pipeline.models import fault_words
 from slm_pipeline.models import folder as model_folder
 from slm_pipeline.models.architectures import ARCHITECTURES
 from slm_pipeline.models.description import ACTIVATIONS, ROPE_TYPES, check_description
@@ -393,9 +394,9 @@ def test_what_transformers_itself_writes_and_knows_is_allowed():
 def test_names_of_tensors_in_short():
     names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (9, 1, 2, 3)]
     assert (
-        model_folder.tensor_names([*names, "lm_head.weight"]) == "model.layers.1-3,9.mlp.up_proj.weight, lm_head.weight"
+        fault_words.tensor_names([*names, "lm_head.weight"]) == "model.layers.1-3,9.mlp.up_proj.weight, lm_head.weight"
     )
-    assert model_folder.tensor_names([f"a{n}" for n in range(14)]).endswith("a11 and 2 more")
+    assert fault_words.tensor_names([f"a{n}" for n in range(14)]).endswith("a11 and 2 more")
 
 
 def test_blocks_of_a_large_tensor_are_evenly_spaced_up_to_its_end():
