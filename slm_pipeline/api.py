@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.global_hydra import GlobalHydra
 
-from slm_pipeline import cli
 from slm_pipeline.config import Config, ModelConfig
 from slm_pipeline.errors import UserError
+from slm_pipeline.jobs import command_line
 from slm_pipeline.jobs.job import Job, make_output_root
 from slm_pipeline.report.runs import Run, read_runs
 from slm_pipeline.surgery.plan import Plan, format_groups
@@ -57,7 +57,7 @@ def compose(overrides: Sequence[str] = (), *, config_dir: str | os.PathLike[str]
     Raises:
         UserError: anything that is wrong with it and can be known without loading the model.
     """
-    job = cli.compose_job(["slm"], overrides, config_dir=config_dir)
+    job = command_line.compose_job(["slm"], overrides, config_dir=config_dir)
     return Composed(job, tuple(overrides), config_dir)
 
 
@@ -70,17 +70,20 @@ def run(composed: Composed) -> Run:
     Raises:
         UserError: what the run was refused or ended for.
     """
-    cli.set_environment()
-    cli.use_plugins(composed.overrides)
+    command_line.set_environment()
+    command_line.use_plugins(composed.overrides)
     arguments, overrides = Namespace(config_dir=composed.config_dir, config_name=None), list(composed.overrides)
-    with cli.config_loader(arguments):
-        whole = cli.composed_of(arguments, overrides)
-        if cli.check_run(whole, overrides):
+    with command_line.config_loader(arguments):
+        whole = command_line.composed_of(arguments, overrides)
+        if command_line.check_run(whole, overrides):
             raise UserError("dry_run=true runs nothing; compose(...).describe() says what would run")
         make_output_root(whole.output_dir)
         hydra: Any = GlobalHydra.instance().hydra
         finished = hydra.run(
-            "config", lambda given: cli.run_inside_hydra(given, overrides), overrides, with_log_configuration=False
+            "config",
+            lambda given: command_line.run_inside_hydra(given, overrides),
+            overrides,
+            with_log_configuration=False,
         )
         _ = finished.return_value  # raises what ended the run
     (found,) = read_runs(Path(finished.hydra_cfg.hydra.runtime.output_dir))

@@ -437,7 +437,7 @@ def test_dry_run_imports_nothing_heavy(base):
     command = [sys.executable, "-c", program, *(word for word in overrides if not word.startswith("model."))]
     found = subprocess.run(command, capture_output=True, text=True, env=environment(WANDB_MODE="offline"), check=True)
     *stages, imported = found.stdout.splitlines()
-    assert len(stages) == 3 + 3 * 8  # calibrate, merge, recover; of each model seven tasks and a text
+    assert len(stages) == 3 + 3 * 8 + 2  # calibrate, merge, recover; seven tasks, a text; fidelity but of the dense
     assert imported == "[]"
 
 

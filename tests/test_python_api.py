@@ -104,8 +104,14 @@ def test_mistakes_are_users_errors(call, message, ran, monkeypatch):
 def test_what_ends_a_run_reaches_the_caller_and_is_kept_with_it(ran, monkeypatch):
     folder, names = ran
     monkeypatch.chdir(folder)
-    out_of_reach = ["method=slm", "method.max_window=2", "pruning_ratio=layers", "pruning_ratio.num_layers=3"]
-    composed = slm_pipeline.compose([*names["small"], *out_of_reach, "recovery=none", "tracker=jsonl", "name=fails"])
+
+    def out_of_reach(*_):
+        raise slm_pipeline.UserError("no threshold removes 5 of 8 layers")
+
+    monkeypatch.setattr("slm_pipeline.methods.slm.SlidingLayerMerging.plan", out_of_reach)
+    composed = slm_pipeline.compose(
+        [*names["small"], "method=slm", "pruning_ratio=r35", "recovery=none", "tracker=jsonl", "name=fails"]
+    )
     with pytest.raises(slm_pipeline.UserError, match="no threshold removes 5 of 8 layers"):
         slm_pipeline.run(composed)
     (failed,) = slm_pipeline.load_results("outputs/runs/fails")

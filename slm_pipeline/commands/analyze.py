@@ -20,13 +20,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from slm_pipeline import cli
 from slm_pipeline.analysis.token_metrics import TOKEN_METRICS
+from slm_pipeline.cli import errors_in_one_line
 from slm_pipeline.config import CalibrationConfig
 from slm_pipeline.data import calibration, corpora
 from slm_pipeline.data.tasks import task_fingerprint, task_source
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.zero_shot import TASKS
+from slm_pipeline.jobs import command_line
 from slm_pipeline.jobs.job import Job, check_output_root
 from slm_pipeline.store.files import write_json
 from slm_pipeline.surgery.plan import Plan, merged_windows
@@ -122,7 +123,7 @@ def similarity(words: list[str]) -> None:
     parser.add_argument("--num-patches", type=int, help="of each map (default: as many as fit it best)")
     parser.add_plans("whose merged and dropped layers are drawn on the maps")
     options = parser.parse_intermixed_args(words)
-    cli.use_plugins(options.overrides)
+    command_line.use_plugins(options.overrides)
     metrics = _names("--metric", options.metric, (*TOKEN_METRICS, "cka"))
     tasks = list(TASKS) if options.tasks == "all" else _names("--tasks", options.tasks, tuple(TASKS))
     for option, least in (("limit", 1), ("max-tokens", 1), ("num-patches", 1)):
@@ -271,7 +272,7 @@ def _prepare(
     """
     plans = {str(path): Plan.read(path) for path in getattr(options, "plans", [])}
     defaults = [*_DEFAULTS, f"calibration.num_samples={num_samples}", "calibration.seq_len=128"]
-    job = cli.compose_job(["slm-analyze", analysis], options.overrides, defaults)
+    job = command_line.compose_job(["slm-analyze", analysis], options.overrides, defaults)
     if predicts and job.config.calibration.seq_len < 2:
         raise UserError("calibration.seq_len=1 leaves no token to predict; it must be at least 2")
     for path, plan in plans.items():
@@ -375,7 +376,7 @@ def main() -> None:
         print(__doc__)
         sys.exit(0 if name else 2)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with cli.errors_in_one_line():
+    with errors_in_one_line():
         if name not in ANALYSES:
             raise UserError(f"unknown analysis {name!r}; there is: {', '.join(ANALYSES)}")
         ANALYSES[name](words)

@@ -22,9 +22,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slm_pipeline import cli
+from slm_pipeline.cli import errors_in_one_line
 from slm_pipeline.commands import bench_recovery, bench_sweep
 from slm_pipeline.errors import UserError
+from slm_pipeline.jobs import command_line
 from slm_pipeline.machine import memory
 from slm_pipeline.methods.base import PruningProblem
 from slm_pipeline.methods.target import Floor
@@ -66,7 +67,7 @@ def methods(words: list[str]) -> None:
     if unknown := sorted(set(names) - set(METHODS)):
         raise UserError(f"{unknown[0]!r} has no published loop to compare with; there are: {', '.join(METHODS)}")
     program = ["slm-bench", "methods"]
-    jobs = {name: cli.compose_job(program, [*overrides, f"method={name}"], _DEFAULTS) for name in names}
+    jobs = {name: command_line.compose_job(program, [*overrides, f"method={name}"], _DEFAULTS) for name in names}
     source = next(iter(jobs.values())).source
     model, tokenizer = load_dense(source)
     view = ModelView(model)
@@ -214,7 +215,7 @@ def main() -> None:
     if run is None:
         print(f"error: unknown benchmark {arguments[0]!r}; there are: {', '.join(benchmarks)}", file=sys.stderr)
         sys.exit(2)
-    with cli.errors_in_one_line():
+    with errors_in_one_line():
         run(arguments[1:])
 
 

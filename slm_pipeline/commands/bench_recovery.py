@@ -21,9 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_pipeline import cli
 from slm_pipeline.data.batches import Collator
 from slm_pipeline.errors import UserError
+from slm_pipeline.jobs import command_line
 from slm_pipeline.recovery import workers
 from slm_pipeline.recovery.base import Log, RecoveryProblem
 from slm_pipeline.recovery.distill import Distill
@@ -46,7 +46,7 @@ _DEFAULTS = [
 
 def recovery(words: list[str]) -> None:
     """Measure and print; ``words`` is the command line: overrides as for slm."""
-    job = cli.compose_job(["slm-bench", "recovery"], words, _DEFAULTS)
+    job = command_line.compose_job(["slm-bench", "recovery"], words, _DEFAULTS)
     lora = job.recovery
     if not isinstance(lora, Lora):
         name = "none" if lora is None else lora.name

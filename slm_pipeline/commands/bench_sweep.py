@@ -20,7 +20,8 @@ from pathlib import Path
 
 import yaml
 
-from slm_pipeline import cli, config
+from slm_pipeline import config
+from slm_pipeline.jobs import command_line
 from slm_pipeline.jobs.runner import execute
 from slm_pipeline.jobs.tracking import Tracker
 from slm_pipeline.show.tables import Table
@@ -87,7 +88,7 @@ def _pairs(alone: Cost, shared: Cost) -> list[str]:
 
 def _run(words: list[str], threshold: str, output_dir: Path) -> Cost:
     overrides = [*words, f"threshold.value={threshold}", f"output_dir={output_dir}"]
-    job = cli.compose_job(["slm-bench", "sweep"], overrides, _DEFAULTS)
+    job = command_line.compose_job(["slm-bench", "sweep"], overrides, _DEFAULTS)
     run_dir = output_dir / "runs" / threshold
     started = time.monotonic()
     with Tracker(run_dir) as tracker, redirect_stdout(io.StringIO()):

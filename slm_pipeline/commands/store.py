@@ -188,7 +188,8 @@ def _about(record: dict[str, Any]) -> str:
         if "numbers" in result:
             numbers = [Number.from_json(key, said) for key, said in result["numbers"].items()]
             return ", ".join(f"{number.below(result['label']).key} {number}" for number in numbers)
-        return ", ".join(result)  # of a version that kept all measures together
+        corpora = (f"perplexity {corpus}" for corpus in result.get("perplexity", {}))
+        return ", ".join([*result.get("zero_shot", {}), *corpora])  # of a version that kept all measures together
     except (LookupError, TypeError):  # another version's
         return ""
 

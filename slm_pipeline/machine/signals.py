@@ -34,6 +34,7 @@ def raised() -> Iterator[None]:
     finally:
         for number in ours:
             signal.signal(number, before[number])
+        _heard.clear()  # it has been dealt with: what this process does next does not end for it
 
 
 def raise_if_heard() -> None:

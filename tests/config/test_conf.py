@@ -18,8 +18,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import RangeSweep
 from omegaconf import OmegaConf
 
-from slm_pipeline import cli, config
+from slm_pipeline import config
 from slm_pipeline.config import help_page
+from slm_pipeline.jobs import command_line
 from slm_pipeline.jobs.job import Job, numbers_to_come, prepare
 from slm_pipeline.methods.target import Floor
 from slm_pipeline.surgery.ops.merge import Merge
@@ -54,7 +55,7 @@ NEEDS = {
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sound_models: dict[str, Path]) -> Path:
     """A working directory with a text, a model and a plan of 30 layers; hub models have their usual depth."""
     monkeypatch.chdir(tmp_path)
-    cli.set_environment()
+    command_line.set_environment()
     (tmp_path / "text.txt").write_text(
         "The river runs past the mill and the tree.\n" * 60 + "\n" + "The mill stood still.\n" * 120
     )

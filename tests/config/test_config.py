@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from slm_pipeline import cli, config
+from slm_pipeline import config
 from slm_pipeline.errors import UserError
-from slm_pipeline.jobs import runner
+from slm_pipeline.jobs import command_line, runner
 from slm_pipeline.jobs.job import prepare
 
 CHOICES = [
@@ -31,7 +31,7 @@ CHOICES = [
 def composed(tmp_path_factory: pytest.TempPathFactory) -> list[DictConfig]:
     folder = tmp_path_factory.mktemp("here")
     (folder / "text.txt").write_text("The river runs past the mill and the tree.\n" * 60)
-    cli.set_environment()
+    command_line.set_environment()
     common = [
         *("model=random", "model.num_layers=8", "calibration=text_file", f"calibration.path={folder}/text.txt"),
         *("calibration.num_samples=2", "calibration.seq_len=16", f"output_dir={folder}/out"),
@@ -102,7 +102,7 @@ def test_any_values_give_a_job_or_a_users_error(data, composed, monkeypatch):
         key = data.draw(st.sampled_from(keys(changed)))
         try:
             OmegaConf.update(changed, key, data.draw(VALUES), merge=True)
-        except OverflowError:  # said by `cli.composed_of`
+        except OverflowError:  # said by `command_line.composed_of`
             return
         except OmegaConfBaseException:
             continue

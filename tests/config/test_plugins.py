@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import run_slm
 
-from slm_pipeline import cli
 from slm_pipeline.config import plugins
 from slm_pipeline.config.groups import option_files
 from slm_pipeline.errors import UserError
+from slm_pipeline.jobs import command_line
 from slm_pipeline.jobs.runner import describe_plan
 
 METHOD = """
@@ -176,7 +176,9 @@ def test_an_installed_package_is_one_by_its_entry_point(here, monkeypatch):
 def merge_key() -> str:
     """The merge's artefact of a job of the method half."""
     words = [word for word in JOB if word != "dry_run=true"]
-    return describe_plan(cli.compose_job(["slm"], [f"plugins=[{Path('which').read_text()}]", "method=half", *words]))
+    return describe_plan(
+        command_line.compose_job(["slm"], [f"plugins=[{Path('which').read_text()}]", "method=half", *words])
+    )
 
 
 def test_keys_change_with_a_plugins_code_and_two_plugins_of_one_method_have_two(here):

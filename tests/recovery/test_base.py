@@ -12,9 +12,9 @@ import pytest
 import torch
 from recovery.conftest import BUDGET, problem
 
-from slm_pipeline import cli
 from slm_pipeline.config.ranges import Range
 from slm_pipeline.errors import UserError
+from slm_pipeline.jobs import command_line
 from slm_pipeline.jobs.runner import execute
 from slm_pipeline.jobs.tracking import Tracker
 from slm_pipeline.models.view import ModelView
@@ -52,14 +52,15 @@ class Norms(FineTuning):
         return self.train_modules(problem, [ModelView(problem.model).final_norm])
 
 
-def test_name_and_run_are_all_that_a_recovery_needs(tmp_path):
+def test_name_and_run_are_all_that_a_recovery_needs(tmp_path, monkeypatch):
     """It goes through the stage: its key, the saved model, the summary."""
+    monkeypatch.setattr("slm_pipeline.config.plugins.code_of", lambda *_: {})  # as if it were of ours
     words = [
         "model=random", "model.hidden_size=32", "method=reverse", "pruning_ratio=layers", "pruning_ratio.num_layers=3",
         "recovery=full", "stages=[calibrate,merge,recover]", "tracker=jsonl", "pictures=false",
         "calibration.num_samples=2", "calibration.seq_len=16", f"output_dir={tmp_path}",
     ]  # fmt: skip
-    job = cli.compose_job(["slm"], words)
+    job = command_line.compose_job(["slm"], words)
     summaries = []
     for factor in (2.0, 2.0, 3.0):
         louder = Louder(factor=factor)
