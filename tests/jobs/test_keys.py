@@ -21,7 +21,7 @@ from typing import Any
 import model_folders
 import own_tasks
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from task_rows import TASK_ROWS
 
 from slm_pipeline import cli, config
@@ -318,6 +318,8 @@ def composed() -> Callable[..., Any]:
             arguments = SimpleNamespace(config_dir=None, config_name=None)
             with cli.config_loader(arguments):
                 known[overrides] = cli.composed_of(arguments, [*JOB, *overrides])
+            with open_dict(known[overrides]):
+                del known[overrides].hydra  # the greatest part of it
         return known[overrides]
 
     return compose
