@@ -518,6 +518,33 @@ def test_another_version_changes_the_keys_of_tasks_if_it_is_lm_evals_and_else_no
     assert to_make(before, keys(job_of())) == changes
 
 
+@pytest.mark.parametrize(
+    ("module", "changes"),
+    [("calibrate", CALIBRATION), ("merge", MERGE), ("recover", RECOVERY), ("evaluate", scores(PARTS))],
+)
+def test_another_version_of_a_stage_changes_its_keys(module, changes, job_of, monkeypatch):
+    before = keys(job_of())
+    monkeypatch.setattr(f"slm_pipeline.jobs.stages.{module}.VERSION", 99)
+    assert to_make(before, keys(job_of())) == changes
+
+
+@pytest.mark.parametrize(
+    ("measure", "parts"),
+    [
+        ("perplexity", PERPLEXITY),
+        ("fidelity", FIDELITY),
+        ("zero_shot", TASKS),
+        ("lm_eval", LM_EVAL),
+        ("efficiency", EFFICIENCY),
+    ],
+)
+def test_another_version_of_a_measure_changes_its_keys(measure, parts, job_of, monkeypatch):
+    job = job_of()
+    before = keys(job)
+    monkeypatch.setattr(type(job.evaluation.measures[measure]), "version", 99)
+    assert to_make(before, keys(job)) == scores(parts)
+
+
 def test_another_machine_changes_the_keys_of_speed_alone(job_of, monkeypatch):
     before = keys(job_of())
     monkeypatch.setattr("slm_pipeline.evaluation.efficiency._cpu_model", lambda: "another")
@@ -540,6 +567,7 @@ def test_a_method_that_reads_no_text_and_has_no_floor_depends_on_neither(job_of)
     assert to_make(before, with_reverse({"seed": 7})) == {"calibrate"} | RECOVERY
     assert to_make(before, with_reverse({"threshold.refine": 7})) == NOTHING
     assert to_make(before, with_reverse({"pruning_ratio.ratio": 0.5})) == MERGE
+    assert to_make(before, with_reverse({"model.seed": 7})) == ALL
     assert to_make(before, keys(job_of())) == MERGE
 
 
