@@ -100,7 +100,7 @@ def examples_fingerprint(source: str, *, path: str | None, repo: str, revision: 
         for file in found:
             _read_file(file)
         if len(found) == 1:
-            return f"sha256:{_sha256(found[0])}"
+            return f"sha256:{_sha256(found[0])}{found[0].suffix}"  # by which it is read
         return "files:" + digest({file.name: _sha256(file) for file in found})
     if folder := _local_repo(repo, data_dir):
         files = sorted(file for file in folder.rglob("*") if file.is_file())

@@ -146,6 +146,10 @@ class FineTuning(Recovery):
                 )
         self.check_tokens(load_dense_tokenizer(source), data_dir)
 
+    def options(self) -> dict[str, Any]:
+        """Without the place of the file: what is in it stands in `identity`."""
+        return {**super().options(), "path": None}
+
     def identity(self, data_dir: Path | None) -> dict[str, Any]:
         fingerprint = examples.examples_fingerprint(
             self.source, path=self.path, repo=self.repo, revision=self.revision, data_dir=data_dir

@@ -71,6 +71,14 @@ def test_bundled_examples_are_the_passages(monkeypatch):
     }
 
 
+def test_a_file_is_what_is_in_it_and_how_it_is_read(tmp_path):
+    for name in ("a.json", "b.json", "a.txt"):
+        (tmp_path / name).write_text(json.dumps([{"text": "One."}, {"text": "Two."}]))
+    first, moved, text = (fingerprint("file", path=str(tmp_path / name)) for name in ("a.json", "b.json", "a.txt"))
+    assert first == moved != text
+    assert load("file", path=str(tmp_path / "a.json")) != load("file", path=str(tmp_path / "a.txt"))
+
+
 def test_bundled_fingerprint_follows_every_text(monkeypatch):
     monkeypatch.setattr(texts, "texts_fingerprint", lambda name: name)
     before = fingerprint("bundled")
