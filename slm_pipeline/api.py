@@ -46,7 +46,7 @@ class Composed:
 
     def describe(self) -> str:
         """What ``dry_run=true`` prints: each stage, run or reuse, and its folder."""
-        from slm_pipeline.jobs.runner import describe_plan
+        from slm_pipeline.jobs.steps import describe_plan
 
         return describe_plan(self.job)
 

@@ -111,7 +111,7 @@ def _check_hydra_options(hydra: DictConfig) -> None:
 def check_run(composed: DictConfig, words: Sequence[str]) -> bool:
     """Check a single run and its folder; whether that was all. ``words``: of the command line."""
     from slm_pipeline.jobs.job import check_output_root
-    from slm_pipeline.jobs.runner import describe_plan, plan, preflight
+    from slm_pipeline.jobs.steps import describe_plan, plan, preflight
 
     _check_hydra_options(composed.hydra)
     job = _job(composed, words)
@@ -159,7 +159,7 @@ def _check_not_a_study(composed: DictConfig, overrides: Sequence[Override]) -> N
 
 def _describe_study(composed: DictConfig, arguments: Namespace, loader: ConfigLoader) -> None:
     """Print each job of a multirun and what it would do; `UserError` if one would fail."""
-    from slm_pipeline.jobs.runner import describe_plan
+    from slm_pipeline.jobs.steps import describe_plan
 
     here = composed.hydra.runtime.choices["hydra/launcher"] != "slurm"
     if study.is_search(composed):

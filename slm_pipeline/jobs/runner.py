@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,8 @@ from slm_pipeline.errors import UserError, only_warned_about
 from slm_pipeline.jobs import study, summary
 from slm_pipeline.jobs.job import Job, prepare
 from slm_pipeline.jobs.stages.base import Stage
-from slm_pipeline.jobs.stages.calibrate import Calibrate
 from slm_pipeline.jobs.stages.evaluate import Evaluate
-from slm_pipeline.jobs.stages.merge import Merge
-from slm_pipeline.jobs.stages.recover import Recover
+from slm_pipeline.jobs.steps import Step, artifact_of, describe_plan, preflight, steps
 from slm_pipeline.jobs.tracking import Tracker, open_tracker
 from slm_pipeline.machine import gpus, memory, provenance, signals
 from slm_pipeline.report.write import write_summary_so_far
@@ -39,85 +37,6 @@ from slm_pipeline.store.files import is_held, write_json, write_text
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "transformers", "tokenizers")  # whose versions move numbers, most a little, and are in no key
-
-
-@dataclass(frozen=True)
-class Step:
-    """A stage of this job: to be run if selected, else only read if another needs it and it is there."""
-
-    stage: Stage
-    selected: bool
-    forced: bool
-
-
-def steps(job: Job) -> list[Step]:
-    """The job's stages in order. A forced stage forces those that read its result."""
-    stages: list[Stage] = [Calibrate(), Merge()]
-    if job.recovery is not None:
-        stages.append(Recover())
-    if "evaluate" in job.config.stages:
-        for target in job.evaluation.of:
-            if target != "recovered" or job.recovery is not None:
-                stages += [Evaluate(target, measure, part) for measure, part in job.evaluation.parts(target)]
-    forced: set[str] = set()
-    result = []
-    for stage in stages:
-        if stage.stage in job.config.force or forced.intersection(stage.needs):
-            forced.add(stage.name)
-        result.append(Step(stage, stage.stage in job.config.stages, stage.name in forced))
-    return result
-
-
-def plan(job: Job) -> list[tuple[Step, Artifact | None]]:
-    """Each step with its artefact, as far as that is known before anything runs.
-
-    Raises:
-        UserError: a selected stage reads the result of one that is neither selected nor done.
-    """
-    known: dict[str, Artifact] = {}
-    planned: list[tuple[Step, Artifact | None]] = []
-    will_run: set[str] = set()
-    for step in steps(job):
-        stage = step.stage
-        artifact = _artifact(stage, job, known)
-        if artifact is not None:
-            known[stage.name] = artifact
-        if step.selected:
-            for name in stage.needs:
-                if name not in will_run and not (name in known and known[name].done):
-                    raise UserError(
-                        f"stages={job.config.stages}: {stage.name} needs the result of {name}, which is not there;"
-                        f" add {name} to stages"
-                    )
-            will_run.add(stage.name)
-        planned.append((step, artifact))
-    return planned
-
-
-def _artifact(stage: Stage, job: Job, known: Mapping[str, Artifact]) -> Artifact | None:
-    """Where the stage's result belongs; None while that is not known before an earlier stage has run."""
-    if not all(name in known for name in stage.needs):
-        return None
-    identity = stage.identity(job, known)
-    return Artifact(job.store, stage.stage, identity) if identity is not None else None
-
-
-def describe_plan(job: Job) -> str:
-    """One line for each selected stage: run or reuse, and its folder; then what is worth a warning."""
-    lines = []
-    planned = [(step, artifact) for step, artifact in plan(job) if step.selected]
-    width = max([20, *(len(step.stage.name) for step, _ in planned)])
-    for step, artifact in planned:
-        if artifact is None:
-            lines.append(
-                f"{step.stage.name:<{width}} run    {job.store / step.stage.stage}/ (named once the plan is known)"
-            )
-        else:
-            action = "reuse" if step.stage.is_whole(job, artifact) and not step.forced else "run"
-            resumed = " (continues an interrupted one)" if action == "run" and artifact.partial.exists() else ""
-            lines.append(f"{step.stage.name:<{width}} {action:<6} {artifact.path}{resumed}")
-    lines += [f"warning: {warning}" for warning in job.warnings]
-    return "\n".join(lines)
 
 
 def run_job(composed: DictConfig, words: Sequence[str]) -> float | None:
@@ -203,21 +122,6 @@ def record_lost_job(composed: DictConfig, error: UserError) -> None:
     write_summary_so_far(sweep_dir)
 
 
-def preflight(job: Job, looked_at: set[str] | None = None) -> None:
-    """Raise `UserError` for what is cheap to know and would end a stage that is to run.
-
-    Args:
-        looked_at: stages for which that was done before, so that it is not done again; filled.
-    """
-    looked_at = set() if looked_at is None else looked_at
-    for step, known in plan(job):
-        if step.selected and (step.forced or known is None or not step.stage.is_whole(job, known)):
-            about = step.stage.looks_at
-            if about not in looked_at:
-                looked_at.add(about)
-                step.stage.preflight(job)
-
-
 def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> dict[str, Any]:
     """Run the job's steps, then write and print what they found."""
     looked_at: set[str] = set()
@@ -274,7 +178,7 @@ def _next(waiting: list[Step], job: Job, results: Mapping[str, Artifact]) -> tup
     """
     names = {step.stage.name for step in waiting}
     ready = [
-        (step, _artifact(step.stage, job, results)) for step in waiting if not names.intersection(step.stage.needs)
+        (step, artifact_of(step.stage, job, results)) for step in waiting if not names.intersection(step.stage.needs)
     ]
     free = (pair for pair in ready if pair[1] is None or not is_held(pair[1].lock))
     return next(free, ready[0])

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from slm_pipeline import config
 from slm_pipeline.errors import UserError
-from slm_pipeline.jobs import command_line, runner
+from slm_pipeline.jobs import command_line, steps
 from slm_pipeline.jobs.job import prepare
 
 CHOICES = [
@@ -107,5 +107,5 @@ def test_any_values_give_a_job_or_a_users_error(data, composed, monkeypatch):
         except OmegaConfBaseException:
             continue
     with contextlib.suppress(UserError):
-        described = runner.describe_plan(prepare(config.to_config(changed), "slm"))
+        described = steps.describe_plan(prepare(config.to_config(changed), "slm"))
         assert not described or described.split()[1] in ("run", "reuse")

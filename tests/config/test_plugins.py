@@ -13,7 +13,7 @@ from slm_pipeline.config import plugins
 from slm_pipeline.config.groups import option_files
 from slm_pipeline.errors import UserError
 from slm_pipeline.jobs import command_line
-from slm_pipeline.jobs.runner import describe_plan
+from slm_pipeline.jobs.steps import describe_plan
 
 METHOD = """
 from dataclasses import dataclass, field

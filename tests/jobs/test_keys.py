@@ -28,7 +28,7 @@ from slm_pipeline import cli, config
 from slm_pipeline.config import TARGETS, plugins
 from slm_pipeline.config.groups import build
 from slm_pipeline.jobs.job import Job, prepare
-from slm_pipeline.jobs.runner import steps
+from slm_pipeline.jobs.steps import steps
 from slm_pipeline.jobs.stages.merge import checkpoint_id
 from slm_pipeline.machine import gpus, provenance
 from slm_pipeline.store.artifact import Artifact

@@ -15,7 +15,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.evaluation import Evaluation
 from slm_pipeline.evaluation.fidelity import Fidelity
 from slm_pipeline.evaluation.perplexity import Perplexity
-from slm_pipeline.jobs import runner
+from slm_pipeline.jobs import runner, steps
 from slm_pipeline.jobs.loaded import LoadedModels
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.evaluate import Evaluate
@@ -56,12 +56,12 @@ def scores(target: str) -> list[str]:
 
 
 def test_the_steps_of_a_job_in_their_order(tmp_path):
-    names = [step.stage.name for step in runner.steps(job_of(tmp_path))]
+    names = [step.stage.name for step in steps.steps(job_of(tmp_path))]
     assert names == ["calibrate", "merge", "recover", *scores("dense"), *scores("pruned"), *scores("recovered")]
-    assert [step.stage.name for step in runner.steps(job_of(tmp_path, recovery=None))] == [
+    assert [step.stage.name for step in steps.steps(job_of(tmp_path, recovery=None))] == [
         "calibrate", "merge", *scores("dense"), *scores("pruned"),
     ]  # fmt: skip
-    some = runner.steps(job_of(tmp_path, stages=["recover"]))
+    some = steps.steps(job_of(tmp_path, stages=["recover"]))
     assert [(step.stage.name, step.selected) for step in some] == [
         ("calibrate", False), ("merge", False), ("recover", True),
     ]  # fmt: skip
@@ -78,26 +78,26 @@ def test_the_steps_of_a_job_in_their_order(tmp_path):
     ],
 )
 def test_what_is_forced_forces_what_reads_it(force, forced, tmp_path):
-    steps = runner.steps(job_of(tmp_path, force=force))
-    assert [step.stage.name for step in steps if step.forced] == forced
+    found = steps.steps(job_of(tmp_path, force=force))
+    assert [step.stage.name for step in found if step.forced] == forced
 
 
 def test_a_stage_that_reads_what_nobody_makes_is_refused(tmp_path, monkeypatch):
-    def steps(*selected: bool):
+    def selecting(*selected: bool):
         stages = (Step("first"), Step("second", "first"), Step("third", "second"))
         pairs = zip(stages, selected, strict=True)
-        monkeypatch.setattr(runner, "steps", lambda _: [runner.Step(stage, chosen, False) for stage, chosen in pairs])
+        monkeypatch.setattr(steps, "steps", lambda _: [steps.Step(stage, chosen, False) for stage, chosen in pairs])
 
-    steps(False, False, True)
+    selecting(False, False, True)
     job = job_of(tmp_path, stages=["merge"])
     with pytest.raises(UserError, match=r"stages=\['merge'\]: third needs the result of second, which is not there"):
-        runner.plan(job)
-    steps(False, True, True)
+        steps.plan(job)
+    selecting(False, True, True)
     with pytest.raises(UserError, match="second needs the result of first"):
-        runner.plan(job)
+        steps.plan(job)
     Artifact(tmp_path, "merge", {"name": "first"}).produce(lambda _: {})
-    steps(False, True, True)
-    assert [(step.stage.name, step.selected) for step, _ in runner.plan(job)] == [
+    selecting(False, True, True)
+    assert [(step.stage.name, step.selected) for step, _ in steps.plan(job)] == [
         ("first", False), ("second", True), ("third", True),
     ]  # fmt: skip
 
@@ -106,7 +106,7 @@ def test_a_stage_that_reads_what_nobody_makes_is_refused(tmp_path, monkeypatch):
 def waiting(tmp_path):
     """Two chains: b reads a, d reads c."""
     stages = [Step("a"), Step("b", "a"), Step("c"), Step("d", "c")]
-    return [runner.Step(stage, True, False) for stage in stages]
+    return [steps.Step(stage, True, False) for stage in stages]
 
 
 def held(store: Path, name: str) -> FileLock:
@@ -181,7 +181,7 @@ def test_each_warning_of_reuse_is_said_once_for_all_results_of_a_stage(tmp_path,
         caplog.clear()
         return [
             runner._produce(
-                runner.Step(stage, True, False),
+                steps.Step(stage, True, False),
                 Artifact(tmp_path, stage.stage, stage.identity(job, {})),
                 job,
                 {},
@@ -227,7 +227,7 @@ def test_models_of_evaluations_are_let_go_before_any_other_stage(tmp_path):
 
     def kept_after(stage: Stage) -> bool:
         artifact = Artifact(tmp_path, stage.stage, {"name": stage.name})
-        runner._produce(runner.Step(stage, True, False), artifact, job, {}, None, set())
+        runner._produce(steps.Step(stage, True, False), artifact, job, {}, None, set())
         loads = []
         job.loaded.get("dense", lambda: loads.append("again") or ("model", "tokenizer"))
         return not loads

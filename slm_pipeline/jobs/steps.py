@@ -1,0 +1,109 @@
+"""What a job has to do: its steps, each with the result that it makes or reuses, as far as that is known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from slm_pipeline.errors import UserError
+from slm_pipeline.jobs.job import Job
+from slm_pipeline.jobs.stages.base import Stage
+from slm_pipeline.jobs.stages.calibrate import Calibrate
+from slm_pipeline.jobs.stages.evaluate import Evaluate
+from slm_pipeline.jobs.stages.merge import Merge
+from slm_pipeline.jobs.stages.recover import Recover
+from slm_pipeline.store.artifact import Artifact
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of this job: to be run if selected, else only read if another needs it and it is there."""
+
+    stage: Stage
+    selected: bool
+    forced: bool
+
+
+def steps(job: Job) -> list[Step]:
+    """The job's stages in order. A forced stage forces those that read its result."""
+    stages: list[Stage] = [Calibrate(), Merge()]
+    if job.recovery is not None:
+        stages.append(Recover())
+    if "evaluate" in job.config.stages:
+        for target in job.evaluation.of:
+            if target != "recovered" or job.recovery is not None:
+                stages += [Evaluate(target, measure, part) for measure, part in job.evaluation.parts(target)]
+    forced: set[str] = set()
+    result = []
+    for stage in stages:
+        if stage.stage in job.config.force or forced.intersection(stage.needs):
+            forced.add(stage.name)
+        result.append(Step(stage, stage.stage in job.config.stages, stage.name in forced))
+    return result
+
+
+def plan(job: Job) -> list[tuple[Step, Artifact | None]]:
+    """Each step with its artefact, as far as that is known before anything runs.
+
+    Raises:
+        UserError: a selected stage reads the result of one that is neither selected nor done.
+    """
+    known: dict[str, Artifact] = {}
+    planned: list[tuple[Step, Artifact | None]] = []
+    will_run: set[str] = set()
+    for step in steps(job):
+        stage = step.stage
+        artifact = artifact_of(stage, job, known)
+        if artifact is not None:
+            known[stage.name] = artifact
+        if step.selected:
+            for name in stage.needs:
+                if name not in will_run and not (name in known and known[name].done):
+                    raise UserError(
+                        f"stages={job.config.stages}: {stage.name} needs the result of {name}, which is not there;"
+                        f" add {name} to stages"
+                    )
+            will_run.add(stage.name)
+        planned.append((step, artifact))
+    return planned
+
+
+def artifact_of(stage: Stage, job: Job, known: Mapping[str, Artifact]) -> Artifact | None:
+    """Where the stage's result belongs; None while that is not known before an earlier stage has run."""
+    if not all(name in known for name in stage.needs):
+        return None
+    identity = stage.identity(job, known)
+    return Artifact(job.store, stage.stage, identity) if identity is not None else None
+
+
+def describe_plan(job: Job) -> str:
+    """One line for each selected stage: run or reuse, and its folder; then what is worth a warning."""
+    lines = []
+    planned = [(step, artifact) for step, artifact in plan(job) if step.selected]
+    width = max([20, *(len(step.stage.name) for step, _ in planned)])
+    for step, artifact in planned:
+        if artifact is None:
+            lines.append(
+                f"{step.stage.name:<{width}} run    {job.store / step.stage.stage}/ (named once the plan is known)"
+            )
+        else:
+            action = "reuse" if step.stage.is_whole(job, artifact) and not step.forced else "run"
+            resumed = " (continues an interrupted one)" if action == "run" and artifact.partial.exists() else ""
+            lines.append(f"{step.stage.name:<{width}} {action:<6} {artifact.path}{resumed}")
+    lines += [f"warning: {warning}" for warning in job.warnings]
+    return "\n".join(lines)
+
+
+def preflight(job: Job, looked_at: set[str] | None = None) -> None:
+    """Raise `UserError` for what is cheap to know and would end a stage that is to run.
+
+    Args:
+        looked_at: stages for which that was done before, so that it is not done again; filled.
+    """
+    looked_at = set() if looked_at is None else looked_at
+    for step, known in plan(job):
+        if step.selected and (step.forced or known is None or not step.stage.is_whole(job, known)):
+            about = step.stage.looks_at
+            if about not in looked_at:
+                looked_at.add(about)
+                step.stage.preflight(job)
