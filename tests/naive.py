@@ -6,9 +6,6 @@ import copy
 
 import torch
 
-from slm_pipeline.methods.base import PruningProblem
-from slm_pipeline.models.view import ModelView
-
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -68,11 +65,3 @@ def naive_search(model, input_ids, threshold, rule, protect_first=1, protect_las
     if high > low + 1:
         windows.append((low + 1, high))
     return windows, similarities
-
-
-def problem_for(model, source, input_ids, threshold=None, num_remove=None, refine=5, exhaustive=False):
-    view = ModelView(model)
-    statistics = None  # SLM does not look at it
-    return PruningProblem(
-        source, view, input_ids, statistics, num_remove, threshold, refine, exhaustive, {"num_tokens": 36}
-    )

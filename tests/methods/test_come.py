@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from conftest import random_source
-from naive import problem_for
+from problems import problem_of
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.come import Come, ComePosterior, raise_largest, shares, split
@@ -117,7 +117,7 @@ def dense(num_layers=8):
 def test_equals_the_plain_loop(tokens, input_ids):
     source, model = dense()
     expected, groups = naive_come(model, input_ids, 3, last=tokens == "last")
-    plan = Come(tokens=tokens).plan(problem_for(model, source, input_ids, num_remove=3))
+    plan = Come(tokens=tokens).plan(problem_of(model, source, input_ids, num_remove=3))
     assert plan.layer_groups == groups
     pruned = apply(plan, copy.deepcopy(model))
     found = pruned(input_ids=input_ids, use_cache=False).logits
@@ -126,14 +126,14 @@ def test_equals_the_plain_loop(tokens, input_ids):
 
 def test_only_what_lies_above_a_merge_is_run_again(input_ids):
     source, model = dense()
-    plan = Come().plan(problem_for(model, source, input_ids, num_remove=2))
+    plan = Come().plan(problem_of(model, source, input_ids, num_remove=2))
     position = plan.scores["steps_taken"][0]["layers"][0]
     assert plan.scores["num_block_evaluations"] == 7 - position
 
 
 def test_plan_is_kept_with_its_tensors_and_replayed(input_ids, tmp_path):
     source, model = dense()
-    plan = Come(repeat="allow").plan(problem_for(model, source, input_ids, num_remove=5))
+    plan = Come(repeat="allow").plan(problem_of(model, source, input_ids, num_remove=5))
     plan.write(tmp_path / "plan.json")
     again = Plan.read(tmp_path / "plan.json")
     assert again.content() == plan.content()
@@ -145,7 +145,7 @@ def test_plan_is_kept_with_its_tensors_and_replayed(input_ids, tmp_path):
 def test_other_architectures_reach_their_depth(architecture, input_ids):
     source = random_source(architecture, num_layers=6)
     model, _ = load_dense(source)
-    plan = Come(repeat="when_needed").plan(problem_for(model, source, input_ids, num_remove=4))
+    plan = Come(repeat="when_needed").plan(problem_of(model, source, input_ids, num_remove=4))
     assert plan.num_layers == 2
     assert sorted(sum(plan.layer_groups, [])) == list(range(6))
     for step in plan.scores["steps_taken"]:
@@ -156,13 +156,13 @@ def test_other_architectures_reach_their_depth(architecture, input_ids):
 
 def test_longer_runs_and_a_shorter_last_one(input_ids):
     source, model = dense()
-    plan = Come(run_length=4).plan(problem_for(model, source, input_ids, num_remove=5))
+    plan = Come(run_length=4).plan(problem_of(model, source, input_ids, num_remove=5))
     assert [len(step["layers"]) for step in plan.scores["steps_taken"]] == [4, 3]
 
 
 def test_running_out_of_unmerged_pairs(input_ids):
     source, model = dense(num_layers=6)
-    problem = problem_for(model, source, input_ids, num_remove=4)
+    problem = problem_of(model, source, input_ids, num_remove=4)
     with pytest.raises(UserError, match="no run of 2 unmerged layers is left .* method.repeat=when_needed"):
         Come().plan(problem)
     assert Come(repeat="when_needed").plan(problem).num_layers == 2
@@ -170,7 +170,7 @@ def test_running_out_of_unmerged_pairs(input_ids):
 
 def test_posterior_takes_the_split_with_the_least_loss(input_ids):
     source, model = dense(num_layers=5)
-    prior = Come().plan(problem_for(model, source, input_ids, num_remove=1))
+    prior = Come().plan(problem_of(model, source, input_ids, num_remove=1))
     lower = prior.layer_groups.index(next(group for group in prior.layer_groups if len(group) == 2))
     _, attention, mlp = look(model, input_ids)
     losses = []
@@ -178,7 +178,7 @@ def test_posterior_takes_the_split_with_the_least_loss(input_ids):
         candidate = naive_merge_pair(model, lower, [step / 4, 1 - step / 4], attention, mlp)
         with torch.no_grad():
             losses.append(float(candidate(input_ids=input_ids, labels=input_ids, use_cache=False).loss))
-    plan = ComePosterior(granularity=4).plan(problem_for(model, source, input_ids, num_remove=1))
+    plan = ComePosterior(granularity=4).plan(problem_of(model, source, input_ids, num_remove=1))
     best = losses.index(min(losses)) / 4
     assert plan.scores["steps_taken"][0]["shares"] == [best, 1 - best]
 
@@ -221,7 +221,7 @@ def test_folding_norms_needs_rms_norms():
 def test_protected_layers_are_never_merged(input_ids):
     source = random_source(num_layers=8)
     plan = Come(protect_first=2, protect_last=3).plan(
-        problem_for(load_dense(source)[0], source, input_ids, num_remove=1)
+        problem_of(load_dense(source)[0], source, input_ids, num_remove=1)
     )
     assert [group for group in plan.layer_groups if len(group) > 1] in ([[2, 3]], [[3, 4]])
     assert Come(protect_first=2, protect_last=3).num_protected == 5

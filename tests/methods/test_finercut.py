@@ -9,10 +9,10 @@ import math
 import pytest
 import torch
 from conftest import random_source, run_slm
+from problems import problem_of
 
 from slm_pipeline.engine import walk
 from slm_pipeline.errors import UserError
-from slm_pipeline.methods.base import PruningProblem
 from slm_pipeline.methods.finercut import OBJECTIVES, FinerCut
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
@@ -26,7 +26,7 @@ def problem_for(architecture, input_ids, num_remove=2, num_layers=5, **more):
         for index, layer in enumerate(ModelView(model).layers):
             for parameter in layer.parameters():
                 parameter.mul_(1 + 0.3 * index)
-    return PruningProblem(source, ModelView(model), input_ids, None, num_remove, None, 5, False, {}, **more)
+    return problem_of(model, source, input_ids, num_remove=num_remove, **more)
 
 
 def silenced(model, removed):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import random_source
-from naive import naive_merge, naive_states, problem_for
+from naive import naive_merge, naive_states
+from problems import problem_of
 
 from slm_pipeline.engine.windows import originals
 from slm_pipeline.errors import UserError
@@ -45,7 +46,7 @@ def test_equals_the_published_loop(rule, num_merged, interval, input_ids):
     for threshold in (0.5, 0.9, 0.97, 0.99):
         expected, similarities = naive_laco(model, input_ids, threshold, rule, num_merged, interval)
         method = Laco(merge_rule=rule, num_merged=num_merged, interval=interval)
-        plan = method.plan(problem_for(model, source, input_ids, threshold))
+        plan = method.plan(problem_of(model, source, input_ids, threshold=threshold))
         assert [step["similarity"] for step in plan.scores["steps"]] == pytest.approx(similarities, abs=1e-5)
         fresh, _ = load_dense(source)
         pruned = apply(plan, fresh)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import random_source
 from omegaconf import OmegaConf
+from problems import problem_of
 
 from slm_pipeline.config import CONF_DIR, build
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.errors import UserError
-from slm_pipeline.methods.base import PruningProblem
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 
@@ -76,8 +76,8 @@ def make_problem():
                 parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else (0.03 if index in (2, 3) else 0.15) * noise)
     input_ids = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(1))
     statistics = collect(view, input_ids)
-    return lambda num_remove, threshold: PruningProblem(
-        source, view, input_ids, statistics, num_remove, threshold, 5, False, {}
+    return lambda num_remove, threshold: problem_of(
+        model, source, input_ids, num_remove=num_remove, threshold=threshold, statistics=statistics
     )
 
 

@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 from conftest import random_source
+from problems import problem_of
 
 from slm_pipeline.engine import blocks, walk
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.angular import AngularDistance
-from slm_pipeline.methods.base import PruningProblem
 from slm_pipeline.methods.reverse import ReverseOrder
 from slm_pipeline.methods.shortened import ShortenedMagnitude, ShortenedPerplexity, ShortenedTaylor
 from slm_pipeline.methods.shortgpt import ShortGPT
@@ -32,8 +32,8 @@ def problem(input_ids):
 def problem_for(architecture, input_ids, num_remove=3, num_layers=8):
     source = random_source(architecture, num_layers=num_layers)
     model, _ = load_dense(source)
-    view = ModelView(model)
-    return PruningProblem(source, view, input_ids, collect(view, input_ids), num_remove, None, 5, False, {})
+    statistics = collect(ModelView(model), input_ids)
+    return problem_of(model, source, input_ids, num_remove=num_remove, statistics=statistics)
 
 
 def without(model, layers):
@@ -108,18 +108,15 @@ def test_a_candidate_is_given_up_only_when_it_cannot_win(input_ids, monkeypatch)
 
 
 def test_a_loss_that_is_not_finite_never_wins(problem, input_ids):
+    problem = problem_of(problem.view.model, problem.source, input_ids, num_remove=1)
     with torch.no_grad():
         problem.view.layers[2].mlp.down_proj.weight.fill_(math.nan)
-    plan = Sleb().plan(problem_of(problem, num_remove=1))
+    plan = Sleb().plan(problem)
     assert plan.dropped == [2]  # only without layer 2 is there a loss at all
     with torch.no_grad():
         problem.view.layers[5].mlp.down_proj.weight.fill_(math.nan)
     with pytest.raises(UserError, match="loss is not finite whatever is removed"):
-        Sleb().plan(problem_of(problem, num_remove=1))
-
-
-def problem_of(problem, **changes):
-    return PruningProblem(**{**vars(problem), **changes})
+        Sleb().plan(problem)
 
 
 def test_perplexity_ranks_single_removals(problem, input_ids):
@@ -223,8 +220,7 @@ def test_a_bound_on_the_loss_changes_no_decision(num_likely, monkeypatch):
         for index, layer in enumerate(model.model.layers):
             layer.mlp.down_proj.weight.mul_(1 + 2 * index)
     input_ids = torch.randint(0, 3000, (9, 12), generator=torch.Generator().manual_seed(5))
-    view = ModelView(model)
-    problem = PruningProblem(source, view, input_ids, collect(view, input_ids), 3, None, 5, False, {})
+    problem = problem_of(model, source, input_ids, num_remove=3)
     removed, losses = naive_sleb(model, input_ids, 3)
     bounded = []
     least_loss = blocks.BlockRunner.least_loss

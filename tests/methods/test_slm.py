@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from conftest import random_source
-from naive import naive_search, naive_states, problem_for
+from naive import naive_search, naive_states
+from problems import problem_of
 
 from slm_pipeline.engine.windows import StackSimilarity, originals
 from slm_pipeline.errors import UserError
@@ -30,7 +31,9 @@ def test_search_equals_the_naive_loop(rule, options, input_ids):
     outcomes = set()
     for threshold in (0.0, 0.6, 0.9, 0.97, 0.995, 1.0):
         windows, similarities = naive_search(model, input_ids, threshold, rule, **options)
-        plan = SlidingLayerMerging(merge_rule=rule, **options).plan(problem_for(model, source, input_ids, threshold))
+        plan = SlidingLayerMerging(merge_rule=rule, **options).plan(
+            problem_of(model, source, input_ids, threshold=threshold)
+        )
         assert [op["layers"] for op in plan.ops] == [list(range(low, high + 1)) for low, high in windows]
         found = {(step["low"], step["high"]): step["similarity"] for step in plan.scores["steps"]}
         assert found.keys() == similarities.keys()
@@ -43,7 +46,7 @@ def test_model_is_left_alone_and_the_plan_gives_the_measured_similarity(input_id
     source = random_source(num_layers=8)
     model, _ = load_dense(source)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    plan = SlidingLayerMerging(merge_rule="mean").plan(problem_for(model, source, input_ids, 0.9))
+    plan = SlidingLayerMerging(merge_rule="mean").plan(problem_of(model, source, input_ids, threshold=0.9))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
     reference = naive_states(model, input_ids)
@@ -156,7 +159,7 @@ def test_infinite_states_are_an_error(input_ids):
     with torch.no_grad():
         model.model.layers[4].mlp.down_proj.weight.fill_(float("inf"))
     with pytest.raises(UserError, match="similarity after merging layers 3..4 is nan"):
-        SlidingLayerMerging().plan(problem_for(model, source, input_ids, 0.5))
+        SlidingLayerMerging().plan(problem_of(model, source, input_ids, threshold=0.5))
 
 
 @pytest.mark.parametrize(
