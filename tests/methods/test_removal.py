@@ -187,6 +187,12 @@ def test_contiguous_blocks(problem, input_ids):
     assert plan.dropped == [start, start + 1, start + 2]
     assert 1 - plan.scores["distances"][start] == pytest.approx(cosines[start], abs=1e-5)
 
+    cosines = {s: float(torch.cosine_similarity(hidden[s], hidden[s + 4], dim=-1).mean()) for s in range(4)}
+    plan = Streamline(protect_last=1, replacement=True).plan(problem)
+    start = max(cosines, key=cosines.get)
+    assert plan.dropped == [start + 1, start + 2, start + 3]  # the block's first layer is what the trained one replaces
+    assert 1 - plan.scores["distances"][start] == pytest.approx(cosines[start], abs=1e-5)
+
 
 def test_reverse(problem):
     assert ReverseOrder().plan(problem).scores["order"] == [7, 6, 5]

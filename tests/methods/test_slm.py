@@ -93,6 +93,73 @@ def test_auto_lands_on_the_target_with_the_highest_threshold_tried():
         )
 
 
+class Reached:
+    """A pass that removes 3 layers at some thresholds (in hundredths) and 2 at all others."""
+
+    num_layers, length = 12, 1
+
+    def __init__(self, *thresholds):
+        self.thresholds = thresholds
+
+    def __call__(self, search, num_remove):
+        search.num_removed = 3 if round(100 * search.threshold) in self.thresholds else 2
+
+
+UP_TO_50 = range(51)
+HALVINGS = [50, 75, 62, 56, 53, 51]  # the seventh looks at 50 again
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "refine", "best", "tried"),
+    [
+        ([*UP_TO_50, 54], 0, 50, HALVINGS),
+        ([*UP_TO_50, 54], 3, 50, [*HALVINGS, 52]),
+        ([*UP_TO_50, 54], 4, 54, [*HALVINGS, 54]),  # halving never came by
+        ([*UP_TO_50, 52, 54], 5, 54, [*HALVINGS, 55, 54]),
+        ([0], 1, 0, [50, 25, 12, 6, 3, 1, 0]),
+        ([*range(100)], 5, 99, [50, 75, 87, 93, 96, 98, 99]),
+    ],
+)
+def test_halvings_then_grid_points_above_the_best(thresholds, refine, best, tried):
+    chosen, searches, exact = find_threshold(Reached(*thresholds), 3, refine=refine, exhaustive=False)
+    assert round(100 * chosen.threshold) == best
+    assert [round(100 * search.threshold) for search in searches] == tried
+    assert not exact
+
+
+@pytest.mark.parametrize(("thresholds", "tried"), [([20, 90], range(99, 89, -1)), ([0], range(99, -1, -1))])
+def test_exhaustive_walks_the_grid_from_the_top(thresholds, tried):
+    chosen, searches, exact = find_threshold(Reached(*thresholds), 3, refine=5, exhaustive=True)
+    assert round(100 * chosen.threshold) == max(thresholds)
+    assert [round(100 * search.threshold) for search in searches] == list(tried)
+    assert exact
+
+
+def test_the_plan_looks_as_long_as_the_problem_says(input_ids):
+    source = random_source(num_layers=8)
+    model, _ = load_dense(source)
+
+    def plan(**how):
+        found = SlidingLayerMerging().plan(problem_of(model, source, input_ids, num_remove=2, **how))
+        return found, [round(100 * search["threshold"]) for search in found.scores["searches"]]
+
+    halved, tried = plan(refine=0)
+    refined, tried_longer = plan(refine=3)
+    best = round(100 * halved.threshold)
+    assert tried_longer[: len(tried)] == tried
+    assert set(tried_longer[len(tried) :]) <= {best + 3, best + 2, best + 1} - set(tried) != set()
+    assert len(tried_longer) > len(tried)
+    everywhere, tried = plan(exhaustive=True)
+    assert tried == list(range(99, round(100 * everywhere.threshold) - 1, -1))
+    assert (halved.scores["exact"], refined.scores["exact"], everywhere.scores["exact"]) == (False, False, True)
+
+
+def test_a_similarity_as_low_as_the_threshold_passes():
+    """As in the paper's figure; the published code asks for more."""
+    assert search(SlidingWindow(lambda _: 0.75, 12), 0.75).windows == [(1, 10)]
+    assert search(SlidingWindow(lambda _: 0.75, 12), 0.7500001).windows == []
+
+
 def test_exhaustive_finds_the_highest_threshold():
     slide = SlidingWindow(stub, 32)
     chosen, searches, exact = find_threshold(slide, 7, refine=0, exhaustive=True)
