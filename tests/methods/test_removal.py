@@ -82,31 +82,6 @@ def test_sleb_runs_fewer_blocks_than_the_plain_loop(problem):
     assert plan.scores["num_block_evaluations"] < 0.7 * plain
 
 
-def test_walk_measures_every_architecture(architecture, input_ids):
-    problem = problem_for(architecture, input_ids, num_layers=5)
-    walking = walk.RemovalWalk(problem.view, input_ids)
-    walking.remove(walk.Removal(3))
-    losses = walking.losses([walk.Removal(layer) for layer in (0, 2, 4)])
-    model = problem.view.model
-    expected = {(layer, "layer"): naive_loss(without(model, [3, layer]), input_ids) for layer in (0, 2, 4)}
-    assert losses == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_candidate_is_given_up_only_when_it_cannot_win(input_ids, monkeypatch):
-    monkeypatch.setattr(walk, "_TEXT_TOKENS", 12)  # one sample at a time
-    problem = problem_for("llama", input_ids)
-    with torch.no_grad():  # without layer 0 the residual stream lacks what makes the logits small
-        problem.view.layers[0].mlp.down_proj.weight.mul_(40)
-    candidates = [walk.Removal(layer) for layer in range(8)]
-    everything = walk.RemovalWalk(problem.view, input_ids).losses(candidates)
-    best = min(everything, key=everything.get)
-    limited = walk.RemovalWalk(problem.view, input_ids).losses_of_contenders(candidates)
-    assert min(limited, key=limited.get) == best
-    assert math.inf in limited.values()
-    finite = {layer: loss for layer, loss in limited.items() if loss < math.inf}
-    assert finite == pytest.approx({layer: everything[layer] for layer in finite}, abs=1e-6)
-
-
 def test_a_loss_that_is_not_finite_never_wins(problem, input_ids):
     problem = problem_of(problem.view.model, problem.source, input_ids, num_remove=1)
     with torch.no_grad():

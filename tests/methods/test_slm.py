@@ -10,12 +10,11 @@ from conftest import random_source
 from naive import naive_search, naive_states
 from problems import problem_of
 
-from slm_pipeline.engine.windows import StackSimilarity, originals
+from slm_pipeline.engine.windows import originals
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.slm import SlidingLayerMerging, SlidingWindow
 from slm_pipeline.methods.threshold import Search, find_threshold
 from slm_pipeline.models.loading import load_dense
-from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
 from slm_pipeline.surgery.merge_rules import RULES
 
@@ -177,47 +176,6 @@ def test_auto_says_what_can_be_reached():
 
     with pytest.raises(UserError, match=r"no threshold removes 5 of 12 layers: the nearest removes 2 .*num_layers=10"):
         find_threshold(SlidingWindow(never, 12), 5, refine=5, exhaustive=False)
-
-
-def test_no_window_is_evaluated_twice(input_ids):
-    source = random_source(num_layers=8)
-    model, _ = load_dense(source)
-    similarity = StackSimilarity(ModelView(model), input_ids, "official", "final_hidden")
-    search(SlidingWindow(similarity, 8), 0.9)
-    once = similarity.num_block_evaluations
-    search(SlidingWindow(similarity, 8), 0.9)
-    assert similarity.num_block_evaluations == once == sum(len(stack) for stack in similarity.asked)
-    assert all(sum(map(originals, stack), []) == list(range(originals(stack[0])[0], 8)) for stack in similarity.asked)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["last_token", "per_token", "logits_kl"])
-def test_other_similarities(kind, any_model, input_ids):
-    from slm_pipeline.surgery.plan import Plan, groups_of_windows
-
-    view = ModelView(any_model)
-    found = StackSimilarity(view, input_ids, "official", kind)(((2, 3, 4), 5))
-    dense = any_model(input_ids=input_ids, output_hidden_states=True)
-    plan = Plan(
-        {"name": "x", "num_layers": 6},
-        "x",
-        {},
-        {},
-        groups_of_windows([(2, 4)], 6),
-        [{"op": "merge", "layers": [2, 3, 4], "rule": "official"}],
-    )
-    pruned = apply(plan, copy.deepcopy(any_model))(input_ids=input_ids, output_hidden_states=True)
-    a, b = dense.hidden_states[-1], pruned.hidden_states[-1]
-    if kind == "last_token":
-        expected = torch.stack(
-            [torch.dot(x, y) / (x.norm() * y.norm()) for x, y in zip(a[:, -1], b[:, -1], strict=True)]
-        ).mean()
-    elif kind == "per_token":
-        expected = ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean()
-    else:
-        p, q = dense.logits.softmax(-1), pruned.logits.softmax(-1)
-        expected = torch.exp(-(p * (p / q).log()).sum(-1).mean())
-    assert found == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_infinite_states_are_an_error(input_ids):
