@@ -310,25 +310,23 @@ class Pool:
         shutil.rmtree(self.root, ignore_errors=True)
 
 
-def measure_tests(pool: Pool, files: list[str], until: float) -> dict[str, float]:
-    """Seconds of every test file, each on its own, with nothing changed.
+def measure_tests(pool: Pool, names: list[str], until: float, known: dict[str, float | None], note: Any) -> None:
+    """Run every test file on its own, with nothing changed, and note its seconds in ``known``.
 
-    A file that fails here says nothing of mutants: it is left out, and named.
+    A file that fails says nothing of mutants: it gets None, is left out from then on, and is named.
     """
-    waiting, seconds = list(files), {}
-    while waiting or pool.running:
+    waiting = [name for name in names if name not in known]
+    while (waiting or pool.running) and time.monotonic() < until:
         while waiting and pool.free:
             name = waiting.pop()
-            pool.start(name, [name], 400)
+            pool.start(name, [name], 600)
         for name, status, took, failed in pool.finished():
-            if status in (0, 5):  # 5: no test of it can run here
-                seconds[name] = round(took, 1)
-            else:
-                print(f"left out, it fails unchanged: {name} {failed}", flush=True)
-        if time.monotonic() > until:
-            sys.exit("the time was too short to run each test file once")
+            known[name] = round(took, 1) if status in (0, 5) else None  # 5: no test of it can run here
+            note({"unchanged": name, "seconds": known[name], "test": failed})
         time.sleep(0.05)
-    return seconds
+    for name in names:
+        if known.get(name, 0) is None:
+            print(f"left out, it fails unchanged: {name}", flush=True)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -378,12 +376,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     pool = Pool(given.workers)
     try:
-        seconds = next((row["seconds"] for row in rows if row.get("suite") == suite), None)
         with given.out.open("a", encoding="utf-8") as out:
-            if seconds is None:
-                seconds = measure_tests(pool, names, until)
-                out.write(json.dumps({"suite": suite, "seconds": seconds}) + "\n")
+
+            def note(row: dict[str, Any]) -> None:
+                out.write(json.dumps({"suite": suite, **row}) + "\n")
                 out.flush()
+
+            known = {row["unchanged"]: row["seconds"] for row in rows if "unchanged" in row and row["suite"] == suite}
+            measure_tests(pool, names, until, known, note)
+            seconds = {name: took for name, took in known.items() if took is not None}
             waiting = [mutant for mutant in mutants if mutant.key not in results][::-1]
             while (waiting or pool.running) and time.monotonic() < until:
                 while waiting and pool.free:
@@ -395,8 +396,7 @@ def main() -> None:
                     row = {"key": mutant.key, "file": mutant.file, "line": mutant.line, "change": mutant.change,
                            "status": said, "test": failed, "seconds": round(took, 1)}  # fmt: skip
                     results[mutant.key] = row
-                    out.write(json.dumps(row) + "\n")
-                    out.flush()
+                    note(row)
                 time.sleep(0.05)
     finally:
         pool.close()

@@ -19,10 +19,16 @@ from slm_pipeline.surgery.apply import apply
 from slm_pipeline.surgery.merge_rules import RULES
 
 
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"protect_first": 0}, {"protect_first": 3, "protect_last": 2}, {"max_window": 2}, {"protect_last": 0}],
+    ("rule", "options"),
+    [
+        *((rule, {}) for rule in RULES),
+        ("mean", {"protect_first": 0}),
+        ("mean", {"protect_first": 3, "protect_last": 2}),
+        ("official", {"protect_last": 0}),
+        ("base_difference", {"protect_first": 0, "protect_last": 0}),
+        ("base_difference", {"max_window": 2}),
+    ],
 )
 def test_search_equals_the_naive_loop(rule, options, input_ids):
     source = random_source(num_layers=8)
