@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import copy
 import hashlib
 import json
 import os
@@ -62,26 +61,28 @@ class Mutant:
     """One change. ``key`` depends on the module's text, so that no result outlives it."""
 
     file: str
+    number: int
     line: int
     change: str
-    text: str
     key: str
+
+    def text(self) -> str:
+        """The module with the change."""
+        tree = ast.parse((REPOSITORY / self.file).read_text(encoding="utf-8"))
+        return ast.unparse(ast.fix_missing_locations(Mutator(self.number).visit(tree)))
 
 
 class Mutator(ast.NodeTransformer):
-    """Makes the change number ``wanted`` of a tree; counts them all."""
+    """Makes the change number ``wanted`` of a tree; ``found`` has line and words of all up to there."""
 
     def __init__(self, wanted: int = -1):
-        self.wanted, self.count = wanted, 0
-        self.made: tuple[int, str] | None = None
+        self.wanted = wanted
+        self.found: list[tuple[int, str]] = []
 
     def change(self, node: Any, words: str) -> bool:
         """Whether the next change, which is this one, is wanted."""
-        self.count += 1
-        if self.count - 1 == self.wanted:
-            self.made = node.lineno, words
-            return True
-        return False
+        self.found.append((node.lineno, words))
+        return len(self.found) - 1 == self.wanted
 
     def swap(self, node: Any, kind: ast.AST) -> ast.AST:
         other = OPPOSITES.get(type(kind))
@@ -97,6 +98,10 @@ class Mutator(ast.NodeTransformer):
         if isinstance(node, ast.If) and name_of(node.test) == "TYPE_CHECKING":
             return node
         return super().visit(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> Any:
+        node.body = [self.visit(statement) for statement in node.body]
+        return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
         if node.value is not None:
@@ -205,14 +210,10 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
         if isinstance(node, ast.FunctionDef) and node.name.endswith("identity")
     ]
     counter = Mutator()
-    counter.visit(copy.deepcopy(tree))
-    for number in range(counter.count):
-        mutator = Mutator(number)
-        changed = ast.unparse(ast.fix_missing_locations(mutator.visit(copy.deepcopy(tree))))
-        assert mutator.made
-        line, words = mutator.made
+    counter.visit(tree)
+    for number, (line, words) in enumerate(counter.found):
         if whole or any(line in span for span in spans):
-            yield Mutant(file, line, words, changed, f"{file}:{digest}:{number}")
+            yield Mutant(file, number, line, words, f"{file}:{digest}:{number}")
 
 
 def all_mutants(only: str) -> list[Mutant]:
@@ -276,7 +277,7 @@ class Pool:
     def start(self, job: Any, tests: list[str], timeout: float, mutant: Mutant | None = None) -> None:
         folder = self.free.pop()
         if mutant is not None:
-            (folder / mutant.file).write_text(mutant.text, encoding="utf-8")
+            (folder / mutant.file).write_text(mutant.text(), encoding="utf-8")
         now = time.monotonic()
         self.running[run_tests(folder, tests)] = job, folder, now, now + timeout
 
