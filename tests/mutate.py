@@ -1,7 +1,7 @@
 """Which changes to the code would no test notice? python tests/mutate.py --workers 16 --minutes 9 --out results.jsonl
 
 Each mutant is a copy of the repository with one small change in methods/, surgery/, or a function that says what an
-artefact depends on (``*identity``). The tests beside its module run first, then those of its package and its users,
+artefact depends on, see `IDENTITIES`. The tests beside its module run first, then those of its package and its users,
 until one fails. The order is random, drawn from the seed, so the part done is a fair sample of all. Started again with
 the same file, it goes on where it stopped; a module that has changed since begins anew. Linux only.
 """
@@ -27,15 +27,25 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PARTS = ("slm_pipeline", "hydra_plugins", "conf", "sweeps", "tests", "pyproject.toml", "README.md", "LICENSE")
+PARTS = ("slm_pipeline", "hydra_plugins", "conf", "sweeps", "tests", "docs", "pyproject.toml", "README.md", "LICENSE")
 WHOLE = ("methods", "surgery")  # packages that are mutated everywhere
-IDENTITIES = ("jobs", "evaluation", "recovery")  # where only what an artefact depends on is
-USERS = {  # tests of those who use a package, after its own
+IDENTITIES = {  # package -> its functions that say what an artefact depends on; no others are mutated there
+    "jobs/stages": ("identity", "_checkpoint", "checkpoint_id"),
+    "evaluation": ("identity", "settings"),
+    "recovery": ("identity", "options"),
+    "data": ("identity", "_text_identity"),
+}
+KEYS = ["tests/config/test_plugins.py", "tests/jobs/test_resume.py", "tests/test_extending.py"]  # tests of them
+USERS = {  # tests of those who use a package or module, after its own
     "methods": ["tests/config"],
+    "methods/base": KEYS,
+    "methods/target": KEYS,
     "surgery": ["tests/methods", "tests/models/test_checkpoint.py", "tests/models/test_sublayers.py"],
-    "jobs": [],
-    "evaluation": ["tests/jobs"],
-    "recovery": ["tests/jobs"],
+    "surgery/ops": ["tests/jobs/test_resume.py"],
+    "jobs": KEYS,
+    "evaluation": ["tests/jobs", *KEYS],
+    "recovery": ["tests/jobs", *KEYS],
+    "data": ["tests/jobs", *KEYS],
 }
 NOT_HERE = "not real and not browser and not slurm"
 
@@ -198,16 +208,22 @@ def name_of(node: ast.AST) -> str:
     return getattr(node, "id", getattr(node, "attr", ""))
 
 
+def is_of(file: str, name: str) -> bool:
+    """Whether a file is the module, or in the package, of that name, such as ``surgery/ops``."""
+    return file == f"slm_pipeline/{name}.py" or file.startswith(f"slm_pipeline/{name}/")
+
+
 def mutants_of(path: Path) -> Iterator[Mutant]:
-    """All changes to a module; outside `WHOLE` those in functions called ...identity."""
+    """All changes to a module; outside `WHOLE` those in the functions of `IDENTITIES`."""
     source, file = path.read_text(encoding="utf-8"), str(path.relative_to(REPOSITORY))
     digest = hashlib.sha256(source.encode()).hexdigest()[:12]
-    whole = file.split("/")[1] in WHOLE
+    whole = any(is_of(file, name) for name in WHOLE)
+    names = [function for package, functions in IDENTITIES.items() if is_of(file, package) for function in functions]
     tree = ast.parse(source)
     spans = [
         range(node.lineno, (node.end_lineno or node.lineno) + 1)
         for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name.endswith("identity")
+        if isinstance(node, ast.FunctionDef) and node.name in names
     ]
     counter = Mutator()
     counter.visit(tree)
@@ -221,16 +237,25 @@ def all_mutants(only: str) -> list[Mutant]:
     return [mutant for path in sorted(files) if re.search(only, str(path)) for mutant in mutants_of(path)]
 
 
+def places_of(file: str) -> list[str]:
+    """Where the tests for a module lie: beside it, in its package, those of its users."""
+    folder = Path("tests", *Path(file).parent.parts[1:])
+    users = [place for name, places in USERS.items() if is_of(file, name) for place in places]
+    return [str(folder), *map(str, list(folder.parents)[:-2]), *users]
+
+
+def tests_in(place: str) -> list[str]:
+    path = REPOSITORY / place
+    files = [path] if path.is_file() else path.rglob("test_*.py")
+    return [str(file.relative_to(REPOSITORY)) for file in files]
+
+
 def test_files(file: str, seconds: dict[str, float]) -> list[str]:
-    """Tests for a module: its own, those of its package, those of its users; the fast ones of each first."""
-    package, stem = file.split("/")[1], Path(file).stem
+    """Tests for a module: its own, those of its folder, its package and its users; the fast ones of each first."""
     found: list[str] = []
-    for place in (f"tests/{package}", *USERS[package]):
-        path = REPOSITORY / place
-        files = [path] if path.is_file() else path.rglob("test_*.py")
-        names = [str(file.relative_to(REPOSITORY)) for file in files]
-        found += sorted((name for name in names if name in seconds), key=lambda name: seconds[name])
-    own = [name for name in found if Path(name).stem == f"test_{stem}"]
+    for place in places_of(file):
+        found += sorted((name for name in tests_in(place) if name in seconds), key=lambda name: seconds[name])
+    own = [name for name in found if Path(name).stem == f"test_{Path(file).stem}"]
     return list(dict.fromkeys([*own, *found]))
 
 
@@ -356,11 +381,8 @@ def main() -> None:
     results = {row["key"]: row for row in rows if "key" in row}
     if given.survivors:
         results = {key: row for key, row in results.items() if row["status"] != "survived"}
-    packages = {mutant.file.split("/")[1] for mutant in mutants}
-    places = [place for name in packages for place in (f"tests/{name}", *USERS[name])]
-    paths = [path for place in places for path in ([REPOSITORY / place] if place.endswith(".py") else
-             (REPOSITORY / place).rglob("test_*.py"))]  # fmt: skip
-    names = sorted({str(path.relative_to(REPOSITORY)) for path in paths})
+    places = {place for file in {mutant.file for mutant in mutants} for place in places_of(file)}
+    names = sorted({name for place in places for name in tests_in(place)})
     code = sorted(path for part in ("slm_pipeline", "tests") for path in (REPOSITORY / part).rglob("*.py"))
     suite = hashlib.sha256(json.dumps([names, [path.read_text() for path in code]]).encode()).hexdigest()[:12]
 
