@@ -10,6 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +21,7 @@ import hypothesis
 import model_folders
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from slm_pipeline.cli import main
 from slm_pipeline.config import Config, ModelConfig
@@ -27,6 +29,7 @@ from slm_pipeline.models.architectures import ARCHITECTURES
 from slm_pipeline.models.context import Context
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.source import ModelSource, describe
+from slm_pipeline.models.view import ModelView
 
 torch.set_num_threads(1)
 
@@ -75,16 +78,46 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
-def any_model(architecture: str):
-    """A 6-layer random model of each supported architecture, its norms and biases perturbed away from 1 and 0."""
-    model, _ = load_dense(random_source(architecture))
+HEAD_DIM = 12  # of `peculiar_model`, and not 32 / 4 = 8
+WINDOW = 5  # of its sliding layers, and less than the 12 tokens of ``input_ids``
+_TWO_KINDS = {"sliding_window": WINDOW, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"] * 2}
+_PECULIARITIES = {
+    **dict.fromkeys(("llama", "gemma", "olmo2"), {"head_dim": HEAD_DIM}),
+    **dict.fromkeys(("mistral", "phi3"), {"head_dim": HEAD_DIM, "sliding_window": WINDOW}),  # every layer slides
+    **dict.fromkeys(("qwen2", "qwen3"), {"head_dim": HEAD_DIM, "use_sliding_window": True, **_TWO_KINDS}),
+    **dict.fromkeys(("gemma2", "gemma3_text"), {"head_dim": HEAD_DIM, **_TWO_KINDS}),
+}
+
+
+def peculiar_model(architecture: str, num_layers: int = 6, **sizes: int) -> Any:
+    """The model of `random_source`, as its architecture may be but seldom is in small.
+
+    Its heads are wider than hidden size / heads, its layers differ in kind and those that slide see less than the
+    text, as far as the architecture knows such things; norms and biases are not 1 and 0; queries and keys are large
+    enough for attention to differ from a plain mean.
+    """
+    model, _ = load_dense(random_source(architecture, num_layers, **sizes))
+    description = {**model.config.to_dict(), **_PECULIARITIES.get(architecture, {})}
+    if description.get("layer_types"):
+        description["layer_types"] = description["layer_types"][:num_layers]
+    torch.manual_seed(1234)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**description), dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
+    view = ModelView(model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for layer in view.layers:
+            for name in view.architecture.attention_inputs:
+                layer.get_submodule(name).weight.mul_(5)
     return model
+
+
+@pytest.fixture
+def any_model(architecture: str):
+    """A 6-layer `peculiar_model` of each supported architecture."""
+    return peculiar_model(architecture)
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,6 @@ import copy
 
 import torch
 
-from slm_pipeline.methods.base import PruningProblem
-from slm_pipeline.methods.target import Floor, Layers
-from slm_pipeline.models.view import ModelView
-
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -69,14 +65,3 @@ def naive_search(model, input_ids, threshold, rule, protect_first=1, protect_las
     if high > low + 1:
         windows.append((low + 1, high))
     return windows, similarities
-
-
-def problem_for(model, source, input_ids, threshold=None, num_remove=None, **more):
-    """The problem of a method that does not look at statistics: so many layers to go, or a floor alone."""
-    target = Layers(num_remove) if threshold is None else Floor(threshold)
-    return problem_of(source, ModelView(model), input_ids, target, calibration={"num_tokens": 36}, **more)
-
-
-def problem_of(source, view, input_ids, target, statistics=None, **more):
-    given = {"calibration": {}, **more}
-    return PruningProblem(source=source, view=view, input_ids=input_ids, statistics=statistics, target=target, **given)

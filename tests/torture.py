@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import small_pipeline
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECOVERIES = {
     "lora": ["recovery.dropout=0.05"],
@@ -38,36 +40,10 @@ FINDINGS = ("metrics", "layer_groups", "dropped", "threshold", "num_layers", "pa
 MAX_STARTS = 200  # of one job
 
 
-def write_data(folder: Path) -> None:
-    """Texts, instructions and two tasks of random words."""
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = random.Random(0)
-    words = ["river", "mill", "tree", "runs", "past", "the", "a", "old"]
-
-    def sentence(length: int) -> str:
-        return " ".join(generator.choice(words) for _ in range(length))
-
-    (folder / "text.txt").write_text(sentence(2000))
-    examples = [{"instruction": sentence(2), "input": "", "output": sentence(4)} for _ in range(30)]
-    (folder / "alpaca.json").write_text(json.dumps(examples))
-    piqa = [{"goal": sentence(3), "sol1": sentence(2), "sol2": sentence(4), "label": i % 2} for i in range(4)]
-    boolq = [{"passage": sentence(6), "question": sentence(3), "idx": i, "label": i % 2} for i in range(4)]
-    for task, rows in (("piqa", piqa), ("boolq", boolq)):
-        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def overrides(recovery: str, data: Path) -> list[str]:
-    """A whole pipeline in some seconds."""
-    return [
-        "model=random", "model.num_layers=6", "model.hidden_size=32", "model.intermediate_size=48", "tracker=jsonl",
-        "model.device=cpu", "pictures=false", "pruning_ratio=r35", f"data_dir={data}", "calibration=text_file",
-        "calibration.path=text.txt", "calibration.num_samples=12", "calibration.seq_len=128", f"recovery={recovery}",
-        "recovery.source=file", "recovery.path=alpaca.json", "recovery.validation_size=4", "recovery.max_steps=20",
-        "recovery.batch_size=4", "recovery.micro_batch_size=2", "recovery.warmup_steps=1", "recovery.eval_steps=3",
-        "recovery.save_steps=3", "recovery.learning_rate=0.01", "recovery.dtype=float32", "evaluation=zero_shot",
-        "evaluation.data=.", "evaluation.tasks=[piqa,boolq]", "evaluation.perplexity.corpora=[text.txt]",
-        "evaluation.perplexity.window=128", *RECOVERIES[recovery],
-    ]  # fmt: skip
+    common = small_pipeline.overrides(data, seq_len=128, max_steps=20, save_steps=3)
+    more = ["model.device=cpu", "pictures=false", "pruning_ratio=r35", f"recovery={recovery}"]
+    return [*common, *more, *RECOVERIES[recovery]]
 
 
 class Job:
@@ -135,7 +111,7 @@ def compare(job: Job, expected: dict[str, Any]) -> None:
 def kills(count: int, seed: int, folder: Path) -> None:
     """``count`` kills over all stages and recoveries, one job after another, each in a store of its own."""
     data, generator, done, round_number = folder / "data", random.Random(seed), 0, 0
-    write_data(data)
+    small_pipeline.write_data(data)
     known = {recovery: undisturbed(recovery, data, folder / f"undisturbed_{recovery}") for recovery in RECOVERIES}
     while done < count:
         for recovery, (expected, seconds) in known.items():
@@ -155,7 +131,7 @@ def kills(count: int, seed: int, folder: Path) -> None:
 def jobs(count: int, seed: int, folder: Path) -> None:
     """``count`` jobs on one store at once, two of each recovery and more, each killed three times."""
     data = folder / "data"
-    write_data(data)
+    small_pipeline.write_data(data)
     known = {recovery: undisturbed(recovery, data, folder / f"undisturbed_{recovery}") for recovery in RECOVERIES}
     names = [list(RECOVERIES)[number % len(RECOVERIES)] for number in range(count)]
     started = [Job(name, data, folder / "outputs", folder / f"run_{number}") for number, name in enumerate(names)]
@@ -184,7 +160,7 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[None]:
 def disk(folder: Path, recovery: str = "full") -> None:
     """A job on disks of eight sizes below what it needs. Each start ends in one line; the next has half more."""
     data = folder / "data"
-    write_data(data)
+    small_pipeline.write_data(data)
     expected, _ = undisturbed(recovery, data, folder / "undisturbed")
     needed = subprocess.run(["du", "-sk", folder / "undisturbed"], check=True, capture_output=True, text=True).stdout
     kilobytes = int(needed.split()[0])

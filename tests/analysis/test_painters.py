@@ -22,15 +22,24 @@ OPTIONS = {"loops": 2, "orders": 2, "seed": 7}
 
 
 class SideBySide(torch.nn.Module):
-    """Layers on one input, the mean of their outputs: stands in the place of a layer."""
+    """Layers on one input, the mean of their outputs: stands in the place of a layer.
 
-    def __init__(self, layers):
+    ``windows``: how many tokens each layer sees, where they differ in that; the model hands out one mask for all.
+    """
+
+    def __init__(self, layers, windows):
         super().__init__()
         self.layers = torch.nn.ModuleList(layers)
-        self.attention_type = layers[0].attention_type if hasattr(layers[0], "attention_type") else None
+        self.windows = windows
 
-    def forward(self, *args, **kwargs):
-        outputs = [layer(*args, **kwargs) for layer in self.layers]
+    def forward(self, hidden, *args, **kwargs):
+        back = torch.arange(hidden.shape[1])[:, None] - torch.arange(hidden.shape[1])
+        outputs = []
+        for layer, window in zip(self.layers, self.windows, strict=True):
+            if len(set(self.windows)) > 1:
+                seen = (back >= 0) & (back < (window or math.inf))
+                kwargs["attention_mask"] = torch.where(seen, 0.0, -math.inf)[None, None]
+            outputs.append(layer(hidden, *args, **kwargs))
         plain = [output[0] if isinstance(output, tuple) else output for output in outputs]
         mean = sum(plain) / len(plain)
         return (mean,) if isinstance(outputs[0], tuple) else mean
@@ -41,8 +50,11 @@ def loss_of(model, input_ids, schedule):
     """Mean next-token loss of a copy of the model whose stack is ``schedule``."""
     model = copy.deepcopy(model)
     view = ModelView(model)
-    layers = list(view.layers)
-    steps = [layers[step[0]] if len(step) == 1 else SideBySide([layers[i] for i in step]) for step in schedule]
+    layers, windows = list(view.layers), view.attention_windows()
+    steps = [
+        layers[step[0]] if len(step) == 1 else SideBySide([layers[i] for i in step], [windows[i] for i in step])
+        for step in schedule
+    ]
     view.rebuild(steps, [step[0] for step in schedule])
     return float(model(input_ids=input_ids, labels=input_ids, use_cache=False).loss)
 
@@ -85,7 +97,7 @@ def test_random_orders_are_those_of_the_seed():
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "opt", "gpt_neox"])
 def test_losses_are_those_of_whole_models(any_model, input_ids, monkeypatch):
-    """Gemma 2's layers alternate between two kinds of attention, which a layer keeps wherever it runs."""
+    """Gemma 2's layers have two kinds of attention, which a layer keeps wherever it runs."""
     monkeypatch.setattr(painters, "_SAMPLE_TOKENS", 24)  # two samples, then one
     found = painters.measure(ModelView(any_model), input_ids, **OPTIONS)
     json.dumps(found, allow_nan=False)

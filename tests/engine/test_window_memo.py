@@ -6,12 +6,11 @@ import threading
 
 import pytest
 from conftest import random_source
-from naive import problem_of
+from problems import problem_of
 
 from slm_pipeline.engine.window_memo import VERSION, WindowMemos
 from slm_pipeline.engine.windows import StackSimilarity
 from slm_pipeline.methods.slm import SlidingLayerMerging
-from slm_pipeline.methods.target import Floor
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 
@@ -20,8 +19,8 @@ STACK = ((2, 3), 4, 5)
 
 def problem(folder, input_ids, threshold, forced=False):
     source = random_source()
-    view = ModelView(load_dense(source)[0])
-    return problem_of(source, view, input_ids, Floor(threshold), windows=WindowMemos(folder, afresh=forced))
+    model, _ = load_dense(source)
+    return problem_of(model, source, input_ids, threshold=threshold, memo=folder, forced=forced)
 
 
 def test_what_one_finds_another_reads(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_pipeline
 import torch
 from conftest import run_slm
 from filelock import FileLock
@@ -42,29 +42,8 @@ def _no_pictures():
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides of a whole pipeline on random weights: LoRA on 30 examples, two tasks and a text to score."""
-    folder = tmp_path_factory.mktemp("data")
-    generator = random.Random(0)
-    words = ["river", "mill", "tree", "runs", "past", "the", "a", "old"]
-
-    def sentence(length: int) -> str:
-        return " ".join(generator.choice(words) for _ in range(length))
-
-    (folder / "text.txt").write_text(sentence(2000))
-    examples = [{"instruction": sentence(2), "input": "", "output": sentence(4)} for _ in range(30)]
-    (folder / "alpaca.json").write_text(json.dumps(examples))
-    piqa = [{"goal": sentence(3), "sol1": sentence(2), "sol2": sentence(4), "label": i % 2} for i in range(4)]
-    boolq = [{"passage": sentence(6), "question": sentence(3), "idx": i, "label": i % 2} for i in range(4)]
-    for task, rows in (("piqa", piqa), ("boolq", boolq)):
-        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [
-        "model=random", "model.num_layers=6", "model.hidden_size=32", "model.intermediate_size=48", "tracker=jsonl",
-        f"data_dir={folder}", "calibration=text_file", "calibration.path=text.txt", "calibration.num_samples=12",
-        "calibration.seq_len=256", "recovery.source=file", "recovery.path=alpaca.json", "recovery.validation_size=4",
-        "recovery.max_steps=6", "recovery.batch_size=4", "recovery.micro_batch_size=2", "recovery.warmup_steps=1",
-        "recovery.eval_steps=2", "recovery.save_steps=2", "recovery.learning_rate=0.01", "recovery.dtype=float32",
-        "evaluation=zero_shot", "evaluation.data=.", "evaluation.tasks=[piqa,boolq]",
-        "evaluation.perplexity.corpora=[text.txt]", "evaluation.perplexity.window=128",
-    ]  # fmt: skip
+    data = small_pipeline.write_data(tmp_path_factory.mktemp("data"))
+    return small_pipeline.overrides(data, seq_len=256, max_steps=6, save_steps=2)
 
 
 @dataclass(frozen=True)

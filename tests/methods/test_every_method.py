@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import context_of, random_source
-from naive import problem_of
 from omegaconf import OmegaConf
+from problems import problem_of
 
 from slm_pipeline.config import CONF_DIR
 from slm_pipeline.config.groups import build
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.errors import UserError
-from slm_pipeline.methods.target import Layers
 from slm_pipeline.models import checkpoint
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
@@ -44,10 +43,9 @@ def test_its_checkpoint_reloads(name, architecture, input_ids, tmp_path):
     method.check(context_of(source))
     model, tokenizer = load_dense(source)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    view = ModelView(model)
     looked_at = {"fingerprint": "f", "num_tokens": input_ids.numel()}
-    statistics = collect(view, input_ids)
-    plan = method.plan(problem_of(source, view, input_ids, Layers(2), statistics, calibration=looked_at))
+    statistics = collect(ModelView(model), input_ids)
+    plan = method.plan(problem_of(model, source, input_ids, num_remove=2, statistics=statistics, calibration=looked_at))
     assert plan.calibration == (None if name in ("shortened_magnitude", "reverse") else looked_at)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())  # it only reads the model
     assert all(module.training is False for module in model.modules())
@@ -87,7 +85,7 @@ def test_a_damaged_model_is_an_error(name, input_ids):
         for layer in view.layers:  # whatever goes, something damaged is left
             layer.mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite|is nan|overflows"):
-        method_of(name).plan(problem_of(source, view, input_ids, Layers(2), statistics))
+        method_of(name).plan(problem_of(model, source, input_ids, num_remove=2, statistics=statistics))
 
 
 def test_the_calibration_pass_names_the_first_damaged_layer(input_ids):

@@ -9,27 +9,24 @@ import math
 import pytest
 import torch
 from conftest import random_source, run_slm
-from naive import problem_of
+from problems import problem_of
 
 from slm_pipeline.engine import walk
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.finercut import OBJECTIVES, FinerCut
-from slm_pipeline.methods.target import Layers, Parameters
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
 
-TWO_LAYERS = Layers(2)
 
-
-def problem_for(architecture, input_ids, target=TWO_LAYERS, num_layers=5):
+def problem_for(architecture, input_ids, num_layers=5, **asked):
     source = random_source(architecture, num_layers=num_layers)
     model, _ = load_dense(source)
     with torch.no_grad():  # differences that float32 tells apart
         for index, layer in enumerate(ModelView(model).layers):
             for parameter in layer.parameters():
                 parameter.mul_(1 + 0.3 * index)
-    return problem_of(source, ModelView(model), input_ids, target)
+    return problem_of(model, source, input_ids, **(asked or {"num_remove": 2}))
 
 
 def silenced(model, removed):
@@ -92,7 +89,7 @@ def test_it_equals_the_plain_loop(architecture, objective, input_ids, monkeypatc
 
 
 def test_a_layer_that_loses_both_goes(input_ids):
-    problem = problem_for("llama", input_ids, Layers(1))
+    problem = problem_for("llama", input_ids, num_remove=1)
     with torch.no_grad():
         problem.view.layers[3].self_attn.o_proj.weight.zero_()
         problem.view.layers[3].mlp.down_proj.weight.zero_()
@@ -106,13 +103,13 @@ def test_the_number_of_parameters_decides(input_ids):
     view = problem.view
     attention, mlp = view.sublayer_parameters(0, "attention"), view.sublayer_parameters(0, "mlp")
     for wanted in (1, attention + mlp, 3 * attention + 2 * mlp):
-        plan = FinerCut().plan(problem_for("llama", input_ids, Parameters(wanted)))
+        plan = FinerCut().plan(problem_for("llama", input_ids, num_parameters=wanted))
         sizes = [attention if row["removed"].endswith("attention") else mlp for row in plan.scores["rounds"]]
         assert sum(sizes) >= wanted > sum(sizes[:-1])
 
 
 def test_protected_layers_keep_both(input_ids):
-    plan = FinerCut(protect_first=2, protect_last=1).plan(problem_for("llama", input_ids, Layers(2)))
+    plan = FinerCut(protect_first=2, protect_last=1).plan(problem_for("llama", input_ids, num_remove=2))
     assert {int(row["removed"].split(".")[0]) for row in plan.scores["rounds"]} <= {2, 3}
     assert plan.dropped == [2, 3]
 

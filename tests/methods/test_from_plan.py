@@ -7,13 +7,11 @@ import json
 import numpy as np
 import pytest
 from conftest import context_of, random_source, run_slm
-from naive import problem_of
+from problems import problem_of
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.from_plan import FromPlan
-from slm_pipeline.methods.target import NoTarget
 from slm_pipeline.models.loading import load_dense
-from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.ops.fold import Fold
 from slm_pipeline.surgery.plan import Plan
@@ -37,8 +35,8 @@ def written(path, **changes):
 
 def replayed(method):
     source = random_source()
-    view = ModelView(load_dense(source)[0])
-    return method.plan(problem_of(source, view, None, NoTarget(), calibration={"fingerprint": "of this job"}))
+    model, _ = load_dense(source)
+    return method.plan(problem_of(model, source, None, calibration={"fingerprint": "of this job"}))
 
 
 def test_a_replay_reads_no_text_and_keeps_what_the_search_read(tmp_path):

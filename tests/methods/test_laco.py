@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_source
-from naive import naive_merge, naive_states, problem_for
+from conftest import context_of, random_source
+from naive import naive_merge, naive_states
+from problems import problem_of
 
 from slm_pipeline.engine.windows import originals
 from slm_pipeline.errors import UserError
@@ -15,10 +16,10 @@ from slm_pipeline.models.loading import load_dense
 from slm_pipeline.surgery.apply import apply
 
 
-def naive_laco(model, input_ids, threshold, rule, num_merged, interval, lowest=0):
+def naive_laco(model, input_ids, threshold, rule, num_merged, interval, lowest=0, highest=None):
     reference = naive_states(model, input_ids)
     current, similarities = model, []
-    layer = len(model.model.layers) - 1 - num_merged
+    layer = (len(model.model.layers) - 1 if highest is None else highest) - num_merged
     while layer >= lowest:
         high = layer + min(num_merged - 1, len(current.model.layers) - layer - 1)
         candidate = naive_merge(current, layer, high, rule)
@@ -45,7 +46,7 @@ def test_equals_the_published_loop(rule, num_merged, interval, input_ids):
     for threshold in (0.5, 0.9, 0.97, 0.99):
         expected, similarities = naive_laco(model, input_ids, threshold, rule, num_merged, interval)
         method = Laco(merge_rule=rule, num_merged=num_merged, interval=interval)
-        plan = method.plan(problem_for(model, source, input_ids, threshold))
+        plan = method.plan(problem_of(model, source, input_ids, threshold=threshold))
         assert [step["similarity"] for step in plan.scores["steps"]] == pytest.approx(similarities, abs=1e-5)
         fresh, _ = load_dense(source)
         pruned = apply(plan, fresh)
@@ -55,6 +56,28 @@ def test_equals_the_published_loop(rule, num_merged, interval, input_ids):
         )
         depths.add(plan.num_layers)
     assert len(depths) > 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["official", "mean"])
+@pytest.mark.parametrize(
+    ("lowest", "highest", "looked_at"), [(2, None, [4, 3, 2]), (0, 5, [2, 1, 0]), (2, 6, [3, 2]), (3, 4, [])]
+)
+def test_layers_outside_its_range_are_not_looked_at(lowest, highest, looked_at, rule, input_ids):
+    source = random_source(num_layers=8)
+    model, _ = load_dense(source)
+    for threshold in (0.0, 1.0):
+        _, similarities = naive_laco(model, input_ids, threshold, rule, 3, 1, lowest, highest)
+        method = Laco(merge_rule=rule, num_merged=3, lowest=lowest, highest=highest)
+        steps = method.plan(problem_of(model, source, input_ids, threshold=threshold)).scores["steps"]
+        assert [step["similarity"] for step in steps] == pytest.approx(similarities, abs=1e-5)
+        assert [step["low"] for step in steps] == looked_at
+
+
+def test_the_highest_layer_must_be_there():
+    Laco(highest=7).check(context_of(random_source(num_layers=8)))
+    with pytest.raises(UserError, match="method.highest=8 must be below the model's 8 layers"):
+        Laco(highest=8).check(context_of(random_source(num_layers=8)))
 
 
 def test_the_last_fold_is_shortened_to_land_on_the_target():

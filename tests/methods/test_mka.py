@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_source
-from naive import problem_for
+from problems import problem_of
 from transformers import AutoModelForCausalLM
 
 from slm_pipeline.errors import UserError
@@ -94,7 +94,7 @@ def test_equals_the_plain_version(pairs, input_ids):
     similarity = np.array([[naive_similarity(a, b, 4) for b in embeddings] for a in embeddings])
     groups, steps = naive_mka(similarity, 4, last=pairs == "last")
 
-    problem = problem_for(model, source, input_ids, num_remove=4)
+    problem = problem_of(model, source, input_ids, num_remove=4)
     plan = Mka(pairs=pairs, num_points=30, num_neighbors=4).plan(problem)
     assert plan.scores["similarity"] == pytest.approx([similarity[i, i + 1] for i in range(7)], rel=1e-9)
     assert plan.scores["mean_similarity"] == pytest.approx(similarity.mean(axis=1).tolist(), rel=1e-9)
@@ -108,7 +108,7 @@ def test_equals_the_plain_version(pairs, input_ids):
 
 def test_last_takes_the_pairs_from_the_top(input_ids):
     source, model, _ = dense()
-    plan = Mka(pairs="last").plan(problem_for(model, source, input_ids, num_remove=3))
+    plan = Mka(pairs="last").plan(problem_of(model, source, input_ids, num_remove=3))
     assert [op.layers for op in plan.ops] == [(6, 7), (5, 6, 7), (4, 5, 6, 7)]
     assert plan.layer_groups == [[0], [1], [2], [3], [4, 5, 6, 7]]
 
@@ -118,7 +118,7 @@ def test_a_layer_that_does_nothing_is_merged_first_with_the_one_below(input_ids)
     view = ModelView(model)
     for sublayer in ("attention", "mlp"):
         view.silence(3, sublayer)
-    plan = Mka().plan(problem_for(model, source, input_ids, num_remove=1))
+    plan = Mka().plan(problem_of(model, source, input_ids, num_remove=1))
     assert plan.layer_groups == [[0], [1], [2, 3], [4], [5], [6], [7]]
     others = [value for layer, value in enumerate(plan.scores["similarity"]) if layer != 2]
     assert plan.scores["similarity"][2] > max(others)
@@ -126,7 +126,7 @@ def test_a_layer_that_does_nothing_is_merged_first_with_the_one_below(input_ids)
 
 def test_official_is_reverse_order(input_ids):
     source, model, _ = dense()
-    problem = problem_for(model, source, input_ids[:, :1], num_remove=3)  # too little text to look at
+    problem = problem_of(model, source, input_ids[:, :1], num_remove=3)  # too little text to look at
     for options in ({}, {"protect_last": 2}):
         plan = Mka(official=True, **options).plan(problem)
         assert plan.content() == ReverseOrder(**options).plan(problem).content()
@@ -138,13 +138,13 @@ def test_protected_layers_stay_and_the_rest_may_become_one(pairs, input_ids):
     source, model, _ = dense()
     method = Mka(pairs=pairs, protect_first=1, protect_last=2)
     assert method.num_protected == 3
-    plan = method.plan(problem_for(model, source, input_ids, num_remove=4))
+    plan = method.plan(problem_of(model, source, input_ids, num_remove=4))
     assert plan.layer_groups == [[0], [1, 2, 3, 4, 5], [6], [7]]
 
 
 def test_sharpness(input_ids):
     source, model, _ = dense()
-    problem = problem_for(model, source, input_ids, num_remove=2)
+    problem = problem_of(model, source, input_ids, num_remove=2)
     plans = {beta: Mka(sharpness=beta).plan(problem) for beta in (0.0, 1.0, 6.0)}
     assert [op.shares for op in plans[0.0].ops] == [(0.5, 0.5), (0.5, 0.5)]
     for mild, sharp in zip(plans[1.0].ops, plans[6.0].ops, strict=True):
@@ -154,7 +154,7 @@ def test_sharpness(input_ids):
 def test_merged_parameters_are_the_weighted_sums(any_model, input_ids):
     """Layers 2 and 3, then 1 with both: every parameter, norms and biases too."""
     source = random_source(any_model.config.model_type)
-    problem = problem_for(any_model, source, input_ids, num_remove=2)
+    problem = problem_of(any_model, source, input_ids, num_remove=2)
     plan = Mka(pairs="last", protect_last=2, protect_first=1).plan(problem)
     assert [op.layers for op in plan.ops] == [(2, 3), (1, 2, 3)]
     before = [dict(layer.named_parameters()) for layer in copy.deepcopy(problem.view.layers)]
@@ -172,7 +172,7 @@ def test_merged_parameters_are_the_weighted_sums(any_model, input_ids):
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "opt"])
 def test_plan_and_checkpoint_are_kept_and_give_the_same_model(architecture, input_ids, tmp_path):
     source, model, tokenizer = dense(architecture, num_layers=6)
-    plan = Mka().plan(problem_for(model, source, input_ids, num_remove=3))
+    plan = Mka().plan(problem_of(model, source, input_ids, num_remove=3))
     plan.write(tmp_path / "plan.json")
     again = Plan.read(tmp_path / "plan.json")
     assert again == plan
@@ -192,13 +192,13 @@ def test_states_that_are_not_finite(input_ids):
     with torch.no_grad():
         model.model.layers[4].mlp.down_proj.weight[0, 0] = math.inf
     with pytest.raises(UserError, match="the states after layer 4 are not finite; try model.dtype=float32"):
-        Mka().plan(problem_for(model, source, input_ids, num_remove=2))
+        Mka().plan(problem_of(model, source, input_ids, num_remove=2))
 
 
 def test_too_little_text(input_ids):
     source, model, _ = dense()
     with pytest.raises(UserError, match="method.num_neighbors=5 needs at least 7 calibration tokens; there are 6"):
-        Mka().plan(problem_for(model, source, input_ids[:1, :6], num_remove=2))
+        Mka().plan(problem_of(model, source, input_ids[:1, :6], num_remove=2))
 
 
 @pytest.mark.parametrize(

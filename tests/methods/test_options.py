@@ -7,14 +7,14 @@ import dataclasses
 import pytest
 import torch
 from conftest import context_of, random_source
-from naive import problem_of
 from omegaconf import OmegaConf
+from problems import problem_of
 
 from slm_pipeline.config import CONF_DIR
 from slm_pipeline.config.groups import build
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.errors import UserError
-from slm_pipeline.methods.target import Floor, Layers
+from slm_pipeline.methods.target import Floor
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 
@@ -66,7 +66,7 @@ WITHOUT_OPTIONS = {"none", "from_plan"}
 
 @pytest.fixture(scope="module")
 def make_problem():
-    """A function of the target: the problem of a Llama whose layers 2 and 3 do least."""
+    """A function of what is asked: the problem of a Llama whose layers 2 and 3 do least."""
     source = random_source(num_layers=8, hidden_size=32)
     model, _ = load_dense(source)
     view = ModelView(model)
@@ -78,7 +78,7 @@ def make_problem():
                 parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else (0.03 if index in (2, 3) else 0.15) * noise)
     input_ids = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(1))
     statistics = collect(view, input_ids)
-    return lambda target: problem_of(source, view, input_ids, target, statistics)
+    return lambda **asked: problem_of(model, source, input_ids, statistics=statistics, **asked)
 
 
 def method_of(name, **changes):
@@ -105,7 +105,8 @@ def test_every_option_changes_the_plan(name, option, make_problem):
     before, after = method_of(name, **common), method_of(name, **{**common, option: value})
     assert before.options() != after.options()
     everything = Floor in before.targets and option not in ("merge_rule", "similarity")  # passes at a threshold of 0
-    problem = make_problem(Floor(0.0) if everything else Layers(2 if option in ("run_length", "repeat") else 1))
+    layers = 2 if option in ("run_length", "repeat") else 1
+    problem = make_problem(threshold=0.0) if everything else make_problem(num_remove=layers)
     plans = [method.plan(problem) for method in (before, after)]
     if option.startswith("protect") and (name, option) not in ONLY_LIMITS:
         assert plans[0].content() != plans[1].content()

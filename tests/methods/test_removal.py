@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 
 import pytest
 import torch
 from conftest import random_source
-from naive import problem_of
+from problems import problem_of
 
 from slm_pipeline.engine import blocks, walk
 from slm_pipeline.engine.statistics import collect
@@ -20,7 +19,6 @@ from slm_pipeline.methods.shortened import ShortenedMagnitude, ShortenedPerplexi
 from slm_pipeline.methods.shortgpt import ShortGPT
 from slm_pipeline.methods.sleb import Sleb
 from slm_pipeline.methods.streamline import Streamline
-from slm_pipeline.methods.target import Layers
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
@@ -34,8 +32,8 @@ def problem(input_ids):
 def problem_for(architecture, input_ids, num_remove=3, num_layers=8):
     source = random_source(architecture, num_layers=num_layers)
     model, _ = load_dense(source)
-    view = ModelView(model)
-    return problem_of(source, view, input_ids, Layers(num_remove), collect(view, input_ids))
+    statistics = collect(ModelView(model), input_ids)
+    return problem_of(model, source, input_ids, num_remove=num_remove, statistics=statistics)
 
 
 def without(model, layers):
@@ -84,40 +82,16 @@ def test_sleb_runs_fewer_blocks_than_the_plain_loop(problem):
     assert plan.scores["num_block_evaluations"] < 0.7 * plain
 
 
-def test_walk_measures_every_architecture(architecture, input_ids):
-    problem = problem_for(architecture, input_ids, num_layers=5)
-    walking = walk.RemovalWalk(problem.view, input_ids)
-    walking.remove(walk.Removal(3))
-    losses = walking.losses([walk.Removal(layer) for layer in (0, 2, 4)])
-    model = problem.view.model
-    expected = {(layer, "layer"): naive_loss(without(model, [3, layer]), input_ids) for layer in (0, 2, 4)}
-    assert losses == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_candidate_is_given_up_only_when_it_cannot_win(input_ids, monkeypatch):
-    monkeypatch.setattr(walk, "_TEXT_TOKENS", 12)  # one sample at a time
-    problem = problem_for("llama", input_ids)
-    with torch.no_grad():  # without layer 0 the residual stream lacks what makes the logits small
-        problem.view.layers[0].mlp.down_proj.weight.mul_(40)
-    candidates = [walk.Removal(layer) for layer in range(8)]
-    everything = walk.RemovalWalk(problem.view, input_ids).losses(candidates)
-    best = min(everything, key=everything.get)
-    limited = walk.RemovalWalk(problem.view, input_ids).losses_of_contenders(candidates)
-    assert min(limited, key=limited.get) == best
-    assert math.inf in limited.values()
-    finite = {layer: loss for layer, loss in limited.items() if loss < math.inf}
-    assert finite == pytest.approx({layer: everything[layer] for layer in finite}, abs=1e-6)
-
-
 def test_a_loss_that_is_not_finite_never_wins(problem, input_ids):
+    problem = problem_of(problem.view.model, problem.source, input_ids, num_remove=1)
     with torch.no_grad():
         problem.view.layers[2].mlp.down_proj.weight.fill_(math.nan)
-    plan = Sleb().plan(dataclasses.replace(problem, target=Layers(1)))
+    plan = Sleb().plan(problem)
     assert plan.dropped == [2]  # only without layer 2 is there a loss at all
     with torch.no_grad():
         problem.view.layers[5].mlp.down_proj.weight.fill_(math.nan)
     with pytest.raises(UserError, match="loss is not finite whatever is removed"):
-        Sleb().plan(dataclasses.replace(problem, target=Layers(1)))
+        Sleb().plan(problem)
 
 
 def test_perplexity_ranks_single_removals(problem, input_ids):
@@ -188,6 +162,12 @@ def test_contiguous_blocks(problem, input_ids):
     assert plan.dropped == [start, start + 1, start + 2]
     assert 1 - plan.scores["distances"][start] == pytest.approx(cosines[start], abs=1e-5)
 
+    cosines = {s: float(torch.cosine_similarity(hidden[s], hidden[s + 4], dim=-1).mean()) for s in range(4)}
+    plan = Streamline(protect_last=1, replacement=True).plan(problem)
+    start = max(cosines, key=cosines.get)
+    assert plan.dropped == [start + 1, start + 2, start + 3]  # the block's first layer is what the trained one replaces
+    assert 1 - plan.scores["distances"][start] == pytest.approx(cosines[start], abs=1e-5)
+
 
 def test_reverse(problem):
     assert ReverseOrder().plan(problem).scores["order"] == [7, 6, 5]
@@ -221,8 +201,7 @@ def test_a_bound_on_the_loss_changes_no_decision(num_likely, monkeypatch):
         for index, layer in enumerate(model.model.layers):
             layer.mlp.down_proj.weight.mul_(1 + 2 * index)
     input_ids = torch.randint(0, 3000, (9, 12), generator=torch.Generator().manual_seed(5))
-    view = ModelView(model)
-    problem = problem_of(source, view, input_ids, Layers(3), collect(view, input_ids))
+    problem = problem_of(model, source, input_ids, num_remove=3)
     removed, losses = naive_sleb(model, input_ids, 3)
     bounded = []
     least_loss = blocks.BlockRunner.least_loss

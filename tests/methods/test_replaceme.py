@@ -7,12 +7,11 @@ import copy
 import pytest
 import torch
 from conftest import context_of, random_source
-from naive import problem_of
+from problems import problem_of
 
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.replaceme import ReplaceMe
-from slm_pipeline.methods.target import Layers
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
@@ -35,7 +34,7 @@ def problem_for(architecture, input_ids, num_remove=2):
                 if name not in view.norm_names(0):
                     noise = torch.randn(parameter.shape, generator=generator)
                     parameter.copy_(0.2 * noise)
-    return problem_of(source, view, input_ids, Layers(num_remove), collect(view, input_ids))
+    return problem_of(model, source, input_ids, num_remove=num_remove, statistics=collect(view, input_ids))
 
 
 HELD = [2, 7, 12, 17]  # of 20 samples, where a fifth is held out

@@ -7,24 +7,28 @@ import copy
 import pytest
 import torch
 from conftest import random_source
-from naive import naive_search, naive_states, problem_for
+from naive import naive_search, naive_states
+from problems import problem_of
 
-from slm_pipeline.engine.windows import StackSimilarity, originals
+from slm_pipeline.engine.windows import originals
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.slm import SlidingLayerMerging, SlidingWindow
 from slm_pipeline.methods.threshold import Search, find_threshold
 from slm_pipeline.models.loading import load_dense
-from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
 from slm_pipeline.surgery.merge_rules import RULES
-from slm_pipeline.surgery.ops.merge import Merge
-from slm_pipeline.surgery.plan import Plan
 
 
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"protect_first": 0}, {"protect_first": 3, "protect_last": 2}, {"max_window": 2}, {"protect_last": 0}],
+    ("rule", "options"),
+    [
+        *((rule, {}) for rule in RULES),
+        ("mean", {"protect_first": 0}),
+        ("mean", {"protect_first": 3, "protect_last": 2}),
+        ("official", {"protect_last": 0}),
+        ("base_difference", {"protect_first": 0, "protect_last": 0}),
+        ("base_difference", {"max_window": 2}),
+    ],
 )
 def test_search_equals_the_naive_loop(rule, options, input_ids):
     source = random_source(num_layers=8)
@@ -32,7 +36,9 @@ def test_search_equals_the_naive_loop(rule, options, input_ids):
     outcomes = set()
     for threshold in (0.0, 0.6, 0.9, 0.97, 0.995, 1.0):
         windows, similarities = naive_search(model, input_ids, threshold, rule, **options)
-        plan = SlidingLayerMerging(merge_rule=rule, **options).plan(problem_for(model, source, input_ids, threshold))
+        plan = SlidingLayerMerging(merge_rule=rule, **options).plan(
+            problem_of(model, source, input_ids, threshold=threshold)
+        )
         assert [op.layers for op in plan.ops] == [tuple(range(low, high + 1)) for low, high in windows]
         found = {(step["low"], step["high"]): step["similarity"] for step in plan.scores["steps"]}
         assert found.keys() == similarities.keys()
@@ -45,7 +51,7 @@ def test_model_is_left_alone_and_the_plan_gives_the_measured_similarity(input_id
     source = random_source(num_layers=8)
     model, _ = load_dense(source)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    plan = SlidingLayerMerging(merge_rule="mean").plan(problem_for(model, source, input_ids, 0.9))
+    plan = SlidingLayerMerging(merge_rule="mean").plan(problem_of(model, source, input_ids, threshold=0.9))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
     reference = naive_states(model, input_ids)
@@ -92,6 +98,73 @@ def test_auto_lands_on_the_target_with_the_highest_threshold_tried():
         )
 
 
+class Reached:
+    """A pass that removes 3 layers at some thresholds (in hundredths) and 2 at all others."""
+
+    num_layers, length = 12, 1
+
+    def __init__(self, *thresholds):
+        self.thresholds = thresholds
+
+    def __call__(self, search, num_remove):
+        search.num_removed = 3 if round(100 * search.threshold) in self.thresholds else 2
+
+
+UP_TO_50 = range(51)
+HALVINGS = [50, 75, 62, 56, 53, 51]  # the seventh looks at 50 again
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "refine", "best", "tried"),
+    [
+        ([*UP_TO_50, 54], 0, 50, HALVINGS),
+        ([*UP_TO_50, 54], 3, 50, [*HALVINGS, 52]),
+        ([*UP_TO_50, 54], 4, 54, [*HALVINGS, 54]),  # halving never came by
+        ([*UP_TO_50, 52, 54], 5, 54, [*HALVINGS, 55, 54]),
+        ([0], 1, 0, [50, 25, 12, 6, 3, 1, 0]),
+        ([*range(100)], 5, 99, [50, 75, 87, 93, 96, 98, 99]),
+    ],
+)
+def test_halvings_then_grid_points_above_the_best(thresholds, refine, best, tried):
+    chosen, searches, exact = find_threshold(Reached(*thresholds), 3, refine=refine, exhaustive=False)
+    assert round(100 * chosen.threshold) == best
+    assert [round(100 * search.threshold) for search in searches] == tried
+    assert not exact
+
+
+@pytest.mark.parametrize(("thresholds", "tried"), [([20, 90], range(99, 89, -1)), ([0], range(99, -1, -1))])
+def test_exhaustive_walks_the_grid_from_the_top(thresholds, tried):
+    chosen, searches, exact = find_threshold(Reached(*thresholds), 3, refine=5, exhaustive=True)
+    assert round(100 * chosen.threshold) == max(thresholds)
+    assert [round(100 * search.threshold) for search in searches] == list(tried)
+    assert exact
+
+
+def test_the_plan_looks_as_long_as_the_problem_says(input_ids):
+    source = random_source(num_layers=8)
+    model, _ = load_dense(source)
+
+    def plan(**how):
+        found = SlidingLayerMerging().plan(problem_of(model, source, input_ids, num_remove=2, **how))
+        return found, [round(100 * search["threshold"]) for search in found.scores["searches"]]
+
+    halved, tried = plan(refine=0)
+    refined, tried_longer = plan(refine=3)
+    best = round(100 * halved.threshold)
+    assert tried_longer[: len(tried)] == tried
+    assert set(tried_longer[len(tried) :]) <= {best + 3, best + 2, best + 1} - set(tried) != set()
+    assert len(tried_longer) > len(tried)
+    everywhere, tried = plan(exhaustive=True)
+    assert tried == list(range(99, round(100 * everywhere.threshold) - 1, -1))
+    assert (halved.scores["exact"], refined.scores["exact"], everywhere.scores["exact"]) == (False, False, True)
+
+
+def test_a_similarity_as_low_as_the_threshold_passes():
+    """As in the paper's figure; the published code asks for more."""
+    assert search(SlidingWindow(lambda _: 0.75, 12), 0.75).windows == [(1, 10)]
+    assert search(SlidingWindow(lambda _: 0.75, 12), 0.7500001).windows == []
+
+
 def test_exhaustive_finds_the_highest_threshold():
     slide = SlidingWindow(stub, 32)
     chosen, searches, exact = find_threshold(slide, 7, refine=0, exhaustive=True)
@@ -111,45 +184,13 @@ def test_auto_says_what_can_be_reached():
         find_threshold(SlidingWindow(never, 12), 5, refine=5, exhaustive=False)
 
 
-def test_no_window_is_evaluated_twice(input_ids):
-    source = random_source(num_layers=8)
-    model, _ = load_dense(source)
-    similarity = StackSimilarity(ModelView(model), input_ids, "official", "final_hidden")
-    search(SlidingWindow(similarity, 8), 0.9)
-    once = similarity.num_block_evaluations
-    search(SlidingWindow(similarity, 8), 0.9)
-    assert similarity.num_block_evaluations == once == sum(len(stack) for stack in similarity.asked)
-    assert all(sum(map(originals, stack), []) == list(range(originals(stack[0])[0], 8)) for stack in similarity.asked)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["last_token", "per_token", "logits_kl"])
-def test_other_similarities(kind, any_model, input_ids):
-    view = ModelView(any_model)
-    found = StackSimilarity(view, input_ids, "official", kind)(((2, 3, 4), 5))
-    dense = any_model(input_ids=input_ids, output_hidden_states=True)
-    plan = Plan({"name": "x", "num_layers": 6}, "x", {}, {}, [Merge((2, 3, 4), "official")])
-    pruned = apply(plan, copy.deepcopy(any_model))(input_ids=input_ids, output_hidden_states=True)
-    a, b = dense.hidden_states[-1], pruned.hidden_states[-1]
-    if kind == "last_token":
-        expected = torch.stack(
-            [torch.dot(x, y) / (x.norm() * y.norm()) for x, y in zip(a[:, -1], b[:, -1], strict=True)]
-        ).mean()
-    elif kind == "per_token":
-        expected = ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean()
-    else:
-        p, q = dense.logits.softmax(-1), pruned.logits.softmax(-1)
-        expected = torch.exp(-(p * (p / q).log()).sum(-1).mean())
-    assert found == pytest.approx(float(expected), abs=1e-5)
-
-
 def test_infinite_states_are_an_error(input_ids):
     source = random_source()
     model, _ = load_dense(source)
     with torch.no_grad():
         model.model.layers[4].mlp.down_proj.weight.fill_(float("inf"))
     with pytest.raises(UserError, match="similarity after merging layers 3..4 is nan"):
-        SlidingLayerMerging().plan(problem_for(model, source, input_ids, 0.5))
+        SlidingLayerMerging().plan(problem_of(model, source, input_ids, threshold=0.5))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 from conftest import random_source, run_slm
-from naive import problem_of
+from problems import problem_of
 
 from slm_pipeline.config import PruningRatioConfig
 from slm_pipeline.engine.progressive import ProgressiveStack
@@ -20,7 +20,6 @@ from slm_pipeline.methods.slm import SlidingLayerMerging
 from slm_pipeline.methods.target import Layers, NoTarget, ParameterCounts, Parameters, PruningRatio
 from slm_pipeline.methods.threshold import Search
 from slm_pipeline.models.loading import load_dense
-from slm_pipeline.models.view import ModelView
 
 SIX_LAYERS = [
     "model=random", "model.architecture=llama", "model.num_layers=6", "model.hidden_size=32",
@@ -124,14 +123,14 @@ def test_laco_can_leave_as_few_layers_as_it_says(options):
 def test_come_reaches_the_fewest_that_it_says_it_can_leave(input_ids, monkeypatch):
     """From the bottom up no layer is left between two runs."""
     source = random_source()
-    view = ModelView(load_dense(source)[0])
+    model, _ = load_dense(source)
     monkeypatch.setattr(ProgressiveStack, "run_distance", lambda self, position, length, **_: float(position))
     for method, fewest in ((Come(), 3), (Come(run_length=4), 2), (Come(protect_first=1), 4)):
         assert method.fewest_left(6)[0] == fewest
-        plan = method.plan(problem_of(source, view, input_ids, Layers(6 - fewest)))
+        plan = method.plan(problem_of(model, source, input_ids, num_remove=6 - fewest))
         assert plan.num_layers == fewest
         with pytest.raises(UserError, match="no run of [23] unmerged layers is left"):
-            method.plan(problem_of(source, view, input_ids, Layers(7 - fewest)))
+            method.plan(problem_of(model, source, input_ids, num_remove=7 - fewest))
 
 
 SIZES = ParameterCounts(total=1000, blocks=[30] * 30)

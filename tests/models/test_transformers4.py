@@ -91,7 +91,8 @@ def make_model(name: str) -> Any:
     sizes |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     sizes |= {"ffn_dim" if architecture == "opt" else "intermediate_size": 48}
     if architecture not in ("opt", "gpt_neox"):
-        sizes |= {"num_key_value_heads": 2, "head_dim": 8}
+        # Wider than 32 / 4, but where transformers counts the factors of positions by that.
+        sizes |= {"num_key_value_heads": 2, "head_dim": 8 if "longrope" in name else 12}
     config = AutoConfig.for_model(architecture, **sizes, **copy.deepcopy(SETTINGS[name]))
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

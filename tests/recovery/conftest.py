@@ -8,10 +8,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import random_source
+from conftest import peculiar_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from slm_pipeline.models.loading import byte_tokenizer, load_dense
+from slm_pipeline.models.loading import byte_tokenizer
 from slm_pipeline.recovery.base import RecoveryProblem
 from slm_pipeline.recovery.lora import Lora
 from slm_pipeline.surgery.apply import apply
@@ -66,7 +66,7 @@ def teacher(architecture="llama", tied=False):
             num_key_value_heads=2, initializer_range=0.1, tie_word_embeddings=tied,
         )  # fmt: skip
         return LlamaForCausalLM(config).eval()
-    return load_dense(random_source(architecture))[0]
+    return peculiar_model(architecture)
 
 
 def problem(data, out, plan=MERGED, log=lambda metrics, step: None, seed=1234, architecture="llama", **options):

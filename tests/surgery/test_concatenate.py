@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_source
+from conftest import peculiar_model, random_source
 
 from slm_pipeline.engine.blocks import BlockRunner
 from slm_pipeline.models.loading import load_dense
@@ -22,7 +22,7 @@ def two_parts(num_units, first):
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])  # multi-head, grouped-query, multi-query
 def test_a_layer_cut_in_two_and_put_together_is_itself(architecture, num_kv_heads, input_ids):
     """Its units in another order, each with its own biases and gains, none of which is 0 or 1."""
-    model, _ = load_dense(random_source(architecture, num_layers=3, num_kv_heads=num_kv_heads))
+    model = peculiar_model(architecture, num_layers=3, num_kv_heads=num_kv_heads)
     view = ModelView(model)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in view.layers[1].named_parameters():
