@@ -24,12 +24,13 @@ import pytest
 from omegaconf import OmegaConf, open_dict
 from task_rows import TASK_ROWS
 
-from slm_pipeline import cli, config
+from slm_pipeline import config
 from slm_pipeline.config import TARGETS, plugins
 from slm_pipeline.config.groups import build
+from slm_pipeline.jobs import command_line
 from slm_pipeline.jobs.job import Job, prepare
-from slm_pipeline.jobs.steps import steps
 from slm_pipeline.jobs.stages.merge import checkpoint_id
+from slm_pipeline.jobs.steps import steps
 from slm_pipeline.machine import gpus, provenance
 from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.surgery.ops.drop import Drop
@@ -316,8 +317,8 @@ def composed() -> Callable[..., Any]:
         if overrides not in known:
             cli.set_environment()
             arguments = SimpleNamespace(config_dir=None, config_name=None)
-            with cli.config_loader(arguments):
-                known[overrides] = cli.composed_of(arguments, [*JOB, *overrides])
+            with command_line.config_loader(arguments):
+                known[overrides] = command_line.composed_of(arguments, [*JOB, *overrides])
             with open_dict(known[overrides]):
                 del known[overrides].hydra  # the greatest part of it
         return known[overrides]
