@@ -315,7 +315,7 @@ def composed() -> Callable[..., Any]:
 
     def compose(*overrides: str) -> Any:
         if overrides not in known:
-            cli.set_environment()
+            command_line.set_environment()
             arguments = SimpleNamespace(config_dir=None, config_name=None)
             with command_line.config_loader(arguments):
                 known[overrides] = command_line.composed_of(arguments, [*JOB, *overrides])
