@@ -8,7 +8,6 @@ import importlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from inspect import isabstract
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -19,6 +18,13 @@ from yaml import YAMLError
 from slm_pipeline.config import COMPOSITION_ERRORS, PLUG_INS, Config, EvaluationConfig, checked, plugins, ranges
 from slm_pipeline.config.folders import CONF_DIR, SWEEPS_ROOT
 from slm_pipeline.errors import UserError
+
+# What options are derived from. By name: these modules stand above this one.
+_BASES = {
+    "method": "slm_pipeline.methods.base.Method",
+    "recovery": "slm_pipeline.recovery.base.Recovery",
+    "measure": "slm_pipeline.evaluation.measure.Measure",
+}
 
 
 def build(node: Any, *, group: str, key: str = "") -> Any:
@@ -95,15 +101,26 @@ def _options_class(target: Any, group: str) -> Any:
             raise
         words = " ".join(str(error).split())
         raise UserError(f"{group}._target_={target!r} cannot be imported: {type(error).__name__}: {words}") from error
-    does = {"method": "plan", "recovery": "run", "measure": "numbers"}[group]
-    if not (is_dataclass(options) and hasattr(options, "name") and hasattr(options, does)) or isabstract(options):
-        raise UserError(f"{group}._target_={target!r} is not the class of a {group}")
+    if wrong := _fault(options, group):
+        raise UserError(f"{group}._target_={target!r} is not the class of a {group}: {wrong}")
     if not ours and (CONF_DIR / group / f"{options.name}.yaml").exists():
         raise UserError(
             f"{group}._target_={target!r} calls itself {options.name!r}, as one of slm_pipeline does; tables and plans"
             " would not tell them apart: give the class another name"
         )
     return options
+
+
+def _fault(options: Any, group: str) -> str | None:
+    """Why it cannot be the class of an option, in words."""
+    module, _, name = _BASES[group].rpartition(".")
+    if not (isinstance(options, type) and issubclass(options, getattr(importlib.import_module(module), name))):
+        return f"it is not derived from {_BASES[group]}"
+    if lacking := sorted(options.__abstractmethods__):
+        return f"it lacks {', '.join(lacking)}"
+    if not isinstance(getattr(options, "name", None), str):
+        return "it has no name"
+    return None
 
 
 def _lacks(name: str, group: str, key: str, options: Any) -> str:

@@ -8,11 +8,13 @@ import shlex
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, Quote, QuotedString, RangeSweep
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
 from slm_pipeline import config
 from slm_pipeline.config import groups, ranges
@@ -100,6 +102,25 @@ def check_group(item: Override) -> None:
         if not isinstance(value, str) or not value:
             names = ", ".join(file.stem for file in groups.option_files(group))
             raise UserError(f"{item.input_line}: {group} is a group, choose one of its options: {names}")
+
+
+def check_added_measures(before: Any, after: Any) -> None:
+    """Raise `UserError` if what ``+measure=`` adds undoes what files set of a measure: Hydra lays it over them.
+
+    Args:
+        before: ``evaluation`` as it is composed without.
+        after: and with it.
+    """
+    nodes = [OmegaConf.to_container(node, resolve=False) for node in (before, after) if isinstance(node, DictConfig)]
+    if len(nodes) < 2:
+        return
+    measures = [{str(key): values for key, values in dict(node).items() if isinstance(values, dict)} for node in nodes]
+    for name, values in measures[0].items():
+        if undone := [key for key in values if measures[1][name].get(key) != values[key]]:
+            raise UserError(
+                f"+measure={name} would undo evaluation.{name}.{undone[0]}={ranges.short(values[undone[0]])}, which a"
+                f" file sets; chosen among the others it does not: measure=[{','.join(measures[1])}]"
+            )
 
 
 def _is_group(name: str) -> bool:

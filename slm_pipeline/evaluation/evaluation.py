@@ -42,8 +42,8 @@ class Evaluation:
             if key not in EvaluationConfig.__dataclass_fields__:
                 if isinstance(plain[key], Mapping):
                     raise UserError(
-                        f"evaluation.{key} has options and is no measure that was chosen; there are"
-                        f" {', '.join(nodes) or 'none'}: +measure={key} adds it"
+                        f"evaluation.{key} has options and is no measure that was chosen; to choose it too:"
+                        f" measure=[{','.join([*nodes, key])}]"
                     )
                 near = difflib.get_close_matches(key, known, n=3)
                 raise UserError(

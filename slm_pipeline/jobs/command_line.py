@@ -24,7 +24,13 @@ from yaml import YAMLError
 
 from slm_pipeline import config
 from slm_pipeline.config import COMPOSITION_ERRORS, plugins
-from slm_pipeline.config.overrides import asks_for_several_jobs, check_group, first_value, parse_overrides
+from slm_pipeline.config.overrides import (
+    asks_for_several_jobs,
+    check_added_measures,
+    check_group,
+    first_value,
+    parse_overrides,
+)
 from slm_pipeline.errors import UserError
 from slm_pipeline.jobs import study
 from slm_pipeline.machine import gpus
@@ -225,7 +231,7 @@ def composed_of(arguments: Namespace, overrides: list[str]) -> DictConfig:
     try:
         composed = compose(arguments.config_name or "config", overrides=overrides, return_hydra_config=True)
     except COMPOSITION_ERRORS as error:
-        hint = plugins.without_options() if isinstance(error, MissingConfigException) else ""
+        hint = _what_there_is(error) if isinstance(error, MissingConfigException) else ""
         raise UserError(config.one_line(error) + hint) from error
     except YAMLError as error:
         raise UserError(f"a YAML file cannot be read: {' '.join(str(error).split())}") from error
@@ -237,7 +243,18 @@ def composed_of(arguments: Namespace, overrides: list[str]) -> DictConfig:
             f"plugins=[{','.join(sorted(map(str, unknown)))}] stands in a file; what it brings must be known before a"
             " file is read: name it on the command line, or give the package an entry point"
         )
+    others = [word for word in overrides if not word.startswith("+measure=")]
+    if len(others) < len(overrides):
+        before = compose(arguments.config_name or "config", overrides=others)
+        check_added_measures(before.evaluation, composed.evaluation)
     return composed
+
+
+def _what_there_is(error: MissingConfigException) -> str:
+    """The end of a message about an option that nobody has. Of several in a list Hydra itself does not say which."""
+    group = str(error.missing_cfg_file).rpartition("/")[0]
+    names = GlobalHydra.instance().config_loader().get_group_options(group) if error.options is None else []
+    return (f" Available options in {group!r}: {' '.join(names)}" if names else "") + plugins.without_options()
 
 
 def _describe_search(composed: DictConfig) -> str:

@@ -142,7 +142,7 @@ class Method(ABC):
             UserError: the target cannot be reached, or the model's numbers are not finite.
         """
 
-    def _new_plan(self, problem: PruningProblem, *, ops: Sequence[Op], **decision: Any) -> Plan:
+    def new_plan(self, problem: PruningProblem, *, ops: Sequence[Op], **decision: Any) -> Plan:
         """The plan of ``ops``; ``decision`` is what else of a plan is not known here."""
         model = {
             "name": problem.source.name,
@@ -179,7 +179,7 @@ class LayerRemoval(ProtectsEnds):
     def removal_plan(self, problem: PruningProblem[Layers], removed: list[int], scores: dict[str, Any]) -> Plan:
         """The plan that removes ``removed``, in that order."""
         drop = Drop(tuple(sorted(removed)))
-        return self._new_plan(problem, ops=[drop], scores={"order": removed, **scores})
+        return self.new_plan(problem, ops=[drop], scores={"order": removed, **scores})
 
     def lowest_first(self, problem: PruningProblem[Layers], values: list[float]) -> list[int]:
         """The unprotected layers with the lowest values, lowest first, ties by index.

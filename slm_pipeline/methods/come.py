@@ -136,7 +136,7 @@ class Come(ProtectsEnds):
                 groups[position : position + length] = [layers]
                 stack.merge(position, length, merged)
                 progress.update(length - 1)
-        return self._new_plan(
+        return self.new_plan(
             problem,
             ops=ops,
             tensors=tensors,

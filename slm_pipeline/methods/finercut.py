@@ -84,7 +84,7 @@ class FinerCut(ProtectsEnds):
         for layer, parts in sorted(lost.items()):
             if layer not in gone:
                 ops.append(DropSublayer((layer,), parts[0], self.export))
-        return self._new_plan(
+        return self.new_plan(
             problem,
             ops=ops,
             scores={"rounds": rounds, "num_block_evaluations": evaluations},

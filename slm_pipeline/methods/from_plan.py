@@ -71,10 +71,10 @@ class FromPlan(Method):
         if isinstance(self.original, Passthrough):
             kept = self.original.kept
             dropped = sorted(set(range(problem.view.num_layers)).difference(kept))
-            return self._new_plan(problem, ops=[Drop(tuple(dropped))] if dropped else [])
+            return self.new_plan(problem, ops=[Drop(tuple(dropped))] if dropped else [])
         original = self.original
         replayed = {"method": original.method, "calibration": original.calibration, "scores": original.scores}
-        return self._new_plan(
+        return self.new_plan(
             problem,
             threshold=original.threshold,
             ops=original.ops,

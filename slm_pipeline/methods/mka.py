@@ -95,7 +95,7 @@ class Mka(LayerRemoval):
             share = 1 / (1 + math.exp(-self.sharpness * lower / (lower + upper)))
             groups[position : position + 2] = [pair[0] + pair[1]]
             merges.append({"layers": pair[0] + pair[1], "similarity": adjacent[layer], "shares": [share, 1 - share]})
-        return self._new_plan(
+        return self.new_plan(
             problem,
             ops=[Merge(tuple(merge["layers"]), "weighted", shares=tuple(merge["shares"])) for merge in merges],
             scores={"similarity": adjacent, "mean_similarity": means, "merges": merges},

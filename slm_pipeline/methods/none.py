@@ -24,4 +24,4 @@ class NoPruning(Method):
         return False
 
     def plan(self, problem: PruningProblem) -> Plan:
-        return self._new_plan(problem, ops=[])
+        return self.new_plan(problem, ops=[])

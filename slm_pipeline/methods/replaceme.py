@@ -98,7 +98,7 @@ class ReplaceMe(AngularDistance):
                 "method=replaceme: the linear map is not finite; try model.dtype=float32 or method.ridge=1e-4"
             )
         fit, warnings = self._fit(problem, removed, transform)
-        return self._new_plan(
+        return self.new_plan(
             problem,
             ops=[Drop(tuple(removed)), Fold((removed[0] - 1,), "fold.0")],
             tensors={"fold.0": transform.float().cpu().numpy()},

@@ -131,7 +131,7 @@ class ThresholdMerging(Method):
                 chosen, searches, exact = find_threshold(
                     one_pass, problem.target.remove, refine=problem.refine, exhaustive=problem.exhaustive
                 )
-        return self._new_plan(
+        return self.new_plan(
             problem,
             threshold=chosen.threshold,
             ops=[Merge(tuple(range(low, high + 1)), self.merge_rule) for low, high in chosen.windows],

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from slm_pipeline.config import plugins
 from slm_pipeline.errors import UserError
 from slm_pipeline.store.checksums import digest
 from slm_pipeline.store.files import write_bytes, write_json
@@ -99,10 +100,17 @@ class Plan:
         return [(kind, [op for op in self.ops if type(op) is kind]) for kind in kinds]
 
     def content(self) -> str:
-        """A digest of the edits alone: equal plans give equal checkpoints, whatever method or option led to them."""
+        """A digest of the edits alone: equal plans give equal checkpoints, whatever method or option led to them.
+
+        An operation of a plugin is what its code does.
+
+        Raises:
+            UserError: an operation is neither ours nor a plugin's.
+        """
         tensors = {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in self.tensors.items()}
+        code = plugins.code_of(*dict.fromkeys(type(op) for op in self.ops))
         ops = [op.to_json() for op in self.ops]
-        return digest([ops, tensors] if tensors else ops)
+        return digest([ops, tensors, *([code] if code else [])] if tensors or code else ops)
 
     def fingerprint(self) -> str:
         """A digest of all that it says, shapes and measurements too: a plan that was put right is another one, although

@@ -340,7 +340,7 @@ class DropTop(Method):
         depth = problem.view.num_layers
         end = depth - self.keep_last
         dropped = list(range(end - problem.target.remove, end))
-        return self._new_plan(problem, ops=[Drop(tuple(dropped))])
+        return self.new_plan(problem, ops=[Drop(tuple(dropped))])
 """
 
 
