@@ -12,15 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wandb_files import only
+import torch
+from safetensors.torch import load_file
+from wandb_files import history, nested, only, wandb_records
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-(NEARNESS,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/extending.md").read_text("utf-8"), re.DOTALL)
+# The files that the document shows, by their names in the package.
+_BLOCK = re.compile(r"```(?:python|yaml)\n# mypackage/(\S+)\n(.*?)```", re.DOTALL)
+SHOWN = {
+    name: content.replace("mypackage", "stranger")
+    for name, content in _BLOCK.findall((REPOSITORY / "docs/extending.md").read_text("utf-8"))
+}
+DISTINCT = SHOWN["distinct.py"]
 
 PACKAGE = {
     # what its modules add to registries, it adds when it is imported
-    "__init__.py": "from stranger import helium, likeness, steepness",
+    "__init__.py": "from stranger import damp, helium, likeness, steepness",
+    # a measure: two files
+    "distinct.py": DISTINCT,
+    "conf/measure/distinct.yaml": SHOWN["conf/measure/distinct.yaml"],
+    # an operation: three files, with a method that uses it
+    "damp.py": SHOWN["damp.py"],
+    "damped.py": SHOWN["damped.py"],
+    "conf/method/damped.yaml": SHOWN["conf/method/damped.yaml"],
     # a method: two files
     "every_third.py": '''
 """Drop every third layer."""
@@ -77,7 +92,7 @@ _target_: stranger.louder.Louder
 factor: 3.0
 """,
     # a similarity of the searches, and one of slm-analyze: one file
-    "likeness.py": NEARNESS
+    "likeness.py": SHOWN["__init__.py"]
     + """
 from slm_pipeline.analysis.token_metrics import TOKEN_METRICS, TokenMetric
 
@@ -123,12 +138,18 @@ PLOTS["depth"] = depth
 defaults:
   - override /recovery: louder
   - override /evaluation: perplexity
+  - override /measure: [perplexity, distinct]
 name: strange
-study: {question: "What does every third layer do?"}
-hydra: {sweeper: {params: {method: "every_third,reverse"}}}
+study:
+  question: "What does every third layer do?"
+  metric: pruned/distinct/pairs
+evaluation:
+  distinct: {prompts: [the river, a tree, old], num_tokens: 12}
+hydra: {sweeper: {params: {method: "every_third,damped,reverse"}}}
 """,
 }
 
+MODELS = ("dense", "pruned", "recovered")
 COMMON = [
     *("plugins=[stranger]", "model=random", "model.architecture=helium", "model.num_layers=6", "model.hidden_size=32"),
     *("model.intermediate_size=48", "calibration=text_file", "calibration.path=text.txt", "calibration.num_samples=2"),
@@ -165,7 +186,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def study(project: Path) -> Path:
-    """The stranger's study with its method, recovery, architecture and plot, each job in a process of its own."""
+    """The stranger's study with all that is the stranger's, each job in a process of its own."""
     slm(
         project, "-m", "sweeps=strange", *COMMON, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
         "evaluation.perplexity.corpora=[text.txt]", "evaluation.perplexity.window=32", "pictures=false",
@@ -182,45 +203,121 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 def test_help_and_a_dry_run_know_all_of_it_without_torch(project):
     shown = slm(project, "--help", "plugins=[stranger]").stdout
-    for option, comment in (("every_third", "Drop every third layer."), ("louder", "A larger final norm.")):
+    for option, comment in (
+        ("every_third", "Drop every third layer."),
+        ("damped", "Drop the last layers, damp those that are left."),
+        ("louder", "A larger final norm."),
+        ("distinct", "How repetitive the model writes: the share of different pairs of tokens."),
+    ):
         assert f"  {option:<20} {comment} (stranger)\n" in shown
     assert "  strange              What every third layer does. (stranger)\n" in shown
+    words = [*COMMON, "method=damped", "recovery=louder", "+measure=distinct", "evaluation.distinct.prompts=[a]"]
     program = (
-        f"import sys; sys.argv[1:] = {[*COMMON, 'method=every_third', 'recovery=louder', 'dry_run=true']!r}\n"
+        f"import sys; sys.argv[1:] = {[*words, 'dry_run=true']!r}\n"
         "from slm_pipeline.cli import main; main(); print('torch' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     arguments = [sys.executable, "-c", program]
     done = subprocess.run(arguments, cwd=project, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
+    *stages, torch_is_imported = done.stdout.splitlines()
+    assert torch_is_imported == "False"
+    assert {f"evaluate_{model}/distinct" for model in MODELS} <= {line.split()[0] for line in stages}
 
 
 def test_method_recovery_and_architecture_do_what_they_say(study):
     import transformers
 
-    third, reverse = summary_of(study / "0"), summary_of(study / "1")
+    third, damped, reverse = (summary_of(study / job) for job in "012")
     assert (third["method"], third["dropped"], third["layer_groups"]) == ("every_third", [1, 4], [[0], [2], [3], [5]])
+    assert (damped["method"], damped["dropped"]) == ("damped", [4, 5])
     assert (reverse["method"], reverse["dropped"]) == ("reverse", [4, 5])
-    for summary in (third, reverse):
+    for summary in (third, damped, reverse):
         assert (summary["recovery"]["name"], summary["recovery"]["options"]) == ("louder", {"factor": 3.0})
         model = transformers.AutoModelForCausalLM.from_pretrained(summary["checkpoint"])
         assert model.config.model_type == "helium"
         assert model.model.norm.weight.mean().item() == 3.0
 
 
+def test_an_operation_changes_weights_and_is_named_wherever_the_plan_is(study):
+    """Damped and reverse keep the same four layers."""
+    summary, plain = summary_of(study / "1"), summary_of(study / "2")
+    damped, whole = (load_file(Path(found["stages"]["merge"]["path"]) / "model/model.safetensors")
+                     for found in (summary, plain))  # fmt: skip
+    changed = {name for name, tensor in whole.items() if not tensor.equal(damped[name])}
+    last = ("self_attn.o_proj", "mlp.down_proj")
+    assert changed == {f"model.layers.{i}.{name}.weight" for i in range(4) for name in last}
+    for name in changed:
+        torch.testing.assert_close(damped[name], 0.9 * whole[name])
+    assert summary["changes"]["lines"] == ["damp of 0, 1, 2, 3"]
+    assert summary["changes"]["marks"] == [{"label": "damp", "layers": [0, 1, 2, 3], "part": "whole"}]
+    plan = json.loads((study / "1" / "plan.json").read_text())
+    assert plan["ops"][1:] == [{"op": "damp", "layers": [i], "factor": 0.9} for i in range(4)]
+    assert "damp of 0, 1, 2, 3" in (study / "1" / "summary.md").read_text()
+    assert "damp of 0, 1, 2, 3" in (Path(summary["checkpoint"]) / "README.md").read_text()
+    (strips,) = study.rglob("layer_strips.svg")
+    assert "damp" in strips.read_text()
+
+
+def test_an_operation_is_read_by_its_name_and_refused_without_its_plugin(project, study):
+    words = [*COMMON[1:-2], "method=from_plan", f"method.path={study / '1' / 'plan.json'}", "recovery=none"]
+    words += ["evaluation=none", "dry_run=true"]
+    refused = slm(project, *words, "model.architecture=llama", check=False)
+    assert refused.returncode == 2
+    assert "op 1 is 'damp'; this version knows drop" in refused.stderr
+    planned = slm(project, *COMMON[:1], *words).stdout.splitlines()
+    assert [line.split()[:2] for line in planned[:2]] == [["calibrate", "reuse"], ["merge", "run"]]
+
+
+def number(summary: dict[str, Any], model: str) -> float:
+    return float(summary["numbers"][f"{model}/distinct/pairs"]["value"])
+
+
+def test_a_measure_is_in_everything_that_a_run_leaves(study):
+    run = study / "0"
+    summary = summary_of(run)
+    values = {f"{model}/distinct/pairs": number(summary, model) for model in MODELS}
+    assert all(100 / 11 <= value <= 100 for value in values.values())  # 12 tokens are 11 pairs
+    assert len(set(values.values())) > 1
+    for key in values:
+        said = summary["numbers"][key]
+        assert (said["unit"], said["higher_is_better"], said["measured"]["measure"]) == ("%", True, "distinct")
+        assert said["stderr"] > 0
+    assert summary["details"]["evaluate_dense"]["distinct"]["shares"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = {key: value for line in lines for key, value in line.items() if "/distinct/" in key}
+    assert logged == values
+    assert {key: row[key] for row in history(run) for key in row if key in values} == values
+    finals = [nested(r.summary.update) for r in wandb_records(run) if r.WhichOneof("record_type") == "summary"]
+    final = {key: value for found in finals for key, value in found.items()}
+    assert {key: final[key] for key in values} == values
+    assert {f"{key} stderr" for key in values} <= final.keys()
+    table = (run / "summary.md").read_text()
+    assert "## Distinct (%, higher is better)" in table
+    assert "distinct: 12 tokens after each of 3 prompts" in table
+    for value in values.values():
+        assert f"{value:.1f}" in table.partition("## Distinct")[2].partition("##")[0]
+
+
 def test_they_are_in_every_table_the_page_and_the_pictures(study):
     with open(study / "summary.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows] == ["every_third", "reverse"]
-    scored = {name for name in rows[0] if "perplexity" in name and "recovered" in name}
-    assert len(scored) == 1
-    assert len({row[name] for row in rows for name in scored}) == 2
+    assert [row["method"] for row in rows] == ["every_third", "damped", "reverse"]
+    for column in ("recovered/perplexity/text.txt", "pruned/distinct/pairs", "pruned/distinct/pairs stderr"):
+        assert len({float(row[column]) for row in rows}) > 1
+    assert [float(row["pruned/distinct/pairs"]) for row in rows] == [
+        number(summary_of(study / job), "pruned") for job in "012"
+    ]
+    best = max(float(row["pruned/distinct/pairs"]) for row in rows)
+    table = (study / "summary.md").read_text(encoding="utf-8")
+    assert "Metric: pruned/distinct/pairs, higher is better" in table
+    assert f"**{best:.1f} " in table
+    assert "every_third" in table
     page = (study / "report.html").read_text(encoding="utf-8")
     assert "What does every third layer do?" in page
     assert "every_third" in page
     assert "how deep each run is" in page
+    assert "pruned/distinct/pairs" in page
     assert {"depth.png", "depth.svg"} <= {path.name for path in study.rglob("depth.*")}
-    assert "every_third" in (study / "summary.md").read_text(encoding="utf-8")
 
 
 def test_they_are_in_the_wandb_run(study):
@@ -228,17 +325,86 @@ def test_they_are_in_the_wandb_run(study):
     assert {"method=every_third", "recovery=louder"} <= set(run.tags)
 
 
+def records(project: Path, stage: str) -> list[dict[str, Any]]:
+    """What the results of a stage are kept under."""
+    files = (project / "outputs" / "store").glob(f"{stage}/*/stage.json")
+    return [json.loads(file.read_text())["identity"] for file in files]
+
+
 def test_the_store_names_the_package_and_its_code_in_the_keys_of_what_it_made(project, study):
     listed = command("slm_pipeline.commands.store", project, "list").stdout
     assert "every_third: 6 -> 4 layers: 0 2-3 5\n" in listed
-    assert listed.count("runs  louder\n") == 2
-    store = project / "outputs" / "store"
-    inputs = {stage: [json.loads(file.read_text()) for file in store.glob(f"{stage}/*/stage.json")]
-              for stage in ("merge", "recover")}  # fmt: skip
-    (digest,) = {record["identity"]["plugins"]["stranger"] for record in inputs["recover"]}
+    assert listed.count("runs  louder\n") == 3
+    assert f"  distinct/pairs {number(summary_of(study / '0'), 'pruned'):.1f} +-" in listed
+    (digest,) = {identity["plugins"]["stranger"] for identity in records(project, "recover")}
     assert len(digest) == 64
-    named = {record["identity"]["method"]: record["identity"].get("plugins") for record in inputs["merge"]}
-    assert named == {"every_third": {"stranger": digest}, "reverse": None}
+    named = {identity["method"]: identity.get("plugins") for identity in records(project, "merge")}
+    ours = {"stranger": digest}
+    assert {name: named[name] for name in ("every_third", "damped", "reverse")} == {
+        "every_third": ours, "damped": ours, "reverse": None,
+    }  # fmt: skip
+    of_measures = {identity["measure"]: identity.get("plugins") for identity in records(project, "evaluate")}
+    assert of_measures == {"perplexity": None, "distinct": ours}
+
+
+def objective(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """``slm words``; the last line is what the job returned."""
+    program = (
+        "import sys; sys.argv[0] = 'slm'; from slm_pipeline.cli import main; from slm_pipeline.jobs import runner\n"
+        "run, found = runner.run_job, []\n"
+        "runner.run_job = lambda *given: found.append(run(*given))\n"
+        "main(); print(found)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-c", program, *words]
+    return subprocess.run(arguments, cwd=project, env=environment, capture_output=True, text=True)
+
+
+def test_a_measure_is_an_objective_and_measures_again_when_its_code_has_changed(project, study):
+    """Of a job of the study, all but the stranger's measure is there afterwards."""
+    words = [*COMMON, "method=reverse", "recovery=none", "evaluation=perplexity", "measure=[perplexity,distinct]"]
+    words += ["evaluation.perplexity.corpora=[text.txt]", "evaluation.perplexity.window=32", "tracker=jsonl"]
+    words += ["evaluation.distinct.prompts=[the river,a tree,old]", "evaluation.distinct.num_tokens=12"]
+    words += ["pictures=false", "name=changed", "objective.metric=pruned/distinct/pairs"]
+    whole = [f"evaluate_{model}/{label}" for model in MODELS[:2] for label in ("perplexity/text.txt", "distinct")]
+
+    def planned() -> dict[str, str]:
+        lines = (line.split() for line in slm(project, *words, "dry_run=true").stdout.splitlines())
+        return {line[0]: line[1] for line in lines if line[1] in ("run", "reuse")}
+
+    assert planned() == dict.fromkeys(["calibrate", "merge", *whole], "reuse")
+    file = project / "stranger" / "distinct.py"
+    try:
+        file.write_text(DISTINCT.replace("100 * len(set(pairs))", "50 * len(set(pairs))"))
+        again = [name for name, action in planned().items() if action == "run"]
+        assert again == ["evaluate_dense/distinct", "evaluate_pruned/distinct"]
+        done = objective(project, *words)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = float(done.stdout.splitlines()[-1].strip("[]"))
+        assert found == pytest.approx(number(summary_of(study / "2"), "pruned") / 2)
+    finally:
+        file.write_text(DISTINCT)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["objective.metric=pruned/distinct/pair"], "not measured by this job; it measures: ['num_layers', 'parameters',"),
+    (["evaluation.distinct.num_tokens=1"], "evaluation.distinct.num_tokens=1 must be at least 2 and at most 1000"),
+    (["evaluation.distinct.prompt=a"], "did you mean prompts?"),
+])  # fmt: skip
+def test_options_and_objective_of_a_measure_are_checked_before_anything_runs(project, words, message):
+    words = ["+measure=distinct", "evaluation=perplexity", "evaluation.distinct.prompts=[a]", "recovery=none", *words]
+    refused = slm(project, *COMMON, "method=reverse", *words, check=False)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert message in refused.stderr
+
+
+def test_a_study_may_choose_its_measures_from_the_command_line(project):
+    words = [*COMMON, "method=reverse", "recovery=none", "evaluation=perplexity", "evaluation.of=[pruned]"]
+    words += ["evaluation.distinct.prompts=[a],[b]", "measure=[perplexity,distinct]"]
+    lines = slm(project, "-m", *words, "dry_run=true").stdout.splitlines()
+    stages = [line.split()[0] for line in lines if not line.startswith("warning")]
+    one = ["calibrate", "merge", "evaluate_pruned/perplexity/bundled", "evaluate_pruned/distinct"]
+    assert stages == ["#0", *one, "#1", *one]
 
 
 def test_a_similarity_decides_a_search_and_its_code_is_in_key_and_memo(project):

@@ -14,6 +14,10 @@ from slm_pipeline.config.groups import option_files
 from slm_pipeline.errors import UserError
 from slm_pipeline.jobs import command_line
 from slm_pipeline.jobs.steps import describe_plan
+from slm_pipeline.surgery import ops as surgery_ops
+from slm_pipeline.surgery.ops import OPS
+from slm_pipeline.surgery.ops import base as ops_base
+from slm_pipeline.surgery.plan import Plan
 
 METHOD = """
 from dataclasses import dataclass, field
@@ -124,7 +128,10 @@ def test_what_is_no_plugin_is_said_at_once(words, message):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"method": "class Half: pass\n"}, "method._target_='mine.half.Half' is not the class of a method"),
+    ({"method": "class Half: pass\n"}, "method._target_='mine.half.Half' is not the class of a method: it is not"
+     " derived from slm_pipeline.methods.base.Method"),
+    ({"method": METHOD.replace("def plan", "def plans")}, "is not the class of a method: it lacks plan"),
+    ({"method": METHOD.replace("name: ClassVar", "title: ClassVar")}, "is not the class of a method: it has no name"),
     ({"method": "1 / 0\n"}, "method._target_='mine.half.Half' cannot be imported: ZeroDivisionError: division by zero"),
     ({"method": "import nothing_such\n"}, "method._target_='mine.half.Half' does not exist (No module named"),
     ({"method": "x = 1\n"}, "_target_='mine.half.Half' does not exist (module 'mine.half' has no attribute"),
@@ -196,6 +203,109 @@ def test_keys_change_with_a_plugins_code_and_two_plugins_of_one_method_have_two(
     assert {merge_key()} == keys["mine"]  # what runs was imported before
     forget(here)
     assert merge_key() not in keys["mine"]
+
+
+MEASURE = """
+from typing import ClassVar
+
+from slm_pipeline.evaluation.measure import Measure
+
+
+class Half(Measure):
+    name: ClassVar[str] = "half"
+
+    def identity(self, part, context):
+        return {}
+
+    def run(self, part, scored, context):
+        return {}
+
+    def numbers(self, part, found):
+        return []
+"""
+
+
+@pytest.mark.parametrize(("group", "code", "message"), [
+    ("measure", MEASURE.replace("def numbers", "def figures"), "it lacks numbers"),
+    ("measure", MEASURE.replace("Half(Measure)", "Half"), "not derived from slm_pipeline.evaluation.measure.Measure"),
+    ("measure", METHOD.format(name="half"), "it is not derived from slm_pipeline.evaluation.measure.Measure"),
+    ("recovery", MEASURE, "it is not derived from slm_pipeline.recovery.base.Recovery"),
+])  # fmt: skip
+def test_an_option_is_derived_from_the_base_of_its_group(here, group, code, message):
+    """Also if it happens to have all that the base asks for."""
+    write("mine", yaml=YAML)
+    Path("mine/half.py").write_text(code)
+    Path(f"mine/conf/{group}").mkdir()
+    (options := Path(f"mine/conf/{group}/half.yaml")).write_text("_target_: mine.half.Half\n")
+    if group == "measure":
+        options.write_text(f"# @package evaluation.half\n{options.read_text()}")
+    job = [word for word in JOB if not word.startswith(f"{group}=")]
+    outcome = run_slm("plugins=[mine]", f"+{group}=half" if group == "measure" else f"{group}=half", *job)
+    assert (outcome.status, outcome.out) == (2, "")
+    (line,) = outcome.err.splitlines()
+    assert f"{group}._target_='mine.half.Half' is not the class of a {group}: " in line
+    assert message in line
+
+
+def test_a_measure_is_added_or_chosen_and_an_unknown_one_is_said_to_be_none(here):
+    write("mine", method=MEASURE.replace("{", "{{").replace("}", "}}"), yaml="")
+    Path("mine/conf/measure").mkdir()
+    Path("mine/conf/measure/half.yaml").write_text("# @package evaluation.half\n_target_: mine.half.Half\n")
+    words = ["plugins=[mine]", "evaluation=perplexity", "evaluation.of=[pruned]", *JOB]
+    words.remove("evaluation=none")
+    for chosen in ("+measure=half", "measure=[perplexity,half]"):
+        stages = [line.split()[0] for line in run_slm(*words, chosen).out.splitlines()]
+        assert stages[:4] == ["calibrate", "merge", "evaluate_pruned/perplexity/bundled", "evaluate_pruned/half"]
+    for unknown in ("+measure=nosuch", "measure=[perplexity,nosuch]"):
+        outcome = run_slm(*words, unknown)
+        assert (outcome.status, outcome.out) == (2, "")
+        (line,) = outcome.err.splitlines()
+        assert "measure/nosuch'" in line
+        assert line.endswith("Available options in 'measure': efficiency fidelity half lm_eval perplexity zero_shot")
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["+measure=perplexity"], "+measure=perplexity would undo evaluation.perplexity.corpora=['bundled'], which a file"
+     " sets; chosen among the others it does not: measure=[perplexity,fidelity,zero_shot,efficiency,lm_eval]"),
+    (["measure=zero_shot"], "evaluation.perplexity has options and is no measure that was chosen; to choose it too:"
+     " measure=[zero_shot,perplexity]"),
+])  # fmt: skip
+def test_nothing_that_a_file_sets_of_a_measure_is_lost_without_a_word(words, message):
+    job = [word for word in JOB if word != "evaluation=none"]
+    assert run_slm(*job, "evaluation=perplexity", *words).err.strip() == f"error: {message}"
+
+
+OPERATION = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from slm_pipeline.surgery.ops import register
+from slm_pipeline.surgery.ops.drop import Drop
+
+
+@register
+@dataclass(frozen=True)
+class Vanish(Drop):
+    name: ClassVar[str] = "vanish"
+"""
+
+
+def test_a_checkpoint_of_an_operation_is_what_its_code_does(here, monkeypatch):
+    monkeypatch.setattr(ops_base, "OPS", ops := {**OPS})
+    monkeypatch.setattr(surgery_ops, "OPS", ops)
+    write("mine")
+    contents = []
+    for code in (OPERATION, OPERATION, f"{OPERATION}# changed\n"):
+        Path("mine/__init__.py").write_text(code)
+        forget(here)
+        ops.pop("vanish", None)
+        plugins.use(["mine"])
+        op = ops["vanish"]((2,))
+        contents.append(Plan({"name": "m", "fingerprint": "f", "num_layers": 4}, "half", {}, None, ops=[op]).content())
+    assert contents[0] == contents[1] != contents[2]
+    plugins.use([])
+    with pytest.raises(UserError, match=r"mine\.Vanish is of no plugin"):
+        Plan({"name": "m", "fingerprint": "f", "num_layers": 4}, "half", {}, None, ops=[op]).content()
 
 
 def test_code_that_nobody_can_follow_is_refused():

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import torch
 from conftest import run_slm
-from safetensors.torch import load_file
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.surgery.changes import measure_changes
@@ -86,33 +82,10 @@ def test_it_nests_with_the_others(damp, tmp_path):
         replace(plan, ops=[*ops, Damp((4,), 2.0)]).check("the plan")
 
 
-def test_it_goes_through_the_whole_pipeline(damp, tmp_path):
-    values = {
-        "format": 1,
-        "model": {"name": "random", "fingerprint": "x", "num_layers": 4},
-        "method": "by_hand",
-        "options": {},
-        "calibration": None,
-        "layer_groups": [[0], [1], [3]],
-        "dropped": [2],
-        "ops": [{"op": "drop", "layers": [2]}, {"op": "damp", "layers": [3], "factor": 0.5}],
-    }
-    (tmp_path / "plan.json").write_text(json.dumps(values))
-    (tmp_path / "text.txt").write_text("The mill stood by the river. " * 40)
-    outcome = run_slm(
-        "model=random", "method=from_plan", f"method.path={tmp_path / 'plan.json'}", "recovery=none", "evaluation=none",
-        "calibration=text_file", f"calibration.path={tmp_path / 'text.txt'}", "calibration.num_samples=2",
-        "calibration.seq_len=16", f"output_dir={tmp_path / 'out'}",
-    )  # fmt: skip
-    assert outcome.status == 0, outcome.err
-    assert "damp of 3" in outcome.out
-    (file,) = tmp_path.glob("out/runs/*/*/summary.json")
-    summary = json.loads(file.read_text())
-    assert summary["layer_groups"] == values["layer_groups"]
-    assert summary["changes"]["lines"] == ["damp of 3"]
-    assert summary["changes"]["marks"] == [{"label": "damp", "layers": [3], "part": "whole"}]
-    assert "damp" in (file.parent / "layer_groups.svg").read_text()
-    folder = Path(summary["checkpoint"])
-    assert "damp of 3" in (folder / "README.md").read_text()
-    weights = load_file(folder / "model.safetensors")
-    torch.testing.assert_close(weights["model.layers.2." + NORM], 0.5 * weights["model.layers.1." + NORM])
+def test_a_job_takes_it_from_a_plugin_alone(damp, tmp_path):
+    """Whose code is part of what its checkpoint is; tests/test_extending.py has one from a plugin, to the end."""
+    model = {"name": "random", "fingerprint": "x", "num_layers": 4}
+    Plan(model, "by_hand", {}, None, ops=[Drop((2,)), Damp((3,), 0.5)]).write(tmp_path / "plan.json")
+    outcome = run_slm("model=random", "method=from_plan", f"method.path={tmp_path / 'plan.json'}", "dry_run=true")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert "test_new_operation.Damp is of no plugin; name its package: plugins=[" in outcome.err
