@@ -116,7 +116,7 @@ def _fault(options: Any, group: str) -> str | None:
     module, _, name = _BASES[group].rpartition(".")
     if not (isinstance(options, type) and issubclass(options, getattr(importlib.import_module(module), name))):
         return f"it is not derived from {_BASES[group]}"
-    if lacking := sorted(options.__abstractmethods__):
+    if lacking := sorted(getattr(options, "__abstractmethods__", ())):
         return f"it lacks {', '.join(lacking)}"
     if not isinstance(getattr(options, "name", None), str):
         return "it has no name"

@@ -14,7 +14,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, Quote, QuotedString, RangeSweep
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from slm_pipeline import config
 from slm_pipeline.config import groups, ranges
@@ -111,16 +111,19 @@ def check_added_measures(before: Any, after: Any) -> None:
         before: ``evaluation`` as it is composed without.
         after: and with it.
     """
-    nodes = [OmegaConf.to_container(node, resolve=False) for node in (before, after) if isinstance(node, DictConfig)]
-    if len(nodes) < 2:
-        return
-    measures = [{str(key): values for key, values in dict(node).items() if isinstance(values, dict)} for node in nodes]
-    for name, values in measures[0].items():
-        if undone := [key for key in values if measures[1][name].get(key) != values[key]]:
+    set_before, set_after = _measures(before), _measures(after)
+    for name, values in set_before.items():
+        if undone := [key for key in values if set_after[name].get(key) != values[key]]:
             raise UserError(
                 f"+measure={name} would undo evaluation.{name}.{undone[0]}={ranges.short(values[undone[0]])}, which a"
-                f" file sets; chosen among the others it does not: measure=[{','.join(measures[1])}]"
+                f" file sets; chosen among the others it does not: measure=[{','.join(set_after)}]"
             )
+
+
+def _measures(evaluation: Any) -> dict[str, Any]:
+    """The options of each measure as they are written, before interpolation."""
+    values: Any = OmegaConf.to_container(evaluation, resolve=False) if OmegaConf.is_config(evaluation) else {}
+    return {name: of_measure for name, of_measure in values.items() if isinstance(of_measure, dict)}
 
 
 def _is_group(name: str) -> bool:
