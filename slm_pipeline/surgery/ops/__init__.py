@@ -1,7 +1,7 @@
 """The operations of plans, one file each, which registers itself: adding one is adding a file here.
 
 Imports no torch. An operation from outside is a subclass of `Op` with `register` above it, in a module that is imported
-before its plans are read.
+before its plans are read; that of a job is a plugin's, whose code is part of what its checkpoints are.
 """
 
 from __future__ import annotations
