@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,11 +108,13 @@ def _heads(measure: str, numbers: Sequence[Number]) -> tuple[str, dict[str, str]
     of column, with what they do not share."""
     kinds = {number.quantity: number for number in numbers}
     same = len({(number.unit, number.higher_is_better) for number in kinds.values()}) == 1
+    names = {key: key.removeprefix(f"{measure}/") for key in kinds}
+    part = "/".join(os.path.commonprefix([name.split("/")[:-1] for name in names.values()]))
     heads = {}
     for key, number in kinds.items():
-        name = key.removeprefix(f"{measure}/")
+        name = names[key].removeprefix(f"{part}/") if part else names[key]
         heads[key] = name if same else " ".join(filter(None, [name, _in_brackets(number, short=True)]))
-    name = measure.replace("_", "-")
+    name = " ".join(filter(None, [measure.replace("_", "-"), part]))
     about = _in_brackets(next(iter(kinds.values()))) if same else ""
     return " ".join(filter(None, [name[:1].upper() + name[1:] or "Results", about])), heads
 
