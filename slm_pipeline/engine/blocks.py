@@ -67,12 +67,15 @@ class BlockRunner:
         module = self.view.layers[block.body]
         args, kwargs = self._arguments[block.body]
         absent = {child for sublayer in block.without for child in self.view.sublayer(sublayer)}
+        device = next(module.parameters()).device
         tensors = {
-            name: value.to(module.get_parameter(name).device)
+            name: value.to(device)
             for name, value in block.replaced.items()
             if name.partition(".")[0] not in absent
         }
-        with self.view.lacking(block.body, block.without):
+        if self.view.changes_shapes(block.body, tensors):  # some modules ask how many heads they have
+            module, tensors = self.view.resized(block.body, tensors), {}
+        with self.view.lacking(module, block.body, block.without):
             if tensors:
                 output = functional_call(module, tensors, (hidden, *args), kwargs, tie_weights=False)
             else:
