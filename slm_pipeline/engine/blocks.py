@@ -69,9 +69,7 @@ class BlockRunner:
         absent = {child for sublayer in block.without for child in self.view.sublayer(sublayer)}
         device = next(module.parameters()).device
         tensors = {
-            name: value.to(device)
-            for name, value in block.replaced.items()
-            if name.partition(".")[0] not in absent
+            name: value.to(device) for name, value in block.replaced.items() if name.partition(".")[0] not in absent
         }
         if self.view.changes_shapes(block.body, tensors):  # some modules ask how many heads they have
             module, tensors = self.view.resized(block.body, tensors), {}

@@ -77,6 +77,7 @@ class _LayerConfig:
 def set_heads(layer: nn.Module, heads: int, key_value_heads: int) -> None:
     """Tell the parts of a layer that ask how many heads it has."""
     counts = {"num_heads": heads, "num_attention_heads": heads, "num_key_value_heads": key_value_heads}
+    module: Any
     for module in layer.modules():
         for name in counts.keys() & vars(module).keys():
             setattr(module, name, counts[name])
@@ -111,8 +112,8 @@ class _Pruned:
             raise ImportError("a GPT-NeoX checkpoint that lacks sublayers needs transformers 5 or later")
         modules = self.modules()  # type: ignore[attr-defined]
         layers = next(module for module in modules if isinstance(module, nn.ModuleList))  # it has no other list
-        for layer, width in zip(layers, getattr(config, "widths", ())):  # none where they are alike
-            resize(layer, width)
+        for layer, width in enumerate(getattr(config, "widths", ())):  # none where they are alike
+            resize(layers[layer], width)
         remove_children(layers, getattr(config, "absent", {}))
 
 

@@ -1,4 +1,4 @@
-"""Layers with fewer heads and neurons: the same function as zeros in their place, in either class, run, saved, trained."""
+"""Layers with fewer heads and neurons: one function with the dense model with zeros, in either class, run and saved."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from slm_pipeline.surgery.plan import Plan
 
 NEURONS = [1, 4, 5, 17, 40]
 ONE_WIDTH = {layer: ([1], NEURONS) for layer in range(6)}
-FEWER_NEURONS = {layer: (None, NEURONS) for layer in range(6)}
+FEWER_NEURONS = dict.fromkeys(range(6), (None, NEURONS))
 UNEQUAL = {0: ([0], None), 1: (None, NEURONS), 3: ([1], [0, 47]), 4: ([0, 1], list(range(7)))}
 STOCK_HEADS = sorted(set(ARCHITECTURES) - {"opt", "gpt_neox"})  # the others' heads are as wide as hidden_size / heads
 
@@ -135,8 +135,8 @@ def test_a_constant_stands_for_what_is_gone(any_model, architecture, input_ids, 
     lost = 43 * (projections * 32 + (1 if has_bias else 0)) - (0 if has_bias else 64)
     assert sizes[0].whole - sizes[2].whole == lost
     assert changes.lines == [
-        f"narrower: {groups} key-value groups left in layers 2; 5 neurons left in layers 2, with a constant for what is gone:"
-        f" {lost} parameters less"
+        f"narrower: {groups} key-value groups left in layers 2; 5 neurons left in layers 2, with a constant for what is"
+        f" gone: {lost} parameters less"
     ]
 
 

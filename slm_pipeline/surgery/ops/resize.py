@@ -170,8 +170,10 @@ def resize(
     """
     replaced = dict(block.replaced)
     for slices, kept in ((view.attention_slices(block.body), heads), (view.mlp_slices(block.body), neurons)):
-        for piece in slices if kept is not None else []:
-            replaced[piece.parameter] = _kept(block.parameter(view, piece.parameter), piece, kept)
+        if kept is not None:
+            replaced |= {
+                piece.parameter: _kept(block.parameter(view, piece.parameter), piece, kept) for piece in slices
+            }
     outputs = {"attention": view.architecture.attention_output, "mlp": view.architecture.mlp_output}
     for sublayer, constant in biases.items():
         name, weight = f"{outputs[sublayer]}.bias", block.parameter(view, f"{outputs[sublayer]}.weight")
@@ -206,9 +208,7 @@ def _check_kept(tensors: Tensors, name: str, unit: str, number: Any, where: str)
 def _check_bias(tensors: Tensors, name: str, where: str) -> None:
     bias = read_tensor(tensors, name, where)
     if bias.dtype.kind != "f" or bias.ndim != 1 or not np.isfinite(bias).all():
-        raise UserError(
-            f"{where}: the tensor {name} ({bias.dtype}, {list(bias.shape)}) must be a row of finite floats"
-        )
+        raise UserError(f"{where}: the tensor {name} ({bias.dtype}, {list(bias.shape)}) must be a row of finite floats")
 
 
 def _spans(layers: Iterable[int]) -> str:
