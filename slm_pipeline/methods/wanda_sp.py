@@ -31,7 +31,7 @@ class WandaSP(WidthRemoval):
 
     allocation: str = "uniform"
     export: str = "stock"
-    published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(16, 1024))
+    published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(128, 128))
 
     name: ClassVar[str] = "wanda_sp"
 

@@ -109,7 +109,7 @@ class _Pruned:
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # the architecture's own class comes next
         if hasattr(self, "embed_out"):  # GPT-NeoX's head in transformers 4, which would draw its weights anew
-            raise ImportError("a GPT-NeoX checkpoint that lacks sublayers needs transformers 5 or later")
+            raise ImportError("a GPT-NeoX checkpoint whose layers differ needs transformers 5 or later")
         modules = self.modules()  # type: ignore[attr-defined]
         layers = next(module for module in modules if isinstance(module, nn.ModuleList))  # it has no other list
         for layer, width in enumerate(getattr(config, "widths", ())):  # none where they are alike

@@ -269,13 +269,14 @@ def test_what_the_stock_class_cannot_have(make_problem):
         Flap(allocation="uniform", export="stock").plan(make_problem(Layers(1)))
 
 
-def test_a_whole_run_says_what_it_asked_for_and_got(tmp_path):
+@pytest.mark.parametrize("recovery", ["lora", "distill"])
+def test_a_whole_run_says_what_it_asked_for_and_got(recovery, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The pond froze over in the night, and nobody said a word about the boats. " * 200)
     outcome = run_slm(
         "model=random", "model.num_layers=6", "model.hidden_size=64", "model.num_heads=4", "method=flap",
         "calibration=text_file", f"calibration.path={text}", "calibration.num_samples=4", "calibration.seq_len=32",
-        "pruning_ratio.of=parameters", "recovery=lora", "recovery.max_steps=2", "recovery.warmup_steps=1",
+        "pruning_ratio.of=parameters", f"recovery={recovery}", "recovery.max_steps=2", "recovery.warmup_steps=1",
         "evaluation=none", "tracker=jsonl", f"output_dir={tmp_path}",
     )  # fmt: skip
     assert outcome.status == 0, outcome.err
@@ -283,4 +284,6 @@ def test_a_whole_run_says_what_it_asked_for_and_got(tmp_path):
     summary = json.loads(file.read_text())
     assert summary["num_layers"] == {"dense": 6, "pruned": 6}
     assert 0.2 <= summary["pruning_ratio"]["got_parameters"] < 0.25
+    (stage,) = tmp_path.glob("store/recover/*/stage.json")
+    assert json.loads(stage.read_text())["result"]["num_steps"] == (2 if recovery == "lora" else 12)
     assert summary["parameters"]["pruned"] < 0.8 * summary["parameters"]["dense"]

@@ -8,10 +8,10 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from conftest import random_source, run_slm
+from plans import narrowing
 from transformers import AutoModelForCausalLM
 
 from slm_pipeline.engine.blocks import BlockRunner
@@ -23,31 +23,12 @@ from slm_pipeline.surgery.apply import apply, layer_sizes, planned_blocks
 from slm_pipeline.surgery.changes import measure_changes
 from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.ops.drop_sublayer import DropSublayer
-from slm_pipeline.surgery.ops.resize import Resize
-from slm_pipeline.surgery.plan import Plan
 
 NEURONS = [1, 4, 5, 17, 40]
 ONE_WIDTH = {layer: ([1], NEURONS) for layer in range(6)}
 FEWER_NEURONS = dict.fromkeys(range(6), (None, NEURONS))
 UNEQUAL = {0: ([0], None), 1: (None, NEURONS), 3: ([1], [0, 47]), 4: ([0, 1], list(range(7)))}
 STOCK_HEADS = sorted(set(ARCHITECTURES) - {"opt", "gpt_neox"})  # the others' heads are as wide as hidden_size / heads
-
-
-def plan_of(kept, *others, biases=None, num_layers=6):
-    """A plan by which the layers keep these key-value groups and neurons; ``others`` come first."""
-    tensors, ops = {}, list(others)
-    for layer, (heads, neurons) in kept.items():
-        name = f"resize.{layer}"
-        for unit, units in (("heads", heads), ("neurons", neurons)):
-            if units is not None:
-                tensors[f"{name}.{unit}"] = np.array(units)
-        numbers = (None if units is None else len(units) for units in (heads, neurons))
-        constants = (biases or {}).get(layer, {})
-        tensors |= {f"{name}.{sublayer}_bias": constant for sublayer, constant in constants.items()}
-        ops.append(Resize((layer,), name, *numbers, biases=tuple(constants) or None))
-    plan = Plan({"name": "m", "fingerprint": "f", "num_layers": num_layers}, "test", {}, None, ops, tensors=tensors)
-    plan.check("the plan")
-    return plan
 
 
 @torch.no_grad()
@@ -70,7 +51,7 @@ def test_a_narrower_model_is_the_dense_one_with_zeros(kept, any_model, architect
     if architecture == "olmo2":  # its query and key norms are over all heads that are there
         kept = {layer: (None, neurons or NEURONS) for layer, (_, neurons) in kept.items()}
     expected = masked(any_model, kept)(input_ids=input_ids, use_cache=False).logits
-    plan = plan_of(kept)
+    plan = narrowing(kept)
     dense = ModelView(any_model)
     sizes, _ = measure_changes(plan, layer_sizes(dense))
     outside = dense.num_parameters() - sum(dense.block_parameters(layer) for layer in range(6))
@@ -120,7 +101,7 @@ def test_a_constant_stands_for_what_is_gone(any_model, architecture, input_ids, 
         bias = constants[sublayer] + (0 if output.bias is None else output.bias)
         output.bias = torch.nn.Parameter(bias)
     expected = expected(input_ids=input_ids, use_cache=False).logits
-    plan = plan_of(kept, biases={2: {name: value.numpy() for name, value in constants.items()}})
+    plan = narrowing(kept, biases={2: {name: value.numpy() for name, value in constants.items()}})
     dense = ModelView(any_model)
     has_bias = dense.mlp_output(2).bias is not None
     sizes, changes = measure_changes(plan, layer_sizes(dense))
@@ -147,7 +128,7 @@ def test_heads_that_do_not_divide_the_hidden_size(architecture, is_stock, input_
     assert [n for n in range(1, 7) if ModelView(model).allows_kv_heads(n)] == (
         [1, 2, 3, 4, 5, 6] if is_stock else [1, 2, 3, 4, 6]
     )
-    pruned = apply(plan_of({layer: ([0, 1, 3, 4, 5], None) for layer in range(6)}), model)
+    pruned = apply(narrowing({layer: ([0, 1, 3, 4, 5], None) for layer in range(6)}), model)
     checkpoint.save(pruned, byte_tokenizer(), tmp_path / "model", card="", config=source.config)
     description = json.loads((tmp_path / "model" / "config.json").read_text())
     if is_stock:
@@ -164,7 +145,7 @@ def test_layers_may_be_narrower_and_fewer_and_lack_sublayers(architecture, input
     model, _ = load_dense(source)
     others = [Drop((2,)), DropSublayer((5,), "attention", "custom"), DropSublayer((3,), "mlp", "custom")]
     kept = {0: ([1], None), 4: (None, NEURONS), 5: (None, [3])}
-    plan = plan_of(kept, *others)
+    plan = narrowing(kept, *others)
     reference = masked(model, kept)
     with torch.no_grad():
         view = ModelView(reference)
@@ -183,7 +164,7 @@ def test_layers_may_be_narrower_and_fewer_and_lack_sublayers(architecture, input
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "opt"])
 def test_plain_transformers_loads_layers_of_different_widths(architecture, input_ids, tmp_path):
     source = random_source(architecture)
-    pruned = apply(plan_of(UNEQUAL), load_dense(source)[0])
+    pruned = apply(narrowing(UNEQUAL), load_dense(source)[0])
     folder = tmp_path / "model"
     model = checkpoint.save(pruned, byte_tokenizer(), folder, card="A card.", config=source.config)
     expected = model.generate(input_ids[:1], max_new_tokens=6, do_sample=False)[0].tolist()
@@ -207,7 +188,7 @@ except ValueError as error:
 
 def test_a_model_of_unequal_layers_trains_is_saved_again_and_is_not_pruned_further(tiny_llama, input_ids, tmp_path):
     source = random_source()
-    pruned = apply(plan_of(UNEQUAL), tiny_llama[0])
+    pruned = apply(narrowing(UNEQUAL), tiny_llama[0])
     first = checkpoint.save(pruned, byte_tokenizer(), tmp_path / "first", card="", config=source.config)
     first.train()
     first(input_ids=input_ids, labels=input_ids).loss.backward()
