@@ -79,16 +79,6 @@ SETTINGS = {
 
 
 NARROW = [name for name in SETTINGS if "_" not in name and name != "opt"] + ["gemma3_text"]  # one group, 40 neurons
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "phi3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "olmo2",
-]  # one group and 40 neurons
 UNEQUAL = ["llama", "phi3", "gemma3_text", "opt"]  # layers of different widths
 CUSTOM = ["llama", "gemma3_text", "opt", "gpt_neox"]  # saved without one attention and one feed-forward network as well
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import random_source, run_slm
 from plans import narrowing
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from slm_pipeline.engine.blocks import BlockRunner
 from slm_pipeline.models import checkpoint
@@ -136,6 +136,24 @@ def test_heads_that_do_not_divide_the_hidden_size(architecture, is_stock, input_
     else:
         assert description["model_type"] == f"pruned_{architecture}"
         assert [width["heads"] for width in description["widths"]] == [5] * 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [ONE_WIDTH, UNEQUAL], ids=["one_width", "unequal"])
+@pytest.mark.parametrize("architecture", ["qwen3", "phi3", "gemma2"])
+def test_heads_may_be_wider_than_their_share_of_the_states(architecture, kept, input_ids, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "vocab_size": 300, "head_dim": 24}
+    config = AutoConfig.for_model(architecture, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    expected = masked(model, kept)(input_ids=input_ids, use_cache=False).logits
+    pruned = apply(narrowing(kept), model)
+    torch.testing.assert_close(pruned(input_ids=input_ids, use_cache=False).logits, expected)
+    folder = tmp_path / "model"
+    reloaded = checkpoint.save(pruned, byte_tokenizer(), folder, card="", config=random_source(architecture).config)
+    torch.testing.assert_close(reloaded(input_ids=input_ids, use_cache=False).logits, expected)
+    assert [ModelView(reloaded).kv_heads_of(layer) for layer in range(6)] == [
+        2 if layer not in kept or kept[layer][0] is None else len(kept[layer][0]) for layer in range(6)
+    ]
 
 
 @torch.no_grad()
