@@ -281,12 +281,16 @@ def test_what_the_stock_class_cannot_have(make_problem):
 
 @pytest.mark.parametrize("recovery", ["lora", "distill"])
 def test_a_whole_run_says_what_it_asked_for_and_got(recovery, tmp_path):
-    text = tmp_path / "text.txt"
+    text, rows = tmp_path / "text.txt", tmp_path / "rows.jsonl"
     text.write_text("The pond froze over in the night, and nobody said a word about the boats. " * 200)
+    rows.write_text(
+        "".join(json.dumps({"text": f"Boat number {number} lay in the ice."}) + "\n" for number in range(40))
+    )
     outcome = run_slm(
         "model=random", "model.num_layers=6", "model.hidden_size=64", "model.num_heads=4", "method=flap",
         "calibration=text_file", f"calibration.path={text}", "calibration.num_samples=4", "calibration.seq_len=32",
-        "pruning_ratio.of=parameters", f"recovery={recovery}", "recovery.max_steps=2", "recovery.warmup_steps=1",
+        "pruning_ratio.of=parameters", f"recovery={recovery}", "recovery.source=file", f"recovery.path={rows}",
+        "recovery.validation_size=4", "recovery.cutoff_len=32", "recovery.max_steps=2", "recovery.warmup_steps=1",
         "evaluation=none", "tracker=jsonl", f"output_dir={tmp_path}",
     )  # fmt: skip
     assert outcome.status == 0, outcome.err
