@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.functional import pad
 
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.models.widths import changes_shapes, resized
 from slm_pipeline.surgery.block import Block
 
 GPU_TOKENS, CPU_TOKENS = 8192, 512  # that go through a block at once
@@ -71,8 +72,8 @@ class BlockRunner:
         tensors = {
             name: value.to(device) for name, value in block.replaced.items() if name.partition(".")[0] not in absent
         }
-        if self.view.changes_shapes(block.body, tensors):  # some modules ask how many heads they have
-            module, tensors = self.view.resized(block.body, tensors), {}
+        if changes_shapes(self.view, block.body, tensors):  # some modules ask how many heads they have
+            module, tensors = resized(self.view, block.body, tensors), {}
         with self.view.lacking(module, block.body, block.without):
             if tensors:
                 output = functional_call(module, tensors, (hidden, *args), kwargs, tie_weights=False)

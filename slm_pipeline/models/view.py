@@ -6,7 +6,6 @@ are norms, and rebuilds the model around another list of blocks so that plain tr
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slm_pipeline.models import architectures, modeling_pruned
-from slm_pipeline.models.modeling_pruned import remove_children, set_heads, set_parameter, stand_in
+from slm_pipeline.models.modeling_pruned import remove_children, stand_in
 
 
 @dataclass(frozen=True)
@@ -148,84 +147,16 @@ class ModelView:
         """Remove sublayers (attention, mlp -> layers) for good. The model gets a class of `modeling_pruned`."""
         absent = {child: list(found) for name, found in layers.items() for child in self.sublayer(name) if found}
         remove_children(self.layers, absent)
-        self._become_pruned()
+        self.become_pruned()
         self.config.absent = absent
 
-    def _become_pruned(self) -> None:
+    def become_pruned(self) -> None:
         """Give the model its architecture's class of `modeling_pruned`."""
         if self.config.model_type.startswith(architectures.PRUNED):
             return
         pruned = getattr(modeling_pruned, f"Pruned{type(self.model).__name__}")
         self.config.__class__ = pruned.config_class  # the modules share this object, so it is changed where it is
         self.model.__class__ = pruned
-
-    def changes_shapes(self, layer: int, parameters: Mapping[str, Tensor]) -> bool:
-        """Whether a block with these in the place of its own parameters (by their names within it) is another size."""
-        own = dict(self.layers[layer].named_parameters())
-        return any(name not in own or own[name].shape != value.shape for name, value in parameters.items())
-
-    def put(self, block: nn.Module, parameters: Mapping[str, Tensor]) -> list[str]:
-        """Copy ``parameters`` into a block, of whatever shape they are.
-
-        Returns:
-            Names of the projections that had no bias and have one now. `settle_widths` must hear of them.
-        """
-        own, gained = dict(block.named_parameters()), []
-        with torch.no_grad():
-            for name, value in parameters.items():
-                if name in own and own[name].shape == value.shape:
-                    own[name].copy_(value)
-                    continue
-                module, _, kind = name.rpartition(".")
-                beside = next(block.get_submodule(module).parameters())
-                set_parameter(block.get_submodule(module), kind, value.to(beside.device, beside.dtype).clone())
-                if name not in own:
-                    gained.append(module)
-        return gained
-
-    def resized(self, layer: int, parameters: Mapping[str, Tensor]) -> nn.Module:
-        """A copy of a block with ``parameters``, of whatever shape, in the place of its own."""
-        block = copy.deepcopy(self.layers[layer])
-        self.put(block, parameters)
-        groups = self._kv_heads(block)
-        set_heads(block, groups * self.heads_per_group, groups)
-        return block
-
-    def settle_widths(self, gained: Sequence[Sequence[str]]) -> None:
-        """Let modules and configuration say how wide the layers are now.
-
-        In the words of the model's own class if they are all alike and it allows them; else layer by layer, and the
-        model gets a class of `modeling_pruned`.
-
-        Args:
-            gained: for each layer, the projections with a bias that the class does not give them.
-        """
-        head_dim, per_group = self.head_dim, self.heads_per_group
-        groups = [self.kv_heads_of(layer) for layer in range(self.num_layers)]
-        neurons = [self.neurons_of(layer) for layer in range(self.num_layers)]
-        dense = (self.num_kv_heads, getattr(self.config, self.architecture.intermediate_size))
-        alike = len(set(zip(groups, neurons, strict=True))) == 1 and not any(gained)
-        if alike and (groups[0], neurons[0]) == dense:
-            return
-        if alike and self.allows_kv_heads(groups[0]):
-            setattr(self.config, self.architecture.intermediate_size, neurons[0])
-            if groups[0] != dense[0]:
-                self.config.head_dim = head_dim
-                self.config.num_attention_heads = per_group * groups[0]
-                self.config.num_key_value_heads = groups[0]
-        else:
-            self._become_pruned()
-            self.config.widths = [
-                {
-                    "heads": per_group * groups[layer],
-                    "key_value_heads": groups[layer],
-                    "shapes": self._shapes(layer),
-                    "biases": list(gained[layer]),
-                }
-                for layer in range(self.num_layers)
-            ]
-        for layer, block in enumerate(self.layers):
-            set_heads(block, per_group * groups[layer], groups[layer])
 
     def allows_kv_heads(self, groups: int) -> bool:
         """Whether the model's own class can have so many key-value groups in every layer, each with as many query heads
@@ -235,10 +166,6 @@ class ModelView:
         heads = groups * self.heads_per_group
         divides = not self.architecture.heads_divide_hidden or self.config.hidden_size % heads == 0
         return self.architecture.head_dim_is_free and divides
-
-    def _shapes(self, layer: int) -> dict[str, list[int]]:
-        names = (*self.architecture.projections, *self.architecture.query_key_norms)
-        return {name: [*cast(Any, self.layers[layer].get_submodule(name)).weight.shape] for name in names}
 
     def attention_output(self, layer: int) -> nn.Module:
         """The projection at the end of a block's attention; its input is the concatenated heads."""
@@ -269,11 +196,7 @@ class ModelView:
 
     def kv_heads_of(self, layer: int) -> int:
         """Key-value groups of a layer, which may have lost some."""
-        return self._kv_heads(self.layers[layer])
-
-    def _kv_heads(self, block: nn.Module) -> int:
-        output = cast(nn.Linear, block.get_submodule(self.architecture.attention_output))
-        return output.in_features // (self.head_dim * self.heads_per_group)
+        return cast(nn.Linear, self.attention_output(layer)).in_features // (self.head_dim * self.heads_per_group)
 
     def neurons_of(self, layer: int) -> int:
         """Hidden neurons of a layer, which may have lost some."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from slm_pipeline.errors import UserError
+from slm_pipeline.models import widths
 from slm_pipeline.models.view import ModelView, Slice
 from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.ops import LayerSize, Widths, walk
@@ -25,10 +26,12 @@ def apply(plan: Plan, model: Any) -> Any:
     """
     view = ModelView(model)
     blocks = planned_blocks(plan, view)
-    gained = [view.put(view.layers[block.body], block.replaced) for block in blocks]
+    are_resized = any(widths.changes_shapes(view, block.body, block.replaced) for block in blocks)
+    gained = [widths.put(view.layers[block.body], block.replaced) for block in blocks]
     bodies = [block.body for block in blocks]
     view.rebuild([view.layers[body] for body in bodies], bodies)
-    view.settle_widths(gained)
+    if are_resized:
+        widths.settle(view, gained)
     if any((absent := plan.absent()).values()):
         view.cut_out(absent)
     silence_zeroed(plan, model)
