@@ -28,7 +28,8 @@ class Flap(WidthRemoval):
         - the unit of attention is a key-value group with its query heads, counted by its parameters; there a head of
           width 128 that counts as 512 / 3 neurons;
         - each sublayer keeps a head or neuron; there it may lose all;
-        - neurons that make massive activations stay (``massive``); the paper says nothing of them.
+        - neurons that make massive activations stay (``massive``); the paper says nothing of them. On SmolLM2-135M its
+          scores keep them anyway: at a tenth and a fifth of the layers the loss is the same without the option.
     """
 
     allocation: str = "global"

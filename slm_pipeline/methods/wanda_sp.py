@@ -25,8 +25,8 @@ class WandaSP(WidthRemoval):
           it put out;
         - the unit of attention is a key-value group with its query heads, of any width; there a head of width 128;
         - neurons make up for heads that cannot go in part, so that the number of parameters is met;
-        - neurons that make massive activations stay (``massive``); the paper says nothing of them, and their large norm
-          keeps most of them anyway.
+        - neurons that make massive activations stay (``massive``); the paper says nothing of them. On SmolLM2-135M
+          their norm keeps them anyway: at a tenth and a fifth of the layers the loss is the same without the option.
     """
 
     allocation: str = "uniform"
