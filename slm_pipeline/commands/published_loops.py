@@ -265,7 +265,7 @@ def all_lacking(view: ModelView, lost: dict[int, list[str]]) -> Iterator[None]:
         yield
         return
     (layer, parts), *rest = lost.items()
-    with view.lacking(view.layers[layer], layer, parts), all_lacking(view, dict(rest)):
+    with view.lacking(layer, parts), all_lacking(view, dict(rest)):
         yield
 
 

@@ -74,7 +74,7 @@ class BlockRunner:
         }
         if changes_shapes(self.view, block.body, tensors):  # some modules ask how many heads they have
             module, tensors = resized(self.view, block.body, tensors), {}
-        with self.view.lacking(module, block.body, block.without):
+        with self.view.lacking(block.body, block.without, module):
             if tensors:
                 output = functional_call(module, tensors, (hidden, *args), kwargs, tie_weights=False)
             else:

@@ -123,9 +123,10 @@ class ModelView:
         return sum(parameter.numel() for child in children for parameter in child.parameters())
 
     @contextmanager
-    def lacking(self, block: nn.Module, layer: int, sublayers: Collection[str]) -> Iterator[None]:
-        """A block, of this layer, without some sublayers (attention, mlp), for a while: they are not run and add
-        nothing."""
+    def lacking(self, layer: int, sublayers: Collection[str], block: nn.Module | None = None) -> Iterator[None]:
+        """The block, or ``block`` in its place, without some sublayers (attention, mlp), for a while: they are not run
+        and add nothing."""
+        block = self.layers[layer] if block is None else block
         children = [child for sublayer in sublayers for child in self.sublayer(sublayer)]
         present = {child: block.get_submodule(child) for child in children}
         try:

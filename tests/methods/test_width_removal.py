@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from conftest import context_of, random_source, run_slm
-from naive import problem_of
 
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.errors import UserError
+from slm_pipeline.methods.base import PruningProblem
 from slm_pipeline.methods.flap import Flap
 from slm_pipeline.methods.target import Layers, Parameters
 from slm_pipeline.methods.wanda_sp import WandaSP
@@ -33,7 +33,10 @@ def make_problem(input_ids):
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
         view = ModelView(model)
-        return problem_of(source, view, input_ids, target, collect(view, input_ids))
+        statistics = collect(view, input_ids)
+        return PruningProblem(
+            source=source, view=view, input_ids=input_ids, statistics=statistics, target=target, calibration={}
+        )
 
     return make
 
