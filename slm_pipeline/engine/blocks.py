@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.functional import pad
 
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.models.widths import changes_shapes, resized
 from slm_pipeline.surgery.block import Block
 
 GPU_TOKENS, CPU_TOKENS = 8192, 512  # that go through a block at once
@@ -67,12 +68,13 @@ class BlockRunner:
         module = self.view.layers[block.body]
         args, kwargs = self._arguments[block.body]
         absent = {child for sublayer in block.without for child in self.view.sublayer(sublayer)}
+        device = next(module.parameters()).device
         tensors = {
-            name: value.to(module.get_parameter(name).device)
-            for name, value in block.replaced.items()
-            if name.partition(".")[0] not in absent
+            name: value.to(device) for name, value in block.replaced.items() if name.partition(".")[0] not in absent
         }
-        with self.view.lacking(block.body, block.without):
+        if changes_shapes(self.view, block.body, tensors):  # some modules ask how many heads they have
+            module, tensors = resized(self.view, block.body, tensors), {}
+        with self.view.lacking(block.body, block.without, module):
             if tensors:
                 output = functional_call(module, tensors, (hidden, *args), kwargs, tie_weights=False)
             else:

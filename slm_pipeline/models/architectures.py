@@ -43,6 +43,8 @@ class Architecture:
     packs: bool = True  # its attention masks keep sequences apart whose position_ids start again in one row
     head: str = "lm_head"  # from the causal LM
     intermediate_size: str = "intermediate_size"  # what config.json calls the number of hidden neurons
+    head_dim_is_free: bool = True  # config.json may say how wide a head is; else it is hidden_size / number of heads
+    heads_divide_hidden: bool = False  # its configuration takes only numbers of heads that divide hidden_size
     learned_positions: bool = False  # a table with max_position_embeddings rows: there is no position after the last
 
     @property
@@ -62,6 +64,7 @@ class Architecture:
 
 _LLAMA = Architecture()
 _SANDWICH_NORMS = Architecture(
+    heads_divide_hidden=True,
     attention_norms=("input_layernorm", "post_attention_layernorm"),
     mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
     gain_offset=1.0,
@@ -69,7 +72,7 @@ _SANDWICH_NORMS = Architecture(
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA,
+    "llama": replace(_LLAMA, heads_divide_hidden=True),
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
@@ -96,6 +99,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp_inputs=("fc1",),
         mlp_output="fc2",
         intermediate_size="ffn_dim",
+        head_dim_is_free=False,
         learned_positions=True,
     ),
     "gpt_neox": Architecture(
@@ -109,6 +113,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention_output="attention.dense",
         mlp_inputs=("mlp.dense_h_to_4h",),
         mlp_output="mlp.dense_4h_to_h",
+        head_dim_is_free=False,
         head="embed_out",
     ),
 }
@@ -119,7 +124,7 @@ PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # one en
 LAYER_COUNTS = ("max_window_layers",)  # how many of the layers at the input side are of another kind than the rest
 LAYER_PERIODS = ("sliding_window_pattern", "_sliding_window_pattern", "no_rope_layer_interval")  # every n-th is
 
-PRUNED = "pruned_"  # prefix of the model types of checkpoints from which whole sublayers are absent
+PRUNED = "pruned_"  # prefix of the model types of checkpoints whose layers lack sublayers, or have widths of their own
 
 # Configuration keys of models whose blocks depend on each other or choose their weights per token.
 _UNSAFE = {

@@ -24,6 +24,10 @@ from slm_pipeline.store.files import give_usual_modes, write_json, write_text
 _PROBE_LENGTH = 16  # tokens, beyond the longest sliding window
 _LONGEST_PROBED_WINDOW = 1024  # tokens: Gemma 3's; above, the windows' settings are compared and the probe is short
 _PROBE_TEXT = "The 12 Zürich bankers said: 'Don't!'\n\n\tThey left  at 7:45, naïve as ever \U0001f642."
+_HOW_TO_LOAD = (
+    "Its layers differ in what they have: it brings `modeling_pruned.py`, and `AutoModelForCausalLM` loads it with"
+    " `trust_remote_code=True` only."
+)
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # relative, of the logits; equal in most cases
 
 
@@ -44,6 +48,7 @@ def save(model: Any, tokenizer: Any, folder: Path, *, card: str, config: ModelCo
     model.save_pretrained(partial)
     if model.config.model_type.startswith(PRUNED):
         _add_modelling_file(partial)
+        card = f"{card}\n\n{_HOW_TO_LOAD}\n"
     tokenizer.save_pretrained(partial)
     config_files.mend(partial, tokenizer)
     write_text(partial / "README.md", card)
@@ -69,7 +74,7 @@ def save(model: Any, tokenizer: Any, folder: Path, *, card: str, config: ModelCo
 
 
 def _add_modelling_file(folder: Path) -> None:
-    """Let plain transformers find the classes of a model that lacks sublayers, with trust_remote_code=True."""
+    """Let plain transformers find the classes of a model whose layers differ, with trust_remote_code=True."""
     source = Path(str(modeling_pruned.__file__))
     shutil.copyfile(source, folder / source.name)
     description = json.loads((folder / "config.json").read_text(encoding="utf-8"))

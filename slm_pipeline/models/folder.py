@@ -156,7 +156,7 @@ def _description(folder: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _names_its_own(description: Mapping[str, Any], trust_remote_code: bool) -> bool:
-    """Whether a model may have other tensors than its architecture: it lacks sublayers, or brings its own code."""
+    """Whether a model may have other tensors than its architecture: its layers differ, or it brings its own code."""
     return description["model_type"].startswith(PRUNED) or (trust_remote_code and "auto_map" in description)
 
 

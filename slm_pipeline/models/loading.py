@@ -128,7 +128,7 @@ def _load(place: str, config: ModelConfig, revision: str | None) -> Any:
 
 
 def _model_class(place: str) -> Any:
-    """transformers' own choice; this package's own for a checkpoint that lacks sublayers and brings our file."""
+    """transformers' own choice; this package's own for a checkpoint whose layers differ, which brings our file."""
     file = Path(place) / "config.json"
     description = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if description.get("model_type", "").startswith(PRUNED):

@@ -1,11 +1,14 @@
-"""Causal language models some of whose layers have no attention or no feed-forward network.
+"""Causal language models whose layers differ: some have no attention or no feed-forward network, or fewer heads or
+neurons than others.
 
 A checkpoint that needs it carries a copy of this file: it imports nothing but torch and transformers, and
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` runs it. Its model type is unknown to
 transformers, so that a plain load is an error instead of a model with freshly drawn weights.
 
 For every architecture X the module has ``PrunedXForCausalLM`` and ``PrunedXConfig``, made when asked for. The
-configuration's ``absent`` says what is missing: name of a layer's child -> indices of the layers without it.
+configuration's ``absent`` says what is missing: name of a layer's child -> indices of the layers without it. Its
+``widths`` has an entry for each layer if they differ: its numbers of heads and key_value_heads, the ``shapes`` of its
+weights, and the ``biases`` that only this model has, all by the names of modules within the layer.
 """
 
 from __future__ import annotations
@@ -59,14 +62,59 @@ def remove_children(layers: nn.ModuleList, absent: dict[str, list[int]]) -> None
             layers[index].set_submodule(child, stand_in(child, index))
 
 
+class _LayerConfig:
+    """The model's configuration, with one layer's own numbers of heads."""
+
+    def __init__(self, shared: Any, heads: int, key_value_heads: int):
+        self.shared, self.num_attention_heads, self.num_key_value_heads = shared, heads, key_value_heads
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "shared" or name.startswith("__"):  # asked for by copies of this object that are not filled yet
+            raise AttributeError(name)
+        return getattr(self.shared, name)
+
+
+def set_heads(layer: nn.Module, heads: int, key_value_heads: int) -> None:
+    """Tell the parts of a layer that ask how many heads it has."""
+    counts = {"num_heads": heads, "num_attention_heads": heads, "num_key_value_heads": key_value_heads}
+    module: Any
+    for module in layer.modules():
+        for name in counts.keys() & vars(module).keys():
+            setattr(module, name, counts[name])
+        shared = getattr(module, "config", None)
+        shared = getattr(shared, "shared", shared)
+        if shared is not None:
+            alike = getattr(shared, "num_attention_heads", heads) == heads
+            module.config = shared if alike else _LayerConfig(shared, heads, key_value_heads)
+
+
+def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put ``value``, of whatever shape, in the place of a module's weight or bias."""
+    setattr(module, name, nn.Parameter(value))
+    if isinstance(module, nn.Linear) and name == "weight":
+        module.out_features, module.in_features = value.shape
+
+
+def resize(layer: nn.Module, width: dict[str, Any]) -> None:
+    """Make a layer's parameters as large as its entry of ``widths`` says; they are not filled."""
+    for name, shape in width["shapes"].items():
+        module: Any = layer.get_submodule(name)
+        set_parameter(module, "weight", module.weight.new_empty(shape))
+        if getattr(module, "bias", None) is not None or name in width["biases"]:
+            set_parameter(module, "bias", module.weight.new_empty(shape[0]))
+    set_heads(layer, width["heads"], width["key_value_heads"])
+
+
 class _Pruned:
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # the architecture's own class comes next
         if hasattr(self, "embed_out"):  # GPT-NeoX's head in transformers 4, which would draw its weights anew
-            raise ImportError("a GPT-NeoX checkpoint that lacks sublayers needs transformers 5 or later")
+            raise ImportError("a GPT-NeoX checkpoint whose layers differ needs transformers 5 or later")
         modules = self.modules()  # type: ignore[attr-defined]
         layers = next(module for module in modules if isinstance(module, nn.ModuleList))  # it has no other list
-        remove_children(layers, config.absent)
+        for layer, width in enumerate(getattr(config, "widths", ())):  # none where they are alike
+            resize(layers[layer], width)
+        remove_children(layers, getattr(config, "absent", {}))
 
 
 def __getattr__(name: str) -> Any:

@@ -75,8 +75,9 @@ def describe(config: ModelConfig) -> ModelSource:
     source = makers[config.source](config)
     if source.model_type.startswith(PRUNED):
         raise UserError(
-            f"{config.path or config.repo} lacks whole sublayers already, so it cannot be pruned further; start from"
-            " the dense model, or from a checkpoint written with method.export=stock"
+            f"{config.path or config.repo} lacks whole sublayers already, or has layers of different widths, so it"
+            " cannot be pruned further; start from the dense model, or from a checkpoint written with"
+            " method.export=stock"
         )
     if source.model_type not in architectures.SHIPPED:  # a plugin may yet say something else of it
         said = digest(asdict(source.architecture))

@@ -123,9 +123,10 @@ class ModelView:
         return sum(parameter.numel() for child in children for parameter in child.parameters())
 
     @contextmanager
-    def lacking(self, layer: int, sublayers: Collection[str]) -> Iterator[None]:
-        """The block without some sublayers (attention, mlp), for a while: they are not run and add nothing."""
-        block = self.layers[layer]
+    def lacking(self, layer: int, sublayers: Collection[str], block: nn.Module | None = None) -> Iterator[None]:
+        """The block, or ``block`` in its place, without some sublayers (attention, mlp), for a while: they are not run
+        and add nothing."""
+        block = self.layers[layer] if block is None else block
         children = [child for sublayer in sublayers for child in self.sublayer(sublayer)]
         present = {child: block.get_submodule(child) for child in children}
         try:
@@ -147,10 +148,25 @@ class ModelView:
         """Remove sublayers (attention, mlp -> layers) for good. The model gets a class of `modeling_pruned`."""
         absent = {child: list(found) for name, found in layers.items() for child in self.sublayer(name) if found}
         remove_children(self.layers, absent)
+        self.become_pruned()
+        self.config.absent = absent
+
+    def become_pruned(self) -> None:
+        """Give the model its architecture's class of `modeling_pruned`."""
+        if self.config.model_type.startswith(architectures.PRUNED):
+            return
         pruned = getattr(modeling_pruned, f"Pruned{type(self.model).__name__}")
         self.config.__class__ = pruned.config_class  # the modules share this object, so it is changed where it is
-        self.config.absent = absent
         self.model.__class__ = pruned
+
+    def allows_kv_heads(self, groups: int) -> bool:
+        """Whether the model's own class can have so many key-value groups in every layer, each with as many query heads
+        of the same width as now."""
+        if groups == self.num_kv_heads:
+            return True
+        heads = groups * self.heads_per_group
+        divides = not self.architecture.heads_divide_hidden or self.config.hidden_size % heads == 0
+        return self.architecture.head_dim_is_free and divides
 
     def attention_output(self, layer: int) -> nn.Module:
         """The projection at the end of a block's attention; its input is the concatenated heads."""
@@ -162,13 +178,30 @@ class ModelView:
 
     @property
     def num_kv_heads(self) -> int:
-        """Key-value groups of an attention layer: the units in which attention can be cut."""
+        """Key-value groups of an attention layer, by the configuration: the units in which attention can be cut."""
         return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
 
     @property
+    def heads_per_group(self) -> int:
+        """Query heads that share keys and values."""
+        return int(self.config.num_attention_heads) // self.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
+
+    @property
     def num_neurons(self) -> int:
-        """Hidden neurons of a feed-forward network."""
-        return cast(nn.Linear, self.mlp_output(0)).in_features
+        """Hidden neurons of a feed-forward network whose layers are alike."""
+        return self.neurons_of(0)
+
+    def kv_heads_of(self, layer: int) -> int:
+        """Key-value groups of a layer, which may have lost some."""
+        return cast(nn.Linear, self.attention_output(layer)).in_features // (self.head_dim * self.heads_per_group)
+
+    def neurons_of(self, layer: int) -> int:
+        """Hidden neurons of a layer, which may have lost some."""
+        return cast(nn.Linear, self.mlp_output(layer)).in_features
 
     def attention_slices(self, layer: int, *, tiled_queries: bool = False) -> list[Slice]:
         """Which rows and columns belong to each key-value group: its keys and values, and its queries and outputs.
@@ -179,9 +212,9 @@ class ModelView:
         transformers keeps the query heads of a group side by side: head h uses group h // (heads per group).
         ``tiled_queries`` gives group g the heads g, g + groups, ... instead: wrong, but what CoMe's code does.
         """
-        groups = self.num_kv_heads
+        groups = self.kv_heads_of(layer)
         queries = cast(nn.Linear, self.attention_output(layer)).in_features
-        keys = queries // self.config.num_attention_heads * groups
+        keys = queries // self.heads_per_group
         inputs = self.architecture.attention_inputs
         if len(inputs) == 3:
             widths = {inputs[0]: [queries], inputs[1]: [keys], inputs[2]: [keys]}
@@ -202,7 +235,7 @@ class ModelView:
 
     def mlp_slices(self, layer: int) -> list[Slice]:
         """Which rows and columns belong to each hidden neuron."""
-        neurons = self.num_neurons
+        neurons = self.neurons_of(layer)
         block = self.layers[layer]
         inputs = {name: cast(nn.Linear, block.get_submodule(name)) for name in self.architecture.mlp_inputs}
         widths = {name: [neurons] * (linear.out_features // neurons) for name, linear in inputs.items()}

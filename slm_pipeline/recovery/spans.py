@@ -43,6 +43,8 @@ def spans(plan: Plan, gap: str = "above") -> list[Span]:
 
 
 def changed_spans(plan: Plan, gap: str = "above") -> list[Span]:
-    """The spans whose layer is not the original one in its task: merged, next to a gap, or short of a sublayer."""
+    """The spans whose layer is not the original one in its task: merged, next to a gap, narrower, or short of a
+    sublayer."""
     layers = plan.layers()
-    return [span for span in spans(plan, gap) if span.first < span.last or layers[span.position].missing]
+    changed = [bool(layer.missing or layer.resized) for layer in layers]
+    return [span for span in spans(plan, gap) if span.first < span.last or changed[span.position]]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from slm_pipeline.errors import UserError
-from slm_pipeline.models.view import ModelView
+from slm_pipeline.models import widths
+from slm_pipeline.models.view import ModelView, Slice
 from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.ops import LayerSize, Widths, walk
 from slm_pipeline.surgery.ops.base import SUBLAYERS
@@ -16,21 +17,21 @@ from slm_pipeline.surgery.plan import Plan
 
 @torch.no_grad()
 def apply(plan: Plan, model: Any) -> Any:
-    """Edit ``model``, the dense model, as ``plan`` says; returns the same object, shallower.
+    """Edit ``model``, the dense model, as ``plan`` says; returns the same object, shallower or narrower.
 
-    Its class stays, unless the plan leaves layers without a sublayer.
+    Its class stays, unless the plan leaves layers without a sublayer, or of widths that its class does not know.
 
     Raises:
         UserError: the plan is for another depth, or its tensors are for other widths.
     """
     view = ModelView(model)
     blocks = planned_blocks(plan, view)
-    for block in blocks:
-        module = view.layers[block.body]
-        for name, value in block.replaced.items():
-            module.get_parameter(name).copy_(value)
+    are_resized = any(widths.changes_shapes(view, block.body, block.replaced) for block in blocks)
+    gained = [widths.put(view.layers[block.body], block.replaced) for block in blocks]
     bodies = [block.body for block in blocks]
     view.rebuild([view.layers[body] for body in bodies], bodies)
+    if are_resized:
+        widths.settle(view, gained)
     if any((absent := plan.absent()).values()):
         view.cut_out(absent)
     silence_zeroed(plan, model)
@@ -66,5 +67,27 @@ def layer_sizes(view: ModelView) -> list[LayerSize]:
     sizes = []
     for layer in range(view.num_layers):
         attention, mlp = (view.sublayer_parameters(layer, name) for name in SUBLAYERS)
-        sizes.append(LayerSize(attention, mlp, other=view.block_parameters(layer) - attention - mlp))
+        block, hidden = view.layers[layer], view.config.hidden_size
+        per_head, per_neuron = (
+            sum(_parameters_of_unit(piece, block.get_parameter(piece.parameter)) for piece in slices)
+            for slices in (view.attention_slices(layer), view.mlp_slices(layer))
+        )
+        sizes.append(
+            LayerSize(
+                attention,
+                mlp,
+                other=view.block_parameters(layer) - attention - mlp,
+                heads=view.kv_heads_of(layer),
+                neurons=view.neurons_of(layer),
+                per_head=per_head,
+                per_neuron=per_neuron,
+                attention_bias=hidden if view.attention_output(layer).bias is None else 0,
+                mlp_bias=hidden if view.mlp_output(layer).bias is None else 0,
+            )
+        )
     return sizes
+
+
+def _parameters_of_unit(piece: Slice, parameter: torch.Tensor) -> int:
+    """Parameters of ``parameter`` in one key-value group or neuron."""
+    return sum(units.shape[1] for units in piece.units) * parameter.numel() // parameter.shape[piece.dim]

@@ -20,6 +20,7 @@ from slm_pipeline.surgery.plan import Plan
 
 NOT_A_SEARCH = ("from_plan", "none")
 METHODS = sorted(file.stem for file in (CONF_DIR / "method").glob("*.yaml") if file.stem not in NOT_A_SEARCH)
+NARROWER = ("flap", "wanda_sp")  # all layers stay
 REFUSED = {("replaceme", "gemma3_text")}  # a norm follows the last projection
 
 
@@ -51,11 +52,12 @@ def test_its_checkpoint_reloads(name, architecture, input_ids, tmp_path):
     assert all(module.training is False for module in model.modules())
     plan.write(tmp_path / "plan.json")
     plan = Plan.read(tmp_path / "plan.json")
-    assert plan.num_layers == 6 or name == "finercut"
+    assert plan.num_layers == (8 if name in NARROWER else 6) or name == "finercut"
     pruned = apply(plan, model).eval()
     expected = pruned(input_ids=input_ids, use_cache=False).logits
     reloaded = checkpoint.save(pruned, tokenizer, tmp_path / "model", card="", config=source.config)
-    assert type(reloaded) is type(pruned) is type(load_dense(source)[0])
+    assert (type(reloaded) is type(load_dense(source)[0])) == (name != "flap")  # whose layers are unequal
+    assert type(reloaded) is type(pruned)
     torch.testing.assert_close(reloaded(input_ids=input_ids, use_cache=False).logits, expected, rtol=0, atol=0)
 
 

@@ -39,12 +39,14 @@ class Layer:
         zeroed: its sublayers (attention, mlp) that are there and do nothing: their last projections are zero.
         absent: its sublayers that are not there; the model needs a class of its own.
         folded: a linear map in it stands for the layers that went above it.
+        resized: its sublayers (attention, mlp) that have lost heads or neurons.
     """
 
     originals: tuple[int, ...]
     zeroed: frozenset[str] = frozenset()
     absent: frozenset[str] = frozenset()
     folded: bool = False
+    resized: frozenset[str] = frozenset()
 
     @property
     def missing(self) -> frozenset[str]:
@@ -59,12 +61,21 @@ class LayerSize:
         attention, mlp: in the sublayers, their norms included.
         other: in neither.
         idle: those among all these that do nothing.
+        heads, neurons: key-value groups of its attention, hidden neurons of its feed-forward network.
+        per_head, per_neuron: parameters in one of them.
+        attention_bias, mlp_bias: that a bias at the end of the sublayer would add: 0 if there is one.
     """
 
     attention: int
     mlp: int
     other: int = 0
     idle: int = 0
+    heads: int = 0
+    neurons: int = 0
+    per_head: int = 0
+    per_neuron: int = 0
+    attention_bias: int = 0
+    mlp_bias: int = 0
 
     @property
     def whole(self) -> int:

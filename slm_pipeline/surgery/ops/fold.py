@@ -116,7 +116,7 @@ def fold(view: ModelView, block: Block, transform: Tensor) -> Block:
         )
     transform = transform.to(weight.device).float()
     replaced = {**block.replaced, f"{name}.weight": (transform.T @ weight.float()).to(weight.dtype)}
-    if view.mlp_output(block.body).bias is not None:
+    if f"{name}.bias" in block.replaced or view.mlp_output(block.body).bias is not None:
         bias = block.parameter(view, f"{name}.bias")
         replaced[f"{name}.bias"] = (bias.float() @ transform).to(bias.dtype)
     return Block(block.body, replaced, block.without)

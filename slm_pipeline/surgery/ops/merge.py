@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 SHARING_RULES = ("concatenate", "weighted")  # they take a share for each part; no options of slm and laco
 _UNITS = ("heads", "neurons")
+_OF_HIGHEST = ("official", "keep_highest")  # the projections of the highest layer, as they are
 
 
 @register
@@ -91,7 +92,13 @@ class Merge(Op):
         check_whole(self, members, where)
         if self.rule in SHARING_RULES and len(self.shares or ()) != len(members):
             raise UserError(f"{where} needs one share for each of its {len(members)} parts")
-        return replace(members[0], originals=tuple(self.layers))
+        whole = members[-1] if self.rule in _OF_HIGHEST else members[0]
+        if any(member.resized for member in members) and self.rule not in (*_OF_HIGHEST, "keep_lowest"):
+            raise UserError(
+                f"{where}: layers={short([*self.layers])} have lost heads or neurons, so rule={self.rule} cannot mix"
+                " them"
+            )
+        return replace(members[0], originals=tuple(self.layers), resized=whole.resized)
 
     def check_model(self, source: ModelSource, where: str) -> None:
         if self.official_gqa and source.architecture.fuses_queries:
@@ -112,7 +119,7 @@ class Merge(Op):
                 raise UserError(f"{where} makes a layer of {found} {kind}; the model's have {wanted}")
 
     def count(self, members: Sequence[LayerSize]) -> LayerSize:
-        return members[-1] if self.rule in ("official", "keep_highest") else members[0]
+        return members[-1] if self.rule in _OF_HIGHEST else members[0]
 
     def apply(self, view: ModelView, members: Sequence[Block], tensors: Tensors) -> Block:
         if self.rule == "concatenate":

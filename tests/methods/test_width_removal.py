@@ -1,0 +1,269 @@
+"""Wanda-sp and FLAP against plain loops over every activation, and what both do with a target."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import context_of, random_source, run_slm
+
+from slm_pipeline.engine.statistics import collect
+from slm_pipeline.errors import UserError
+from slm_pipeline.methods.base import PruningProblem
+from slm_pipeline.methods.flap import Flap
+from slm_pipeline.methods.target import Layers, Parameters
+from slm_pipeline.methods.wanda_sp import WandaSP
+from slm_pipeline.models.loading import load_dense
+from slm_pipeline.models.view import ModelView
+from slm_pipeline.surgery.apply import apply
+
+ARCHITECTURES = ["llama", "phi3", "opt", "gemma3_text"]
+
+
+@pytest.fixture
+def make_problem(input_ids):
+    """A function: the problem of a model whose weights differ more than random ones do, and whose biases are not 0."""
+
+    def make(target, architecture="llama", **sizes):
+        source = random_source(architecture, **{"num_layers": 4, **sizes})
+        model, _ = load_dense(source)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        view = ModelView(model)
+        statistics = collect(view, input_ids)
+        return PruningProblem(
+            source=source, view=view, input_ids=input_ids, statistics=statistics, target=target, calibration={}
+        )
+
+    return make
+
+
+@torch.no_grad()
+def inputs_of(problem):
+    """sublayer -> for each layer (weight, [tokens, n] inputs) of its last projection."""
+    view, seen, hooks = problem.view, {}, []
+    for layer in range(view.num_layers):
+        for part, output in (("attention", view.attention_output(layer)), ("mlp", view.mlp_output(layer))):
+
+            def keep(module, args, key=(part, layer)):
+                seen[key] = module.weight.clone(), args[0].flatten(0, -2)
+
+            hooks.append(output.register_forward_pre_hook(keep))
+    view.model(input_ids=problem.input_ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {part: [seen[part, layer] for layer in range(view.num_layers)] for part in ("attention", "mlp")}
+
+
+def kept_of(plan):
+    """(layer, heads | neurons) -> indices that stay."""
+    return {
+        (op.layers[0], unit): plan.tensors[f"{op.tensors}.{unit}"].tolist()
+        for op in plan.ops
+        for unit in ("heads", "neurons")
+        if getattr(op, unit) is not None
+    }
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_wanda_sp_is_the_plain_loop(architecture, make_problem):
+    problem = make_problem(Layers(2), architecture, num_heads=8, num_kv_heads=4)
+    plan = WandaSP(export="custom").plan(problem)
+    view, kept = problem.view, kept_of(plan)
+    groups = view.num_kv_heads
+    widths = plan.scores["widths"]
+    assert len(set(map(tuple, widths))) == 1
+    left_heads, left_neurons = widths[0]
+    assert left_heads in (groups // 2, groups // 2 + 1)  # about half of all layers' parameters go
+    for layer in range(4):
+        for part, unit, left, number in (
+            ("attention", "heads", left_heads, groups),
+            ("mlp", "neurons", left_neurons, 48),
+        ):
+            weight, inputs = inputs_of(problem)[part][layer]
+            scores = []
+            for j in range(weight.shape[1]):
+                norm = sum(float(value) ** 2 for value in inputs[:, j]) ** 0.5
+                scores.append(sum(abs(float(w)) for w in weight[:, j]) * norm)
+            size = len(scores) // number
+            of_units = [sum(scores[unit * size : (unit + 1) * size]) for unit in range(number)]
+            best = sorted(sorted(range(number), key=lambda unit: of_units[unit])[number - left :])
+            assert kept[layer, unit] == best
+    assert not any(name.endswith("_bias") for name in plan.tensors)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_flap_is_the_plain_loop(architecture, make_problem):
+    problem = make_problem(Layers(1), architecture, num_heads=8, num_kv_heads=4)
+    plan = Flap().plan(problem)
+    view, kept = problem.view, kept_of(plan)
+    groups, seen = view.num_kv_heads, inputs_of(problem)
+    candidates = []
+    for layer in range(4):
+        for part, unit, number in (("attention", "heads", groups), ("mlp", "neurons", 48)):
+            weight, inputs = seen[part][layer]
+            scores = inputs.var(dim=0, unbiased=False) * weight.square().sum(dim=0)
+            scores = scores**2 if part == "attention" else scores
+            scores = ((scores - scores.mean()) / scores.std()).view(number, -1).mean(dim=1).tolist()
+            order = sorted(range(number), key=lambda index: scores[index])
+            candidates += [(scores[index], layer, unit, index) for index in order[:-1]]
+    removed = {key: set() for key in ((layer, unit) for layer in range(4) for unit in ("heads", "neurons"))}
+    wanted = sum(view.block_parameters(layer) for layer in range(4)) // 4
+    for _, layer, unit, index in sorted(candidates):
+        removed[layer, unit].add(index)
+        if view.num_parameters() - parameters_without(problem, removed) >= wanted:
+            break
+    numbers = {"heads": groups, "neurons": 48}
+    for (layer, unit), gone in removed.items():
+        assert kept.get((layer, unit), list(range(numbers[unit]))) == sorted(set(range(numbers[unit])) - gone)
+    for op in plan.ops:
+        assert set(op.biases) == op.sublayers
+        for part, unit, number in (("attention", "heads", groups), ("mlp", "neurons", 48)):
+            if part in op.sublayers:
+                weight, inputs = seen[part][op.layers[0]]
+                mask = torch.tensor([float(index in removed[op.layers[0], unit]) for index in range(number)])
+                expected = weight @ (inputs.mean(dim=0) * mask.repeat_interleave(weight.shape[1] // number))
+                found = torch.from_numpy(plan.tensors[f"{op.tensors}.{part}_bias"])
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def parameters_without(problem, removed):
+    """Parameters of the model without these units, with the biases that it gets for them."""
+    view = problem.view
+    number = view.num_parameters()
+    for (layer, unit), gone in removed.items():
+        is_heads = unit == "heads"
+        output = view.attention_output(layer) if is_heads else view.mlp_output(layer)
+        for piece in view.attention_slices(layer) if is_heads else view.mlp_slices(layer):
+            parameter = view.layers[layer].get_parameter(piece.parameter)
+            number -= parameter.numel() * len(gone) // (view.num_kv_heads if is_heads else 48)
+        number += 32 if gone and output.bias is None else 0
+    return number
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", [WandaSP(), WandaSP(allocation="global", export="custom"), Flap()])
+def test_a_target_of_parameters_is_met_within_one_unit(method, architecture, make_problem):
+    problem = make_problem(Parameters(1), architecture)
+    view, dense = problem.view, problem.view.num_parameters()
+    of_group = view.sublayer_parameters(0, "attention") // view.num_kv_heads
+    of_neuron = 4 * view.sublayer_parameters(0, "mlp") // 48 + 4
+    for wanted in (1, 1000, 4567, 12_000):
+        problem.target = Parameters(wanted)
+        plan = method.plan(problem)
+        pruned, _ = load_dense(problem.source)
+        removed = dense - ModelView(apply(plan, pruned)).num_parameters()
+        assert wanted <= removed < wanted + (of_neuron if method.allocation == "uniform" else of_group)
+
+
+@pytest.mark.parametrize("num_kv_heads", [8, 4, 1])  # multi-head, grouped-query, multi-query
+def test_groups_of_any_size_go_with_all_their_heads(num_kv_heads, make_problem):
+    problem = make_problem(Layers(1), num_heads=8, num_kv_heads=num_kv_heads, hidden_size=64)
+    widths = Flap(bias=False).plan(problem).scores["widths"]
+    assert all(1 <= heads <= num_kv_heads for heads, _ in widths)
+    assert (min(heads for heads, _ in widths) < num_kv_heads) == (num_kv_heads > 1)
+    (left,) = {heads for heads, _ in WandaSP(export="custom").plan(problem).scores["widths"]}
+    assert left == {8: 6, 4: 3, 1: 1}[num_kv_heads]
+
+
+def test_too_many_parameters_are_an_error(make_problem):
+    problem = make_problem(Parameters(10**6))
+    for method in (WandaSP(), Flap(), Flap(allocation="uniform"), WandaSP(sublayers="attention")):
+        with pytest.raises(UserError, match=r"1000000 parameters cannot go: .* have \d+, as every sublayer keeps one"):
+            method.plan(problem)
+
+
+@pytest.mark.parametrize(("export", "left"), [("stock", 6), ("custom", 5)])
+def test_the_stock_class_decides_how_many_heads_may_stay(export, left, make_problem):
+    sizes = {"hidden_size": 48, "num_heads": 6, "num_kv_heads": 6}
+    problem = make_problem(Parameters(1), **sizes)
+    problem.target = Parameters(sum(problem.view.block_parameters(layer) for layer in range(4)) // 4)
+    plan = WandaSP(export=export).plan(problem)
+    assert {heads for heads, _ in plan.scores["widths"]} == {left}
+    pruned = apply(plan, load_dense(problem.source)[0])
+    assert (type(pruned).__name__ == "LlamaForCausalLM") == (export == "stock")
+    only_heads = WandaSP(export=export, sublayers="attention")
+    problem.target = Parameters(1)
+    assert {heads for heads, _ in only_heads.plan(problem).scores["widths"]} == {4 if export == "stock" else 5}
+
+
+def test_opt_keeps_its_heads_in_the_stock_class(make_problem):
+    problem = make_problem(Layers(1), "opt")
+    plan = Flap(allocation="uniform", export="stock").plan(problem)  # its projections have biases
+    assert {heads for heads, _ in plan.scores["widths"]} == {4}
+    assert type(apply(plan, load_dense(problem.source)[0])).__name__ == "OPTForCausalLM"
+
+
+def test_neurons_that_make_massive_activations_stay(make_problem):
+    problem = make_problem(Layers(2))
+    with torch.no_grad():
+        problem.statistics.mlp_mean[1, 7] = 300.0  # always the same: FLAP would remove it
+        problem.statistics.mlp_variance[1, 7] = 1e-9
+    for massive, stays in ((40.0, True), (None, False)):
+        plan = Flap(massive=massive).plan(problem)
+        assert plan.scores["massive"] == ([[1, 7]] if stays else [])
+        assert (7 in kept_of(plan)[1, "neurons"]) == stays
+
+
+def test_protected_layers_keep_their_widths(make_problem):
+    plan = WandaSP(export="custom", protect_first=1, protect_last=2).plan(make_problem(Parameters(1000)))
+    assert [op.layers for op in plan.ops] == [(1,)]
+
+
+def test_one_sublayer_alone(make_problem):
+    problem = make_problem(Parameters(2000))
+    for part in ("attention", "mlp"):
+        for method in (Flap(sublayers=part), WandaSP(sublayers=part)):
+            assert {op.sublayers for op in method.plan(problem).ops} == {frozenset({part})}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"allocation": "fair"}, "method.allocation='fair' is not one of uniform, global"),
+        ({"export": "onnx"}, "method.export='onnx' is not one of stock, custom"),
+        ({"sublayers": "norms"}, "method.sublayers='norms' is not one of both, attention, mlp"),
+        ({"massive": 0.0}, r"method.massive=0.0 must lie in \(0, "),
+    ],
+)
+def test_values_that_no_option_has(options, message):
+    with pytest.raises(UserError, match=message):
+        WandaSP(**options)
+
+
+def test_what_the_stock_class_cannot_have(make_problem):
+    context = context_of(random_source())
+    with pytest.raises(UserError, match="method.allocation=global leaves layers of different widths"):
+        WandaSP(allocation="global").check(context)
+    with pytest.raises(UserError, match=r"method.protect_\* leaves layers of different widths"):
+        WandaSP(protect_last=1).check(context)
+    Flap().check(context)
+    with pytest.raises(UserError, match="method.bias=true adds a bias to projections that have none in a llama model"):
+        Flap(allocation="uniform", export="stock").plan(make_problem(Layers(1)))
+
+
+@pytest.mark.parametrize("recovery", ["lora", "distill"])
+def test_a_whole_run_says_what_it_asked_for_and_got(recovery, tmp_path):
+    text, rows = tmp_path / "text.txt", tmp_path / "rows.jsonl"
+    text.write_text("The pond froze over in the night, and nobody said a word about the boats. " * 200)
+    rows.write_text(
+        "".join(json.dumps({"text": f"Boat number {number} lay in the ice."}) + "\n" for number in range(40))
+    )
+    outcome = run_slm(
+        "model=random", "model.num_layers=6", "model.hidden_size=64", "model.num_heads=4", "method=flap",
+        "calibration=text_file", f"calibration.path={text}", "calibration.num_samples=4", "calibration.seq_len=32",
+        "pruning_ratio.of=parameters", f"recovery={recovery}", "recovery.source=file", f"recovery.path={rows}",
+        "recovery.validation_size=4", "recovery.cutoff_len=32", "recovery.max_steps=2", "recovery.warmup_steps=1",
+        "evaluation=none", "tracker=jsonl", f"output_dir={tmp_path}",
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    (file,) = tmp_path.glob("runs/*/*/summary.json")
+    summary = json.loads(file.read_text())
+    assert summary["num_layers"] == {"dense": 6, "pruned": 6}
+    assert 0.2 <= summary["pruning_ratio"]["got_parameters"] < 0.25
+    (stage,) = tmp_path.glob("store/recover/*/stage.json")
+    assert json.loads(stage.read_text())["result"]["num_steps"] == 2
+    assert summary["parameters"]["pruned"] < 0.8 * summary["parameters"]["dense"]
