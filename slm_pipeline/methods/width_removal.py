@@ -169,7 +169,7 @@ class WidthRemoval(ProtectsEnds):
         layers = self.candidates(len(sizes))
         fixed = {layer: of.fixed.nonzero().flatten() for layer, of in zip(layers, units.get("mlp", []), strict=False)}
         massive = [[layer, int(neuron)] for layer, neurons in fixed.items() for neuron in neurons]
-        return self._new_plan(problem, ops=ops, tensors=tensors, scores={"widths": widths, "massive": massive})
+        return self.new_plan(problem, ops=ops, tensors=tensors, scores={"widths": widths, "massive": massive})
 
     def _constant(self, problem: PruningProblem, layer: int, part: str, stay: Tensor, number: int) -> Tensor | None:
         import torch
