@@ -16,9 +16,11 @@ from slm_pipeline.models.context import Context
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Attributes:
-    options: those that measures share by interpolation, and ``of``.
-    measures: by the key in ``evaluation`` under which their options stand.
+    """Which models are scored, and by what.
+
+    Attributes:
+        options: those that measures share by interpolation, and ``of``.
+        measures: by the key in ``evaluation`` under which their options stand.
     """
 
     options: EvaluationConfig
@@ -30,7 +32,7 @@ class Evaluation:
         """The group's object.
 
         Raises:
-            UserError: a key that no measure has, a wrong type or range, or two measures of one kind.
+            UserError: a key that no measure has, a wrong type or range, or two numbers of one name.
         """
         if not isinstance(node or {}, Mapping):
             raise UserError(f"evaluation={node!r} must be one of the options in conf/evaluation")
@@ -61,6 +63,17 @@ class Evaluation:
                     f"evaluation.{key} holds the measure {measure.name}; its options belong under"
                     f" evaluation.{measure.name}: its YAML begins with # @package evaluation.{measure.name}"
                 )
+        owners: dict[str, str] = {}  # of labels: results and numbers go by these
+        for measure in measures.values():
+            for label in [
+                *map(measure.label, measure.parts()),
+                *(measure.names_of_totals() if measure.parts() else []),
+            ]:
+                if (owner := owners.setdefault(label, measure.name)) != measure.name:
+                    raise UserError(
+                        f"evaluation.{owner} and evaluation.{measure.name} both call a number {label}: give the measure"
+                        " of your own another name, or leave one of them out"
+                    )
         return cls(options, measures)
 
     @property

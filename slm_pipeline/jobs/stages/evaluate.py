@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from slm_pipeline.config import plugins
 from slm_pipeline.data.overlap import RUN, overlaps
+from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.measure import Measure
 from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.loaded import ScoredModel
@@ -81,7 +83,7 @@ class Evaluate(Stage):
             reads_dense=self.measure.reads_dense,
         )
         found = self.measure.run(self.part, scored, job)
-        numbers = {number.key: number.to_json() for number in self.measure.numbers(self.part, found)}
+        numbers = {number.key: number.to_json() for number in self._finite(self.measure.numbers(self.part, found))}
         overlap = self._overlap(job, scored)
         result = {
             "measure": self.measure.name,
@@ -91,6 +93,14 @@ class Evaluate(Stage):
             "device": gpus.in_words(job.config.model.device),
         }
         return {**result, **({"overlap": overlap} if overlap else {})}
+
+    def _finite(self, numbers: Sequence[Number]) -> Sequence[Number]:
+        """The numbers; `UserError` for one that no table could compare, which is then no result."""
+        for number in numbers:
+            if not math.isfinite(number.value):
+                name = number.below(self.target, self.measure.label(self.part)).key
+                raise UserError(f"{name} is {number.value}, not a finite number; try model.dtype=float32")
+        return numbers
 
     def _overlap(self, job: Job, scored: ScoredModel) -> dict[str, int] | None:
         """How many of the documents are found in the recovery's training data; see `overlaps`."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.efficiency import Efficiency
 from slm_pipeline.evaluation.perplexity import Perplexity
 from slm_pipeline.evaluation.zero_shot import ZeroShot
@@ -87,3 +88,17 @@ def test_a_checkpoint_is_scored_once_whichever_job_made_it(target):
     else:
         assert checkpoint(merge=merge) is None
         assert checkpoint(merge=merge, recover=recover) == f"recovered:{recover.key}"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_an_error_and_no_result(value, monkeypatch, tmp_path):
+    monkeypatch.setattr(Efficiency, "run", lambda *_: {})
+    monkeypatch.setattr(Efficiency, "numbers", lambda *_: [Number("weights_gb", 1.0), Number("latency_seconds", value)])
+    job = SimpleNamespace(
+        loaded=None, recovery=None, source=None, config=SimpleNamespace(model=SimpleNamespace(device="cpu"))
+    )
+    stage = Evaluate("pruned", Efficiency(enabled=True), "")
+    artifact = Artifact(tmp_path, "evaluate", {})
+    with pytest.raises(UserError, match=f"pruned/efficiency/latency_seconds is {value}, not a finite number"):
+        artifact.produce(lambda out: stage.run(job, {}, out, None))
+    assert not artifact.done
