@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,3 +127,23 @@ def copy(source: Path, target: Path, change: Callable[[Path], object] = lambda f
     shutil.copytree(source, target)
     change(target)
     return target
+
+
+def plain_transformers(folder: Path, input_ids: torch.Tensor, tmp_path: Path) -> list[str]:
+    """What a process without this package prints that loads a checkpoint with its own code: six tokens after the first
+    row, and whether loading is refused without that code's being trusted."""
+    script = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
+print(model.generate(torch.tensor([{input_ids[0].tolist()}]), max_new_tokens=6, do_sample=False)[0].tolist())
+assert not any(name.startswith("slm_pipeline") for name in sys.modules)
+try:
+    AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=False)
+except ValueError as error:
+    print("refused", "trust_remote_code=True" in str(error))
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+    return found.stdout.splitlines()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import random_source, run_slm
+from model_folders import plain_transformers
 from plans import narrowing
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -186,21 +184,7 @@ def test_plain_transformers_loads_layers_of_different_widths(architecture, input
     folder = tmp_path / "model"
     model = checkpoint.save(pruned, byte_tokenizer(), folder, card="A card.", config=source.config)
     expected = model.generate(input_ids[:1], max_new_tokens=6, do_sample=False)[0].tolist()
-    script = f"""
-import sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
-print(model.generate(torch.tensor([{input_ids[0].tolist()}]), max_new_tokens=6, do_sample=False)[0].tolist())
-assert not any(name.startswith("slm_pipeline") for name in sys.modules)
-try:
-    AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=False)
-except ValueError as error:
-    print("refused", "trust_remote_code=True" in str(error))
-"""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", script]
-    out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True).stdout
-    assert out.splitlines() == [str(expected), "refused True"]
+    assert plain_transformers(folder, input_ids, tmp_path) == [str(expected), "refused True"]
     assert "trust_remote_code=True" in (folder / "README.md").read_text()
 
 
