@@ -114,7 +114,7 @@ OVERLAPPING = [{"op": "merge", "layers": [3, 4], "rule": "mean"}, {"op": "merge"
         ({"ops": [{"op": "merge", "layers": [2, 3, 99], "rule": "official"}]}, "are not whole layers of the model"),
         (
             {"ops": [{"op": "twist", "layers": [2]}]},
-            "op 0 is 'twist'; this version knows drop, drop_sublayer, fold, merge, resize",
+            "op 0 is 'twist'; this version knows drop, drop_sublayer, fold, merge, replace, resize, scale",
         ),
         ({"ops": []}, "ops do not lead to its layer_groups"),
         ({"ops": OVERLAPPING}, "op 1: .* are not whole layers"),
@@ -234,7 +234,21 @@ def test_a_plan_without_tensors_leaves_none_of_another(tmp_path):
 # Values as they stand in JSON; layers, names and shares that are nearly right come up often.
 SCALARS = st.none() | st.booleans() | st.integers(-3, 7) | st.integers() | st.floats() | st.text(max_size=5)
 WORDS = st.sampled_from(
-    ["drop", "merge", "drop_sublayer", "fold", "resize", "op", "layers", "rule", "mean", "weighted", "shares"]
+    [
+        "drop",
+        "merge",
+        "drop_sublayer",
+        "fold",
+        "replace",
+        "resize",
+        "scale",
+        "op",
+        "layers",
+        "rule",
+        "mean",
+        "weighted",
+        "shares",
+    ]
 )
 LAYERS = st.lists(st.integers(-1, 6), max_size=6)
 VALUES = st.recursive(
