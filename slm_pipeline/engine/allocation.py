@@ -1,19 +1,21 @@
-"""Which heads and neurons of which layers go, by their scores, so that a number of parameters is reached.
+"""Which heads and neurons of which layers go, so that a number of parameters is reached.
 
-`evenly` takes as many from every layer, `lowest` those with the lowest scores of the whole model. Each sublayer keeps
-at least one unit.
+`evenly` takes as many from every layer, `lowest` those with the lowest scores of the whole model, `cheapest` as many as
+do least damage by what was measured. Each sublayer keeps at least one unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from slm_pipeline.errors import UserError
+
+_LEVELS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of a sublayer's units, that are gone when its damage is measured
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,14 @@ class Units:
         size: parameters in one unit.
         bias: parameters that the sublayer gets when it loses units.
         fixed: [n] bool: those that stay whatever their score.
+        step: when units go, a multiple of it stays.
     """
 
     scores: Tensor
     size: int
     bias: int
     fixed: Tensor
+    step: int = 1
 
     def in_order(self) -> Tensor:
         """Those that may go, the lowest score first; ties by index."""
@@ -40,46 +44,71 @@ class Units:
         order = self.scores.argsort(stable=True)
         return order[free[order]]
 
+    def numbers(self) -> list[int]:
+        """How many may go, ascending, 0 left out."""
+        return list(range(len(self.scores) % self.step or self.step, len(self.in_order()) + 1, self.step))
+
+    def levels(self) -> list[int]:
+        """A few of `numbers`, ascending, over their whole range."""
+        numbers, total = self.numbers(), len(self.scores)
+        return sorted({min(numbers, key=lambda n: abs(n - share * total)) for share in _LEVELS}) if numbers else []
+
+    def gain(self, number: int) -> int:
+        """Parameters that are gone when so many units are."""
+        return number * self.size - self.bias if number else 0
+
     def without(self, gone: Tensor) -> Tensor:
         """[kept] int64 indices of those that stay, ascending."""
         kept = torch.ones(len(self.scores), dtype=torch.bool)
         kept[gone] = False
         return kept.nonzero().flatten()
 
+    def after(self, number: int) -> Tensor:
+        """[kept] int64 indices of those that stay when so many go, ascending."""
+        return self.without(self.in_order()[:number])
 
-def lowest(units: Sequence[Units], remove: int) -> list[Tensor]:
-    """Kept indices of each of ``units`` when the lowest scores of all go until at least ``remove`` parameters are gone,
-    and less than one unit more.
+
+def lowest(units: Sequence[Units], remove: int) -> list[int]:
+    """How many of each of ``units`` go when the lowest scores of all go until at least ``remove`` parameters are gone,
+    and less than one step more.
 
     Raises:
         UserError: so many cannot go.
     """
-    orders = [of.in_order() for of in units]
-    owner = torch.cat([torch.full_like(order, index) for index, order in enumerate(orders)])
-    scores = torch.cat([of.scores[order] for of, order in zip(units, orders, strict=True)])
-    owner = owner[scores.argsort(stable=True)]
-    gains = torch.tensor([of.size for of in units])[owner]
-    firsts = torch.from_numpy(np.unique(owner.numpy(), return_index=True)[1])
-    gains[firsts] -= torch.tensor([of.bias for of in units])[owner[firsts]]
-    total = gains.cumsum(dim=0)
+    steps = [_steps(of) for of in units]
+    owner = torch.cat([torch.full((len(scores),), index) for index, (scores, _) in enumerate(steps)])
+    order = torch.cat([scores for scores, _ in steps]).argsort(stable=True)
+    owner, total = owner[order], torch.cat([gains for _, gains in steps])[order].cumsum(dim=0)
     most = int(total[-1]) if len(total) else 0
     if remove > most:
         raise _too_many(remove, most)
     taken = owner[: int(torch.searchsorted(total, remove)) + 1].bincount(minlength=len(units)).tolist()
-    return [of.without(order[:number]) for of, order, number in zip(units, orders, taken, strict=True)]
+    return [[0, *of.numbers()][number] for of, number in zip(units, taken, strict=True)]
+
+
+def _steps(of: Units) -> tuple[Tensor, Tensor]:
+    """Of each next of `Units.numbers`: the mean score of the units that it adds, ascending, and their parameters."""
+    numbers = [0, *of.numbers()]
+    gains = torch.tensor([of.gain(number) for number in numbers], dtype=torch.int64).diff()
+    if not len(gains):
+        return torch.zeros(0), gains
+    scores = of.scores[of.in_order()[: numbers[-1]]]
+    first = scores[: numbers[1]].mean(dim=0, keepdim=True)
+    others = scores[numbers[1] :].view(-1, of.step).mean(dim=1)
+    return torch.cat([first, others]).cummax(dim=0).values, gains  # means of equal scores may differ by their rounding
 
 
 def evenly(
     heads: Sequence[Units], neurons: Sequence[Units], remove: int, allows: Callable[[int], bool]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Kept indices of the layers' heads and neurons when every layer loses as many, at least ``remove`` parameters in
-    all, and less than one neuron of every layer more.
+) -> tuple[int, int]:
+    """How many heads and how many neurons every layer loses, so that at least ``remove`` parameters go in all, and less
+    than one step of the neurons of every layer more.
 
     Attention and feed-forward networks lose the same share, rounded down to heads that ``allows`` leaves; neurons make
     up for it.
 
     Args:
-        heads, neurons: one for each layer; either may be empty.
+        heads, neurons: one for each layer, of equal sizes; either may be empty.
         allows: whether layers may have so many heads.
 
     Raises:
@@ -89,19 +118,58 @@ def evenly(
     share = remove / sum(len(of.scores) * of.size for of in (*heads, *neurons))
     allowed = [gone for gone in range(num_heads) if allows(num_heads - gone)] or [0]
     floor = max(gone for gone in allowed if gone <= int(share * num_heads))
-    most_neurons = min((len(of.in_order()) for of in neurons), default=0)
+    numbers = [0, *min((of.numbers() for of in neurons), key=len, default=[])]
     most = 0
     for gone in (floor, *(gone for gone in allowed if gone > floor)):
-        of_heads = sum(gone * of.size - of.bias for of in heads) if gone else 0
-        bias, of_neurons = sum(of.bias for of in neurons), sum(of.size for of in neurons)
-        number = -(-(remove - of_heads + bias) // of_neurons) if neurons and remove > of_heads else 0
-        if number <= most_neurons and of_heads + number * of_neurons - (bias if number else 0) >= remove:
-            return (
-                [of.without(of.in_order()[:gone]) for of in heads],
-                [of.without(of.in_order()[:number]) for of in neurons],
-            )
-        most = max(most, of_heads + most_neurons * of_neurons - bias)
+        of_heads = sum(of.gain(gone) for of in heads)
+        for number in numbers:
+            if of_heads + sum(of.gain(number) for of in neurons) >= remove:
+                return gone, number
+        most = max(most, of_heads + sum(of.gain(numbers[-1]) for of in neurons))
     raise _too_many(remove, most)
+
+
+def cheapest(units: Sequence[Units], damages: Sequence[Mapping[int, float]], remove: int) -> list[int]:
+    """How many of each of ``units`` go when at least ``remove`` parameters are to go, and less than one step more, for
+    the least sum of damages.
+
+    What is not measured lies on the lower convex hull of what is. There a Lagrange multiplier on parameters finds the
+    optimum: stretches of all hulls go by their damage per parameter, the lowest first, and the last in part.
+
+    Args:
+        damages: for each, number of units gone -> damage, at any of its `Units.numbers`; 0 units do none.
+
+    Raises:
+        UserError: so many cannot go.
+    """
+    stretches = [
+        (slope, index, low, high)
+        for index, (of, measured) in enumerate(zip(units, damages, strict=True))
+        for slope, low, high in _hull(of, measured)
+    ]
+    taken, missing = [0] * len(units), remove
+    for _, index, low, high in sorted(stretches):
+        of = units[index]
+        enough = (n for n in of.numbers() if low < n <= high and of.gain(n) - of.gain(low) >= missing)
+        taken[index] = next(enough, high)
+        missing -= of.gain(taken[index]) - of.gain(low)
+        if missing <= 0:
+            return taken
+    raise _too_many(remove, remove - missing)
+
+
+def _hull(of: Units, measured: Mapping[int, float]) -> list[tuple[float, int, int]]:
+    """Stretches of the lower convex hull of damage over parameters gone, ascending: damage per parameter, and how many
+    units are gone before and after it."""
+    found = sorted((of.gain(number), number, damage) for number, damage in measured.items() if math.isfinite(damage))
+    stretches, start, least = [], (0, 0, 0.0), -math.inf
+    while ahead := [point for point in found if point[0] > start[0]]:
+        slopes = [(damage - start[2]) / (gain - start[0]) for gain, _, damage in ahead]
+        end = ahead[slopes.index(min(slopes))]
+        least = max(least, min(slopes))  # stretches of one line may differ by their rounding
+        stretches.append((least, start[1], end[1]))
+        start = end
+    return stretches
 
 
 def _too_many(remove: int, most: int) -> UserError:

@@ -82,6 +82,26 @@ class BlockRunner:
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
+    def inputs_of(self, block: Block, hidden: Tensor, sublayer: str) -> Tensor:
+        """[tokens, n] inputs of the last projection of ``block``'s sublayer (attention, mlp) for the residual stream
+        ``hidden`` ([any batch, length, d]). The block is not run further."""
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:  # in the copies of the block that `run` makes too
+            found.append(args[0].flatten(0, -2))
+            raise _Enough
+
+        of_attention = sublayer == "attention"
+        output = self.view.attention_output(block.body) if of_attention else self.view.mlp_output(block.body)
+        hook = output.register_forward_pre_hook(stop)
+        try:
+            with suppress(_Enough):
+                self.run(block, hidden)
+        finally:
+            hook.remove()
+        return found[0]
+
+    @torch.no_grad()
     def finish(self, hidden: Tensor) -> Tensor:
         """Final-normed states of the last block's output."""
         normed: Tensor = self.view.final_norm(hidden.to(self.final.device))

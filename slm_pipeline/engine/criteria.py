@@ -68,9 +68,23 @@ def jensen_shannon(runner: BlockRunner, states: Sequence[Tensor], input_ids: Ten
     return totals
 
 
+def kl_divergence(runner: BlockRunner, states: Sequence[Tensor], input_ids: Tensor) -> list[float]:
+    """Kullback-Leibler divergence of the variant's next-token distribution from the dense model's, in nats."""
+    totals = [0.0] * len(states)
+    rows = max_logit_rows(runner.view)
+    variants = [runner.finish(state).flatten(0, 1).split(rows) for state in states]
+    for number, piece in enumerate(runner.final.flatten(0, 1).split(rows)):
+        dense = runner.view.logits(piece).float().log_softmax(dim=-1)
+        for index, pieces in enumerate(variants):
+            pruned = runner.view.logits(pieces[number]).float().log_softmax(dim=-1)
+            totals[index] += float((dense.exp() * (dense - pruned)).sum(dtype=torch.float64))
+    return totals
+
+
 CRITERIA: dict[str, Criterion] = {
     "next_token_loss": Criterion(next_token_loss, tokens_without=1, bound=least_next_token_loss),
     "angular": Criterion(angular_distance),
     "euclidean": Criterion(euclidean_distance),
     "jensen_shannon": Criterion(jensen_shannon),
+    "kl_divergence": Criterion(kl_divergence),
 }

@@ -126,28 +126,28 @@ def removal_order(
         fixed: [n / size] bool: those that stay.
 
     Returns:
-        [remove] int64 blocks on the CPU; any first part of it is the decision for a lower number that is a multiple of
-        ``at_a_time``.
+        [remove] int64 blocks on the CPU; any first part of it is the decision for that number.
     """
     left, inverse = weight.double().clone(), torch.cholesky_inverse(_factor(gram, penalty))
     device, number = left.device, len(gram) // size
     stays = torch.zeros(number, dtype=torch.bool, device=device) if fixed is None else fixed.to(device).clone()
-    columns, order = torch.arange(len(gram), device=device).view(number, size), []
+    columns = torch.arange(len(gram), device=device).view(number, size)
+    order: list[int] = []
     identity = torch.eye(size, dtype=torch.float64, device=device)
-    while (missing := remove - sum(map(len, order))) > 0:
+    while (missing := remove - len(order)) > 0:
         blocks = inverse.view(number, size, number, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         blocks = torch.where(stays[:, None, None], identity, blocks)  # what is gone has a block of zeros
         of_block = left.view(-1, number, size).transpose(0, 1)
         costs = (torch.linalg.inv(blocks) * (of_block.mT @ of_block)).sum(dim=(1, 2))
         chosen = costs.masked_fill(stays, torch.inf).argsort(stable=True)[: min(at_a_time, missing)]
         stays[chosen] = True
-        order.append(chosen)
+        order += chosen.tolist()
         gone = columns[chosen].flatten()
         update = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
         left -= left[:, gone] @ update
         inverse -= inverse[:, gone] @ update
         left[:, gone], inverse[gone], inverse[:, gone] = 0, 0, 0  # but for rounding they are
-    return torch.cat(order).cpu() if order else torch.zeros(0, dtype=torch.int64)
+    return torch.tensor(order, dtype=torch.int64)
 
 
 def leverage_scores(gram: Tensor, *, penalty: float) -> Tensor:

@@ -1,18 +1,19 @@
-"""Base of the methods that remove heads and neurons, each by a score of the channels of the last projections."""
+"""Base of the methods that remove heads and neurons."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from slm_pipeline.config.ranges import Range
+from slm_pipeline.config.ranges import Count, Range, TotalTokens
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import ProtectsEnds, PruningProblem
 from slm_pipeline.methods.target import Layers, Parameters
-from slm_pipeline.surgery.ops.base import SUBLAYERS
-from slm_pipeline.surgery.ops.resize import Resize
+from slm_pipeline.surgery.ops.base import SUBLAYERS, Op
+from slm_pipeline.surgery.ops.replace import Replace, written
+from slm_pipeline.surgery.ops.resize import Resize, resize
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -21,52 +22,100 @@ if TYPE_CHECKING:
     from slm_pipeline.engine.allocation import Units
     from slm_pipeline.models.context import Context
     from slm_pipeline.models.view import ModelView
+    from slm_pipeline.surgery.block import Block
     from slm_pipeline.surgery.ops import LayerSize
 
-CHOICES = {"allocation": ("uniform", "global"), "export": ("stock", "custom"), "sublayers": ("both", *SUBLAYERS)}
+Place = tuple[int, str]  # a layer, and its sublayer: attention | mlp
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """What is left of a sublayer.
+
+    Attributes:
+        kept: [kept] int64 units that stay, ascending; on the CPU.
+        constant: [d] that its last projection adds, None for none.
+        weight: [d, n] new weights of the last projection for the kept units; None: those that they have.
+    """
+
+    kept: Tensor
+    constant: Tensor | None = None
+    weight: Tensor | None = None
+
+    def put(self, view: ModelView, block: Block, part: str) -> Block:
+        """``block`` with this in the place of its sublayer ``part``; as the plan's operations do it."""
+        kept = {"heads": None, "neurons": None, ("heads" if part == "attention" else "neurons"): self.kept}
+        block = resize(view, block, **kept, biases={} if self.constant is None else {part: self.constant})
+        if self.weight is None:
+            return block
+        output = view.architecture.attention_output if part == "attention" else view.architecture.mlp_output
+        return written(view, block, {f"{output}.weight": self.weight})
 
 
 @dataclass(kw_only=True)
 class WidthRemoval(ProtectsEnds):
     """Removes key-value groups, each with all its query heads, and neurons. All layers stay, and keep one of each.
 
-    A target of parameters is met within one unit: one neuron of every layer with ``allocation=uniform``, one head or
-    neuron else. Constants that stand for what is gone are counted. One of layers, as `pruning_ratio` has it by default,
-    is as many parameters as that many layers have, so that rows of depth and width methods are of one size.
+    A target of parameters is met within one step: ``multiple_of`` neurons, of every layer with ``allocation=uniform``,
+    or one head else. Constants that stand for what is gone are counted. One of layers, as `pruning_ratio` has it by
+    default, is as many parameters as that many layers have, so that rows of depth and width methods are of one size.
 
     Scores in the plan: widths, for each layer the heads and neurons that it keeps; massive, [layer, neuron] of those
-    that were kept for what they write.
+    that were kept for what they write; sensitivity, where it decided: for each sublayer what was measured, pairs of
+    heads or neurons left and KL divergence (null: not finite).
     """
 
-    # uniform | global: the same number from every layer, or the lowest scores of the whole model, standardised within
-    # each sublayer.
+    # uniform | global | sensitivity: the same number from every layer; the lowest scores of the whole model,
+    # standardised within each sublayer; or as many as do least damage: the KL divergence of the dense model's
+    # predictions from those with one sublayer narrower is measured for a few widths of each, and the sum of damages
+    # minimised as if they did not interact.
     allocation: str
     # stock | custom: stock is an error unless the dense model's class can say it: one width for all layers, and heads
     # that are rounded up to a number that it takes (Llama: a divisor of the hidden size). custom: what the scores say;
     # a checkpoint may bring a modelling file and load with trust_remote_code=True only.
     export: str
     sublayers: str = "both"  # both | attention | mlp: what may become narrower
+    multiple_of: Count = 1  # where neurons go, a multiple of it stays
     # Ours: neurons that write more than so many times the mean energy of their layer's stay. A few in the first layers
     # make the massive activations, and a model without them is ruined. null: off.
     massive: Annotated[float, Range(above=0, at_most=1e6)] | None = 100.0
+    # allocation=sensitivity: tokens of the calibration text that it is measured on, the last samples, at most half.
+    sensitivity_tokens: TotalTokens = 8192
 
     targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
+    allocations: ClassVar[tuple[str, ...]] = ("uniform", "global", "sensitivity")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, allowed in CHOICES.items():
+        choices = {"allocation": self.allocations, "export": ("stock", "custom"), "sublayers": ("both", *SUBLAYERS)}
+        for option, allowed in choices.items():
             if getattr(self, option) not in allowed:
                 raise UserError(f"method.{option}={getattr(self, option)!r} is not one of {', '.join(allowed)}")
+        if self.allocation != "sensitivity":
+            self.refuse_unused(f"with method.allocation={self.allocation}", "sensitivity_tokens")
+        if self.sublayers == "attention":
+            self.refuse_unused("with method.sublayers=attention", "multiple_of")
 
-    @abstractmethod
+    def unit_scores(
+        self, problem: PruningProblem, layers: Sequence[int], parts: Sequence[str]
+    ) -> dict[str, list[Tensor]]:
+        """sublayer -> for each of ``layers`` the [n] importance of its key-value groups or neurons, on the CPU; the
+        lowest go first.
+
+        Unless a method says otherwise that of `channel_scores`, standardised, and of a group the mean over its
+        channels.
+        """
+        return {part: [self._of_channels(problem, layer, part) for layer in layers] for part in parts}
+
     def channel_scores(self, weight: Tensor, mean: Tensor, variance: Tensor, sublayer: str) -> Tensor:
-        """[n] importance of a last projection's inputs.
+        """[n] importance of a last projection's inputs, where that of units is made of it.
 
         Args:
             weight: [d, n] float32, of the projection.
             mean, variance: [n] of its inputs, over all calibration tokens.
             sublayer: attention | mlp.
         """
+        raise NotImplementedError(f"method={self.name} scores neither units nor channels")
 
     def constant(self, weight: Tensor, mean: Tensor, gone: Tensor) -> Tensor | None:
         """[d] that the projection adds for its inputs ``gone`` (indices), or None."""
@@ -79,7 +128,8 @@ class WidthRemoval(ProtectsEnds):
     def check(self, context: Context) -> None:
         super().check(context)
         if self.export == "stock":
-            for said, is_so in (("allocation=global", self.allocation == "global"), ("protect_*", self.num_protected)):
+            unequal = (f"allocation={self.allocation}", self.allocation != "uniform")
+            for said, is_so in (unequal, ("protect_*", self.num_protected)):
                 if is_so:
                     raise UserError(
                         f"method.{said} leaves layers of different widths, which a checkpoint of the dense model's"
@@ -87,26 +137,98 @@ class WidthRemoval(ProtectsEnds):
                     )
 
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
-        from slm_pipeline.engine.allocation import evenly, lowest
         from slm_pipeline.surgery.apply import layer_sizes
 
-        view, target = problem.view, problem.target
-        sizes = layer_sizes(view)
-        self._check_constants(view)
-        remove = target.remove
-        if isinstance(target, Layers):
-            remove = target.remove * sum(size.whole for size in sizes) // len(sizes)
+        sizes = layer_sizes(problem.view)
+        self._check_constants(problem.view)
         layers = self.candidates(len(sizes))
-        parts = [part for part in SUBLAYERS if self.sublayers in (part, "both")]
-        units = {part: [self._units(problem, sizes[layer], layer, part) for layer in layers] for part in parts}
+        units = {
+            (layer, part): self._units(problem, sizes[layer], layer, part, scores)
+            for part, found in self.unit_scores(problem, layers, self.parts).items()
+            for layer, scores in zip(layers, found, strict=True)
+        }
+        gone, measured = self.allocate(problem, units, self.parameters(problem, sizes))
+        narrowed = self.narrow(problem, units, {place: number for place, number in gone.items() if number})
+        return self._width_plan(problem, sizes, units, narrowed, measured)
+
+    @property
+    def parts(self) -> list[str]:
+        """The sublayers (attention, mlp) that may become narrower."""
+        return [part for part in SUBLAYERS if self.sublayers in (part, "both")]
+
+    def parameters(self, problem: PruningProblem[Layers | Parameters], sizes: Sequence[LayerSize]) -> int:
+        """How many are to go."""
+        remove = problem.target.remove
+        if isinstance(problem.target, Layers):
+            remove = remove * sum(size.whole for size in sizes) // len(sizes)
+        return remove
+
+    def allocate(
+        self, problem: PruningProblem, units: Mapping[Place, Units], remove: int
+    ) -> tuple[dict[Place, int], dict[str, Any]]:
+        """How many units of each sublayer go, and for the plan's scores what was measured for that."""
+        from slm_pipeline.engine.allocation import cheapest, evenly, lowest
+
+        every = list(units.values())
         if self.allocation == "global":
-            found = lowest([of for part in parts for of in units[part]], remove)
-        else:
-            is_allowed = view.allows_kv_heads if self.export == "stock" else lambda _: True
-            of_heads, of_neurons = evenly(units.get("attention", []), units.get("mlp", []), remove, is_allowed)
-            found = [*of_heads, *of_neurons]
-        kept = {part: dict(zip(layers, found[i * len(layers) :], strict=False)) for i, part in enumerate(parts)}
-        return self._width_plan(problem, sizes, units, kept)
+            return dict(zip(units, lowest(every, remove), strict=True)), {}
+        if self.allocation == "sensitivity":
+            damages = self._damages(problem, units)
+            numbers = cheapest(every, [damages[place] for place in units], remove)
+            left = {place: len(of.scores) for place, of in units.items()}
+            said = {
+                f"{layer}.{part}": [
+                    [left[layer, part] - number, damage if math.isfinite(damage) else None]
+                    for number, damage in damages[layer, part].items()
+                ]
+                for layer, part in units
+            }
+            return dict(zip(units, numbers, strict=True)), {"sensitivity": said}
+        of_part = {part: [of for (_, own), of in units.items() if own == part] for part in SUBLAYERS}
+        is_allowed = problem.view.allows_kv_heads if self.export == "stock" else lambda _: True
+        number_of = dict(zip(SUBLAYERS, evenly(of_part["attention"], of_part["mlp"], remove, is_allowed), strict=True))
+        return {(layer, part): number_of[part] for layer, part in units}, {}
+
+    def _damages(self, problem: PruningProblem, units: Mapping[Place, Units]) -> dict[Place, dict[int, float]]:
+        """For each sublayer: how many units are gone -> KL divergence in nats a token with that alone.
+
+        The last samples of the calibration text measure, at most half of them; what is fitted is fitted on the others.
+        """
+        from slm_pipeline.engine.sensitivity import Sensitivity
+        from slm_pipeline.surgery.block import Block
+
+        input_ids = problem.input_ids
+        number = min(-(-self.sensitivity_tokens // input_ids.shape[1]), -(-len(input_ids) // 2))
+        fitting = replace(problem, input_ids=input_ids[: len(input_ids) - number] if len(input_ids) > 1 else input_ids)
+        sensitivity = Sensitivity(problem.view, input_ids[len(input_ids) - number :])
+        levels = {place: of.levels() for place, of in units.items()}
+        damages: dict[Place, dict[int, float]] = {place: {} for place in units}
+        for place, variants in self.variants(
+            fitting, units, {place: found for place, found in levels.items() if found}
+        ):
+            blocks = [variant.put(problem.view, Block(place[0]), place[1]) for variant in variants]
+            damages[place] = dict(zip(levels[place], sensitivity.damages(blocks), strict=True))
+        if not any(math.isfinite(damage) for of_place in damages.values() for damage in of_place.values()):
+            raise UserError(f"method={self.name}: the model's output is not finite; try model.dtype=float32")
+        return damages
+
+    def variants(
+        self, problem: PruningProblem, units: Mapping[Place, Units], levels: Mapping[Place, Sequence[int]]
+    ) -> Iterator[tuple[Place, list[Narrowed]]]:
+        """What is left of a sublayer of the dense model when so many units of it alone go, for each of its levels."""
+        for place, numbers in levels.items():
+            yield place, [self._narrowed(problem, units, place, number) for number in numbers]
+
+    def narrow(
+        self, problem: PruningProblem, units: Mapping[Place, Units], gone: Mapping[Place, int]
+    ) -> dict[Place, Narrowed]:
+        """What is left of each sublayer when so many units of each go."""
+        return {place: self._narrowed(problem, units, place, number) for place, number in gone.items()}
+
+    def _narrowed(self, problem: PruningProblem, units: Mapping[Place, Units], place: Place, number: int) -> Narrowed:
+        """The units with the highest scores, and a constant for the others."""
+        stay = units[place].after(number)
+        return Narrowed(stay, constant=self._constant(problem, *place, stay, len(units[place].scores)))
 
     def _check_constants(self, view: ModelView) -> None:
         outputs = {"attention": view.attention_output(0), "mlp": view.mlp_output(0)}
@@ -117,71 +239,79 @@ class WidthRemoval(ProtectsEnds):
                 " method.bias=false or method.export=custom"
             )
 
-    def _units(self, problem: PruningProblem, size: LayerSize, layer: int, part: str) -> Units:
+    def _units(self, problem: PruningProblem, size: LayerSize, layer: int, part: str, scores: Tensor) -> Units:
         import torch
 
         from slm_pipeline.engine.allocation import Units
 
-        weight, mean, variance = _inputs(problem, layer, part)
-        scores = self.channel_scores(weight, mean, variance, part)
         if not bool(scores.isfinite().all()):
             raise UserError(
                 f"method={self.name}: the {part} scores of layer {layer} are not finite; try model.dtype=float32"
             )
-        scores = (scores - scores.mean()) / scores.std().clamp_min(torch.finfo(scores.dtype).tiny)
+        fixed = torch.zeros(len(scores), dtype=torch.bool)
         is_bias = self.adds_constants
         if part == "attention":
-            scores = scores.view(size.heads, -1).mean(dim=1)
-            fixed = torch.zeros(size.heads, dtype=torch.bool)
-            return Units(scores.cpu(), size.per_head, size.attention_bias if is_bias else 0, fixed)
-        energy = (variance + mean.square()) * weight.square().sum(dim=0)
-        fixed = torch.zeros(size.neurons, dtype=torch.bool)
+            return Units(scores, size.per_head, size.attention_bias if is_bias else 0, fixed)
         if self.massive is not None:
+            weight, mean, variance = inputs_of(problem, layer, part)
+            energy = (variance + mean.square()) * weight.square().sum(dim=0)
             fixed = (energy > self.massive * energy.mean()).cpu()
-        return Units(scores.cpu(), size.per_neuron, size.mlp_bias if is_bias else 0, fixed)
+        return Units(scores, size.per_neuron, size.mlp_bias if is_bias else 0, fixed, self.multiple_of)
+
+    def _of_channels(self, problem: PruningProblem, layer: int, part: str) -> Tensor:
+        scores = standardised(self.channel_scores(*inputs_of(problem, layer, part), part))
+        return scores.view(num_units(problem.view, layer, part), -1).mean(dim=1).cpu()
 
     def _width_plan(
         self,
         problem: PruningProblem,
         sizes: list[LayerSize],
-        units: Mapping[str, list[Units]],
-        kept: Mapping[str, Mapping[int, Tensor]],
+        units: Mapping[Place, Units],
+        narrowed: Mapping[Place, Narrowed],
+        measured: Mapping[str, Any],
     ) -> Plan:
         tensors: dict[str, Any] = {}
-        ops: list[Resize] = []
+        ops: list[Op] = []
         widths: list[list[int]] = []
         names = {"attention": "heads", "mlp": "neurons"}
         for layer, size in enumerate(sizes):
-            name, left, biases = f"resize.{layer}", {"heads": size.heads, "neurons": size.neurons}, []
-            changed: dict[str, int] = {}
-            for part, unit in names.items():
-                stay = kept.get(part, {}).get(layer)
-                if stay is None or len(stay) == left[unit]:
-                    continue
-                if (constant := self._constant(problem, layer, part, stay, left[unit])) is not None:
-                    biases.append(part)
-                    tensors[f"{name}.{part}_bias"] = constant.cpu().numpy()
-                changed[unit] = left[unit] = len(stay)
-                tensors[f"{name}.{unit}"] = stay.numpy()
-            if changed:
-                ops.append(Resize((layer,), name, **changed, biases=tuple(biases) or None))
+            left = {"heads": size.heads, "neurons": size.neurons}
+            found = {part: narrowed[layer, part] for part in SUBLAYERS if (layer, part) in narrowed}
+            changed = {names[part]: len(of.kept) for part, of in found.items()}
+            biases = tuple(part for part, of in found.items() if of.constant is not None)
+            new = tuple(part for part, of in found.items() if of.weight is not None)
+            for part, of in found.items():
+                tensors[f"resize.{layer}.{names[part]}"] = of.kept.numpy()
+                if of.constant is not None:
+                    tensors[f"resize.{layer}.{part}_bias"] = of.constant.cpu().numpy()
+                if of.weight is not None:
+                    tensors[f"replace.{layer}.{part}"] = of.weight.float().cpu().numpy()
+            if found:
+                ops.append(Resize((layer,), f"resize.{layer}", **changed, biases=biases or None))
+            if new:
+                ops.append(Replace((layer,), new, f"replace.{layer}"))
+            left |= changed
             widths.append([left["heads"], left["neurons"]])
-        layers = self.candidates(len(sizes))
-        fixed = {layer: of.fixed.nonzero().flatten() for layer, of in zip(layers, units.get("mlp", []), strict=False)}
-        massive = [[layer, int(neuron)] for layer, neurons in fixed.items() for neuron in neurons]
-        return self.new_plan(problem, ops=ops, tensors=tensors, scores={"widths": widths, "massive": massive})
+        massive = [
+            [layer, int(neuron)]
+            for (layer, part), of in units.items()
+            if part == "mlp"
+            for neuron in of.fixed.nonzero().flatten()
+        ]
+        scores = {"widths": widths, "massive": massive, **measured}
+        return self.new_plan(problem, ops=ops, tensors=tensors, scores=scores)
 
     def _constant(self, problem: PruningProblem, layer: int, part: str, stay: Tensor, number: int) -> Tensor | None:
         import torch
 
-        weight, mean, _ = _inputs(problem, layer, part)
+        weight, mean, _ = inputs_of(problem, layer, part)
         gone = torch.ones(number, dtype=torch.bool)
         gone[stay] = False
         channels = gone.repeat_interleave(len(mean) // number).nonzero().flatten().to(weight.device)
         return self.constant(weight, mean, channels)
 
 
-def _inputs(problem: PruningProblem, layer: int, part: str) -> tuple[Tensor, Tensor, Tensor]:
+def inputs_of(problem: PruningProblem, layer: int, part: str) -> tuple[Tensor, Tensor, Tensor]:
     """A sublayer's last projection [d, n], and the mean and the variance [n] of its inputs; float32, on one device."""
     view, statistics = problem.view, problem.statistics
     is_attention = part == "attention"
@@ -190,3 +320,15 @@ def _inputs(problem: PruningProblem, layer: int, part: str) -> tuple[Tensor, Ten
     mean = statistics.attention_mean if is_attention else statistics.mlp_mean
     variance = statistics.attention_variance if is_attention else statistics.mlp_variance
     return weight, mean[layer].to(weight.device), variance[layer].to(weight.device)
+
+
+def num_units(view: ModelView, layer: int, part: str) -> int:
+    """Key-value groups or neurons of a layer."""
+    return view.kv_heads_of(layer) if part == "attention" else view.neurons_of(layer)
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """[n] float, of mean 0 and standard deviation 1; zeros where all are alike."""
+    import torch
+
+    return (scores - scores.mean()) / scores.std().clamp_min(torch.finfo(scores.dtype).tiny)

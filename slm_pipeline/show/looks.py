@@ -52,6 +52,8 @@ METHODS = {
     "wanda_sp": Look(GREEN, "P", "-."),
     "llm_pruner": Look(PURPLE, "P", "-."),
     "fisher_mask": Look(SKY, "P", "-."),
+    "obs": Look(BLACK, "P", "-."),
+    "nystrom": Look(ORANGE, "P", "-."),
 }
 RECOVERIES = {
     "none": Look(GREY, "*", ":"),

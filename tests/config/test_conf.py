@@ -382,7 +382,7 @@ def test_every_method_says_whose_calibration_size_it_has(file):
     (line,) = (line for line in file.read_text().splitlines() if "published_calibration:" in line)
     assert re.search(r"# (ours|the authors'|as come: the authors')", line)
     theirs_are_larger = ("angular", "replaceme", "shortgpt", "mka")
-    assert ("# ours; " in line) == (file.stem in (*theirs_are_larger, "finercut", "flap", "wanda_sp"))
+    assert ("# ours; " in line) == (file.stem in (*theirs_are_larger, "finercut", "flap", "nystrom", "obs", "wanda_sp"))
 
 
 def test_a_threshold_whose_ratio_is_inferred_is_said_so(here, caplog):

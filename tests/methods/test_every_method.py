@@ -20,7 +20,7 @@ from slm_pipeline.surgery.plan import Plan
 
 NOT_A_SEARCH = ("from_plan", "none")
 METHODS = sorted(file.stem for file in (CONF_DIR / "method").glob("*.yaml") if file.stem not in NOT_A_SEARCH)
-NARROWER = ("flap", "wanda_sp")  # all layers stay
+NARROWER = ("flap", "nystrom", "obs", "wanda_sp")  # all layers stay
 REFUSED = {("replaceme", "gemma3_text")}  # a norm follows the last projection
 
 

@@ -58,18 +58,36 @@ CHANGES: dict[str, dict[str, object]] = {
     "shortened_taylor": {"protect_first": 6, "protect_last": 6},
     "wanda_sp": {
         **dict.fromkeys(("protect_first", "protect_last"), (3, {"export": "custom"})), "massive": 1.5,
-        "allocation": ("global", {"export": "custom"}), "export": "custom", "sublayers": "attention",
+        "allocation": ("global", {"export": "custom"}), "export": "custom", "sublayers": "attention", "multiple_of": 5,
+        "sensitivity_tokens": (16, {"allocation": "sensitivity", "export": "custom"}),
     },
     "flap": {
         "protect_first": 3, "protect_last": 3, "massive": 1.5, "allocation": "uniform", "sublayers": "attention",
-        "export": ("stock", {"allocation": "uniform", "bias": False}), "bias": False,
+        "export": ("stock", {"allocation": "uniform", "bias": False}), "bias": False, "multiple_of": 5,
+        "sensitivity_tokens": (16, {"allocation": "sensitivity"}),
+    },
+    "obs": {
+        **dict.fromkeys(("protect_first", "protect_last"), (3, {"export": "custom"})), "massive": 1.5,
+        "allocation": ("sensitivity", {"export": "custom"}), "export": "custom", "sublayers": "mlp", "multiple_of": 5,
+        "sensitivity_tokens": (16, {"allocation": "sensitivity", "export": "custom"}), "ridge": 1.0, "at_a_time": 1,
+        "corrected_inputs": False,
+    },
+    "nystrom": {
+        **dict.fromkeys(("protect_first", "protect_last"), (3, {"export": "custom"})), "massive": 1.5,
+        "allocation": ("sensitivity", {"export": "custom"}), "export": "custom", "multiple_of": 5,
+        "sensitivity_tokens": (16, {"allocation": "sensitivity", "export": "custom"}), "ridge": 1.0,
+        "corrected_inputs": False,
     },
     "shortened_magnitude": {"protect_first": 6, "protect_last": 6, "power": 2},
 }  # fmt: skip
 ONLY_FASTER = {("sleb", "strict")}  # or slower, with the same numbers in float32
 ONLY_LIMITS = {("reverse", "protect_first")}  # how much can be asked for: what goes first is at the other end
-ONLY_OF_OTHER_HEADS = {("wanda_sp", "export"), ("flap", "export")}  # whose number must divide: test_width_removal
-REFUSED = {("come_posterior", name) for name in ("power", "min_largest_share", "run_length")}
+ONLY_OF_OTHER_HEADS = {
+    (name, "export") for name in ("wanda_sp", "flap", "obs", "nystrom")
+}  # whose number must divide: test_width_removal
+REFUSED = {("come_posterior", name) for name in ("power", "min_largest_share", "run_length")} | {
+    ("nystrom", "sublayers")
+}
 WITHOUT_OPTIONS = {"none", "from_plan"}
 
 
