@@ -47,6 +47,7 @@ class BlockRunner:
         self.states: list[Tensor] = []
         self.num_block_evaluations = 0
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._resized: tuple[Block, nn.Module] | None = None  # the last block of another size, and a module for it
         hooks = [block.register_forward_pre_hook(self._record, with_kwargs=True) for block in view.layers]
         hooks.append(view.final_norm.register_forward_pre_hook(lambda _, args: self.states.append(args[0])))
         try:
@@ -65,21 +66,7 @@ class BlockRunner:
     def run(self, block: Block, hidden: Tensor) -> Tensor:
         """Output of ``block`` for the residual stream ``hidden`` ([any batch, length, d])."""
         self.num_block_evaluations += 1
-        module = self.view.layers[block.body]
-        args, kwargs = self._arguments[block.body]
-        absent = {child for sublayer in block.without for child in self.view.sublayer(sublayer)}
-        device = next(module.parameters()).device
-        tensors = {
-            name: value.to(device) for name, value in block.replaced.items() if name.partition(".")[0] not in absent
-        }
-        if changes_shapes(self.view, block.body, tensors):  # some modules ask how many heads they have
-            module, tensors = resized(self.view, block.body, tensors), {}
-        with self.view.lacking(block.body, block.without, module):
-            if tensors:
-                output = functional_call(module, tensors, (hidden, *args), kwargs, tie_weights=False)
-            else:
-                output = module(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return self._run(block, *self._module_of(block), hidden)
 
     @torch.no_grad()
     def inputs_of(self, block: Block, hidden: Tensor, sublayer: str) -> Tensor:
@@ -87,19 +74,61 @@ class BlockRunner:
         ``hidden`` ([any batch, length, d]). The block is not run further."""
         found: list[Tensor] = []
 
-        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:  # in the copies of the block that `run` makes too
+        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
             found.append(args[0].flatten(0, -2))
             raise _Enough
 
-        of_attention = sublayer == "attention"
-        output = self.view.attention_output(block.body) if of_attention else self.view.mlp_output(block.body)
-        hook = output.register_forward_pre_hook(stop)
+        module, tensors = self._module_of(block)
+        hook = module.get_submodule(self.view.output_name(sublayer)).register_forward_pre_hook(stop)
         try:
             with suppress(_Enough):
-                self.run(block, hidden)
+                self._run(block, module, tensors, hidden)
         finally:
             hook.remove()
         return found[0]
+
+    @torch.no_grad()
+    def observed(self, block: Block, hidden: Tensor, sublayer: str) -> tuple[Tensor, Tensor, Tensor]:
+        """`run`, and what goes through the last projection of a sublayer meanwhile.
+
+        Returns:
+            Its inputs [tokens, n], what it puts out, as the output of the block: [any batch, length, d].
+        """
+        found: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            found.extend([args[0].flatten(0, -2), output])
+
+        module, tensors = self._module_of(block)
+        hook = module.get_submodule(self.view.output_name(sublayer)).register_forward_hook(keep)
+        try:
+            output = self._run(block, module, tensors, hidden)
+        finally:
+            hook.remove()
+        return found[0], found[1].view_as(output), output
+
+    def _module_of(self, block: Block) -> tuple[nn.Module, dict[str, Tensor]]:
+        """A module that runs ``block``, and parameters to be put in the place of its own meanwhile."""
+        module = self.view.layers[block.body]
+        absent = {child for sublayer in block.without for child in self.view.sublayer(sublayer)}
+        device = next(module.parameters()).device
+        tensors = {
+            name: value.to(device) for name, value in block.replaced.items() if name.partition(".")[0] not in absent
+        }
+        if not changes_shapes(self.view, block.body, tensors):
+            return module, tensors
+        if self._resized is None or self._resized[0] is not block:  # some modules ask how many heads they have
+            self._resized = (block, resized(self.view, block.body, tensors))
+        return self._resized[1], {}
+
+    def _run(self, block: Block, module: nn.Module, tensors: dict[str, Tensor], hidden: Tensor) -> Tensor:
+        args, kwargs = self._arguments[block.body]
+        with self.view.lacking(block.body, block.without, module):
+            if tensors:
+                output = functional_call(module, tensors, (hidden, *args), kwargs, tie_weights=False)
+            else:
+                output = module(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
     def finish(self, hidden: Tensor) -> Tensor:

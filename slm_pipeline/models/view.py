@@ -168,6 +168,10 @@ class ModelView:
         divides = not self.architecture.heads_divide_hidden or self.config.hidden_size % heads == 0
         return self.architecture.head_dim_is_free and divides
 
+    def output_name(self, sublayer: str) -> str:
+        """Name, within a block, of the last projection of a sublayer (attention, mlp)."""
+        return self.architecture.attention_output if sublayer == "attention" else self.architecture.mlp_output
+
     def attention_output(self, layer: int) -> nn.Module:
         """The projection at the end of a block's attention; its input is the concatenated heads."""
         return self.layers[layer].get_submodule(self.architecture.attention_output)

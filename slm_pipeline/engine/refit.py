@@ -1,0 +1,252 @@
+"""A pruned model walked beside the dense one, and new weights with which its layers write what the dense one has.
+
+Plain least squares, one projection after the other, from the input side up: each is fitted to what the layers below it,
+repaired by then, hand up. No gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slm_pipeline.engine import least_squares
+from slm_pipeline.engine.blocks import BlockRunner, max_logit_rows, rows_at_once
+from slm_pipeline.engine.layerwise import Stream
+from slm_pipeline.engine.least_squares import Gram
+from slm_pipeline.errors import UserError
+from slm_pipeline.models.view import ModelView
+from slm_pipeline.surgery.block import Block
+from slm_pipeline.surgery.ops.base import SUBLAYERS
+from slm_pipeline.surgery.ops.replace import written
+
+WEIGHTINGS = ("inverse_square", "none")
+TARGETS = ("dense_stream", "own_output")
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over tokens for one projection W with inputs X [n, tokens], targets T [d, tokens] and weights D of tokens.
+
+    Attributes:
+        gram: [n, n] X D X'.
+        moment: [d, n] T D X'.
+        energy: tr(T D T').
+    """
+
+    gram: Tensor
+    moment: Tensor
+    energy: float
+
+    def error(self, weight: Tensor) -> float:
+        """The weighted squared error of ``weight`` [d, n], relative to the targets' energy."""
+        weight = weight.to(self.gram)
+        square = (weight @ self.gram * weight).sum() - 2 * (weight * self.moment).sum()
+        return (float(square) + self.energy) / max(self.energy, 1e-30)
+
+    def of(self, kept: Tensor) -> Sums:
+        """Those of some of the inputs alone: [kept] int64."""
+        kept = kept.to(self.gram.device)
+        return Sums(self.gram[kept][:, kept], self.moment[:, kept], self.energy)
+
+
+class Streams:
+    """The residual streams of N samples in the dense and in the pruned model, at one place of the stack.
+
+    In memory: two states of each token, two more while a layer is passed, and one Gram matrix with its moments.
+
+    Args:
+        view: the dense model; never changed.
+        input_ids: [N, length] int64 tokens.
+
+    Attributes:
+        dense, pruned: [N, length, d] states in the model's dtype; the same tensor while the models are alike.
+        middle, leaving: the dense stream after the attention of the layer that `look_ahead` began with, and after the
+            last layer that it passed.
+    """
+
+    def __init__(self, view: ModelView, input_ids: Tensor):
+        self.view = view
+        self.dense = self.pruned = Stream(view, input_ids).states
+        self.middle = self.leaving = self.dense
+        self._runner = BlockRunner(view, input_ids[:1])
+
+    def look_ahead(self, start: int, end: int) -> None:
+        """Let the dense stream go through dense layers ``start`` to ``end`` - 1, and keep what it was."""
+        self.middle = torch.empty_like(self.dense)
+        self.leaving = torch.empty_like(self.dense)
+        for rows in self._rows():
+            entering = self._on_device(self.dense[rows], start)
+            _, output, states = self._runner.observed(Block(start), entering, "attention")
+            self.middle[rows] = entering + output
+            for layer in range(start + 1, end):
+                states = self._runner.run(Block(layer), self._on_device(states, layer))
+            self.leaving[rows] = states
+
+    def sums(self, block: Block, sublayer: str, *, target: str, weighting: str) -> Sums:
+        """What a least-squares fit of a sublayer's last projection is made of; a bias counts as a last input of 1.
+
+        The target is what is missing to the dense stream behind the attention, or behind the layers that the block
+        stands for where its last sublayer writes; with ``own_output`` what the projection writes as it is.
+        """
+        is_last = sublayer == "mlp" or "mlp" in block.without
+        has_bias = self.bias(block, sublayer) is not None
+        gram: Gram | None = None
+        moment: Tensor | None = None
+        energy = 0.0
+        for rows in self._rows():
+            entering = self._on_device(self.pruned[rows], block.body)
+            inputs, output, leaving = self._runner.observed(block, entering, sublayer)
+            reference = self._on_device((self.leaving if is_last else self.middle)[rows], block.body)
+            beside = leaving - output if sublayer == "mlp" else entering
+            wanted = (output if target == "own_output" else reference - beside).flatten(0, -2).float()
+            weights = reference.flatten(0, -2).float().square().mean(dim=-1).clamp_min(1e-12).reciprocal()
+            if weighting == "none":
+                weights = torch.ones_like(weights)
+            if has_bias:
+                inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
+            if gram is None or moment is None:
+                gram = Gram(inputs.shape[1], inputs.device)
+                moment = torch.zeros(wanted.shape[1], inputs.shape[1], dtype=torch.float64, device=inputs.device)
+            gram.add(inputs, weights)
+            weighted = wanted * weights[:, None]
+            moment += (weighted.T @ inputs.float()).double()
+            energy += float((weighted.double() * wanted.double()).sum())
+        assert gram is not None
+        assert moment is not None
+        if not bool(gram.matrix.isfinite().all()):
+            raise UserError(
+                f"what enters the last projection of layer {block.body}'s {sublayer} is not finite; try"
+                " model.dtype=float32"
+            )
+        return Sums(gram.matrix, moment, energy)
+
+    def weight(self, block: Block, sublayer: str) -> Tensor:
+        """[d, n] float64 of a sublayer's last projection; its bias, if it has one, as a last column."""
+        weight = block.parameter(self.view, f"{self.view.output_name(sublayer)}.weight").double()
+        bias = self.bias(block, sublayer)
+        return weight if bias is None else torch.cat([weight, bias.double()[:, None]], dim=1)
+
+    def bias(self, block: Block, sublayer: str) -> Tensor | None:
+        name = f"{self.view.output_name(sublayer)}.bias"
+        own = getattr(self.view.layers[block.body].get_submodule(self.view.output_name(sublayer)), "bias", None)
+        return block.parameter(self.view, name) if name in block.replaced or own is not None else None
+
+    def put(self, block: Block, sublayer: str, weight: Tensor) -> Block:
+        """The block with another last projection, as `weight` gives it."""
+        name = self.view.output_name(sublayer)
+        if self.bias(block, sublayer) is None:
+            return written(self.view, block, {f"{name}.weight": weight})
+        return written(self.view, block, {f"{name}.weight": weight[:, :-1], f"{name}.bias": weight[:, -1]})
+
+    def pass_through(self, block: Block) -> None:
+        """Let the pruned stream go through ``block``, and the dense one take up what `look_ahead` found."""
+        if self.pruned is self.dense and not (block.replaced or block.without):
+            self.dense = self.pruned = self.leaving
+            return
+        passed = torch.empty_like(self.pruned)
+        for rows in self._rows():
+            passed[rows] = self._runner.run(block, self._on_device(self.pruned[rows], block.body))
+        self.dense, self.pruned = self.leaving, passed
+
+    def divergence(self) -> tuple[float, float]:
+        """At the top of the stack: mean over tokens of the KL divergence of the pruned model's next-token distribution
+        from the dense one's, in nats, and the share of tokens whose most likely next one is the same."""
+        view, rows = self.view, max_logit_rows(self.view)
+        total = same = 0.0
+        with torch.no_grad():
+            for piece in self._rows():
+                pairs = [self._runner.finish(states[piece]).flatten(0, 1) for states in (self.dense, self.pruned)]
+                for dense, pruned in zip(*(states.split(rows) for states in pairs), strict=True):
+                    dense, pruned = (view.logits(states).float().log_softmax(dim=-1) for states in (dense, pruned))
+                    total += float((dense.exp() * (dense - pruned)).sum(dtype=torch.float64))
+                    same += float((dense.argmax(dim=-1) == pruned.argmax(dim=-1)).sum())
+        number = self.dense[..., 0].numel()
+        return total / number, same / number
+
+    def _rows(self) -> list[slice]:
+        step = rows_at_once(self._on_device(self.dense[:1], 0))
+        return [slice(start, start + step) for start in range(0, len(self.dense), step)]
+
+    def _on_device(self, states: Tensor, layer: int) -> Tensor:
+        return states.to(next(self.view.layers[layer].parameters()).device)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What became of one projection.
+
+    Attributes:
+        ridge: of the fit that was taken; None: the weights stayed.
+        before, after: relative squared error on the text that is held out.
+    """
+
+    sublayer: str
+    ridge: float | None
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How projections are fitted.
+
+    W' = (T D X' + lam W) (X D X' + lam I)^-1, lam = ridge x mean diagonal of X D X', D the weights of tokens. Of the
+    ridges the one with the least error on text held out of the fit is taken, or none, if the weights as they are do
+    better.
+
+    Attributes:
+        ridges: to be tried, each above 0.
+        weighting: inverse_square: a token counts 1 / mean square of the dense state that its target leads to, since
+            states are normed before they are read, and few tokens are very large | none.
+        target: dense_stream: what is missing to the dense model's states | own_output: what the projection writes.
+        sublayers: whose last projections are fitted.
+    """
+
+    ridges: Sequence[float] = (0.01, 0.1, 1.0)
+    weighting: str = "inverse_square"
+    target: str = "dense_stream"
+    sublayers: Sequence[str] = SUBLAYERS
+
+    def sums(self, streams: Streams, block: Block, sublayer: str) -> Sums:
+        return streams.sums(block, sublayer, target=self.target, weighting=self.weighting)
+
+    def layer(self, fitted: Streams, held_out: Streams, block: Block) -> tuple[Block, list[Fitted]]:
+        """The block with new last projections, both streams standing before it, and what became of each."""
+        found = []
+        for sublayer in SUBLAYERS:
+            if sublayer in self.sublayers and sublayer not in block.without:
+                sums, other = (self.sums(streams, block, sublayer) for streams in (fitted, held_out))
+                block, what = self.projection(fitted, block, sublayer, sums, other)
+                found.append(what)
+        return block, found
+
+    def projection(
+        self, streams: Streams, block: Block, sublayer: str, sums: Sums, held_out: Sums
+    ) -> tuple[Block, Fitted]:
+        """The block with a new last projection of one sublayer, if a fit does better on the text held out."""
+        weight = streams.weight(block, sublayer)
+        best, before, taken = weight, held_out.error(weight), None
+        after = before
+        for ridge in self.ridges:
+            penalty = least_squares.penalty(sums.gram, ridge)
+            found = least_squares.solve(sums.gram, sums.moment, prior=weight, penalty=penalty)
+            if (error := held_out.error(found)) < after:
+                best, after, taken = found, error, ridge
+        if taken is not None:
+            block = streams.put(block, sublayer, best)
+        return block, Fitted(sublayer, taken, before, after)
+
+
+def spans(originals: Sequence[Sequence[int]], num_layers: int) -> list[tuple[int, int]]:
+    """For each layer of a pruned model the dense layers that it stands for, as (first, one past the last).
+
+    Layers that are gone belong to the layer below them, or to the lowest if there is none.
+
+    Args:
+        originals: for each layer of the pruned model those that it was made of.
+    """
+    starts = [0, *(min(members) for members in originals[1:])]
+    return list(zip(starts, [*starts[1:], num_layers], strict=True))
