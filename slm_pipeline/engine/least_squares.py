@@ -7,6 +7,8 @@ of the data.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -88,6 +90,15 @@ def regret(weight: Tensor, gram: Tensor, kept: Tensor, found: Tensor, *, penalty
     change = weight.double().clone()
     change[:, kept] -= found.to(change)
     return float((change @ gram.double() * change).sum() + penalty * change.square().sum())
+
+
+def best_refit(weight: Tensor, gram: Tensor, choices: Sequence[Tensor], *, penalty: float) -> tuple[int, Tensor]:
+    """Of several choices of columns that may be kept the one whose `refit` has the least `regret`: which, and the
+    weights."""
+    fits = [refit(weight, gram, kept, penalty=penalty) for kept in choices]
+    errors = [regret(weight, gram, kept, new, penalty=penalty) for kept, new in zip(choices, fits, strict=True)]
+    best = errors.index(min(errors))
+    return best, fits[best]
 
 
 def order_by_norm(weight: Tensor, gram: Tensor, *, size: int = 1, fixed: Tensor | None = None) -> Tensor:

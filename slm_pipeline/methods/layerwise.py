@@ -121,12 +121,8 @@ class LayerwiseRemoval(WidthRemoval):
         columns = torch.arange(len(gram), device=gram.device).view(len(units.scores), -1)
         found = []
         for number in numbers:
-            fits = []
-            for order in orders:
-                stay = units.without(order[:number])
-                kept = columns[stay.to(gram.device)].flatten()
-                new = least_squares.refit(weight, gram, kept, penalty=penalty)
-                error = least_squares.regret(weight, gram, kept, new, penalty=penalty)
-                fits.append((error, Narrowed(stay, weight=new)))
-            found.append(min(fits, key=lambda fit: fit[0])[1])
+            stay = [units.without(order[:number]) for order in orders]
+            kept = [columns[of.to(gram.device)].flatten() for of in stay]
+            best, new = least_squares.best_refit(weight, gram, kept, penalty=penalty)
+            found.append(Narrowed(stay[best], weight=new))
         return found

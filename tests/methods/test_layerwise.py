@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import random_source
 from problems import problem_of
 
 from slm_pipeline.engine.statistics import collect
+from slm_pipeline.errors import UserError
 from slm_pipeline.methods.nystrom import Nystrom
 from slm_pipeline.methods.obs import OptimalBrainSurgeon
 from slm_pipeline.models.loading import load_dense
@@ -134,3 +136,44 @@ def test_nystrom_is_the_plain_loop(architecture, num_kv_heads, make_problem):
     assert type(found) is type(expected)
     logits = [model(input_ids=problem.input_ids, use_cache=False).logits for model in (found, expected)]
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_new_weights_beat_the_same_units_without(make_problem):
+    problem = make_problem(num_samples=24)
+    plan = OptimalBrainSurgeon(export="custom").plan(problem)
+    kept_only = dataclasses.replace(
+        plan,
+        ops=[op for op in plan.ops if op.name == "resize"],
+        tensors={name: value for name, value in plan.tensors.items() if name.startswith("resize")},
+    )
+    dense = problem.view.model(input_ids=problem.input_ids, use_cache=False).logits
+    errors = []
+    for candidate in (plan, kept_only):
+        pruned = apply(candidate, copy.deepcopy(problem.view.model))
+        errors.append(float((pruned(input_ids=problem.input_ids, use_cache=False).logits - dense).square().mean()))
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_layers_that_lose_nothing_get_no_weights(make_problem):
+    plan = OptimalBrainSurgeon(export="custom", protect_first=1, protect_last=1).plan(make_problem(num_parameters=500))
+    assert [(op.name, op.layers) for op in plan.ops] == [("resize", (1,)), ("replace", (1,))]
+
+
+def test_neurons_that_make_massive_activations_stay(make_problem):
+    problem = make_problem()
+    problem.statistics.mlp_variance[1, 7] = 1e9
+    with torch.no_grad():  # it writes nothing of what the calibration text shows: both would remove it
+        problem.view.layers[1].mlp.gate_proj.weight[7] = 0
+    for make in (OptimalBrainSurgeon, Nystrom):
+        for massive, stays in ((40.0, True), (None, False)):
+            plan = make(massive=massive).plan(problem)
+            assert plan.scores["massive"] == ([[1, 7]] if stays else [])
+            assert (7 in kept_of(plan)[1, "mlp"]) == stays
+
+
+def test_nystrom_has_no_attention():
+    with pytest.raises(UserError, match="method.sublayers=both: nystrom narrows feed-forward networks alone"):
+        Nystrom(sublayers="both")
+    with pytest.raises(UserError, match="method.allocation='global' is not one of uniform, sensitivity"):
+        OptimalBrainSurgeon(allocation="global")

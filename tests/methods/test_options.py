@@ -68,9 +68,9 @@ CHANGES: dict[str, dict[str, object]] = {
     },
     "obs": {
         **dict.fromkeys(("protect_first", "protect_last"), (3, {"export": "custom"})), "massive": 1.5,
-        "allocation": ("sensitivity", {"export": "custom"}), "export": "custom", "sublayers": "mlp", "multiple_of": 5,
+        "allocation": ("sensitivity", {"export": "custom"}), "export": "custom", "sublayers": "attention",
         "sensitivity_tokens": (16, {"allocation": "sensitivity", "export": "custom"}), "ridge": 1.0, "at_a_time": 1,
-        "corrected_inputs": False,
+        "corrected_inputs": False, "multiple_of": 5,
     },
     "nystrom": {
         **dict.fromkeys(("protect_first", "protect_last"), (3, {"export": "custom"})), "massive": 1.5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -12,11 +13,13 @@ from slm_pipeline.engine.statistics import collect
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import PruningProblem
 from slm_pipeline.methods.flap import Flap
+from slm_pipeline.methods.nystrom import Nystrom
+from slm_pipeline.methods.obs import OptimalBrainSurgeon
 from slm_pipeline.methods.target import Layers, Parameters
 from slm_pipeline.methods.wanda_sp import WandaSP
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
-from slm_pipeline.surgery.apply import apply
+from slm_pipeline.surgery.apply import apply, layer_sizes
 
 ARCHITECTURES = ["llama", "phi3", "opt", "gemma3_text"]
 
@@ -213,6 +216,70 @@ def test_protected_layers_keep_their_widths(make_problem):
     assert [op.layers for op in plan.ops] == [(1,)]
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        WandaSP(multiple_of=16),
+        Flap(multiple_of=16),
+        Flap(multiple_of=16, allocation="sensitivity"),
+        OptimalBrainSurgeon(multiple_of=16),
+        Nystrom(multiple_of=16),
+    ],
+)
+def test_a_multiple_of_neurons_stays(method, make_problem):
+    problem = make_problem(Parameters(1))
+    step = 16 * (4 if method.allocation == "uniform" else 1) * 3 * 32
+    for wanted in (1, 5000, 9000):
+        problem.target = Parameters(wanted)
+        plan = method.plan(problem)
+        neurons = [width[1] for width in plan.scores["widths"]]
+        assert set(neurons) <= {16, 32, 48}
+        assert min(neurons) < 48
+        pruned = apply(plan, load_dense(problem.source)[0])
+        removed = problem.view.num_parameters() - ModelView(pruned).num_parameters()
+        assert wanted <= removed < wanted + max(step, 3000)
+    problem.target = Parameters(10**5)
+    with pytest.raises(UserError, match="parameters cannot go"):
+        method.plan(problem)
+
+
+@pytest.mark.parametrize("make", [WandaSP, Flap, OptimalBrainSurgeon])
+def test_sensitivity_is_the_divergence_with_one_sublayer_narrower(make, make_problem):
+    problem = make_problem(Parameters(6000), num_heads=8, num_kv_heads=4)
+    method = make(allocation="sensitivity", export="custom", sensitivity_tokens=12)
+    plan = method.plan(problem)
+    measured = plan.scores["sensitivity"]
+    assert set(measured) == {f"{layer}.{part}" for layer in range(4) for part in ("attention", "mlp")}
+    fitted, text = problem.input_ids[:2], problem.input_ids[2:]
+    dense = problem.view.model(input_ids=text, use_cache=False).logits.log_softmax(dim=-1)
+    for layer, part, left in ((2, "mlp", 24), (1, "attention", 3), (3, "mlp", 42)):
+        found = dict(measured[f"{layer}.{part}"])[left]
+        alone = make(export="custom", sublayers=part, protect_first=layer, protect_last=3 - layer, allocation="uniform")
+        if make is OptimalBrainSurgeon:
+            problem.input_ids = fitted
+        of_one = next(of for of in layer_sizes(problem.view))
+        gone = (4 - left) * of_one.per_head if part == "attention" else (48 - left) * of_one.per_neuron
+        bias = 32 if make is Flap else 0
+        problem.target = Parameters(gone - bias)
+        pruned = apply(alone.plan(problem), copy.deepcopy(problem.view.model))
+        logits = pruned(input_ids=text, use_cache=False).logits.log_softmax(dim=-1)
+        expected = float((dense.exp() * (dense - logits)).sum(dim=-1).mean().detach())
+        assert found == pytest.approx(expected, rel=2e-3, abs=1e-7)
+
+
+def test_sensitivity_spares_the_layer_that_matters(make_problem):
+    problem = make_problem(Parameters(4000))
+    with torch.no_grad():
+        problem.view.mlp_output(1).weight.mul_(8)
+        problem.view.mlp_output(2).weight.mul_(0.01)
+    problem.statistics = collect(problem.view, problem.input_ids)
+    for make in (WandaSP, Flap, OptimalBrainSurgeon, Nystrom):
+        plan = make(allocation="sensitivity", export="custom").plan(problem)
+        widths = plan.scores["widths"]
+        assert widths[2][1] == min(neurons for _, neurons in widths) < 16
+        assert widths[1][1] == 48
+
+
 def test_one_sublayer_alone(make_problem):
     problem = make_problem(Parameters(2000))
     for part in ("attention", "mlp"):
@@ -227,6 +294,12 @@ def test_one_sublayer_alone(make_problem):
         ({"export": "onnx"}, "method.export='onnx' is not one of stock, custom"),
         ({"sublayers": "norms"}, "method.sublayers='norms' is not one of both, attention, mlp"),
         ({"massive": 0.0}, r"method.massive=0.0 must lie in \(0, "),
+        ({"multiple_of": 0}, "method.multiple_of=0 must be at least 1"),
+        (
+            {"multiple_of": 8, "sublayers": "attention"},
+            "method.multiple_of=8 does nothing with method.sublayers=attention",
+        ),
+        ({"sensitivity_tokens": 9}, "method.sensitivity_tokens=9 does nothing with method.allocation=uniform"),
     ],
 )
 def test_values_that_no_option_has(options, message):
@@ -238,6 +311,8 @@ def test_what_the_stock_class_cannot_have(make_problem):
     context = context_of(random_source())
     with pytest.raises(UserError, match="method.allocation=global leaves layers of different widths"):
         WandaSP(allocation="global").check(context)
+    with pytest.raises(UserError, match="method.allocation=sensitivity leaves layers of different widths"):
+        OptimalBrainSurgeon(allocation="sensitivity").check(context)
     with pytest.raises(UserError, match=r"method.protect_\* leaves layers of different widths"):
         WandaSP(protect_last=1).check(context)
     Flap().check(context)
