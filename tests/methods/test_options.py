@@ -70,7 +70,7 @@ ONLY_FASTER = {("sleb", "strict")}  # or slower, with the same numbers in float3
 ONLY_LIMITS = {("reverse", "protect_first")}  # how much can be asked for: what goes first is at the other end
 ONLY_OF_OTHER_HEADS = {("wanda_sp", "export"), ("flap", "export")}  # whose number must divide: test_width_removal
 REFUSED = {("come_posterior", name) for name in ("power", "min_largest_share", "run_length")}
-WITHOUT_OPTIONS = {"none", "from_plan"}
+WITHOUT_OPTIONS = {"none", "from_plan", "combined"}  # the last has those of its steps
 
 
 @pytest.fixture(scope="module")
