@@ -178,6 +178,7 @@ def register() -> None:
         OmegaConf.set_struct(schema[group], False)
     ConfigStore.instance().store(name="schema", node=schema)
     OmegaConf.register_new_resolver("digest", _digest, replace=True)
+    OmegaConf.register_new_resolver("largest_calibration", _largest_calibration, replace=True)
 
 
 def _digest(*keys: str, _root_: DictConfig) -> str:
@@ -188,6 +189,16 @@ def _digest(*keys: str, _root_: DictConfig) -> str:
         for key, part in parts.items()
     }
     return digest(plain)[:6]
+
+
+def _largest_calibration(key: str, *, _parent_: DictConfig) -> int:
+    """``${largest_calibration:num_samples}``, of the options beside the size that it stands in: that of the published
+    calibration size with the most tokens."""
+    options: Any = _parent_._get_parent()
+    sizes = [part.published_calibration for part in options.values() if OmegaConf.is_dict(part) and "_target_" in part]
+    if not sizes:
+        raise UserError("no step of the method has a published_calibration")
+    return int(max(sizes, key=lambda size: size.num_samples * size.seq_len)[key])
 
 
 def to_config(composed: DictConfig) -> Config:

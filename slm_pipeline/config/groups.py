@@ -32,7 +32,7 @@ def build(node: Any, *, group: str, key: str = "") -> Any:
 
     ``_target_`` names a dataclass of this package or of a plugin; the other keys are its fields, checked for name, type
     and range, and by the class's own ``__post_init__``. The option ``none`` has no use for the keys of the others: see
-    `unused`.
+    `unused`. A class whose ``steps_in`` names a field gets there, by name, the mappings that are no options of its own.
 
     Args:
         key: where the options stand, such as ``evaluation.perplexity``; empty: under the group's name.
@@ -45,6 +45,10 @@ def build(node: Any, *, group: str, key: str = "") -> Any:
         return None
     options = _options_class(target, group)
     lacking = set(values) - {option.name for option in fields(options)}
+    if (steps := getattr(options, "steps_in", None)) is not None:
+        found = {name for name in lacking if isinstance(values[name], (Mapping, DictConfig))}
+        lacking -= found
+        values[steps] = {name: values.pop(name) for name in [*values] if name in found}
     if lacking and options.name != "none":
         raise UserError(_lacks(min(lacking), group, key or group, options))
     return checked(options, {name: value for name, value in values.items() if name not in lacking}, key or group)
@@ -196,6 +200,8 @@ def _types(key: str) -> list[Any]:
         kinds = [HydraConf]
     else:
         kinds, names = [Config], [first, *names]
+    if first == "method" and len(names) > 1:  # of a step of several methods
+        names = names[1:]
     for name in names:
         hints = [ranges.declared(kind).get(name) for kind in kinds if is_dataclass(kind)]
         kinds = [ranges.split(hint)[0] for hint in hints if hint is not None]

@@ -22,6 +22,7 @@ from slm_pipeline.errors import UserError
 
 _QUOTED = re.compile(r""""[^"]*"|'[^']*'""")
 _BETWEEN_COMMAS = re.compile(rf"(?:{_QUOTED.pattern}|\([^()]*\)|[^,])+")
+_NOT_STEPS = ("none", "from_plan", "combined")
 MOST_JOBS = 10_000  # of a study; each has a folder, and a row in its table
 
 
@@ -89,15 +90,19 @@ def check_group(item: Override) -> None:
     group, given = item.key_or_group, item.value()
     if not _is_group(group) or isinstance(given, Glob):
         return
-    for value in map(Override._convert_value, given.list) if isinstance(given, ChoiceSweep) else [given]:
+    values = [*map(Override._convert_value, given.list)] if isinstance(given, ChoiceSweep) else [given]
+    for value in values:
+        if item.package and group == "method" and value in _NOT_STEPS:
+            raise UserError(f"{item.input_line}: {value} takes no part of a target, so it cannot be a step of a method")
+    for value in values:
         if isinstance(value, list) and group == "measure" and all(isinstance(name, str) for name in value):
             continue  # several stand side by side
-        if isinstance(value, list):
-            # Hydra would lay the options over one another without a word.
+        if isinstance(value, list):  # Hydra would lay the options over one another without a word
             names = ",".join(map(str, value))
+            in_turn = "; methods in turn are method=combined with its steps" if group == "method" else ""
             raise UserError(
                 f"{item.input_line} names several options of {group}; choose one, or one job each:"
-                f" slm -m {group}={names}"
+                f" slm -m {item.get_key_element()}={names}{in_turn}"
             )
         if not isinstance(value, str) or not value:
             names = ", ".join(file.stem for file in groups.option_files(group))

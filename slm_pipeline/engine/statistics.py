@@ -33,31 +33,48 @@ class Statistics:
         cosine: [L + 1, L + 1] cosine of residual states, mean over all tokens.
         angle: [L + 1, L + 1] arccos(cosine) / pi, mean over all tokens, in [0, 1].
         angle_last: the same over each sample's last token alone.
-        attention_mean, attention_mean_abs, attention_variance: [L, heads x head_dim] of the input of the attention's
-            output projection, over all tokens.
-        mlp_mean, mlp_mean_abs, mlp_variance: [L, intermediate size] of the input of the feed-forward's last projection.
+        attention_mean, attention_mean_abs, attention_variance: for each layer [heads x head_dim] of the input of the
+            attention's output projection, over all tokens; [0] of a layer without attention.
+        mlp_mean, mlp_mean_abs, mlp_variance: for each layer [intermediate size] of the input of the feed-forward's last
+            projection; [0] of a layer without one.
     """
 
     cosine: Tensor
     angle: Tensor
     angle_last: Tensor
-    attention_mean: Tensor
-    attention_mean_abs: Tensor
-    attention_variance: Tensor
-    mlp_mean: Tensor
-    mlp_mean_abs: Tensor
-    mlp_variance: Tensor
+    attention_mean: list[Tensor]
+    attention_mean_abs: list[Tensor]
+    attention_variance: list[Tensor]
+    mlp_mean: list[Tensor]
+    mlp_mean_abs: list[Tensor]
+    mlp_variance: list[Tensor]
 
     def save(self, path: Path) -> None:
+        """Write a safetensors file; layers that are alike are one tensor [L, channels], others one each."""
         from safetensors.torch import save_file
 
-        save_file({item.name: getattr(self, item.name).contiguous() for item in fields(self)}, path)
+        tensors: dict[str, Tensor] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                tensors[name] = value.contiguous()
+            elif len({layer.shape for layer in value}) == 1:
+                tensors[name] = torch.stack(value)
+            else:
+                tensors |= {f"{name}.{layer}": of.contiguous() for layer, of in enumerate(value)}
+        save_file(tensors, path)
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
         from safetensors.torch import load_file
 
-        return cls(**load_file(path))
+        tensors = load_file(path)
+        depth = len(tensors["cosine"]) - 1
+        channels = {item.name for item in fields(cls)} - {"cosine", "angle", "angle_last"}
+        found: dict[str, Any] = {
+            name: [*tensors[name]] if name in tensors else [tensors[f"{name}.{layer}"] for layer in range(depth)]
+            for name in channels
+        }
+        return cls(cosine=tensors["cosine"], angle=tensors["angle"], angle_last=tensors["angle_last"], **found)
 
 
 @torch.no_grad()
@@ -95,12 +112,12 @@ def collect(
         cosine=(cosine / input_ids.numel()).float(),
         angle=(angle / input_ids.numel()).float(),
         angle_last=(angle_last / len(input_ids)).float(),
-        attention_mean=torch.stack([moments.mean for moments in attention]),
-        attention_mean_abs=torch.stack([moments.mean_abs for moments in attention]),
-        attention_variance=torch.stack([moments.variance for moments in attention]),
-        mlp_mean=torch.stack([moments.mean for moments in mlp]),
-        mlp_mean_abs=torch.stack([moments.mean_abs for moments in mlp]),
-        mlp_variance=torch.stack([moments.variance for moments in mlp]),
+        attention_mean=[moments.mean for moments in attention],
+        attention_mean_abs=[moments.mean_abs for moments in attention],
+        attention_variance=[moments.variance for moments in attention],
+        mlp_mean=[moments.mean for moments in mlp],
+        mlp_mean_abs=[moments.mean_abs for moments in mlp],
+        mlp_variance=[moments.variance for moments in mlp],
     )
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from slm_pipeline.jobs.job import Job
 
 config.register()
+_ONE_OPTION = ("model", "pruning_ratio", "threshold", "method", "calibration", "recovery", "evaluation", "tracker")
 
 
 def set_environment() -> None:
@@ -242,6 +243,10 @@ def composed_of(arguments: Namespace, overrides: list[str]) -> DictConfig:
         raise UserError(
             f"plugins=[{','.join(sorted(map(str, unknown)))}] stands in a file; what it brings must be known before a"
             " file is read: name it on the command line, or give the package an entry point"
+        )
+    if several := [group for group in _ONE_OPTION if group not in composed.hydra.runtime.choices]:
+        raise UserError(
+            f"a file chooses several options of {several[0]}, which Hydra would lay over one another; choose one"
         )
     others = [word for word in overrides if not word.startswith("+measure=")]
     if len(others) < len(overrides):

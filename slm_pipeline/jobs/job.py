@@ -87,8 +87,7 @@ class Job(Context):
         """Of the pruned model; None when that is not known before the merge."""
         if self.threshold.floor is not None or self.source.num_layers is None:
             return None
-        target = self.pruning_ratio.layers(self.source.num_layers)
-        return None if target is None else self.source.num_layers - target.remove
+        return self.pruning_ratio.layers_left(self.source.num_layers)
 
     def pruning_problem(
         self,

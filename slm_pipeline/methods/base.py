@@ -16,7 +16,7 @@ from slm_pipeline.config import plugins, ranges
 from slm_pipeline.config.ranges import Count, NumLayersOrZero, Tokens
 from slm_pipeline.engine.window_memo import WindowMemos
 from slm_pipeline.errors import UserError
-from slm_pipeline.methods.target import Layers, Target
+from slm_pipeline.methods.target import Floor, Layers, Target
 from slm_pipeline.surgery.ops import Op
 from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.plan import Plan
@@ -129,6 +129,20 @@ class Method(ABC):
     def identity(self) -> dict[str, Any]:
         code = self.code()
         return {"method": self.name, "options": self.options(), **({"plugins": code} if code else {})}
+
+    @property
+    def looks_for_floor(self) -> bool:
+        """Whether it reaches a target by a floor that it has to look for."""
+        return Floor in self.targets
+
+    @property
+    def mixes_layers(self) -> bool:
+        """Whether it makes weights of those of several layers, so that these must be of one size."""
+        return False
+
+    def layers_left(self, num_layers: int, target: Layers) -> int | None:
+        """Layers that the plan leaves of so many; None where only the plan tells."""
+        return num_layers - target.remove
 
     def fewest_left(self, num_layers: int) -> tuple[int, str]:
         """Fewest layers that a plan can leave of so many, whatever the method measures, and why no fewer."""

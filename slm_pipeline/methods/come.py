@@ -63,6 +63,10 @@ class Come(ProtectsEnds):
 
     name: ClassVar[str] = "come"
 
+    @property
+    def mixes_layers(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.repeat not in REPEATS:

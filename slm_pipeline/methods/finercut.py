@@ -56,6 +56,9 @@ class FinerCut(ProtectsEnds):
             if getattr(self, option) not in allowed:
                 raise UserError(f"method.{option}={getattr(self, option)!r} is not one of {', '.join(allowed)}")
 
+    def layers_left(self, num_layers: int, target: Layers) -> None:
+        return None
+
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         from slm_pipeline.engine.walk import Removal, RemovalWalk
 

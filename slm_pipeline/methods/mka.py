@@ -59,6 +59,10 @@ class Mka(LayerRemoval):
 
     name: ClassVar[str] = "mka"
 
+    @property
+    def mixes_layers(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pairs not in PAIRS:

@@ -101,6 +101,11 @@ class PruningRatio:
     def identity(self) -> dict[str, Any]:
         return vars(self.options)
 
+    def layers_left(self, num_layers: int) -> int | None:
+        """Of a model of so many; None where only the plan tells."""
+        target = self.layers(num_layers)
+        return None if target is None else self.method.layers_left(num_layers, target)
+
     def layers(self, num_layers: int) -> Layers | None:
         """The target in a model of so many layers; None where parameters are counted, or nothing is asked.
 
@@ -240,14 +245,14 @@ class Threshold:
         search = {"refine": self.options.refine, "exhaustive": self.options.exhaustive}
         return {
             "threshold": None if self.floor is None else self.floor.similarity,
-            "search": search if Floor in self.ratio.method.targets and self.floor is None else None,
+            "search": search if self.ratio.method.looks_for_floor and self.floor is None else None,
         }
 
     def unused(self) -> list[str]:
         """Options of the search for a floor that were set although there is none, in words."""
         default, method = ThresholdConfig(), self.ratio.method
         names = [name for name in ("refine", "exhaustive") if getattr(self.options, name) != getattr(default, name)]
-        if not names or (self.options.kind == "auto" and Floor in method.targets):
+        if not names or (self.options.kind == "auto" and method.looks_for_floor):
             return []
         keys = ", ".join(f"threshold.{name}" for name in names)
         return [f"threshold={self.options.kind} with method={method.name} does not use {keys}"]

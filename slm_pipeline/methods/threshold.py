@@ -107,6 +107,10 @@ class ThresholdMerging(Method):
         if self.similarity not in SIMILARITIES:
             raise UserError(f"method.similarity={self.similarity!r} is not one of {', '.join(SIMILARITIES)}")
 
+    @property
+    def mixes_layers(self) -> bool:
+        return self.merge_rule not in ("official", "keep_lowest", "keep_highest")
+
     def code(self) -> dict[str, str]:
         return super().code() | plugins.code_of(SIMILARITIES[self.similarity].measure)
 

@@ -125,6 +125,9 @@ class WidthRemoval(ProtectsEnds):
     def adds_constants(self) -> bool:
         return False
 
+    def layers_left(self, num_layers: int, target: Layers) -> int:
+        return num_layers
+
     def check(self, context: Context) -> None:
         super().check(context)
         if self.export == "stock":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -36,6 +37,22 @@ def apply(plan: Plan, model: Any) -> Any:
         view.cut_out(absent)
     silence_zeroed(plan, model)
     return model
+
+
+@torch.no_grad()
+def apply_beside(plan: Plan, view: ModelView) -> Any:
+    """The pruned model, while ``view``'s, the dense model, stays as it is. They share the weights that the plan leaves
+    alone.
+
+    Raises:
+        UserError: as `apply`.
+    """
+    blocks = planned_blocks(plan, view)
+    zeroed = {position for positions in plan.zeroed().values() for position in positions}
+    written = {block.body for position, block in enumerate(blocks) if block.replaced or position in zeroed}
+    own = {id(parameter) for layer in written for parameter in view.layers[layer].parameters()}
+    shared = {id(parameter): parameter for parameter in view.model.parameters() if id(parameter) not in own}
+    return apply(plan, copy.deepcopy(view.model, shared))
 
 
 def silence_zeroed(plan: Plan, model: Any) -> None:

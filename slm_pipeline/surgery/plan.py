@@ -99,6 +99,17 @@ class Plan:
         kinds = dict.fromkeys(type(op) for op in self.ops)
         return [(kind, [op for op in self.ops if type(op) is kind]) for kind in kinds]
 
+    def then(self, later: Plan, prefix: str) -> None:
+        """Take in the edits of a plan for the model that this one leaves.
+
+        Args:
+            prefix: what the names of its tensors begin with from now on.
+        """
+        stack = self.layers()
+        moved = [op.moved(stack, prefix) for op in later.ops]
+        self.ops = [*self.ops, *moved]
+        self.tensors = {**self.tensors, **{f"{prefix}{name}": value for name, value in later.tensors.items()}}
+
     def content(self) -> str:
         """A digest of the edits alone: equal plans give equal checkpoints, whatever method or option led to them.
 

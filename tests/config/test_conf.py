@@ -127,7 +127,10 @@ def test_seed_reaches_the_calibration_and_the_user_overrides_the_published_size(
     assert (options.num_samples, options.seq_len, options.seed) == (3, 128, 7)
 
 
-@pytest.mark.parametrize("file", PLUG_INS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+WITH_OPTIONS = [file for file in PLUG_INS if file.stem != "combined"]  # whose keys are its steps
+
+
+@pytest.mark.parametrize("file", WITH_OPTIONS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_plug_in_keys_and_values_are_those_of_the_code(file):
     """Keys that have a default in the code have the same in YAML, so that help and code cannot drift apart."""
     values = yaml.safe_load(file.read_text())
@@ -383,6 +386,45 @@ def test_every_method_says_whose_calibration_size_it_has(file):
     assert re.search(r"# (ours|the authors'|as come: the authors')", line)
     theirs_are_larger = ("angular", "replaceme", "shortgpt", "mka")
     assert ("# ours; " in line) == (file.stem in (*theirs_are_larger, "finercut", "flap", "nystrom", "obs", "wanda_sp"))
+
+
+def test_several_methods_read_as_much_text_as_the_one_that_reads_most(here):
+    def size(*overrides):
+        calibration = job_of(["method=combined", *overrides]).config.calibration
+        return calibration.num_samples, calibration.seq_len
+
+    assert size() == (128, 128)  # Wanda-sp's; SLM's are 10 x 128
+    assert size("method@method.first=come") == (9, 2048)
+    assert size("method@method.first=come", "method.second.published_calibration.num_samples=500") == (500, 128)
+    assert size("calibration.num_samples=3") == (3, 128)
+
+
+def test_several_options_of_a_group_are_refused_in_a_file_too(here):
+    (here / "conf" / "experiment").mkdir(parents=True)
+    (here / "conf" / "experiment" / "both.yaml").write_text(
+        "# @package _global_\n# Both.\ndefaults:\n  - override /method: [slm, flap]\n"
+    )
+    outcome = run_slm("--config-dir", str(here / "conf"), "experiment=both", "dry_run=true")
+    assert outcome.status == 2
+    assert "a file chooses several options of method" in outcome.err
+    outcome = run_slm("method=[slm,flap]", "dry_run=true")
+    assert "methods in turn are method=combined with its steps" in outcome.err
+    outcome = run_slm("method=combined", "method@method.first=none", "dry_run=true")
+    assert "method@method.first=none: none takes no part of a target, so it cannot be a step" in outcome.err
+
+
+def test_a_users_own_yaml_may_have_three_steps(here):
+    (here / "conf" / "method").mkdir(parents=True)
+    (here / "conf" / "method" / "three.yaml").write_text(
+        "# Three.\ndefaults:\n  - /method@depth: angular\n  - /method@mlp: flap\n  - /method@heads: flap\n  - _self_\n"
+        "_target_: slm_pipeline.methods.combined.Combined\ndepth: {share: 0.5}\nmlp: {share: 0.3, sublayers: mlp}\n"
+        "heads: {share: null, sublayers: attention}\n"
+        'published_calibration: {num_samples: "${largest_calibration:num_samples}", seq_len: 64}\n'
+    )
+    outcome = run_slm("--config-dir", str(here / "conf"), "method=three", "dry_run=true")
+    assert (outcome.status, outcome.err) == (0, "")
+    outcome = run_slm("--config-dir", str(here / "conf"), "method=three", "method.mlp.sublayers=both", "dry_run=true")
+    assert "method.heads (flap) cannot come after method.mlp (flap): both narrow the same sublayers" in outcome.err
 
 
 def test_a_threshold_whose_ratio_is_inferred_is_said_so(here, caplog):

@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
+from plans import narrowing
+from safetensors.torch import save_file
 
 from slm_pipeline.engine import statistics
 from slm_pipeline.engine.blocks import BlockRunner
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.surgery.apply import apply
 
 
 def test_angles_and_cosines_token_by_token(any_model, input_ids):
@@ -47,4 +50,27 @@ def test_saved_and_loaded(tiny_llama, input_ids, tmp_path):
     found = statistics.collect(ModelView(tiny_llama[0]), input_ids)
     found.save(tmp_path / "statistics.safetensors")
     again = statistics.Statistics.load(tmp_path / "statistics.safetensors")
-    assert all(torch.equal(value, getattr(again, name)) for name, value in vars(found).items())
+    assert_equal(again, found)
+
+
+def assert_equal(found, expected):
+    for name, value in vars(expected).items():
+        for one, other in zip(getattr(found, name), value, strict=True):  # of matrices row by row
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_layers_of_different_widths(tiny_llama, input_ids, tmp_path):
+    model = apply(narrowing({1: ([0], None), 3: (None, [2, 5, 9])}), tiny_llama[0])
+    found = statistics.collect(ModelView(model), input_ids)
+    assert [len(layer) for layer in found.attention_mean] == [32, 16, 32, 32, 32, 32]
+    assert [len(layer) for layer in found.mlp_variance] == [48, 48, 48, 3, 48, 48]
+    found.save(tmp_path / "statistics.safetensors")
+    assert_equal(statistics.Statistics.load(tmp_path / "statistics.safetensors"), found)
+
+
+def test_a_file_of_before_is_read(tiny_llama, input_ids, tmp_path):
+    """It had one tensor of all layers for each."""
+    found = statistics.collect(ModelView(tiny_llama[0]), input_ids)
+    tensors = {name: value if torch.is_tensor(value) else torch.stack(value) for name, value in vars(found).items()}
+    save_file(tensors, tmp_path / "statistics.safetensors")
+    assert_equal(statistics.Statistics.load(tmp_path / "statistics.safetensors"), found)

@@ -393,6 +393,34 @@ def test_an_option_changes_the_keys_of_what_depends_on_it_and_of_no_other(row, j
     assert to_make(keys(before), keys(after)) == row.changes
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "changes"),
+    [
+        ("method.first.share", 0.3, MERGE),
+        ("method.second.share", 0.5, NOTHING),  # what the null stands for
+        ("method.first.merge_rule", "mean", MERGE),
+        ("method.second.massive", 5.0, MERGE),
+        ("method.first.published_calibration.num_samples", 5, MERGE),
+        ("method.first.published_calibration.seq_len", 5, NOTHING),
+        ("threshold.refine", 6, MERGE),
+        ("calibration.seq_len", 16, CALIBRATION),
+    ],
+)
+def test_of_several_methods_every_options_of_a_step(option, value, changes, job_of):
+    overrides = ("method=combined", "pruning_ratio=r50")
+    before, after = job_of(overrides=overrides), job_of({option: value}, overrides=overrides)
+    assert to_make(keys(before), keys(after)) == changes
+
+
+def test_another_method_as_a_step_changes_the_key_of_the_merge(job_of):
+    jobs = [
+        job_of(overrides=("method=combined", "pruning_ratio=r50", f"method@method.first={name}"))
+        for name in ("slm", "laco")
+    ]
+    assert to_make(*map(keys, jobs)) == MERGE
+    assert keys(job_of(overrides=("pruning_ratio=r50",)))["merge"] != keys(jobs[0])["merge"]
+
+
 def options(values: Any, prefix: str = "") -> Iterator[str]:
     """The whole names of a dataclass's options."""
     for option in fields(values):
@@ -427,7 +455,7 @@ def another(value: Any) -> Any:
 
 def plug_ins(group: str) -> list[str]:
     names = {file.stem for file in (config.CONF_DIR / group).glob("*.yaml")}
-    return sorted(names - {"none", "from_plan"})  # these two have no options of their own
+    return sorted(names - {"none", "from_plan", "combined"})  # these have no options of their own
 
 
 @pytest.mark.parametrize("name", plug_ins("method"))

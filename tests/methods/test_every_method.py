@@ -18,7 +18,7 @@ from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
 from slm_pipeline.surgery.plan import Plan
 
-NOT_A_SEARCH = ("from_plan", "none")
+NOT_A_SEARCH = ("from_plan", "none", "combined")  # the last has tests/methods/test_combined.py
 METHODS = sorted(file.stem for file in (CONF_DIR / "method").glob("*.yaml") if file.stem not in NOT_A_SEARCH)
 NARROWER = ("flap", "nystrom", "obs", "wanda_sp")  # all layers stay
 REFUSED = {("replaceme", "gemma3_text")}  # a norm follows the last projection

@@ -88,7 +88,7 @@ ONLY_OF_OTHER_HEADS = {
 REFUSED = {("come_posterior", name) for name in ("power", "min_largest_share", "run_length")} | {
     ("nystrom", "sublayers")
 }
-WITHOUT_OPTIONS = {"none", "from_plan"}
+WITHOUT_OPTIONS = {"none", "from_plan", "combined"}  # the last has those of its steps
 
 
 @pytest.fixture(scope="module")

@@ -203,8 +203,8 @@ def test_opt_keeps_its_heads_in_the_stock_class(make_problem):
 def test_neurons_that_make_massive_activations_stay(make_problem):
     problem = make_problem(Layers(2))
     with torch.no_grad():
-        problem.statistics.mlp_mean[1, 7] = 300.0  # always the same: FLAP would remove it
-        problem.statistics.mlp_variance[1, 7] = 1e-9
+        problem.statistics.mlp_mean[1][7] = 300.0  # always the same: FLAP would remove it
+        problem.statistics.mlp_variance[1][7] = 1e-9
     for massive, stays in ((40.0, True), (None, False)):
         plan = Flap(massive=massive).plan(problem)
         assert plan.scores["massive"] == ([[1, 7]] if stays else [])

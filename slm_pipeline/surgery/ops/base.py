@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -110,12 +110,14 @@ class Op(ABC):
     Attributes:
         name: as in plan.json.
         only_removes: whether the layers that it leaves are as they were, so that mergekit's passthrough can say it.
+        takes_whole: whether it is about whole layers, not about something within one.
         layers: original layers that it is about, ascending; a merged layer goes by all of them, or by its lowest where
             the operation is about something within one layer.
     """
 
     name: ClassVar[str]
     only_removes: ClassVar[bool] = False
+    takes_whole: ClassVar[bool] = False
 
     layers: tuple[int, ...]
 
@@ -143,6 +145,19 @@ class Op(ABC):
     def tensor_names(self) -> list[str]:
         """Names of the tensors that it reads."""
         return []
+
+    def moved(self, stack: Sequence[Layer], prefix: str) -> Self:
+        """The same operation, planned for the model that other operations leave, as one that comes after these.
+
+        Args:
+            stack: what they leave; the operation's layer i is ``stack[i]``.
+            prefix: what the names of its tensors are to begin with.
+        """
+        found = [stack[layer].originals for layer in self.layers]
+        layers = [layer for originals in found for layer in (originals if self.takes_whole else originals[:1])]
+        names = {field.name: getattr(self, field.name) for field in fields(self) if field.name in ("tensor", "tensors")}
+        renamed = {field: prefix + name for field, name in names.items() if name is not None}
+        return replace(self, layers=tuple(sorted(layers)), **renamed)
 
     @abstractmethod
     def check(self, members: Sequence[Layer], where: str) -> Layer | None:

@@ -30,6 +30,7 @@ class Drop(Op):
 
     name: ClassVar[str] = "drop"
     only_removes: ClassVar[bool] = True
+    takes_whole: ClassVar[bool] = True
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], tensors: Tensors, where: str) -> Drop:

@@ -52,6 +52,7 @@ class Merge(Op):
     """
 
     name: ClassVar[str] = "merge"
+    takes_whole: ClassVar[bool] = True
 
     rule: str
     shares: tuple[float, ...] | None = None
