@@ -139,8 +139,8 @@ REFUSED = {
     "several studies at once": (["sweeps=[seeds,methods]"], ["sweeps=[seeds,methods]", "choose one"]),
     "a sweep without -m": (["seed=1,2"], ["seed=1,2", "slm -m seed=1,2"]),
     "a study without -m": (["sweeps=seeds"], ["a value for method, seed", "slm -m sweeps=seeds"]),
-    "unknown stage": (["stages=[prune]"], ["'prune'", "calibrate, merge, recover, evaluate"]),
-    "unknown stage to force": (["force=[prune]"], ["'prune'", "calibrate, merge, recover, evaluate"]),
+    "unknown stage": (["stages=[prune]"], ["'prune'", "calibrate, merge, repair, recover, evaluate"]),
+    "unknown stage to force": (["force=[prune]"], ["'prune'", "calibrate, merge, repair, recover, evaluate"]),
     "a stage without what it reads": (
         ["stages=[evaluate]", "evaluation=efficiency"], ["evaluate_pruned/efficiency needs the result of merge"]),
     "missing data_dir": (["data_dir=nowhere"], ["data_dir='nowhere'", "not a folder"]),

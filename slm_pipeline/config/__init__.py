@@ -1,7 +1,7 @@
 """The schema of every option we own.
 
 The dataclasses below are the root of the Hydra configuration: a misspelt key or a wrong type is refused while the
-configuration is composed. Groups that plug in (``method``, ``recovery``, ``measure``) name a class with
+configuration is composed. Groups that plug in (``method``, ``repair``, ``recovery``, ``measure``) name a class with
 ``_target_``; see `slm_pipeline.config.groups`. Importing this module stays cheap: no torch.
 """
 
@@ -38,9 +38,14 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.store.checksums import digest
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)  # of a configuration that cannot be put together
-PLUG_INS = ("method", "recovery", "measure")  # groups whose options are classes, see `slm_pipeline.config.groups`
-STAGES = ("calibrate", "merge", "recover", "evaluate")
-TARGETS = ("dense", "pruned", "recovered")
+PLUG_INS = (
+    "method",
+    "repair",
+    "recovery",
+    "measure",
+)  # groups whose options are classes, see `slm_pipeline.config.groups`
+STAGES = ("calibrate", "merge", "repair", "recover", "evaluate")
+TARGETS = ("dense", "pruned", "repaired", "recovered")
 
 
 @dataclass
@@ -160,6 +165,7 @@ class Config:
     method: Any = None
     threshold: ThresholdConfig = field(default_factory=ThresholdConfig)
     pruning_ratio: PruningRatioConfig = field(default_factory=PruningRatioConfig)
+    repair: Any = None
     recovery: Any = None
     evaluation: Any = None
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
@@ -173,7 +179,7 @@ def register() -> None:
     study.
     """
     schema = OmegaConf.structured(Config)
-    for group, shared in (("method", {}), ("recovery", {}), ("evaluation", asdict(EvaluationConfig()))):
+    for group, shared in (("method", {}), ("repair", {}), ("recovery", {}), ("evaluation", asdict(EvaluationConfig()))):
         schema[group] = shared
         OmegaConf.set_struct(schema[group], False)
     ConfigStore.instance().store(name="schema", node=schema)

@@ -22,13 +22,15 @@ from slm_pipeline.errors import UserError
 # What options are derived from. By name: these modules stand above this one.
 _BASES = {
     "method": "slm_pipeline.methods.base.Method",
+    "repair": "slm_pipeline.repair.base.Repair",
     "recovery": "slm_pipeline.recovery.base.Recovery",
     "measure": "slm_pipeline.evaluation.measure.Measure",
 }
 
 
 def build(node: Any, *, group: str, key: str = "") -> Any:
-    """The object that a plug-in group's YAML describes; None for ``recovery=none``, which has no class.
+    """The object that a plug-in group's YAML describes; None for ``repair=none`` and ``recovery=none``, which have no
+    class.
 
     ``_target_`` names a dataclass of this package or of a plugin; the other keys are its fields, checked for name, type
     and range, and by the class's own ``__post_init__``. The option ``none`` has no use for the keys of the others: see
@@ -41,7 +43,7 @@ def build(node: Any, *, group: str, key: str = "") -> Any:
         UserError: the class is not one of these, it lacks a key, or a value is of the wrong type or range.
     """
     target, values = _target_and_values(node, group)
-    if target is None and group == "recovery":
+    if target is None and group in ("repair", "recovery"):
         return None
     options = _options_class(target, group)
     lacking = set(values) - {option.name for option in fields(options)}
@@ -63,7 +65,7 @@ def unused(node: Any, *, group: str) -> list[str]:
         UserError: no option of the group has such a key.
     """
     target, values = _target_and_values(node, group)
-    options = None if target is None and group == "recovery" else _options_class(target, group)
+    options = None if target is None and group in ("repair", "recovery") else _options_class(target, group)
     if options is not None and options.name != "none":
         return []
     own = {option.name for option in fields(options)} if options is not None else set()

@@ -14,6 +14,7 @@ _GROUPS = (
     "threshold",
     "method",
     "calibration",
+    "repair",
     "recovery",
     "evaluation",
     "measure",

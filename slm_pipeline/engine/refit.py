@@ -72,9 +72,11 @@ class Streams:
         self.dense = self.pruned = Stream(view, input_ids).states
         self.middle = self.leaving = self.dense
         self._runner = BlockRunner(view, input_ids[:1])
+        self._passed = (0, 0)  # the dense layers between the two ends of the streams
 
     def look_ahead(self, start: int, end: int) -> None:
         """Let the dense stream go through dense layers ``start`` to ``end`` - 1, and keep what it was."""
+        self._passed = (start, end)
         self.middle = torch.empty_like(self.dense)
         self.leaving = torch.empty_like(self.dense)
         for rows in self._rows():
@@ -143,7 +145,8 @@ class Streams:
 
     def pass_through(self, block: Block) -> None:
         """Let the pruned stream go through ``block``, and the dense one take up what `look_ahead` found."""
-        if self.pruned is self.dense and not (block.replaced or block.without):
+        is_dense = not (block.replaced or block.without) and range(*self._passed) == range(block.body, block.body + 1)
+        if self.pruned is self.dense and is_dense:
             self.dense = self.pruned = self.leaving
             return
         passed = torch.empty_like(self.pruned)
@@ -250,3 +253,25 @@ def spans(originals: Sequence[Sequence[int]], num_layers: int) -> list[tuple[int
     """
     starts = [0, *(min(members) for members in originals[1:])]
     return list(zip(starts, [*starts[1:], num_layers], strict=True))
+
+
+def first_changed(blocks: Sequence[Block], originals: Sequence[Sequence[int]], num_layers: int) -> int | None:
+    """Position of the first layer of a pruned model that differs from the dense one's, or above which layers went;
+    None if there is none.
+
+    Args:
+        originals: for each layer of the pruned model those that it was made of.
+        num_layers: of the dense model.
+    """
+    for position, (block, (start, end)) in enumerate(zip(blocks, spans(originals, num_layers), strict=True)):
+        if block.replaced or block.without or block.body != start or end - start > 1:
+            return position
+    return None
+
+
+def pass_all(streams: Streams, blocks: Sequence[Block], originals: Sequence[Sequence[int]]) -> Streams:
+    """The streams at the top of the stack, the pruned one having gone through ``blocks``."""
+    for block, span in zip(blocks, spans(originals, streams.view.num_layers), strict=True):
+        streams.look_ahead(*span)
+        streams.pass_through(block)
+    return streams

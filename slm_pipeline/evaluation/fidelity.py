@@ -48,7 +48,7 @@ class Fidelity(Measure):
     batch_size: BatchSize = 4
 
     name: ClassVar[str] = "fidelity"
-    of: ClassVar[Sequence[str]] = ("pruned", "recovered")
+    of: ClassVar[Sequence[str]] = ("pruned", "repaired", "recovered")
     reads_dense: ClassVar[bool] = True
 
     def parts(self) -> list[str]:

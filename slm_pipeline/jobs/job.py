@@ -25,6 +25,7 @@ from slm_pipeline.models.context import Context, OptionGroup
 from slm_pipeline.models.source import ModelSource, describe
 from slm_pipeline.recovery.base import Recovery
 from slm_pipeline.recovery.fine_tuning import FineTuning
+from slm_pipeline.repair.base import Repair
 from slm_pipeline.results import objective
 from slm_pipeline.store.artifact import check_layout
 from slm_pipeline.store.files import LONGEST_NAME
@@ -42,8 +43,8 @@ class Job(Context):
     """Everything that the stages read: a configuration, and the object that each group of its options became.
 
     Attributes:
-        recovery: None for recovery=none.
-        identities: what recovery, with its data, is, as JSON for the artefacts' keys.
+        repair, recovery: None for repair=none and recovery=none.
+        identities: what repair and recovery, with their data, are, as JSON for the artefacts' keys.
         warnings: what may not be as meant although the job can run, such as options that nothing reads.
         loaded: the models that evaluations have in memory.
     """
@@ -52,6 +53,7 @@ class Job(Context):
     pruning_ratio: PruningRatio
     threshold: Threshold
     calibration: Calibration
+    repair: Repair | None
     recovery: Recovery | None
     evaluation: Evaluation
     identities: dict[str, Any] = field(default_factory=dict)
@@ -119,10 +121,15 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
     """
     _check_top_level(config)
     method: Method = build(config.method, group="method")
+    repair: Repair | None = build(config.repair, group="repair")
     recovery: Recovery | None = build(config.recovery, group="recovery")
     evaluation = Evaluation.build(config.evaluation)
-    if recovery is None and evaluation.of == ["recovered"] and "evaluate" in config.stages:
-        raise UserError("evaluation.of=[recovered] has nothing to score with recovery=none")
+    made = {"repaired": repair is not None, "recovered": recovery is not None}
+    if "evaluate" in config.stages and evaluation.of and not any(made.get(target, True) for target in evaluation.of):
+        unmade = " and ".join(
+            f"{group}=none" for group, of in (("repair", "repaired"), ("recovery", "recovered")) if of in evaluation.of
+        )
+        raise UserError(f"evaluation.of=[{','.join(evaluation.of)}] has nothing to score with {unmade}")
     source = describe(config.model)
     if runs_here:
         gpus.check_device(config.model.device, len(gpus.visible()))
@@ -134,15 +141,18 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
     for group in groups:
         group.check(context)
     identities: dict[str, Any] = {}
+    if repair is not None and {"repair", "recover", "evaluate"}.intersection(config.stages):
+        repair.check(context)
+        identities["repair"] = repair.identity(context.data_dir)
     if recovery is not None and {"recover", "evaluate"}.intersection(config.stages):
         identities["recovery"] = recovery.identity(context.data_dir)
     warnings = (
         *source.warnings,
-        *_check_positions(config, source, recovery, evaluation),
+        *_check_positions(config, source, repair, recovery, evaluation),
         *_unused_options(config),
         *threshold.unused(),
     )
-    objective.check(config.objective, numbers_to_come(config, recovery, evaluation))
+    objective.check(config.objective, numbers_to_come(config, repair, recovery, evaluation))
     check_tracker(config.tracker)
     job = Job(
         config,
@@ -152,6 +162,7 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
         ratio,
         threshold,
         calibration,
+        repair,
         recovery,
         evaluation,
         identities=identities,
@@ -164,7 +175,7 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
 
 def _unused_options(config: Config) -> list[str]:
     """What was set of a group whose option is none and has no use for it, in words."""
-    found = {f"{group}=none": unused(getattr(config, group), group=group) for group in ("method", "recovery")}
+    found = {f"{group}=none": unused(getattr(config, group), group=group) for group in ("method", "repair", "recovery")}
     return [f"{chosen} does not use {', '.join(keys)}" for chosen, keys in found.items() if keys]
 
 
@@ -215,24 +226,32 @@ def _check_top_level(config: Config) -> None:
     check_layout(Path(config.output_dir).absolute() / "store", options.STAGES)
 
 
-def numbers_to_come(config: Config, recovery: Recovery | None, evaluation: Evaluation) -> dict[str, bool]:
+def numbers_to_come(
+    config: Config, repair: Repair | None, recovery: Recovery | None, evaluation: Evaluation
+) -> dict[str, bool]:
     """Keys of the numbers that this job will measure; False where only their beginning is known before."""
     known = dict.fromkeys(["num_layers", "parameters"] if "merge" in config.stages else [], True)
     if "evaluate" not in config.stages:
         return known
     for target in evaluation.of:
-        if target != "recovered" or recovery is not None:
+        if {"repaired": repair, "recovered": recovery}.get(target, True) is not None:
             known |= {f"{target}/{key}": whole for key, whole in evaluation.keys(target).items()}
     return known
 
 
 def _check_positions(
-    config: Config, source: ModelSource, recovery: Recovery | None, evaluation: Evaluation
+    config: Config,
+    source: ModelSource,
+    repair: Repair | None,
+    recovery: Recovery | None,
+    evaluation: Evaluation,
 ) -> list[str]:
     """Warnings about texts longer than the model is made for; `UserError` where it has no positions for them."""
     lengths: dict[str, int] = {}
     if {"calibrate", "merge"}.intersection(config.stages):
         lengths["calibration.seq_len"] = config.calibration.seq_len
+    if "repair" in config.stages and repair is not None:
+        lengths["repair.calibration.seq_len"] = repair.calibration.seq_len
     if "recover" in config.stages and isinstance(recovery, FineTuning):
         lengths["recovery.cutoff_len"] = recovery.cutoff_len
     for measure in evaluation.active if "evaluate" in config.stages else ():

@@ -12,6 +12,7 @@ from slm_pipeline.jobs.stages.calibrate import Calibrate
 from slm_pipeline.jobs.stages.evaluate import Evaluate
 from slm_pipeline.jobs.stages.merge import Merge
 from slm_pipeline.jobs.stages.recover import Recover
+from slm_pipeline.jobs.stages.repair import Repair
 from slm_pipeline.store.artifact import Artifact
 
 
@@ -27,11 +28,13 @@ class Step:
 def steps(job: Job) -> list[Step]:
     """The job's stages in order. A forced stage forces those that read its result."""
     stages: list[Stage] = [Calibrate(), Merge()]
+    if job.repair is not None:
+        stages.append(Repair())
     if job.recovery is not None:
-        stages.append(Recover())
+        stages.append(Recover("merge" if job.repair is None else "repair"))
     if "evaluate" in job.config.stages:
         for target in job.evaluation.of:
-            if target != "recovered" or job.recovery is not None:
+            if {"repaired": job.repair, "recovered": job.recovery}.get(target, True) is not None:
                 stages += [Evaluate(target, measure, part) for measure, part in job.evaluation.parts(target)]
     forced: set[str] = set()
     result = []

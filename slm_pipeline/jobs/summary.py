@@ -53,6 +53,11 @@ def build(
     }
     if "calibrate" in records:
         summary["calibration"] = records["calibrate"]["result"]
+    if job.repair is not None and "repair" in records:
+        found = {
+            key: value for key, value in records["repair"]["result"].items() if key not in ("checkpoint", "layers")
+        }
+        summary["repair"] = {"options": dataclasses.asdict(job.repair), **found}
     if job.recovery is not None and "recover" in records:
         options = dataclasses.asdict(job.recovery)
         summary["recovery"] = {"name": job.recovery.name, "options": options, **records["recover"]["result"]}
@@ -208,7 +213,7 @@ def _metrics(details: Mapping[str, Any]) -> dict[str, Any]:
 
 def _checkpoint(results: Mapping[str, Artifact]) -> Path | None:
     """Folder of the last model that was made and kept."""
-    last = results.get("recover", results.get("merge"))
+    last = results.get("recover", results.get("repair", results.get("merge")))
     return last.path / "model" if last is not None and (last.path / "model").is_dir() else None
 
 

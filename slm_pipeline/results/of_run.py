@@ -26,6 +26,8 @@ def of_job(summary: Summary) -> list[Number]:
     found = of_pruning(summary)
     if "plan_seconds" in summary:
         found.append(Number("plan_seconds", summary["plan_seconds"], "seconds", higher_is_better=False, cost=True))
+    if repair := summary.get("repair"):
+        found += of_repair(repair)
     if recovery := summary.get("recovery"):
         found.append(Number("recovery/num_tokens", recovery["num_tokens"], "tokens"))
         found.append(Number("recovery/seconds", recovery["seconds"], "seconds", higher_is_better=False, cost=True))
@@ -33,6 +35,16 @@ def of_job(summary: Summary) -> list[Number]:
             found.append(Number("recovery/peak_memory_gb", peak, "GB", higher_is_better=False, cost=True))
     seconds = sum(stage["seconds"] for stage in summary["stages"].values() if not stage["reused"])
     return [*found, Number("seconds", seconds, "seconds", higher_is_better=False, cost=True)]
+
+
+def of_repair(result: Mapping[str, Any]) -> list[Number]:
+    """What a repair took and, where it measured that, how far the model was from the dense one before and after it; of
+    its stage's result or of summary.json's ``repair``."""
+    found = [
+        Number(f"repair/kl_{name}", of_one["kl"], "nats", higher_is_better=False, detail=True)
+        for name, of_one in result.get("divergence", {}).items()
+    ]
+    return [*found, Number("repair/seconds", result["seconds"], "seconds", higher_is_better=False, cost=True)]
 
 
 def of_pruning(result: Mapping[str, Any]) -> list[Number]:

@@ -25,17 +25,18 @@ from slm_pipeline.store.artifact import Artifact
 log = logging.getLogger(__name__)
 
 VERSION = 3  # 3: a result for each measure and part
+_MADE_BY = {"pruned": "merge", "repaired": "repair", "recovered": "recover"}
 
 
 class Evaluate(Stage):
-    """Scores ``target`` (dense, pruned or recovered) by one measure; what it returned is in stage.json."""
+    """Scores ``target`` (dense, pruned, repaired or recovered) by one measure; what it returned is in stage.json."""
 
     stage = "evaluate"
 
     def __init__(self, target: str, measure: Measure, part: str):
         self.target, self.measure, self.part = target, measure, part
         self.name = f"evaluate_{target}/{measure.label(part)}"
-        self.needs = {"dense": (), "pruned": ("merge",), "recovered": ("recover",)}[target]
+        self.needs = () if target == "dense" else (_MADE_BY[target],)
 
     @property
     def folder(self) -> str:
@@ -63,9 +64,9 @@ class Evaluate(Stage):
     def _checkpoint(self, job: Job, results: Mapping[str, Artifact]) -> str | None:
         if self.target == "dense":
             return job.source.fingerprint
-        if self.target == "pruned":
-            merge = results["merge"]
-            return merge.record()["result"]["checkpoint"] if merge.done else None
+        if self.target in ("pruned", "repaired"):
+            plan = results.get(_MADE_BY[self.target])
+            return plan.record()["result"]["checkpoint"] if plan is not None and plan.done else None
         return f"recovered:{results['recover'].key}" if "recover" in results else None
 
     def preflight(self, job: Job) -> None:
@@ -133,7 +134,7 @@ class Evaluate(Stage):
 
         if self.target == "dense":
             return load_dense(job.source)
-        if self.target == "pruned":
-            return load_pruned(job, results["merge"])
+        if self.target in ("pruned", "repaired"):
+            return load_pruned(job, results[_MADE_BY[self.target]])
         folder = results["recover"].path / "model"
         return load_checkpoint(folder, job.config.model), load_tokenizer(folder)

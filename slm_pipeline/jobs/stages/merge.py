@@ -121,7 +121,7 @@ def load_plan(artifact: Artifact) -> Plan:
 
 
 def load_pruned(job: Job, artifact: Artifact) -> tuple[Any, Any]:
-    """The pruned model of a finished merge and its tokenizer; rebuilt from the plan when no weights were kept."""
+    """The model of a finished merge or repair, and its tokenizer; rebuilt from the plan when no weights were kept."""
     from slm_pipeline.models.loading import load_checkpoint, load_dense, load_tokenizer
     from slm_pipeline.surgery.apply import apply
 

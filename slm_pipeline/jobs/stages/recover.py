@@ -31,19 +31,23 @@ class Recover(Stage):
     """Leaves the recovered model in model/, curve.json, and whatever the recovery keeps (an adapter)."""
 
     name = stage = "recover"
-    needs = ("merge",)
     leaves = ("model", "curve.json")
+
+    def __init__(self, after: str):
+        """``after``: the stage whose model is trained, merge or repair."""
+        self.after = after
+        self.needs = (after,)
 
     def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any] | None:
         """None until the plan is known: equal plans share their recovery, whatever search led to them.
 
         Also None where neither recover nor evaluate is among the job's stages: its data were not looked at.
         """
-        if not results["merge"].done or "recovery" not in job.identities:
+        if self.after not in results or not results[self.after].done or "recovery" not in job.identities:
             return None
         return {
             "version": VERSION,
-            "checkpoint": results["merge"].record()["result"]["checkpoint"],
+            "checkpoint": results[self.after].record()["result"]["checkpoint"],
             **job.identities["recovery"],
             "seed": job.config.seed,
         }
@@ -54,8 +58,8 @@ class Recover(Stage):
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         if not (out / "model").is_dir():  # else an attempt was interrupted after its model was safe
-            self._train(job, results["merge"], out, tracker)
-            load_plan(results["merge"]).write(out / "model" / "plan.json")
+            self._train(job, results[self.after], out, tracker)
+            load_plan(results[self.after]).write(out / "model" / "plan.json")
             note_complete(out, *(path.name for path in out.iterdir() if path.name not in NOT_KEPT))
         else:
             self._log_curve(_curve(out), tracker)
@@ -63,14 +67,14 @@ class Recover(Stage):
         metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
         return metrics
 
-    def _train(self, job: Job, merge: Artifact, out: Path, tracker: Tracker) -> None:
+    def _train(self, job: Job, pruned: Artifact, out: Path, tracker: Tracker) -> None:
         from slm_pipeline.models import checkpoint
         from slm_pipeline.surgery.apply import silence_zeroed
 
         assert job.recovery is not None
-        plan = load_plan(merge)
-        changes = Changes.of(merge.record()["result"])
-        make_problem = functools.partial(recovery_problem, job, merge, out)
+        plan = load_plan(pruned)
+        changes = Changes.of(pruned.record()["result"])
+        make_problem = functools.partial(recovery_problem, job, pruned, out)
 
         logged: list[dict[str, float]] = []
 
@@ -109,19 +113,19 @@ class Recover(Stage):
             tracker.log(metrics, stage=self.name, step=int(row["step"]))
 
 
-def recovery_problem(job: Job, merge: Artifact, out: Path, log: Log) -> RecoveryProblem:
-    """What the job's recovery gets; ``merge`` is the finished stage, ``out`` where the recovery may write."""
+def recovery_problem(job: Job, pruned: Artifact, out: Path, log: Log) -> RecoveryProblem:
+    """What the job's recovery gets; ``pruned`` is the finished merge or repair, ``out`` where it may write."""
     from slm_pipeline.models.loading import load_dense
 
     plugins.use(job.config.plugins)  # a training process of its own has not imported them
-    model, tokenizer = load_pruned(job, merge)
+    model, tokenizer = load_pruned(job, pruned)
     return RecoveryProblem(
         teacher=lambda: load_dense(job.source)[0],
         model=model,
         tokenizer=tokenizer,
-        plan=load_plan(merge),
+        plan=load_plan(pruned),
         out=out,
-        base_path=str(merge.path / "model"),
+        base_path=str(pruned.path / "model"),
         seed=job.config.seed,
         data_dir=job.data_dir,
         log=log,

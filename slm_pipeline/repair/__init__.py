@@ -1,0 +1,1 @@
+"""Closed-form repairs of what a plan has left: one file each."""

@@ -1,0 +1,234 @@
+"""Refit: new weights for the last projections of every layer above the first change, by least squares."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import numpy as np
+
+from slm_pipeline.config.ranges import Range
+from slm_pipeline.errors import UserError
+from slm_pipeline.repair.base import Repair, RepairProblem, extended
+from slm_pipeline.store.files import write_json
+from slm_pipeline.surgery.ops.base import SUBLAYERS
+from slm_pipeline.surgery.ops.replace import Replace
+from slm_pipeline.surgery.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_pipeline.engine.refit import Fitted, Streams
+    from slm_pipeline.models.context import Context
+    from slm_pipeline.surgery.block import Block
+
+log = logging.getLogger(__name__)
+
+CHOICES = {
+    "weighting": ("inverse_square", "none"),
+    "target": ("dense_stream", "own_output"),
+    "sublayers": ("both", *SUBLAYERS),
+}
+
+
+@dataclass(kw_only=True)
+class Refit(Repair):
+    """Ours. The pruned model is walked once, from the input up, beside the dense one.
+
+    From the first layer that the plan changed on, each layer b stands for the dense layers b to next - 1: with those
+    that went above it, and those that were merged into it. Its last projections W get new weights, attention before
+    the feed-forward network:
+
+        W' = (T D X' + lam W) (X D X' + lam I)^-1,   lam = ridge x mean diagonal of X D X',
+
+    with X what enters the projection in the pruned model, repaired below; T what is missing to the dense stream behind
+    the attention of layer b, or behind layer next - 1 where the layer's last sublayer writes; and D = 1 / mean square
+    of that dense state for each token, because states are normed before they are read and few tokens are very large. A
+    bias is fitted as the weight of an input of 1; none is added. A part of the samples is held out of all fits: of the
+    ridges the one with the least error there is taken, and none if the weights as they are do better. If in the end the
+    KL divergence from the dense model is no less on the text held out, nothing is changed.
+
+    Kin: the direct form of ReplaceMe's map (arXiv 2505.02819), and fits to the dense output on corrected inputs as in
+    GPTAQ (arXiv 2504.02692).
+
+    Refused where a norm stands behind the last projections (Gemma 2 and 3, OLMo 2): there the fit is not linear.
+
+    Memory beside the dense model: four states of each token, the Gram matrix of one projection in float64 with a few
+    matrices of that size, and on the host the new weights in float32. A killed repair goes on after its last layer.
+
+    Scores in the plan: repair, with num_tokens and num_held_out; divergence, for the model pruned and repaired the KL
+    divergence in nats and the share of tokens with the dense model's most likely next one, on the text held out; and
+    layers, for each layer by its lowest original what became of its projections.
+    """
+
+    ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.01, 0.1, 1.0])
+    weighting: str = "inverse_square"  # inverse_square | none: how much a token counts
+    target: str = "dense_stream"  # dense_stream | own_output: what a projection is to write (the latter: as it did)
+    sublayers: str = "both"  # both | attention | mlp: whose last projections get new weights
+    held_out: Annotated[float, Range(above=0, below=1)] = 0.2  # share of the samples that nothing is fitted to
+
+    name: ClassVar[str] = "refit"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option, allowed in CHOICES.items():
+            if getattr(self, option) not in allowed:
+                raise UserError(f"repair.{option}={getattr(self, option)!r} is not one of {', '.join(allowed)}")
+        if not self.ridges:
+            raise UserError("repair.ridges=[] must name at least one ridge, such as [0.1]")
+        if self.calibration.num_samples < 2:
+            raise UserError("repair.calibration.num_samples=1 must be at least 2: one sample is held out")
+
+    def check(self, context: Context) -> None:
+        super().check(context)
+        if context.source.architecture.output_norms:
+            raise UserError(
+                f"repair=refit: in {context.source.name}, a {context.source.model_type} model, a norm follows the last"
+                " projections, so that what they write is not linear in their weights"
+            )
+
+    def repair(self, problem: RepairProblem) -> Plan:
+        from slm_pipeline.engine.refit import Streams, first_changed, pass_all
+        from slm_pipeline.surgery.apply import planned_blocks
+
+        view, plan = problem.view, problem.plan
+        blocks, groups = planned_blocks(plan, view), plan.layer_groups
+        if first_changed(blocks, groups, view.num_layers) is None:
+            return plan
+        chosen = self._is_held_out(len(problem.input_ids))
+        held_out = problem.input_ids[chosen]
+        pruned = pass_all(Streams(view, held_out), blocks, groups).divergence()
+        fitted, other = Streams(view, problem.input_ids[~chosen]), Streams(view, held_out)
+        ops, tensors, layers = self._walk(problem, fitted, other, blocks, groups)
+        repaired = other.divergence()
+        found = {
+            "name": self.name,
+            "num_tokens": fitted.dense[..., 0].numel(),
+            "num_held_out": held_out.numel(),
+            "divergence": {
+                name: {"kl": kl, "same_top_1": same}
+                for name, (kl, same) in (("pruned", pruned), ("repaired", repaired))
+            },
+            "layers": layers,
+        }
+        log.info("refit: KL from the dense model %.4f -> %.4f on text held out", pruned[0], repaired[0])
+        scores = {**plan.scores, "repair": found}
+        if repaired[0] >= pruned[0]:
+            line = (
+                f"repair=refit: on the text held out the KL divergence from the dense model is {repaired[0]:.4f} with"
+                f" new weights and {pruned[0]:.4f} without, so the weights stay; more of repair.calibration may help"
+            )
+            return extended(plan, scores={**scores, "warnings": [*plan.scores.get("warnings", []), line]})
+        return extended(plan, ops=[*plan.ops, *ops], tensors={**plan.tensors, **tensors}, scores=scores)
+
+    def _is_held_out(self, num_samples: int) -> Tensor:
+        """[num_samples] bool, at even distances."""
+        import torch
+
+        number = min(max(1, round(self.held_out * num_samples)), num_samples - 1)
+        chosen = torch.zeros(num_samples, dtype=torch.bool)
+        chosen[(2 * torch.arange(number) + 1) * num_samples // (2 * number)] = True
+        return chosen
+
+    def _walk(
+        self,
+        problem: RepairProblem,
+        fitted: Streams,
+        other: Streams,
+        blocks: list[Block],
+        groups: list[list[int]],
+    ) -> tuple[list[Replace], dict[str, np.ndarray], list[dict[str, Any]]]:
+        """The operations that put new weights in, their tensors, and what became of each layer; both streams are at the
+        top then."""
+        from tqdm import tqdm
+
+        from slm_pipeline.engine import refit
+
+        sublayers = SUBLAYERS if self.sublayers == "both" else (self.sublayers,)
+        how = refit.Refit(self.ridges, self.weighting, self.target, sublayers)
+        first = refit.first_changed(blocks, groups, problem.view.num_layers)
+        ops: list[Replace] = []
+        tensors: dict[str, np.ndarray] = {}
+        layers: list[dict[str, Any]] = []
+        spans = refit.spans(groups, problem.view.num_layers)
+        for position, (block, span) in enumerate(zip(tqdm(blocks, desc="refit", disable=None), spans, strict=True)):
+            for streams in (fitted, other):
+                streams.look_ahead(*span)
+            if first is not None and position >= first:
+                name = f"refit.{groups[position][0]}"
+                found = _Kept(problem, name)
+                if not found.is_there:
+                    new, what = how.layer(fitted, other, block)
+                    found.write(_weights(fitted, new, what), what)
+                kept, what_json = found.read()
+                if kept:
+                    for sublayer in (part for part in SUBLAYERS if part in kept):
+                        block = _put(fitted, block, sublayer, kept)
+                    op = Replace(
+                        (groups[position][0],),
+                        tuple(part for part in SUBLAYERS if part in kept),
+                        name,
+                        biases=tuple(part for part in SUBLAYERS if f"{part}_bias" in kept) or None,
+                    )
+                    ops.append(op)
+                    tensors |= {f"{name}.{key}": value for key, value in kept.items()}
+                layers.append({"layer": groups[position][0], "projections": what_json})
+            for streams in (fitted, other):
+                streams.pass_through(block)
+        return ops, tensors, layers
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A layer's new weights in the folder of an attempt, so that the next one goes on from there."""
+
+    problem: RepairProblem
+    name: str
+
+    @property
+    def _files(self) -> tuple[str, str]:
+        return f"layers/{self.name}.safetensors", f"layers/{self.name}.json"
+
+    @property
+    def is_there(self) -> bool:
+        return all((self.problem.out / file).is_file() for file in self._files)
+
+    def write(self, weights: dict[str, np.ndarray], what: list[Fitted]) -> None:
+        from safetensors.numpy import save_file
+
+        tensors, record = (self.problem.out / file for file in self._files)
+        tensors.parent.mkdir(exist_ok=True)
+        save_file(weights, tensors)
+        write_json(record, [asdict(of_one) for of_one in what])
+        self.problem.note_complete(*self._files)
+
+    def read(self) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+        from safetensors.numpy import load_file
+
+        tensors, record = (self.problem.out / file for file in self._files)
+        return load_file(tensors), json.loads(record.read_text(encoding="utf-8"))
+
+
+def _weights(streams: Streams, block: Block, what: list[Fitted]) -> dict[str, np.ndarray]:
+    """What was fitted of a block, by the names of its tensors in the plan; as exact as the model's own dtype."""
+    found = {}
+    for sublayer in (of_one.sublayer for of_one in what if of_one.ridge is not None):
+        output = streams.view.output_name(sublayer)
+        found[sublayer] = block.replaced[f"{output}.weight"]
+        if streams.bias(block, sublayer) is not None:
+            found[f"{sublayer}_bias"] = block.replaced[f"{output}.bias"]
+    return {name: value.float().cpu().contiguous().numpy() for name, value in found.items()}
+
+
+def _put(streams: Streams, block: Block, sublayer: str, kept: dict[str, np.ndarray]) -> Block:
+    import torch
+
+    from slm_pipeline.surgery.ops.replace import written
+
+    output = streams.view.output_name(sublayer)
+    found = {f"{output}.weight": kept[sublayer]}
+    if f"{sublayer}_bias" in kept:
+        found[f"{output}.bias"] = kept[f"{sublayer}_bias"]
+    return written(streams.view, block, {name: torch.from_numpy(value) for name, value in found.items()})
