@@ -44,7 +44,7 @@ class Step:
 
     def target(self, due: int, sizes: Sequence[LayerSize], *, is_last: bool) -> Layers | Parameters:
         """What the method is asked so that ``due`` parameters go of layers of these sizes."""
-        if Parameters in self.method.targets:
+        if Parameters in self.method.targets and (is_last or not self.method.removes_by_order):
             return Parameters(due)
         layers = due * len(sizes) / sum(size.at_work for size in sizes)
         return Layers(math.ceil(layers - 1e-9) if is_last else max(1, round(layers)))
@@ -147,7 +147,7 @@ class Combined(Method):
         """Raise `UserError` if a step that removes whole layers would take all that is asked, or more than it can."""
         names, left = [*self._taken], float(remove)
         for number, (name, step) in enumerate(self._taken.items()):
-            if Parameters in step.method.targets:
+            if Parameters in step.method.targets and not step.method.removes_by_order:
                 left -= step.share * remove
                 continue
             is_last = number == len(names) - 1

@@ -148,7 +148,7 @@ def test_width_first_is_made_up_for_by_whole_layers(made):
     width = 12 * (layer - narrower)
     assert 2 * layer <= width < 2 * layer + 12 * 3 * 32  # one neuron of every layer
     asked = -(-(4 * layer - width) // narrower)
-    assert plan.scores["parts"][1]["target"] == {"of": "layers", "remove": asked}
+    assert plan.scores["parts"][1]["target"] == {"of": "parameters", "remove": 4 * layer - width}
     assert before - num_parameters(pruned) == width + asked * narrower
     assert plan.num_layers == 12 - asked
 
