@@ -193,7 +193,7 @@ class ProtectsEnds(Method):
 class LayerRemoval(ProtectsEnds):
     """Base of the methods that remove whole layers, or merge them by pairs."""
 
-    def removal_plan(self, problem: PruningProblem[Layers], removed: list[int], scores: dict[str, Any]) -> Plan:
+    def removal_plan(self, problem: PruningProblem[Any], removed: list[int], scores: dict[str, Any]) -> Plan:
         """The plan that removes ``removed``, in that order."""
         drop = Drop(tuple(sorted(removed)))
         return self.new_plan(problem, ops=[drop], scores={"order": removed, **scores})
