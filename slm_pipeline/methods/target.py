@@ -66,8 +66,8 @@ class PruningRatio:
     """The group ``pruning_ratio``, for one method.
 
     Of layers ``round(ratio * num_layers)`` go (ties to even), at least 1. Of parameters at least ``ratio`` of them all,
-    embeddings included; for a method that aims at layers alone, the fewest layers that have so many. Where layers differ
-    in size their mean counts: what really goes may be a little more or less, and the summary says so.
+    embeddings included; for a method that aims at layers alone, the fewest layers that have so many. Where layers
+    differ in size their mean counts: what really goes may be a little more or less, and the summary says so.
     """
 
     options: PruningRatioConfig

@@ -95,6 +95,11 @@ class WidthRemoval(ProtectsEnds):
 
         view, target = problem.view, problem.target
         sizes = layer_sizes(view)
+        if missing := [layer for layer, size in enumerate(sizes) if not (size.heads and size.neurons)]:
+            raise UserError(
+                f"method={self.name} cannot narrow a model that lacks whole sublayers: layers {missing} have no"
+                " attention or no feed-forward network"
+            )
         self._check_constants(view)
         remove = target.remove
         if isinstance(target, Layers):

@@ -198,8 +198,8 @@ def test_a_step_looks_at_no_more_samples_than_its_own_size_says(input_ids, made)
         ),
         (("flap", 0.5), ("mka", None), "mka mixes the weights of layers"),
         (("flap", 0.5), ("come", None), "come mixes the weights of layers"),
-        (("finercut", 0.5), ("slm", None), "slm works on whole layers, of which some lack a sublayer then"),
-        (("finercut", 0.5), ("flap", None), "zeroed sublayers would be made narrower; use method.first.export=custom"),
+        (("finercut", 0.5), ("slm", None), "finercut leaves layers without a sublayer; let it come last"),
+        (("finercut", 0.5), ("flap", None), "finercut leaves layers without a sublayer; let it come last"),
         (("none", 0.5), ("flap", None), "none: it cannot be a step, for it takes no part of a target"),
     ],
 )
