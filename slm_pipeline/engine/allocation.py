@@ -114,7 +114,7 @@ def evenly(
     Raises:
         UserError: so many cannot go.
     """
-    num_heads = len(heads[0].scores) if heads else 0
+    num_heads = min((len(of.scores) for of in heads), default=0)
     share = remove / sum(len(of.scores) * of.size for of in (*heads, *neurons))
     allowed = [gone for gone in range(num_heads) if allows(num_heads - gone)] or [0]
     floor = max(gone for gone in allowed if gone <= int(share * num_heads))

@@ -91,8 +91,10 @@ def collect(
     mlp = [ChannelMoments() for _ in range(depth)]
     hooks = []
     for layer in range(depth):
-        hooks.append(view.attention_output(layer).register_forward_pre_hook(attention[layer].observe))
-        hooks.append(view.mlp_output(layer).register_forward_pre_hook(mlp[layer].observe))
+        if not view.lacks(layer, "attention"):
+            hooks.append(view.attention_output(layer).register_forward_pre_hook(attention[layer].observe))
+        if not view.lacks(layer, "mlp"):
+            hooks.append(view.mlp_output(layer).register_forward_pre_hook(mlp[layer].observe))
     cosine, angle, angle_last = (torch.zeros(depth + 1, depth + 1, dtype=torch.float64) for _ in range(3))
     try:
         for batch in tqdm(batches(input_ids, MAX_BATCH_TOKENS), desc="calibration pass", disable=None):
@@ -161,16 +163,20 @@ class ChannelMoments:
 
     @property
     def mean(self) -> Tensor:
-        assert self._sum is not None
+        if self._sum is None:
+            return torch.empty(0)
         return (self._sum / self._count).float().cpu()
 
     @property
     def mean_abs(self) -> Tensor:
+        if self._sum is None:
+            return torch.empty(0)
         return (self._sum_abs / self._count).float().cpu()
 
     @property
     def variance(self) -> Tensor:
         """Population variance, at least 0."""
-        assert self._sum is not None
+        if self._sum is None:
+            return torch.empty(0)
         mean = self._sum / self._count
         return (self._sum_squares / self._count - mean.square()).clamp_min(0).float().cpu()

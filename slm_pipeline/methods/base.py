@@ -16,7 +16,7 @@ from slm_pipeline.config import plugins, ranges
 from slm_pipeline.config.ranges import Count, NumLayersOrZero, Tokens
 from slm_pipeline.engine.window_memo import WindowMemos
 from slm_pipeline.errors import UserError
-from slm_pipeline.methods.target import Floor, Layers, Target
+from slm_pipeline.methods.target import Floor, Layers, Parameters, Target
 from slm_pipeline.surgery.ops import Op
 from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.plan import Plan
@@ -79,11 +79,14 @@ class Method(ABC):
         targets: what it can aim at. For one that knows no `Parameters` these are turned into layers.
         reads_calibration: whether its plan depends on the calibration text; else the plan's ``calibration`` is null.
         min_seq_len: tokens that a calibration sample needs; 2 where the next token is predicted.
+        removes_by_order: whether it puts whole layers in an order and removes the first of them, so that it can stop at
+            any of them; of layers of one size it is told a number.
         num_protected: layers that it never touches; a plan keeps at least one more.
     """
 
     name: ClassVar[str]
     targets: ClassVar[tuple[type, ...]] = (Layers,)
+    removes_by_order: ClassVar[bool] = False
     min_seq_len: ClassVar[int] = 1
 
     published_calibration: CalibrationSize
@@ -190,18 +193,39 @@ class ProtectsEnds(Method):
 class LayerRemoval(ProtectsEnds):
     """Base of the methods that remove whole layers, or merge them by pairs."""
 
-    def removal_plan(self, problem: PruningProblem[Layers], removed: list[int], scores: dict[str, Any]) -> Plan:
+    def removal_plan(self, problem: PruningProblem[Any], removed: list[int], scores: dict[str, Any]) -> Plan:
         """The plan that removes ``removed``, in that order."""
         drop = Drop(tuple(sorted(removed)))
         return self.new_plan(problem, ops=[drop], scores={"order": removed, **scores})
 
-    def lowest_first(self, problem: PruningProblem[Layers], values: list[float]) -> list[int]:
-        """The unprotected layers with the lowest values, lowest first, ties by index.
+    def first_of(self, order: Sequence[int], problem: PruningProblem[Layers | Parameters]) -> list[int]:
+        """The first layers of ``order`` that reach the target.
 
         Raises:
-            UserError: a value is not finite.
+            UserError: all of them do not.
+        """
+        if isinstance(problem.target, Layers):
+            return [*order[: problem.target.remove]]
+        left, removed = problem.target.remove, list[int]()
+        for layer in order:
+            if left <= 0:
+                break
+            removed.append(layer)
+            left -= problem.view.block_parameters(layer)
+        if left > 0:
+            raise UserError(
+                f"method={self.name} cannot remove {problem.target.remove} parameters: the {len(removed)} layers that"
+                f" may go have {problem.target.remove - left}"
+            )
+        return removed
+
+    def lowest_first(self, problem: PruningProblem[Layers | Parameters], values: list[float]) -> list[int]:
+        """The unprotected layers with the lowest values, lowest first, ties by index, as many as the target says.
+
+        Raises:
+            UserError: a value is not finite, or the target cannot be reached.
         """
         for layer, value in enumerate(values):
             if not math.isfinite(value):
                 raise UserError(f"method={self.name}: the score of layer {layer} is {value}; try model.dtype=float32")
-        return sorted(self.candidates(len(values)), key=lambda layer: values[layer])[: problem.target.remove]
+        return self.first_of(sorted(self.candidates(len(values)), key=lambda layer: values[layer]), problem)

@@ -44,7 +44,7 @@ class Step:
 
     def target(self, due: int, sizes: Sequence[LayerSize], *, is_last: bool) -> Layers | Parameters:
         """What the method is asked so that ``due`` parameters go of layers of these sizes."""
-        if Parameters in self.method.targets:
+        if Parameters in self.method.targets and (is_last or not self.method.removes_by_order):
             return Parameters(due)
         layers = due * len(sizes) / sum(size.at_work for size in sizes)
         return Layers(math.ceil(layers - 1e-9) if is_last else max(1, round(layers)))
@@ -76,8 +76,7 @@ class Combined(Method):
     is auto, and a method that has a floor looks for one that reaches its share.
 
     What cannot follow what is refused beforehand: methods that mix the weights of layers (`Method.mixes_layers`) after
-    one that gives layers widths of their own, two that narrow the same sublayers, and after FinerCut anything but a
-    width method, with its export=custom.
+    one that gives layers widths of their own, two that narrow the same sublayers, and anything after FinerCut.
 
     Scores in the plan: parts, for each step its name, method, share, target ({layers} or {parameters}), the layers and
     parameters that it found, threshold, and its own scores, in layers of the model that it saw.
@@ -147,7 +146,7 @@ class Combined(Method):
         """Raise `UserError` if a step that removes whole layers would take all that is asked, or more than it can."""
         names, left = [*self._taken], float(remove)
         for number, (name, step) in enumerate(self._taken.items()):
-            if Parameters in step.method.targets:
+            if Parameters in step.method.targets and not step.method.removes_by_order:
                 left -= step.share * remove
                 continue
             is_last = number == len(names) - 1
@@ -244,10 +243,7 @@ def _check_order(before: str, first: Method, after: str, second: Method) -> None
             f"{second.name} mixes the weights of layers, which have lost different heads and neurons; let it come first"
         )
     elif isinstance(first, FinerCut):
-        if not isinstance(second, WidthRemoval):
-            why = f"{second.name} works on whole layers, of which some lack a sublayer then; let finercut come after it"
-        elif first.export == "stock":
-            why = f"zeroed sublayers would be made narrower; use method.{before}.export=custom"
+        why = "finercut leaves layers without a sublayer; let it come last"
     if why is not None:
         raise UserError(f"method.{after} ({second.name}) cannot come after method.{before} ({first.name}): {why}")
 

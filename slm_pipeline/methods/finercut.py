@@ -65,7 +65,9 @@ class FinerCut(ProtectsEnds):
         target = problem.target
         walk = RemovalWalk(problem.view, problem.input_ids, criterion=self.objective)
         layers = self.candidates(problem.view.num_layers)
-        candidates = [Removal(layer, part) for layer in layers for part in SUBLAYERS]
+        candidates = [
+            Removal(layer, part) for layer in layers for part in SUBLAYERS if not problem.view.lacks(layer, part)
+        ]
         most = len(candidates) if isinstance(target, Parameters) else 2 * target.remove
         removed: list[Removal] = []
         rounds: list[dict[str, Any]] = []
@@ -82,7 +84,11 @@ class FinerCut(ProtectsEnds):
         self, problem: PruningProblem, removed: Sequence[Removal], rounds: list[dict[str, Any]], evaluations: float
     ) -> Plan:
         lost = {layer: [part for at, part in removed if at == layer] for layer, _ in removed}
-        gone = sorted(layer for layer, parts in lost.items() if len(parts) == len(SUBLAYERS))
+        gone = sorted(
+            layer
+            for layer, parts in lost.items()
+            if all(part in parts or problem.view.lacks(layer, part) for part in SUBLAYERS)
+        )
         ops: list[Op] = [Drop(tuple(gone))] if gone else []
         for layer, parts in sorted(lost.items()):
             if layer not in gone:

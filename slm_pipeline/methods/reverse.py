@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
-from slm_pipeline.methods.target import Layers
+from slm_pipeline.methods.target import Layers, Parameters
 from slm_pipeline.surgery.plan import Plan
 
 
@@ -19,11 +19,13 @@ class ReverseOrder(LayerRemoval):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 
     name: ClassVar[str] = "reverse"
+    targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
+    removes_by_order: ClassVar[bool] = True
 
     @property
     def reads_calibration(self) -> bool:
         return False
 
-    def plan(self, problem: PruningProblem[Layers]) -> Plan:
-        removed = self.candidates(problem.view.num_layers)[::-1][: problem.target.remove]
+    def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
+        removed = self.first_of(self.candidates(problem.view.num_layers)[::-1], problem)
         return self.removal_plan(problem, removed, scores={})

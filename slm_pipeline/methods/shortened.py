@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from slm_pipeline.config.ranges import NumLayersOrZero, Range
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
-from slm_pipeline.methods.target import Layers
+from slm_pipeline.methods.target import Layers, Parameters
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ class ShortenedLlama(LayerRemoval):
     criterion, so it is the default here too. ``protect_first=0 protect_last=0`` switches it off.
     """
 
+    targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
+    removes_by_order: ClassVar[bool] = True
+
     protect_first: NumLayersOrZero = 4
     protect_last: NumLayersOrZero = 2
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
@@ -40,13 +43,13 @@ class ShortenedPerplexity(ShortenedLlama):
     name: ClassVar[str] = "shortened_ppl"
     min_seq_len: ClassVar[int] = 2
 
-    def plan(self, problem: PruningProblem[Layers]) -> Plan:
+    def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         from slm_pipeline.engine.walk import Removal, RemovalWalk
 
         walk = RemovalWalk(problem.view, problem.input_ids)
         candidates = [Removal(layer) for layer in self.candidates(problem.view.num_layers)]
         losses = {candidate.layer: loss for candidate, loss in walk.losses(candidates).items()}
-        removed = sorted(losses, key=lambda layer: losses[layer])[: problem.target.remove]
+        removed = self.first_of(sorted(losses, key=lambda layer: losses[layer]), problem)
         finite = {layer: loss for layer, loss in losses.items() if loss < float("inf")}
         if len(finite) < len(removed):
             raise UserError(
@@ -73,7 +76,7 @@ class ShortenedTaylor(ShortenedLlama):
     name: ClassVar[str] = "shortened_taylor"
     min_seq_len: ClassVar[int] = 2
 
-    def plan(self, problem: PruningProblem[Layers]) -> Plan:
+    def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         salience = taylor_salience(problem.view, problem.input_ids)
         return self.removal_plan(problem, self.lowest_first(problem, salience), {"salience": salience})
 
@@ -93,7 +96,7 @@ class ShortenedMagnitude(ShortenedLlama):
     def reads_calibration(self) -> bool:
         return False
 
-    def plan(self, problem: PruningProblem[Layers]) -> Plan:
+    def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         magnitude = [
             sum(
                 float(parameter.detach().float().abs().pow(self.power).sum())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
-from slm_pipeline.methods.target import Layers
+from slm_pipeline.methods.target import Layers, Parameters
 from slm_pipeline.surgery.plan import Plan
 
 
@@ -24,7 +24,9 @@ class ShortGPT(LayerRemoval):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(64, 256))
 
     name: ClassVar[str] = "shortgpt"
+    targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
+    removes_by_order: ClassVar[bool] = True
 
-    def plan(self, problem: PruningProblem[Layers]) -> Plan:
+    def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         influence = (1 - problem.statistics.cosine.diagonal(1)).tolist()
         return self.removal_plan(problem, self.lowest_first(problem, influence), {"block_influence": influence})

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from slm_pipeline.config.ranges import Count, NumLayersOrZero
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
-from slm_pipeline.methods.target import Layers
+from slm_pipeline.methods.target import Layers, Parameters
 from slm_pipeline.surgery.plan import Plan
 
 
@@ -33,17 +33,25 @@ class Sleb(LayerRemoval):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(5, 2048))
 
     name: ClassVar[str] = "sleb"
+    targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
+    removes_by_order: ClassVar[bool] = True
     min_seq_len: ClassVar[int] = 2
 
-    def plan(self, problem: PruningProblem[Layers]) -> Plan:
+    def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         from slm_pipeline.engine.walk import Removal, RemovalWalk
 
         walk = RemovalWalk(problem.view, problem.input_ids, strict=self.strict)
         candidates = [Removal(layer) for layer in self.candidates(problem.view.num_layers)]
-        rounds = list(walk.greedily(candidates, problem.target.remove, shortlist=self.shortlist))
+        most = problem.target.remove if isinstance(problem.target, Layers) else len(candidates)
+        rounds, left = [], problem.target.remove
+        for found in walk.greedily(candidates, most, shortlist=self.shortlist):
+            rounds.append(found)
+            left -= problem.view.block_parameters(found.removed.layer)
+            if left <= 0 and isinstance(problem.target, Parameters):
+                break
         return self.removal_plan(
             problem,
-            [found.removed.layer for found in rounds],
+            self.first_of([found.removed.layer for found in rounds], problem),
             {
                 "rounds": [found.as_scores() for found in rounds],
                 "num_block_evaluations": walk.num_block_evaluations,

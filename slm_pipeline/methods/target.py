@@ -6,6 +6,7 @@ import logging
 import math
 import shlex
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline.config import ModelConfig, PruningRatioConfig, ThresholdConfig
@@ -65,7 +66,8 @@ class PruningRatio:
     """The group ``pruning_ratio``, for one method.
 
     Of layers ``round(ratio * num_layers)`` go (ties to even), at least 1. Of parameters at least ``ratio`` of them all,
-    embeddings included; for a method that aims at layers alone, the fewest layers that have so many.
+    embeddings included; for a method that aims at layers alone, the fewest layers that have so many. Where layers
+    differ in size their mean counts: what really goes may be a little more or less, and the summary says so.
     """
 
     options: PruningRatioConfig
@@ -138,28 +140,28 @@ class PruningRatio:
         """The target in a model of these sizes.
 
         Raises:
-            UserError: the method cannot reach it, or parameters are counted and layers differ in size.
+            UserError: the method cannot reach it.
         """
         num_layers = len(sizes.blocks)
         if (layers := self.layers(num_layers)) is not None:
             return layers
         if self.options.ratio is None:
             return NoTarget()
-        if len(set(sizes.blocks)) > 1:
-            raise UserError(
-                "pruning_ratio.of=parameters needs layers of equal size; this model's differ; use of=layers"
-            )
         wanted = Parameters(math.ceil(self.options.ratio * sizes.total))
-        layers = Layers(-(-wanted.remove // sizes.blocks[0]))
+        layers = Layers(math.ceil(Fraction(wanted.remove * num_layers, sum(sizes.blocks))))
         fewest, why = self.method.fewest_left(num_layers)
-        if num_layers - layers.remove < fewest:
-            largest = max(0, num_layers - fewest) * sizes.blocks[0] / sizes.total
+        can_go = max(0, num_layers - fewest)
+        if layers.remove > can_go and sum(sorted(sizes.blocks)[num_layers - can_go :]) < wanted.remove:
+            largest = sum(sorted(sizes.blocks)[num_layers - can_go :]) / sizes.total
             raise UserError(
                 f"pruning_ratio.ratio={self.options.ratio} of {sizes.total / 1e6:.1f} M parameters leaves"
                 f" {max(0, num_layers - layers.remove)} layers; at least {fewest} must be left ({why}):"
                 f" method={self.method.name} can remove at most {largest:.1%} of the parameters"
             )
-        return wanted if Parameters in self.method.targets else layers
+        of_one_size = len(set(sizes.blocks)) == 1
+        if Parameters in self.method.targets and not (of_one_size and self.method.removes_by_order):
+            return wanted
+        return Layers(min(layers.remove, can_go))
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,11 @@ class WidthRemoval(ProtectsEnds):
         from slm_pipeline.surgery.apply import layer_sizes
 
         sizes = layer_sizes(problem.view)
+        if missing := [layer for layer, size in enumerate(sizes) if not (size.heads and size.neurons)]:
+            raise UserError(
+                f"method={self.name} cannot narrow a model that lacks whole sublayers: layers {missing} have no"
+                " attention or no feed-forward network"
+            )
         self._check_constants(problem.view)
         layers = self.candidates(len(sizes))
         units = {

@@ -79,6 +79,8 @@ def _description(source: ModelSource) -> Any:
     place, revision = _place(source)
     code = source.config.trust_remote_code
     with refused_in_one_line(f"cannot load the configuration {place}"):
+        if (own := _model_class(place)) is not AutoModelForCausalLM:
+            return own.config_class.from_pretrained(place)
         return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=code)
 
 

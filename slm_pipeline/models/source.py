@@ -73,13 +73,7 @@ def describe(config: ModelConfig) -> ModelSource:
             if config.source != owner and getattr(config, name) is not None:
                 raise UserError(f"model.{name}={getattr(config, name)} needs model={owner}, not {config.source}")
     source = makers[config.source](config)
-    if source.model_type.startswith(PRUNED):
-        raise UserError(
-            f"{config.path or config.repo} lacks whole sublayers already, or has layers of different widths, so it"
-            " cannot be pruned further; start from the dense model, or from a checkpoint written with"
-            " method.export=stock"
-        )
-    if source.model_type not in architectures.SHIPPED:  # a plugin may yet say something else of it
+    if source.model_type.removeprefix(PRUNED) not in architectures.SHIPPED:  # a plugin may yet say something else of it
         said = digest(asdict(source.architecture))
         return replace(source, fingerprint=f"{source.fingerprint}:{said}")
     return source

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slm_pipeline.models import architectures, modeling_pruned
-from slm_pipeline.models.modeling_pruned import remove_children, stand_in
+from slm_pipeline.models.modeling_pruned import NoAttention, NoFeedForward, remove_children, stand_in
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,12 @@ class ModelView:
             return (self.architecture.attention, *self.architecture.attention_norms)
         return (*self.architecture.mlp, *self.architecture.mlp_norms)
 
+    def lacks(self, layer: int, name: str) -> bool:
+        """Whether a layer has no sublayer ``name`` (attention, mlp)."""
+        if name == "attention":
+            return isinstance(self.layers[layer].get_submodule(self.architecture.attention), NoAttention)
+        return isinstance(self.layers[layer].get_submodule(self.architecture.mlp[-1]), NoFeedForward)
+
     def sublayer_parameters(self, layer: int, name: str) -> int:
         """Parameters of a block's sublayer (attention, mlp)."""
         children = [self.layers[layer].get_submodule(child) for child in self.sublayer(name)]
@@ -146,10 +152,14 @@ class ModelView:
 
     def cut_out(self, layers: Mapping[str, Sequence[int]]) -> None:
         """Remove sublayers (attention, mlp -> layers) for good. The model gets a class of `modeling_pruned`."""
-        absent = {child: list(found) for name, found in layers.items() for child in self.sublayer(name) if found}
-        remove_children(self.layers, absent)
+        absent = {child: set(found) for child, found in getattr(self.config, "absent", {}).items()}
+        for name, found in layers.items():
+            for child in self.sublayer(name) if found else ():
+                absent[child] = absent.get(child, set()) | set(found)
+        missing = {child: sorted(found) for child, found in absent.items()}
+        remove_children(self.layers, missing)
         self.become_pruned()
-        self.config.absent = absent
+        self.config.absent = missing
 
     def become_pruned(self) -> None:
         """Give the model its architecture's class of `modeling_pruned`."""
@@ -200,11 +210,15 @@ class ModelView:
         return self.neurons_of(0)
 
     def kv_heads_of(self, layer: int) -> int:
-        """Key-value groups of a layer, which may have lost some."""
+        """Key-value groups of a layer, which may have lost some, or all with its attention."""
+        if self.lacks(layer, "attention"):
+            return 0
         return cast(nn.Linear, self.attention_output(layer)).in_features // (self.head_dim * self.heads_per_group)
 
     def neurons_of(self, layer: int) -> int:
-        """Hidden neurons of a layer, which may have lost some."""
+        """Hidden neurons of a layer, which may have lost some, or all with its feed-forward network."""
+        if self.lacks(layer, "mlp"):
+            return 0
         return cast(nn.Linear, self.mlp_output(layer)).in_features
 
     def attention_slices(self, layer: int, *, tiled_queries: bool = False) -> list[Slice]:
@@ -217,6 +231,8 @@ class ModelView:
         ``tiled_queries`` gives group g the heads g, g + groups, ... instead: wrong, but what CoMe's code does.
         """
         groups = self.kv_heads_of(layer)
+        if not groups:
+            return []
         queries = cast(nn.Linear, self.attention_output(layer)).in_features
         keys = queries // self.heads_per_group
         inputs = self.architecture.attention_inputs
@@ -240,6 +256,8 @@ class ModelView:
     def mlp_slices(self, layer: int) -> list[Slice]:
         """Which rows and columns belong to each hidden neuron."""
         neurons = self.neurons_of(layer)
+        if not neurons:
+            return []
         block = self.layers[layer]
         inputs = {name: cast(nn.Linear, block.get_submodule(name)) for name in self.architecture.mlp_inputs}
         widths = {name: [neurons] * (linear.out_features // neurons) for name, linear in inputs.items()}
@@ -303,6 +321,11 @@ class ModelView:
         for key in settings.keys() & set(architectures.LAYER_COUNTS):
             if settings[key] is not None:
                 setattr(self.config, key, sum(source < settings[key] for source in sources))
+        if absent := settings.get("absent"):
+            self.config.absent = {
+                child: [position for position, source in enumerate(sources) if source in lacking]
+                for child, lacking in absent.items()
+            }
         if list(sources) != list(range(old_depth)):  # no period describes what is left
             for key in settings.keys() & set(architectures.LAYER_PERIODS):
                 delattr(self.config, key)

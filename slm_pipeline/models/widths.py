@@ -62,13 +62,15 @@ def settle(view: ModelView, gained: Sequence[Sequence[str]]) -> None:
         gained: for each layer, the projections with a bias that the class does not give them.
     """
     head_dim, per_group = view.head_dim, view.heads_per_group
+    before = getattr(view.config, "widths", None) or [{"biases": []}] * view.num_layers
+    gained = [[*dict.fromkeys([*of["biases"], *new])] for of, new in zip(before, gained, strict=True)]
     groups = [view.kv_heads_of(layer) for layer in range(view.num_layers)]
     neurons = [view.neurons_of(layer) for layer in range(view.num_layers)]
     dense = (view.num_kv_heads, getattr(view.config, view.architecture.intermediate_size))
     alike = len(set(zip(groups, neurons, strict=True))) == 1 and not any(gained)
     if alike and (groups[0], neurons[0]) == dense:
         return
-    if alike and view.allows_kv_heads(groups[0]):
+    if alike and view.allows_kv_heads(groups[0]) and not hasattr(view.config, "widths"):
         setattr(view.config, view.architecture.intermediate_size, neurons[0])
         if groups[0] != dense[0]:
             view.config.head_dim = head_dim
@@ -81,7 +83,7 @@ def settle(view: ModelView, gained: Sequence[Sequence[str]]) -> None:
                 "heads": per_group * groups[layer],
                 "key_value_heads": groups[layer],
                 "shapes": _shapes(view, layer),
-                "biases": list(gained[layer]),
+                "biases": gained[layer],
             }
             for layer in range(view.num_layers)
         ]
@@ -90,5 +92,7 @@ def settle(view: ModelView, gained: Sequence[Sequence[str]]) -> None:
 
 
 def _shapes(view: ModelView, layer: int) -> dict[str, list[int]]:
+    own = {name for name, _ in view.layers[layer].named_parameters()}
     names = (*view.architecture.projections, *view.architecture.query_key_norms)
+    names = tuple(name for name in names if f"{name}.weight" in own)  # not of a sublayer that is missing
     return {name: [*cast(Any, view.layers[layer].get_submodule(name)).weight.shape] for name in names}

@@ -66,7 +66,22 @@ def _headline(summary: Summary) -> tuple[str, str]:
         f"layers {layers['dense']} -> {layers['pruned']} ({change(layers)}), parameters"
         f" {count(parameters['dense'])} -> {count(parameters['pruned'])} ({change(parameters)})"
         + (f", {count(at_work)} of them at work ({change(working)})" if at_work < parameters["pruned"] else "")
+        + _asked(summary)
     )
+
+
+def _asked(summary: Summary) -> str:
+    """What the pruning ratio asked for and what came of it, in the same unit; empty if nothing was asked."""
+    ratio = summary.get("pruning_ratio") or {}
+    asked, of = ratio.get("asked"), ratio.get("of")
+    if isinstance(asked, dict):
+        return f"; asked {asked['num_layers']} layers, got {summary['num_layers']['pruned']}"
+    if asked is None or of not in ("layers", "parameters"):
+        return ""
+    got = f"{100 * ratio['got_parameters']:.4g} %"
+    if of == "layers":  # for methods of width it is as many parameters as these layers have
+        got = f"{100 * ratio['got_layers']:.4g} % of them and {got} of the parameters"
+    return f"; asked {100 * asked:.4g} % of the {of}, got {got}"
 
 
 def _sections(summary: Summary, run_dir: Path, shown: Callable[[Path], str]) -> dict[str, Table | Lines]:

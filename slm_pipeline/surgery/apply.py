@@ -74,7 +74,9 @@ def planned_blocks(plan: Plan, view: ModelView) -> list[Block]:
             f"the plan is for {plan.model['name']} with {plan.model['num_layers']} layers;"
             f" this model has {view.num_layers}"
         )
-    plan.check_sizes(Widths(heads=view.num_kv_heads, neurons=view.num_neurons, states=view.config.hidden_size))
+    layers = range(view.num_layers)
+    heads, neurons = max(map(view.kv_heads_of, layers)), max(map(view.neurons_of, layers))
+    plan.check_sizes(Widths(heads=heads, neurons=neurons, states=view.config.hidden_size))
     dense = [Block(layer) for layer in range(view.num_layers)]
     return walk(plan.ops, dense, lambda op, members: op.apply(view, members, plan.tensors))
 
@@ -98,8 +100,10 @@ def layer_sizes(view: ModelView) -> list[LayerSize]:
                 neurons=view.neurons_of(layer),
                 per_head=per_head,
                 per_neuron=per_neuron,
-                attention_bias=hidden if view.attention_output(layer).bias is None else 0,
-                mlp_bias=hidden if view.mlp_output(layer).bias is None else 0,
+                attention_bias=0
+                if view.lacks(layer, "attention") or view.attention_output(layer).bias is not None
+                else hidden,
+                mlp_bias=0 if view.lacks(layer, "mlp") or view.mlp_output(layer).bias is not None else hidden,
             )
         )
     return sizes

@@ -148,7 +148,7 @@ def test_width_first_is_made_up_for_by_whole_layers(made):
     width = 12 * (layer - narrower)
     assert 2 * layer <= width < 2 * layer + 12 * 3 * 32  # one neuron of every layer
     asked = -(-(4 * layer - width) // narrower)
-    assert plan.scores["parts"][1]["target"] == {"of": "layers", "remove": asked}
+    assert plan.scores["parts"][1]["target"] == {"of": "parameters", "remove": 4 * layer - width}
     assert before - num_parameters(pruned) == width + asked * narrower
     assert plan.num_layers == 12 - asked
 
@@ -198,8 +198,8 @@ def test_a_step_looks_at_no_more_samples_than_its_own_size_says(input_ids, made)
         ),
         (("flap", 0.5), ("mka", None), "mka mixes the weights of layers"),
         (("flap", 0.5), ("come", None), "come mixes the weights of layers"),
-        (("finercut", 0.5), ("slm", None), "slm works on whole layers, of which some lack a sublayer then"),
-        (("finercut", 0.5), ("flap", None), "zeroed sublayers would be made narrower; use method.first.export=custom"),
+        (("finercut", 0.5), ("slm", None), "finercut leaves layers without a sublayer; let it come last"),
+        (("finercut", 0.5), ("flap", None), "finercut leaves layers without a sublayer; let it come last"),
         (("none", 0.5), ("flap", None), "none: it cannot be a step, for it takes no part of a target"),
     ],
 )

@@ -6,20 +6,27 @@ import itertools
 
 import pytest
 from conftest import random_source, run_slm
+from plans import narrowing
 from problems import problem_of
 
 from slm_pipeline.config import PruningRatioConfig
 from slm_pipeline.engine.progressive import ProgressiveStack
+from slm_pipeline.engine.statistics import collect
 from slm_pipeline.errors import UserError
+from slm_pipeline.methods.angular import AngularDistance
 from slm_pipeline.methods.come import Come
 from slm_pipeline.methods.finercut import FinerCut
 from slm_pipeline.methods.laco import Laco
 from slm_pipeline.methods.none import NoPruning
+from slm_pipeline.methods.reverse import ReverseOrder
+from slm_pipeline.methods.shortgpt import ShortGPT
 from slm_pipeline.methods.sleb import Sleb
 from slm_pipeline.methods.slm import SlidingLayerMerging
 from slm_pipeline.methods.target import Layers, NoTarget, ParameterCounts, Parameters, PruningRatio
 from slm_pipeline.methods.threshold import Search
 from slm_pipeline.models.loading import load_dense
+from slm_pipeline.models.view import ModelView
+from slm_pipeline.surgery.apply import apply
 
 SIX_LAYERS = [
     "model=random", "model.architecture=llama", "model.num_layers=6", "model.hidden_size=32",
@@ -150,8 +157,32 @@ def test_a_ratio_of_parameters_that_the_embeddings_put_out_of_reach_names_the_la
     options = PruningRatioConfig(of="parameters", ratio=0.85)
     with pytest.raises(UserError, match=r"leaves 1 layers; at least 3 must be left .* at most 81.0% of the parameters"):
         PruningRatio(options, Sleb()).target(SIZES)
-    with pytest.raises(UserError, match="needs layers of equal size"):
-        PruningRatio(options, Sleb()).target(ParameterCounts(1000, [30, 31]))
+
+
+def test_layers_of_different_sizes_are_counted_by_parameters_or_by_their_mean():
+    """Of 1000 parameters 100 are to go; six layers have 10 to 60, 35 on average: 2.9 of them."""
+    options, sizes = PruningRatioConfig(of="parameters", ratio=0.1), ParameterCounts(1000, [10, 20, 30, 40, 50, 60])
+    assert PruningRatio(options, ReverseOrder()).target(sizes) == Parameters(100)
+    assert PruningRatio(options, FinerCut()).target(sizes) == Parameters(100)
+    assert PruningRatio(options, AngularDistance()).target(sizes) == Layers(3)
+    with pytest.raises(UserError, match=r"at least 1 must be left .* at most 20.0% of the parameters"):
+        PruningRatio(PruningRatioConfig(of="parameters", ratio=0.205), FinerCut()).target(sizes)
+
+
+@pytest.mark.parametrize("method", [ReverseOrder(), Sleb(protect_first=0, protect_last=0), ShortGPT()])
+def test_layers_of_different_sizes_go_until_the_parameters_are_reached(method, input_ids):
+    """Less than one layer too many: without the last to go they would not do."""
+    source = random_source()
+    model = apply(narrowing({1: ([0], [2, 5]), 3: (None, [2, 5, 9]), 4: (None, [*range(20)])}), load_dense(source)[0])
+    view = ModelView(model)
+    statistics = collect(view, input_ids)
+    asked = view.block_parameters(0) + view.block_parameters(3)
+    plan = method.plan(problem_of(model, source, input_ids, statistics=statistics, num_parameters=asked))
+    sizes = [view.block_parameters(layer) for layer in plan.scores["order"]]
+    assert sum(sizes) >= asked > sum(sizes[:-1])
+    assert sorted(plan.scores["order"]) == plan.dropped
+    with pytest.raises(UserError, match="that may go have"):
+        method.plan(problem_of(model, source, input_ids, statistics=statistics, num_parameters=10**6))
 
 
 def test_a_number_of_layers_counts_layers_whatever_a_ratio_would_be_of():

@@ -110,10 +110,21 @@ def test_a_model_that_lacks_sublayers_trains_and_is_saved_again(tiny_llama, inpu
     assert ModelView(load_checkpoint(tmp_path / "second", source.config)).num_layers == 5
 
 
-def test_it_cannot_be_pruned_further(tiny_llama, tmp_path):
+def test_it_can_be_pruned_further(tiny_llama, tmp_path):
+    """The whole command, with our own class: nothing in the folder is run. Width methods refuse missing sublayers."""
     source = random_source()
     pruned = apply(plan_with("custom"), tiny_llama[0])
     checkpoint.save(pruned, byte_tokenizer(), tmp_path / "model", card="", config=source.config)
-    outcome = run_slm("model=local", f"model.path={tmp_path / 'model'}", f"output_dir={tmp_path / 'out'}")
+    (tmp_path / "model" / "modeling_pruned.py").write_text("raise SystemExit('this must not run')")
+    (tmp_path / "text.txt").write_text("The river runs past the mill and the tree. " * 40)
+    words = [
+        "model=local", f"model.path={tmp_path / 'model'}", f"output_dir={tmp_path / 'out'}", "calibration=text_file",
+        f"calibration.path={tmp_path / 'text.txt'}", "calibration.num_samples=2", "calibration.seq_len=16",
+        "model.dtype=float32", "recovery=none", "evaluation=none", "tracker=jsonl", "pictures=false",
+    ]  # fmt: skip
+    for method in (["method=finercut", "method.export=custom"], ["method=shortgpt"]):
+        outcome = run_slm(*words, *method)
+        assert outcome.status == 0, outcome.err
+    outcome = run_slm(*words, "method=flap")
     assert outcome.status == 2
-    assert "lacks whole sublayers already" in outcome.err
+    assert "method=flap cannot narrow a model that lacks whole sublayers: layers [" in outcome.err

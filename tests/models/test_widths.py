@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import random_source, run_slm
+from conftest import random_source
 from model_folders import plain_transformers
 from plans import narrowing
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -188,7 +188,7 @@ def test_plain_transformers_loads_layers_of_different_widths(architecture, input
     assert "trust_remote_code=True" in (folder / "README.md").read_text()
 
 
-def test_a_model_of_unequal_layers_trains_is_saved_again_and_is_not_pruned_further(tiny_llama, input_ids, tmp_path):
+def test_a_model_of_unequal_layers_trains_is_saved_again_and_is_pruned_further(tiny_llama, input_ids, tmp_path):
     source = random_source()
     pruned = apply(narrowing(UNEQUAL), tiny_llama[0])
     first = checkpoint.save(pruned, byte_tokenizer(), tmp_path / "first", card="", config=source.config)
@@ -200,6 +200,13 @@ def test_a_model_of_unequal_layers_trains_is_saved_again_and_is_not_pruned_furth
     view = ModelView(load_checkpoint(tmp_path / "second", source.config))
     assert [view.kv_heads_of(layer) for layer in range(6)] == [1, 2, 2, 1, 2, 2]
     assert [view.neurons_of(layer) for layer in range(6)] == [48, 5, 48, 2, 7, 48]
-    outcome = run_slm("model=local", f"model.path={tmp_path / 'second'}", f"output_dir={tmp_path / 'out'}")
-    assert outcome.status == 2
-    assert "has layers of different widths, so it cannot be pruned further" in outcome.err
+    again = apply(narrowing({2: ([1], None), 4: (None, [0, 6])}, Drop((0,))), view.model)
+    expected = again(input_ids=input_ids, use_cache=False).logits
+    third = checkpoint.save(again, byte_tokenizer(), tmp_path / "third", card="", config=source.config)
+    torch.testing.assert_close(third(input_ids=input_ids, use_cache=False).logits, expected, rtol=0, atol=0)
+    assert [ModelView(third).kv_heads_of(layer) for layer in range(5)] == [2, 1, 1, 2, 2]
+    assert [ModelView(third).neurons_of(layer) for layer in range(5)] == [5, 48, 2, 2, 48]
+    shallower = apply(narrowing({}, Drop((1,)), num_layers=5), third)  # no width changes
+    expected = shallower(input_ids=input_ids, use_cache=False).logits
+    last = checkpoint.save(shallower, byte_tokenizer(), tmp_path / "last", card="", config=source.config)
+    torch.testing.assert_close(last(input_ids=input_ids, use_cache=False).logits, expected, rtol=0, atol=0)
