@@ -175,5 +175,5 @@ def _hull(of: Units, measured: Mapping[int, float]) -> list[tuple[float, int, in
 def _too_many(remove: int, most: int) -> UserError:
     return UserError(
         f"{remove} parameters cannot go: heads and neurons that may be removed have {max(0, most)}, as every sublayer"
-        " keeps one; ask for a lower pruning_ratio"
+        " keeps one, or method.multiple_of neurons; ask for a lower pruning_ratio"
     )

@@ -31,7 +31,8 @@ class OptimalBrainSurgeon(LayerwiseRemoval):
         - OSSCAR's exchange of removed units for kept ones is left out, as are ZipLM's search by measured latency and
           SlimGPT's ratio that rises with depth: every layer loses the same, or ``allocation=sensitivity``;
         - neurons that make massive activations stay (``massive``), by the dense model's statistics; the papers say
-          nothing of them.
+          nothing of them. On SmolLM2-135M this choice, whose tokens all count alike, keeps them anyway: at a fifth of
+          the layers the loss is the same without the option.
     """
 
     at_a_time: Count = 32  # neurons removed between two updates: 1 is ZipLM's
