@@ -1,0 +1,274 @@
+"""How llama.cpp keeps and runs each architecture, where that is not what transformers does.
+
+The names of tensors are not here: the ``gguf`` package has them. llama.cpp's rules are those of its loaders and graphs
+(ggml-org/llama.cpp, src/models/<architecture>.cpp); what one of them cannot express is refused, never left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from slm_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_pipeline.models.view import ModelView
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of llama.cpp.
+
+    Attributes:
+        name: as GGUF files call it.
+        activation: the only one that its graph has, as config.json calls it.
+        rotates_pairs: rotary embeddings turn neighbours (2i, 2i + 1) and not halves (i, i + d/2), so that the rows of
+            query and key projections are kept in another order.
+        own_head: the file holds a head of its own: True must, False must not (it is the embedding), None may.
+        heads_fill_hidden: heads times their width must be the hidden size.
+        has_biases: query, key and value projections have biases: True must, False must not, None may.
+        slides: its graph has sliding windows: every n-th layer attends to all, n from 1.
+        scale_depths: numbers of layers at which its graph divides queries by sqrt(hidden size / heads) instead of
+            sqrt(head width), because the published model of that depth does.
+        frequency_factors: its graph scales rotary frequencies one by one (llama3, longrope).
+    """
+
+    name: str
+    activation: str = "silu"
+    rotates_pairs: bool = False
+    own_head: bool | None = None
+    heads_fill_hidden: bool = False
+    has_biases: bool | None = False
+    slides: bool = False
+    scale_depths: tuple[int, ...] = ()
+    frequency_factors: tuple[str, ...] = ()
+
+
+_LLAMA = Family("llama", rotates_pairs=True, has_biases=None, frequency_factors=("llama3",))
+_GEMMA = Family("gemma", activation="gelu_pytorch_tanh", own_head=False)
+
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": Family("qwen2", has_biases=True),
+    "qwen3": Family("qwen3"),
+    "phi3": Family("phi3", heads_fill_hidden=True, frequency_factors=("longrope",)),
+    "gemma": _GEMMA,
+    "gemma2": replace(_GEMMA, name="gemma2", slides=True, scale_depths=(46,)),
+    "gemma3_text": replace(_GEMMA, name="gemma3", slides=True, scale_depths=(62,)),
+    "olmo2": Family("olmo2", own_head=True, heads_fill_hidden=True),
+    "gpt_neox": Family("gptneox", activation="gelu", own_head=True, heads_fill_hidden=True, has_biases=True),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The entry of an architecture.
+
+    Raises:
+        UserError: llama.cpp has no such architecture, or not with layers that differ.
+    """
+    if model_type.startswith("pruned_"):
+        raise UserError(
+            "layers of this model differ in width or lack a sublayer, which no GGUF architecture of its kind allows:"
+            " make it zero-padded first (slm-export padded), or prune with method.export=stock"
+        )
+    if model_type not in FAMILIES:
+        raise UserError(f"llama.cpp has no model_type={model_type!r}; it has {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]
+
+
+def check(view: ModelView, family: Family) -> None:
+    """Raise `UserError` for whatever of this model llama.cpp's graph of its architecture does not compute."""
+    config, wrong = view.config, []
+    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    if family.name.startswith("gemma"):  # Gemma's own hidden_act is ignored where hidden_activation is set
+        activation = getattr(config, "hidden_activation", None) or activation
+    if activation != family.activation:
+        wrong.append(f"its activation is {activation}, there it is {family.activation}")
+    heads = config.num_attention_heads * view.head_dim
+    if family.heads_fill_hidden and heads != config.hidden_size:
+        wrong.append(f"its heads are {heads} wide together, there they are as wide as hidden_size={config.hidden_size}")
+    inputs = view.layers[0].get_submodule(view.architecture.attention_inputs[0])
+    has_biases = getattr(inputs, "bias", None) is not None
+    if family.has_biases not in (None, has_biases):
+        wrong.append(f"its attention has {'' if has_biases else 'no '}biases, there it is the other way round")
+    if family.own_head is False and not view.ties_embeddings:
+        wrong.append("its head is not its embedding, there it is")
+    if getattr(view.head, "bias", None) is not None:
+        wrong.append("its head has a bias, there it has none")
+    if family.name == "gemma2":
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if not getattr(config, key, None):
+                wrong.append(f"it has no {key}, there it has one")
+    if family.name == "gemma3" and getattr(config, "attn_logit_softcapping", None):
+        wrong.append("it has attn_logit_softcapping, there it has none")
+    if getattr(config, "use_bidirectional_attention", None):
+        wrong.append("it attends to what comes after, there it does not")
+    if family.slides and period(view.attention_windows()) is None and not _may_all_attend(view):
+        kinds = "".join("s" if window else "F" for window in view.attention_windows())
+        wrong.append(
+            f"its layers are {kinds} (s sliding, F full attention), there every n-th and no other has full attention;"
+            " prune its width, or whole periods of layers"
+        )
+    scaling = rope_type(rope(view))
+    if scaling not in ("default", "linear", *family.frequency_factors):
+        wrong.append(f"its positions are scaled by rope_type={scaling}, which there is not done alike")
+    if wrong:
+        raise UserError(f"llama.cpp does not run this {config.model_type} as it is: {'; '.join(wrong)}")
+
+
+def period(windows: Sequence[int | None]) -> int | None:
+    """n if every n-th layer, and no other, attends to all; more than there are layers if none does.
+
+    None if no n describes them. llama.cpp's layer i slides where ``i % n < n - 1``.
+    """
+    for n in range(1, len(windows) + 2):
+        if all((window is not None) == (layer % n < n - 1) for layer, window in enumerate(windows)):
+            return n
+    return None
+
+
+def _may_all_attend(view: ModelView) -> bool:
+    """Whether layers that slide differ in nothing but the window, which short texts do not notice."""
+    return "sliding_attention" not in (getattr(view.config, "rope_parameters", None) or {})
+
+
+def context_length(view: ModelView, family: Family) -> int:
+    """Tokens that the file says the model is made for.
+
+    No more than its window where layers slide and llama.cpp lets them attend to all: up to there both are one function.
+    """
+    length = int(view.config.max_position_embeddings)
+    windows = view.attention_windows()
+    if family.slides and period(windows) is not None:
+        return length
+    return min([length, *(window for window in windows if window)])
+
+
+def rope(view: ModelView) -> dict[str, Any]:
+    """Rotary settings of layers with full attention."""
+    found: dict[str, Any] = view.config.rope_parameters
+    return found.get("full_attention", found)
+
+
+def rope_type(settings: dict[str, Any]) -> str:
+    return str(settings.get("rope_type") or "default")
+
+
+def metadata(view: ModelView, family: Family) -> dict[str, int | float | bool]:
+    """Sizes and settings by their keys within the architecture, typed as GGUF wants them."""
+    config, settings = view.config, rope(view)
+    rotated = int(view.head_dim * float(settings.get("partial_rotary_factor") or 1.0))
+    found: dict[str, int | float | bool] = {
+        "context_length": context_length(view, family),
+        "embedding_length": int(config.hidden_size),
+        "block_count": view.num_layers,
+        "feed_forward_length": view.num_neurons,
+        "attention.head_count": int(config.num_attention_heads),
+        "attention.head_count_kv": view.num_kv_heads,
+        "attention.key_length": view.head_dim,
+        "attention.value_length": view.head_dim,
+        "rope.dimension_count": rotated,
+        "rope.freq_base": float(settings["rope_theta"]),
+        "vocab_size": int(view.model.get_input_embeddings().weight.shape[0]),
+    }
+    if family.name == "gptneox":
+        found["attention.layer_norm_epsilon"] = float(config.layer_norm_eps)
+        found["use_parallel_residual"] = bool(config.use_parallel_residual)
+    else:
+        found["attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if value := getattr(config, key, None):
+            found[key] = float(value)
+    if family.slides:
+        windows = view.attention_windows()
+        found["attention.sliding_window"] = int(next(filter(None, windows), config.sliding_window or 1))
+        found["attention.sliding_window_pattern"] = period(windows) or 1
+        if "sliding_attention" in config.rope_parameters:
+            found["rope.freq_base_swa"] = float(config.rope_parameters["sliding_attention"]["rope_theta"])
+    if rope_type(settings) == "linear":
+        found["rope.scaling.factor"] = float(settings["factor"])
+    if rope_type(settings) == "longrope":
+        original = settings.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        found["rope.scaling.original_context_length"] = int(original)
+        found["rope.scaling.attn_factor"] = float(_rotary(view).attention_scaling)
+    return found
+
+
+def scaling_type(view: ModelView) -> str | None:
+    """``rope.scaling.type``; None where each frequency has a factor of its own, or none has."""
+    return "linear" if rope_type(rope(view)) == "linear" else None
+
+
+def frequency_factors(view: ModelView) -> dict[str, Tensor]:
+    """What each rotary frequency is divided by, by the names of tensors; [rotated / 2] float32."""
+    import torch
+
+    settings = rope(view)
+    if rope_type(settings) == "longrope":
+        return {
+            f"rope_factors_{kind}.weight": torch.tensor(settings[f"{kind}_factor"], dtype=torch.float32)
+            for kind in ("long", "short")
+        }
+    if rope_type(settings) != "llama3":
+        return {}
+    scaled = _rotary(view).inv_freq.float().cpu()
+    plain = float(settings["rope_theta"]) ** -(torch.arange(len(scaled), dtype=torch.float32) / len(scaled))
+    return {"rope_freqs.weight": plain / scaled}
+
+
+def _rotary(view: ModelView) -> Any:
+    return next(module for module in view.decoder.modules() if hasattr(module, "attention_scaling"))
+
+
+def tensors(view: ModelView, family: Family) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that the file holds, by transformers' name, as llama.cpp wants its values; one at a time."""
+    scale = _query_scale(view, family)
+    head = f"{view.architecture.head}.weight"
+    state = view.model.state_dict()
+    for name, value in state.items():
+        if name == head and (family.own_head is False or (view.ties_embeddings and not family.own_head)):
+            continue
+        yield name, _converted(name, value.detach(), view, family, scale)
+    if family.own_head and head not in state:  # tied weights are there once
+        yield head, view.model.get_input_embeddings().weight.detach()
+
+
+def _query_scale(view: ModelView, family: Family) -> float:
+    """What queries must be multiplied by for attention to be scaled as in transformers."""
+    wanted = getattr(view.config, "query_pre_attn_scalar", None)
+    if not wanted:
+        return 1.0
+    by_depth = view.config.hidden_size // view.config.num_attention_heads
+    there = by_depth if view.num_layers in family.scale_depths else view.head_dim
+    return math.sqrt(there / wanted)
+
+
+def _converted(name: str, value: Tensor, view: ModelView, family: Family, scale: float) -> Tensor:
+    architecture = view.architecture
+    if value.ndim == 1 and architecture.gain_offset and name.endswith("norm.weight"):
+        value = value.float() + architecture.gain_offset
+    scaled = "q_norm.weight" if family.name == "gemma3" else "q_proj.weight"
+    if scale != 1.0 and name.endswith(scaled):
+        value = value.float() * scale
+    if family.rotates_pairs and ".q_proj." in name:
+        return pairs_beside(value, view.config.num_attention_heads)
+    if family.rotates_pairs and ".k_proj." in name:
+        return pairs_beside(value, view.num_kv_heads)
+    if architecture.heads_interleaved and f".{architecture.attention_inputs[0]}." in name:
+        return query_key_value(value, view.config.num_attention_heads)
+    return value
+
+
+def pairs_beside(value: Tensor, heads: int) -> Tensor:
+    """Rows of each head from halves, (0 .. d/2, d/2 .. d), to pairs, (0, d/2, 1, d/2 + 1, ...): [heads * d, ...]."""
+    return value.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(value.shape)
+
+
+def query_key_value(value: Tensor, heads: int) -> Tensor:
+    """Rows of all queries, then all keys, then all values, from those of head after head: [heads * 3 * d, ...]."""
+    return value.unflatten(0, (heads, 3, -1)).transpose(0, 1).reshape(value.shape)
