@@ -88,9 +88,8 @@ def _describe(
     writer.add_file_type(gguf.LlamaFileType[types[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in llama_cpp.metadata(view, family).items():
-        add = writer.add_bool if isinstance(value, bool) else writer.add_uint32
-        add = writer.add_float32 if isinstance(value, float) else add
-        add(f"{family.name}.{key}" if "softcapping" not in key else f"{family.name}.{key}", value)  # type: ignore[arg-type]
+        add: Any = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+        add[type(value)](f"{family.name}.{key}", value)
     if scaling := llama_cpp.scaling_type(view):
         writer.add_string(f"{family.name}.rope.scaling.type", scaling)
     writer.add_tokenizer_model(words.model)

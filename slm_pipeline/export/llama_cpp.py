@@ -9,14 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from slm_pipeline.errors import UserError
+from slm_pipeline.models.architectures import PRUNED
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from slm_pipeline.models.view import ModelView
+
+
+_IDLE_NEURONS = 32  # of zeros, where deci would leave out the attention too: a row of quantised weights is no shorter
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Family:
         slides: its graph has sliding windows: every n-th layer attends to all, n from 1.
         scale_depths: numbers of layers at which its graph divides queries by sqrt(hidden size / heads) instead of
             sqrt(head width), because the published model of that depth does.
+        per_layer: each layer has its own numbers of heads and neurons, or none.
         frequency_factors: its graph scales rotary frequencies one by one (llama3, longrope).
     """
 
@@ -45,16 +50,20 @@ class Family:
     has_biases: bool | None = False
     slides: bool = False
     scale_depths: tuple[int, ...] = ()
+    per_layer: bool = False
     frequency_factors: tuple[str, ...] = ()
 
 
 _LLAMA = Family("llama", rotates_pairs=True, has_biases=None, frequency_factors=("llama3",))
+_DECI = replace(_LLAMA, name="deci", per_layer=True)
 _GEMMA = Family("gemma", activation="gelu_pytorch_tanh", own_head=False)
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "qwen2": Family("qwen2", has_biases=True),
+    "pruned_llama": _DECI,
+    "pruned_mistral": _DECI,
+    "qwen2": Family("qwen2", heads_fill_hidden=True, has_biases=True),
     "qwen3": Family("qwen3"),
     "phi3": Family("phi3", heads_fill_hidden=True, frequency_factors=("longrope",)),
     "gemma": _GEMMA,
@@ -71,14 +80,16 @@ def family_of(model_type: str) -> Family:
     Raises:
         UserError: llama.cpp has no such architecture, or not with layers that differ.
     """
-    if model_type.startswith("pruned_"):
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type.startswith(PRUNED):
         raise UserError(
-            "layers of this model differ in width or lack a sublayer, which no GGUF architecture of its kind allows:"
-            " make it zero-padded first (slm-export padded), or prune with method.export=stock"
+            f"layers of this {model_type.removeprefix(PRUNED)} differ in width or lack a sublayer, which llama.cpp has"
+            " for llama and mistral alone: make it zero-padded first (slm-export padded), or prune with"
+            " method.export=stock"
         )
-    if model_type not in FAMILIES:
-        raise UserError(f"llama.cpp has no model_type={model_type!r}; it has {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[model_type]
+    known = sorted(name for name in FAMILIES if not name.startswith(PRUNED))
+    raise UserError(f"llama.cpp has no model_type={model_type!r}; of what is supported it has {', '.join(known)}")
 
 
 def check(view: ModelView, family: Family) -> None:
@@ -92,9 +103,7 @@ def check(view: ModelView, family: Family) -> None:
     heads = config.num_attention_heads * view.head_dim
     if family.heads_fill_hidden and heads != config.hidden_size:
         wrong.append(f"its heads are {heads} wide together, there they are as wide as hidden_size={config.hidden_size}")
-    inputs = view.layers[0].get_submodule(view.architecture.attention_inputs[0])
-    has_biases = getattr(inputs, "bias", None) is not None
-    if family.has_biases not in (None, has_biases):
+    if family.has_biases is not None and family.has_biases != (has_biases := _has_biases(view)):
         wrong.append(f"its attention has {'' if has_biases else 'no '}biases, there it is the other way round")
     if family.own_head is False and not view.ties_embeddings:
         wrong.append("its head is not its embedding, there it is")
@@ -132,6 +141,11 @@ def period(windows: Sequence[int | None]) -> int | None:
     return None
 
 
+def _has_biases(view: ModelView) -> bool:
+    inputs = view.layers[0].get_submodule(view.architecture.attention_inputs[0])
+    return getattr(inputs, "bias", None) is not None
+
+
 def _may_all_attend(view: ModelView) -> bool:
     """Whether layers that slide differ in nothing but the window, which short texts do not notice."""
     return "sliding_attention" not in (getattr(view.config, "rope_parameters", None) or {})
@@ -159,17 +173,19 @@ def rope_type(settings: dict[str, Any]) -> str:
     return str(settings.get("rope_type") or "default")
 
 
-def metadata(view: ModelView, family: Family) -> dict[str, int | float | bool]:
+def metadata(view: ModelView, family: Family) -> dict[str, int | float | bool | list[int]]:
     """Sizes and settings by their keys within the architecture, typed as GGUF wants them."""
     config, settings = view.config, rope(view)
     rotated = int(view.head_dim * float(settings.get("partial_rotary_factor") or 1.0))
-    found: dict[str, int | float | bool] = {
+    groups, neurons = _groups(view), _neurons(view)
+    heads = [view.heads_per_group * count for count in groups]
+    found: dict[str, int | float | bool | list[int]] = {
         "context_length": context_length(view, family),
         "embedding_length": int(config.hidden_size),
         "block_count": view.num_layers,
-        "feed_forward_length": view.num_neurons,
-        "attention.head_count": int(config.num_attention_heads),
-        "attention.head_count_kv": view.num_kv_heads,
+        "feed_forward_length": neurons if family.per_layer else neurons[0],
+        "attention.head_count": heads if family.per_layer else heads[0],
+        "attention.head_count_kv": groups if family.per_layer else groups[0],
         "attention.key_length": view.head_dim,
         "attention.value_length": view.head_dim,
         "rope.dimension_count": rotated,
@@ -197,6 +213,24 @@ def metadata(view: ModelView, family: Family) -> dict[str, int | float | bool]:
         found["rope.scaling.original_context_length"] = int(original)
         found["rope.scaling.attn_factor"] = float(_rotary(view).attention_scaling)
     return found
+
+
+def _lacks(view: ModelView, layer: int, child: str) -> bool:
+    return layer in getattr(view.config, "absent", {}).get(child, ())
+
+
+def _groups(view: ModelView) -> list[int]:
+    """Key-value groups of each layer; 0 where there is no attention."""
+    child = view.architecture.attention
+    return [0 if _lacks(view, layer, child) else view.kv_heads_of(layer) for layer in range(view.num_layers)]
+
+
+def _neurons(view: ModelView) -> list[int]:
+    """Hidden neurons of each layer; where there is no feed-forward network, those that `tensors` puts there."""
+    child = view.architecture.mlp[0]
+    return [
+        _IDLE_NEURONS if _lacks(view, layer, child) else view.neurons_of(layer) for layer in range(view.num_layers)
+    ]
 
 
 def scaling_type(view: ModelView) -> str | None:
@@ -228,14 +262,24 @@ def _rotary(view: ModelView) -> Any:
 def tensors(view: ModelView, family: Family) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that the file holds, by transformers' name, as llama.cpp wants its values; one at a time."""
     scale = _query_scale(view, family)
-    head = f"{view.architecture.head}.weight"
-    state = view.model.state_dict()
-    for name, value in state.items():
-        if name == head and (family.own_head is False or (view.ties_embeddings and not family.own_head)):
-            continue
-        yield name, _converted(name, value.detach(), view, family, scale)
-    if family.own_head and head not in state:  # tied weights are there once
-        yield head, view.model.get_input_embeddings().weight.detach()
+    for name, value in view.model.state_dict().items():
+        if name.startswith(f"{view.architecture.decoder}."):
+            yield name, _converted(name, value.detach(), view, family, scale)
+    yield from _idle_networks(view)
+    if family.own_head or not view.ties_embeddings:
+        yield f"{view.architecture.head}.weight", cast(Any, view.head).weight.detach()
+
+
+def _idle_networks(view: ModelView) -> Iterator[tuple[str, Tensor]]:
+    """Feed-forward networks that add nothing, with norms, of the layers that have none."""
+    architecture = view.architecture
+    width, like = int(view.config.hidden_size), view.model.get_input_embeddings().weight
+    for layer in (layer for layer in range(view.num_layers) if _lacks(view, layer, architecture.mlp[0])):
+        block = f"{architecture.decoder}.{architecture.layers}.{layer}"
+        yield f"{block}.{architecture.mlp_norms[0]}.weight", like.new_ones(width)
+        for name in architecture.mlp_inputs:
+            yield f"{block}.{name}.weight", like.new_zeros(_IDLE_NEURONS, width)
+        yield f"{block}.{architecture.mlp_output}.weight", like.new_zeros(width, _IDLE_NEURONS)
 
 
 def _query_scale(view: ModelView, family: Family) -> float:
@@ -255,10 +299,8 @@ def _converted(name: str, value: Tensor, view: ModelView, family: Family, scale:
     scaled = "q_norm.weight" if family.name == "gemma3" else "q_proj.weight"
     if scale != 1.0 and name.endswith(scaled):
         value = value.float() * scale
-    if family.rotates_pairs and ".q_proj." in name:
-        return pairs_beside(value, view.config.num_attention_heads)
-    if family.rotates_pairs and ".k_proj." in name:
-        return pairs_beside(value, view.num_kv_heads)
+    if family.rotates_pairs and (".q_proj." in name or ".k_proj." in name):
+        return pairs_beside(value, value.shape[0] // view.head_dim)
     if architecture.heads_interleaved and f".{architecture.attention_inputs[0]}." in name:
         return query_key_value(value, view.config.num_attention_heads)
     return value
