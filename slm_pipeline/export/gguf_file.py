@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 TYPES = ("f16", "q8_0", "q4_0")  # 16, 8.5 and 4.5 bits for each weight of a matrix
 _BLOCK = 32  # weights of one row that share a scale, of q8_0 and q4_0
+_LARGEST = 65504.0  # float16 number
 _EMPTY_MERGE = "\0 \0"  # llama.cpp wants merges; no text has a part that this one joins
 _KEYS = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unknown_token_id", "padding": "padding_token_id"}
 
@@ -168,6 +169,6 @@ def _type_of(name: str, value: Any, kind: str) -> tuple[gguf.GGMLQuantizationTyp
         return (types.Q8_0 if outside or kind == "q8_0" else types.Q4_0), ""
     why = "" if kind == "f16" else f"its rows have {value.shape[-1]} numbers, no multiple of {_BLOCK}"
     largest = float(value.abs().max())
-    if largest > np.finfo(np.float16).max:
+    if largest > _LARGEST:
         return types.F32, f"float16 does not hold its {largest:.3g}"
     return types.F16, why

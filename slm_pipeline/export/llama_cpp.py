@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from slm_pipeline.models.view import ModelView
 
 
-_IDLE_NEURONS = 32  # of zeros, where deci would leave out the attention too: a row of quantised weights is no shorter
+_IDLE_NEURONS = 32  # where deci would leave out the attention too; a row of quantised weights is no shorter
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,8 @@ def check(view: ModelView, family: Family) -> None:
     scaling = rope_type(rope(view))
     if scaling not in ("default", "linear", *family.frequency_factors):
         wrong.append(f"its positions are scaled by rope_type={scaling}, which there is not done alike")
+    if family.name == "gemma3" and not any(view.attention_windows()) and scaling != "default":
+        wrong.append(f"none of its layers slides, and there rope_type={scaling} needs some that do")
     if wrong:
         raise UserError(f"llama.cpp does not run this {config.model_type} as it is: {'; '.join(wrong)}")
 
@@ -161,6 +163,16 @@ def context_length(view: ModelView, family: Family) -> int:
     if family.slides and period(windows) is not None:
         return length
     return min([length, *(window for window in windows if window)])
+
+
+def _sliding(view: ModelView) -> tuple[int | None, int]:
+    """The window, and n of `period`; (None, more than there are layers) if the window is to hide nothing.
+
+    llama.cpp ends itself over a model of these architectures in which no layer slides.
+    """
+    windows = view.attention_windows()
+    window, pattern = max(windows, key=lambda window: window or 0), period(windows)
+    return (None, view.num_layers + 1) if window is None or pattern is None else (window, pattern)
 
 
 def rope(view: ModelView) -> dict[str, Any]:
@@ -201,10 +213,11 @@ def metadata(view: ModelView, family: Family) -> dict[str, int | float | bool | 
         if value := getattr(config, key, None):
             found[key] = float(value)
     if family.slides:
-        windows = view.attention_windows()
-        found["attention.sliding_window"] = int(next(filter(None, windows), config.sliding_window or 1))
-        found["attention.sliding_window_pattern"] = period(windows) or 1
-        if "sliding_attention" in config.rope_parameters:
+        window, pattern = _sliding(view)
+        found["attention.sliding_window"] = window or context_length(view, family)
+        found["attention.sliding_window_pattern"] = pattern
+        found["rope.freq_base_swa"] = float(settings["rope_theta"])
+        if window is not None and "sliding_attention" in config.rope_parameters:
             found["rope.freq_base_swa"] = float(config.rope_parameters["sliding_attention"]["rope_theta"])
     if rope_type(settings) == "linear":
         found["rope.scaling.factor"] = float(settings["factor"])
@@ -220,17 +233,20 @@ def _lacks(view: ModelView, layer: int, child: str) -> bool:
 
 
 def _groups(view: ModelView) -> list[int]:
-    """Key-value groups of each layer; 0 where there is no attention."""
+    """Key-value groups of each layer; 0 where there is no attention, but for the first layer.
+
+    llama.cpp takes the first layer's number of heads for the model's; there `_idle` puts one group.
+    """
     child = view.architecture.attention
-    return [0 if _lacks(view, layer, child) else view.kv_heads_of(layer) for layer in range(view.num_layers)]
+    return [
+        int(layer == 0) if _lacks(view, layer, child) else view.kv_heads_of(layer) for layer in range(view.num_layers)
+    ]
 
 
 def _neurons(view: ModelView) -> list[int]:
-    """Hidden neurons of each layer; where there is no feed-forward network, those that `tensors` puts there."""
+    """Hidden neurons of each layer; where there is no feed-forward network, those of `_idle`."""
     child = view.architecture.mlp[0]
-    return [
-        _IDLE_NEURONS if _lacks(view, layer, child) else view.neurons_of(layer) for layer in range(view.num_layers)
-    ]
+    return [_IDLE_NEURONS if _lacks(view, layer, child) else view.neurons_of(layer) for layer in range(view.num_layers)]
 
 
 def scaling_type(view: ModelView) -> str | None:
@@ -265,21 +281,28 @@ def tensors(view: ModelView, family: Family) -> Iterator[tuple[str, Tensor]]:
     for name, value in view.model.state_dict().items():
         if name.startswith(f"{view.architecture.decoder}."):
             yield name, _converted(name, value.detach(), view, family, scale)
-    yield from _idle_networks(view)
+    yield from _idle(view)
     if family.own_head or not view.ties_embeddings:
         yield f"{view.architecture.head}.weight", cast(Any, view.head).weight.detach()
 
 
-def _idle_networks(view: ModelView) -> Iterator[tuple[str, Tensor]]:
-    """Feed-forward networks that add nothing, with norms, of the layers that have none."""
-    architecture = view.architecture
-    width, like = int(view.config.hidden_size), view.model.get_input_embeddings().weight
-    for layer in (layer for layer in range(view.num_layers) if _lacks(view, layer, architecture.mlp[0])):
-        block = f"{architecture.decoder}.{architecture.layers}.{layer}"
-        yield f"{block}.{architecture.mlp_norms[0]}.weight", like.new_ones(width)
-        for name in architecture.mlp_inputs:
-            yield f"{block}.{name}.weight", like.new_zeros(_IDLE_NEURONS, width)
-        yield f"{block}.{architecture.mlp_output}.weight", like.new_zeros(width, _IDLE_NEURONS)
+def _idle(view: ModelView) -> Iterator[tuple[str, Tensor]]:
+    """Sublayers of zeros, with norms, that add nothing: where llama.cpp cannot do without."""
+    parts, width = view.architecture, int(view.config.hidden_size)
+    like = view.model.get_input_embeddings().weight
+    blocks = [f"{parts.decoder}.{parts.layers}.{layer}" for layer in range(view.num_layers)]
+    if _lacks(view, 0, parts.attention):
+        keys = view.head_dim
+        queries = keys * view.heads_per_group
+        yield f"{blocks[0]}.{parts.attention_norms[0]}.weight", like.new_ones(width)
+        for name, rows in zip(parts.attention_inputs, (queries, keys, keys), strict=True):
+            yield f"{blocks[0]}.{name}.weight", like.new_zeros(rows, width)
+        yield f"{blocks[0]}.{parts.attention_output}.weight", like.new_zeros(width, queries)
+    for layer in (layer for layer in range(view.num_layers) if _lacks(view, layer, parts.mlp[0])):
+        yield f"{blocks[layer]}.{parts.mlp_norms[0]}.weight", like.new_ones(width)
+        for name in parts.mlp_inputs:
+            yield f"{blocks[layer]}.{name}.weight", like.new_zeros(_IDLE_NEURONS, width)
+        yield f"{blocks[layer]}.{parts.mlp_output}.weight", like.new_zeros(width, _IDLE_NEURONS)
 
 
 def _query_scale(view: ModelView, family: Family) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import xllamacpp
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
 class LlamaCpp:
@@ -37,9 +38,26 @@ class LlamaCpp:
         for entry in choice["logprobs"]["content"][0]["top_logprobs"]:
             found[entry["id"]] = entry["logprob"]
         assert not found.isnan().any()
-        return found
+        assert abs(float(found.double().logsumexp(-1))) < 1e-3  # llama.cpp adds them up in float32
+        return found.double().log_softmax(-1).float()
 
     def _complete(self, **request: Any) -> dict[str, Any]:
         answer = self.server.handle_completions({"temperature": 0, "cache_prompt": False, **request})
         assert "choices" in answer, answer
         return answer["choices"][0]
+
+
+def make_model(architecture: str, **settings: Any) -> Any:
+    """6 layers, hidden size 32, 4 heads on 2; every weight is a float16 number, and positions show in the logits."""
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
+    sizes |= {"num_attention_heads": 4, "pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}
+    if architecture != "gpt_neox":
+        sizes |= {"num_key_value_heads": 2, "head_dim": 8}
+    config = AutoConfig.for_model(architecture, **{**sizes, **settings})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn(parameter.shape))
+            parameter.copy_(parameter.half().float())
+    return model
