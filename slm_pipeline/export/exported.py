@@ -110,7 +110,7 @@ def _looked_at(found: Exported) -> Exported:
 
 
 def check_free(target: Path) -> None:
-    """Raise `UserError` if something is at ``target``, or it lies in a result of the store, which must stay as it is."""
+    """Raise `UserError` if something is at ``target``, or it would lie in a result of the store."""
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} is there already; name another with --out")
     inside = [parent for parent in target.absolute().parents if (parent / "stage.json").is_file()]

@@ -1,4 +1,4 @@
-"""llama.cpp itself computes from a GGUF file what transformers computes from the model, in every architecture it has."""
+"""llama.cpp computes from a GGUF file what transformers computes from the model, in every architecture it has."""
 
 from __future__ import annotations
 
