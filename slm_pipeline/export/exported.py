@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
+from slm_pipeline.export import model_card
+from slm_pipeline.export.model_card import Base
 from slm_pipeline.models import folder as model_folder
 from slm_pipeline.models.json_files import read_json
 from slm_pipeline.store.run_folder import RUNNING, SUMMARY
@@ -27,12 +31,14 @@ class Exported:
         which: pruned or recovered; empty of a plain model folder.
         summary: summary.json of its run; empty of a plain model folder.
         description: config.json.
+        base: the dense model; of a plain model folder as far as it says.
     """
 
     folder: Path
     which: str
     summary: Mapping[str, Any] = field(default_factory=dict)
     description: Mapping[str, Any] = field(default_factory=dict)
+    base: Base = field(default_factory=lambda: Base("another model"))
 
     @property
     def name(self) -> str:
@@ -46,6 +52,19 @@ class Exported:
         """The plan that lies beside the weights."""
         file = self.folder / "plan.json"
         return Plan.read(file) if file.is_file() else None
+
+    def card(self, place: str, description: Mapping[str, Any] | None = None) -> str:
+        """The model card: the full one of a run's model, of another folder its own.
+
+        Args:
+            place: what loads it: a repository, or a folder.
+            description: config.json, where it is not that of ``folder``.
+        """
+        if self.summary and self.plan is not None:
+            about = description or self.description
+            return model_card.of_run(self.summary, self.base, self.plan, self.which, about, place)
+        own = self.folder / "README.md"
+        return own.read_text(encoding="utf-8") if own.is_file() else f"# {self.name}\n"
 
     @property
     def dtype(self) -> str:
@@ -101,12 +120,20 @@ def _of_run(place: Path, which: str | None) -> Exported:
             f"{folder}, the {which} model of {place}, is not there: run its command again from the same folder, with"
             " keep=model"
         )
-    return _looked_at(Exported(folder, which, summary))
+    return _looked_at(Exported(folder, which, summary, base=_base(place)))
+
+
+def _base(run: Path) -> Base:
+    """The dense model by the run's config.yaml."""
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        return Base.of(config["model"])
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{run / 'config.yaml'}, which names the dense model, cannot be read: {error}") from error
 
 
 def _looked_at(found: Exported) -> Exported:
-    looked = model_folder.look(found.folder, str(found.folder))
-    return Exported(found.folder, found.which, found.summary, looked.description)
+    return replace(found, description=model_folder.look(found.folder, str(found.folder)).description)
 
 
 def check_free(target: Path) -> None:

@@ -7,18 +7,51 @@ slow as its widest layer, so it is for tools that know no other class.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
+from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
+from slm_pipeline.models import checkpoint
 from slm_pipeline.models.architectures import PRUNED
 from slm_pipeline.models.view import ModelView, Slice
+from slm_pipeline.surgery.plan import Plan
 
-_BIAS_SETTINGS = {"attention": "attention_bias", "mlp": "mlp_bias"}  # of some configurations, of all projections at once
-_TOLERANCE = 1e-4  # of the logits, relative
+_ABOUT = "Layers that were narrower, or lacked a sublayer, are filled up with zeros here: the class is a stock one."
+_BIAS_SETTINGS = {"attention": "attention_bias", "mlp": "mlp_bias"}  # of all projections of a sublayer at once
+
+
+def save(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    card: Callable[[str, dict[str, Any]], str],
+    plan: Plan | None,
+    config: ModelConfig,
+) -> None:
+    """Write the padded ``model`` with its tokenizer to ``folder``, loaded again and compared before it is there.
+
+    Args:
+        card: of the place that loads it and its config.json.
+        plan: written beside it.
+
+    Raises:
+        UserError: see `pad`; or the logits are not those of ``model``.
+    """
+    stock = pad(model)
+    apart = difference(checkpoint.probe(model), checkpoint.probe(stock))
+    if not apart <= checkpoint.TOLERANCE[config.dtype]:
+        raise UserError(f"{folder}: the padded model's logits differ by {apart:.2e} (relative): it was not kept")
+    about = f"{card(folder.name, stock.config.to_dict())}\n\n{_ABOUT}\n"
+    checkpoint.save(stock, tokenizer, folder, card=about, config=config)
+    if plan is not None:
+        plan.write(folder / "plan.json")
 
 
 @torch.no_grad()
@@ -58,8 +91,8 @@ def _stock_config(view: ModelView) -> Any:
     groups = next(count for count in range(widest, view.num_kv_heads + 1) if view.allows_kv_heads(count))
     if view.architecture.query_key_norms and counts - {groups}:
         raise UserError(
-            f"the norms of queries and keys of this {model_type.removeprefix(PRUNED)} are as wide as all heads: heads of"
-            " zeros would change what they divide by; prune it with method.export=stock"
+            f"the norms of queries and keys of this {model_type.removeprefix(PRUNED)} are as wide as all heads:"
+            " heads of zeros would change what they divide by; prune it with method.export=stock"
         )
     if groups != view.num_kv_heads:
         config.head_dim = view.head_dim
@@ -110,8 +143,6 @@ def _slices(view: ModelView, layer: int) -> list[Slice]:
     return attention + (view.mlp_slices(layer) if f"{view.architecture.mlp_output}.weight" in has else [])
 
 
-def difference(one: Any, other: Any, ids: torch.Tensor) -> float:
-    """Largest distance of the two models' logits, relative to their size."""
-    with torch.no_grad():
-        logits = [model(input_ids=ids, use_cache=False).logits.float() for model in (one, other)]
-    return float((logits[0] - logits[1]).norm() / logits[0].norm())
+def difference(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """Distance of logits, relative to their size."""
+    return float((expected - found).norm() / expected.norm())
