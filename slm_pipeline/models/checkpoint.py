@@ -27,6 +27,7 @@ _HOW_TO_LOAD = (
     "Its layers differ in what they have: it brings `modeling_pruned.py`, and `AutoModelForCausalLM` loads it with"
     " `trust_remote_code=True` only."
 )
+MAX_SHARD = "5GB"  # of one file of weights; transformers 5 would write up to 50
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # relative, of the logits; equal in most cases
 
 
@@ -44,7 +45,7 @@ def save(model: Any, tokenizer: Any, folder: Path, *, card: str, config: ModelCo
     view = ModelView(model)
     model.config.dtype = config.dtype
     model.config.tie_word_embeddings = view.ties_embeddings
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, max_shard_size=MAX_SHARD)
     if model.config.model_type.startswith(PRUNED):
         _add_modelling_file(partial)
         card = f"{card}\n\n{_HOW_TO_LOAD}\n"

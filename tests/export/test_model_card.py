@@ -24,9 +24,15 @@ PLAN = Plan({"name": "m", "fingerprint": "f", "num_layers": 6}, "test", {}, None
 
 def card(description=None, **more) -> str:
     return model_card.text(
-        title="m, 5 layers", base=Base("m", "me/m", "mit"), paragraphs=[model_card.in_words(PLAN, ["a line"])], command="slm a=b",
-        numbers=NUMBERS, which="pruned", description=description, **more,
-    )  # fmt: skip
+        title="m, 5 layers",
+        base=Base("m", "me/m", "mit"),
+        paragraphs=[model_card.in_words(PLAN, ["a line"])],
+        command="slm a=b",
+        numbers=NUMBERS,
+        which="pruned",
+        description=description,
+        **more,
+    )
 
 
 def test_the_hub_reads_every_number_of_the_model_that_it_is_of():
