@@ -7,7 +7,7 @@ The names of tensors are not here: the ``gguf`` package has them. llama.cpp's ru
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -90,6 +90,15 @@ def family_of(model_type: str) -> Family:
         )
     known = sorted(name for name in FAMILIES if not name.startswith(PRUNED))
     raise UserError(f"llama.cpp has no model_type={model_type!r}; of what is supported it has {', '.join(known)}")
+
+
+def may_run(description: Mapping[str, Any]) -> bool:
+    """Whether llama.cpp has the architecture of a config.json and its kinds of layers; `check` looks at all else."""
+    model_type = str(description["model_type"])
+    if model_type != "gemma3_text":
+        return model_type in FAMILIES
+    kinds = description.get("layer_types") or []
+    return period([1 if kind == "sliding_attention" else None for kind in kinds]) is not None
 
 
 def check(view: ModelView, family: Family) -> None:

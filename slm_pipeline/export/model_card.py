@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline.config import TARGETS
+from slm_pipeline.export import llama_cpp
 from slm_pipeline.models.architectures import PRUNED
 from slm_pipeline.models.bundled import BUNDLED_MODELS
 from slm_pipeline.results.number import Number
@@ -241,8 +242,6 @@ def _how_measured(numbers: Sequence[Number]) -> str:
 
 
 def _use(description: Mapping[str, Any], place: str) -> str:
-    from slm_pipeline.export.llama_cpp import FAMILIES
-
     model_type = str(description["model_type"])
     differs = model_type.startswith(PRUNED)
     trust = ", trust_remote_code=True" if differs else ""
@@ -259,7 +258,7 @@ def _use(description: Mapping[str, Any], place: str) -> str:
         )
     else:
         lines.append(f"vLLM knows its class as it is:\n\n{code_block(f'vllm serve {place}', 'bash')}")
-    if model_type in FAMILIES:
+    if llama_cpp.may_run(description):
         run = "slm-export gguf FOLDER --type q8_0 --out model.gguf\nllama-cli -m model.gguf"
         lines.append(f"llama.cpp, with FOLDER a copy of it:\n\n{code_block(run, 'bash')}")
     else:

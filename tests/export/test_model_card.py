@@ -57,16 +57,18 @@ def test_people_read_the_scores_of_all_models_and_how_they_were_measured():
 
 
 @pytest.mark.parametrize(
-    ("model_type", "there", "absent"),
+    ("model_type", "there", "absent"),  # of Gemma 3 one whose first layer alone attends to all
     [
         ("llama", ["vllm serve me/x", "slm-export gguf"], ["trust_remote_code"]),
         ("pruned_llama", ['"me/x", trust_remote_code=True', "slm-export padded", "slm-export gguf"], ["vllm serve"]),
         ("pruned_opt", ["trust_remote_code=True", "llama.cpp has no architecture"], ["vllm serve", "slm-export gguf"]),
         ("opt", ["vllm serve me/x", "llama.cpp has no architecture"], ["trust_remote_code", "slm-export gguf"]),
+        ("gemma3_text", ["vllm serve me/x", "llama.cpp has no architecture"], ["slm-export gguf"]),
     ],
 )
 def test_it_says_what_loads_the_model(model_type, there, absent):
-    text = card({"model_type": model_type}, place="me/x")
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    text = card({"model_type": model_type, "layer_types": kinds}, place="me/x")
     assert [word for word in there if word not in text] == []
     assert [word for word in absent if word in text] == []
 
