@@ -20,7 +20,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.jobs import command_line
 from slm_pipeline.jobs.job import Job, make_output_root
 from slm_pipeline.report.runs import Run, read_runs
-from slm_pipeline.surgery.plan import Plan, format_groups
+from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -135,6 +135,7 @@ def save_model(
     Raises:
         UserError: the folder is not empty, or the saved model's logits, size or token ids are not those of the model.
     """
+    from slm_pipeline.export import model_card
     from slm_pipeline.models import checkpoint
     from slm_pipeline.models.source import DTYPES
 
@@ -145,12 +146,10 @@ def save_model(
     if dtype not in DTYPES:
         raise UserError(f"the model's dtype {dtype} is not one of {', '.join(DTYPES)}")
     name = str(plan.model["name"])
-    card = checkpoint.card(
+    card = model_card.text(
         title=f"{name}, {plan.num_layers} layers ({plan.method})",
-        base=name,
-        licence_note="The base model's licence applies.",
-        body=f"Layers, by the original layers merged into each: `{format_groups(plan.layer_groups)}`.\n\nThe whole"
-        " decision is in `plan.json`.",
+        base=model_card.Base(name),
+        paragraphs=[model_card.in_words(plan, []), model_card.REPLAY],
         command=shlex.join(["slm", "method=from_plan", "method.path=plan.json", "pruning_ratio=none"]),
     )
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_pipeline.errors import only_warned_about
+from slm_pipeline.export import exported
 from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.stages.evaluate import Evaluate
 from slm_pipeline.jobs.stages.merge import load_plan
@@ -19,7 +20,7 @@ from slm_pipeline.report.run import write_summary_md
 from slm_pipeline.results.number import Number, by_key
 from slm_pipeline.results.of_run import numbers_of, of_job, parameters_at_work
 from slm_pipeline.store.artifact import Artifact
-from slm_pipeline.store.files import write_json
+from slm_pipeline.store.files import write_json, write_text
 from slm_pipeline.store.run_folder import BEFORE
 from slm_pipeline.surgery.changes import Changes
 from slm_pipeline.surgery.plan import Plan, merged_windows
@@ -111,6 +112,9 @@ def write(
     if "merge" in results:
         with only_warned_about("plan.json was not written"):
             load_plan(results["merge"]).write(run_dir / "plan.json")
+    if "checkpoint" in summary:
+        with only_warned_about("model_card.md was not written"):
+            write_text(run_dir / "model_card.md", f"{exported.find(run_dir).card('FOLDER')}\n")
     pictures = _draw(summary, results, run_dir) if draw else []
     summary["pictures"] = [picture.name for picture in pictures]
     summary["warnings"] = list(warnings)

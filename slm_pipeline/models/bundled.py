@@ -34,6 +34,8 @@ class BundledModel:
     model_type: str
     single_digits: bool
     max_positions: int | None = None  # tokens that it is made for
+    repo: str | None = None  # the same model on the hub
+    licence: str | None = None  # as the hub calls it
 
 
 BUNDLED_MODELS: dict[str, BundledModel] = {
@@ -45,6 +47,8 @@ BUNDLED_MODELS: dict[str, BundledModel] = {
         num_layers=30,
         model_type="llama",
         single_digits=True,
+        repo="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="apache-2.0",
         max_positions=8192,
     ),
     # Gemma 3 270M (base), quantised to Q4_K_M; Gemma Terms of Use, kept beside the weights.
@@ -58,6 +62,8 @@ BUNDLED_MODELS: dict[str, BundledModel] = {
         num_layers=18,
         model_type="gemma3_text",
         single_digits=False,
+        repo="google/gemma-3-270m",
+        licence="gemma",
         max_positions=32768,
     ),
 }

@@ -18,7 +18,6 @@ from slm_pipeline.models import config_files, modeling_pruned
 from slm_pipeline.models.architectures import PRUNED
 from slm_pipeline.models.loading import load_checkpoint, load_tokenizer
 from slm_pipeline.models.view import ModelView
-from slm_pipeline.show.tables import code, code_block, markdown_escaped
 from slm_pipeline.store.files import give_usual_modes, write_json, write_text
 
 _PROBE_LENGTH = 16  # tokens, beyond the longest sliding window
@@ -28,7 +27,8 @@ _HOW_TO_LOAD = (
     "Its layers differ in what they have: it brings `modeling_pruned.py`, and `AutoModelForCausalLM` loads it with"
     " `trust_remote_code=True` only."
 )
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # relative, of the logits; equal in most cases
+MAX_SHARD = "5GB"  # of one file of weights; transformers 5 would write up to 50
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # relative, of the logits; equal in most cases
 
 
 def save(model: Any, tokenizer: Any, folder: Path, *, card: str, config: ModelConfig) -> Any:
@@ -45,7 +45,7 @@ def save(model: Any, tokenizer: Any, folder: Path, *, card: str, config: ModelCo
     view = ModelView(model)
     model.config.dtype = config.dtype
     model.config.tie_word_embeddings = view.ties_embeddings
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, max_shard_size=MAX_SHARD)
     if model.config.model_type.startswith(PRUNED):
         _add_modelling_file(partial)
         card = f"{card}\n\n{_HOW_TO_LOAD}\n"
@@ -53,14 +53,14 @@ def save(model: Any, tokenizer: Any, folder: Path, *, card: str, config: ModelCo
     config_files.mend(partial, tokenizer)
     write_text(partial / "README.md", card)
     give_usual_modes(partial)
-    expected, expected_ids = _probe(model), tokenizer(_PROBE_TEXT)["input_ids"]
+    expected, expected_ids = probe(model), tokenizer(_PROBE_TEXT)["input_ids"]
     windows, num_parameters = view.attention_windows(), view.num_parameters()
     if not hasattr(model, "hf_device_map"):  # a model spread over GPUs cannot be moved; there both copies must fit
         model.to("meta")
     del model, view
     memory.free()
     reloaded = load_checkpoint(partial, config)
-    _compare(expected, _probe(reloaded), config.dtype, folder)
+    _compare(expected, probe(reloaded), config.dtype, folder)
     found = ModelView(reloaded)
     if found.num_parameters() != num_parameters:
         raise UserError(f"{folder}: the reloaded model has another number of parameters than the saved one")
@@ -88,7 +88,7 @@ def _add_modelling_file(folder: Path) -> None:
 
 
 @torch.no_grad()
-def _probe(model: Any) -> Tensor:
+def probe(model: Any) -> Tensor:
     """Logits at the end of a fixed sequence of token ids: [1, 16, vocabulary] float32 on the CPU.
 
     The sequence is 16 tokens longer than the longest sliding window of up to 1024, if the model has so many positions.
@@ -103,25 +103,8 @@ def _probe(model: Any) -> Tensor:
 
 def _compare(expected: Tensor, found: Tensor, dtype: str, folder: Path) -> None:
     difference = (expected - found).norm() / expected.norm()
-    if not difference <= _TOLERANCE[dtype]:
+    if not difference <= TOLERANCE[dtype]:
         raise UserError(
             f"{folder}: the reloaded model's logits differ from the saved model's by {float(difference):.2e} (relative;"
-            f" at most {_TOLERANCE[dtype]:.0e} allowed): the checkpoint was not kept"
+            f" at most {TOLERANCE[dtype]:.0e} allowed): the checkpoint was not kept"
         )
-
-
-def card(*, title: str, base: str, licence_note: str, body: str, command: str) -> str:
-    """A model card in Markdown."""
-    return f"""---
-library_name: transformers
-tags: [pruning, depth-pruning]
----
-# {markdown_escaped(title)}
-
-Made from {code(base)} by slm_pipeline. {licence_note}
-
-{body}
-
-Made by:
-
-{code_block(command, "bash")}"""

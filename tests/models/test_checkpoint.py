@@ -171,3 +171,20 @@ def test_logits_of_the_view_are_the_models_own(any_model, input_ids):
     view = ModelView(any_model)
     normed = view.decoder(input_ids=input_ids).last_hidden_state
     torch.testing.assert_close(view.logits(normed), any_model(input_ids=input_ids).logits)
+
+
+@torch.no_grad()
+def test_weights_above_the_largest_shard_are_written_in_several(input_ids, tmp_path, monkeypatch):
+    """Each file holds no more than that, the index says which tensor lies where, and all of it loads."""
+    monkeypatch.setattr(checkpoint, "MAX_SHARD", "60KB")
+    source = random_source()
+    model, tokenizer = load_dense(source)
+    expected = model(input_ids=input_ids).logits
+    checkpoint.save(model, tokenizer, tmp_path / "model", card="# card", config=source.config)
+    shards = sorted((tmp_path / "model").glob("model-*.safetensors"))
+    assert len(shards) > 3
+    assert max(shard.stat().st_size for shard in shards) < 70_000  # with the header
+    index = json.loads((tmp_path / "model/model.safetensors.index.json").read_text())
+    assert {*index["weight_map"].values()} == {shard.name for shard in shards}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(loaded(input_ids=input_ids).logits, expected, rtol=0, atol=1e-5)

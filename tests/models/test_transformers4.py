@@ -25,6 +25,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from slm_pipeline.export import padded
 from slm_pipeline.models import checkpoint
 from slm_pipeline.models.architectures import ARCHITECTURES
 from slm_pipeline.models.loading import byte_tokenizer
@@ -80,12 +81,13 @@ SETTINGS = {
 
 NARROW = [name for name in SETTINGS if "_" not in name and name != "opt"] + ["gemma3_text"]  # one group, 40 neurons
 UNEQUAL = ["llama", "phi3", "gemma3_text", "opt"]  # layers of different widths
+PADDED = ["llama", "gemma3_text"]  # unequal, then filled up with zeros: the stock class
 CUSTOM = ["llama", "gemma3_text", "opt", "gpt_neox"]  # saved without one attention and one feed-forward network as well
 
 
 OTHERS = {
     f"{architecture}_{form}": architecture
-    for form, architectures in (("custom", CUSTOM), ("narrow", NARROW), ("unequal", UNEQUAL))
+    for form, architectures in (("custom", CUSTOM), ("narrow", NARROW), ("unequal", UNEQUAL), ("padded", PADDED))
     for architecture in architectures
 }
 
@@ -147,8 +149,10 @@ def both(tmp_path_factory) -> dict[str, tuple[dict, dict]]:
             ModelView(model).cut_out({"attention": [0, 2], "mlp": [3]})
         if name.endswith("_narrow"):
             apply(narrowing(dict.fromkeys(range(5), ([1], range(40))), num_layers=5), model)
-        if name.endswith("_unequal"):
+        if name.endswith(("_unequal", "_padded")):
             apply(narrowing({0: ([0], range(4)), 3: ([1], None)}, num_layers=5), model)
+        if name.endswith("_padded"):
+            model = padded.pad(model)
         input_ids = torch.randint(0, 256, (1, LENGTH), generator=torch.Generator().manual_seed(3))
         inputs = tokenizer(TEXT, return_tensors="pt")
         with torch.no_grad():

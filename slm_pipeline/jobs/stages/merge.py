@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from slm_pipeline.store.files import write_text
 from slm_pipeline.store.unfinished import note_complete
 from slm_pipeline.surgery.changes import measure_changes
 from slm_pipeline.surgery.mergekit import can_name, to_mergekit
-from slm_pipeline.surgery.plan import Plan, format_fit, format_groups
+from slm_pipeline.surgery.plan import Plan, format_groups
 
 log = logging.getLogger(__name__)
 
@@ -134,43 +135,17 @@ def load_pruned(job: Job, artifact: Artifact) -> tuple[Any, Any]:
 
 def save_pruned(plan: Plan, model: Any, tokenizer: Any, folder: Path, job: Job) -> None:
     """Apply ``plan`` to ``model`` and keep the result in ``folder``, verified; ``model`` is used up."""
+    from slm_pipeline.export import model_card
     from slm_pipeline.models import checkpoint
     from slm_pipeline.models.view import ModelView
     from slm_pipeline.surgery.apply import apply, layer_sizes
 
     _, changes = measure_changes(plan, layer_sizes(ModelView(model)))
-    dense = plan.model["name"]
-    body = (
-        f"Method: `{plan.method}`, {plan.model['num_layers']} -> {plan.num_layers} layers"
-        + (f", similarity threshold {plan.threshold}" if plan.threshold is not None else "")
-        + f".\n\nLayers, by the original layers merged into each: `{format_groups(plan.layer_groups)}`"
-        + (f"; dropped: {plan.dropped}" if plan.dropped else "")
-        + "".join(f"; {line}" for line in changes.lines)
-        + _measured(plan)
-        + ".\n\nThe whole decision, replayable with `slm method=from_plan`, is in `plan.json`."
-    )
-    card = checkpoint.card(
-        title=f"{dense}, {plan.num_layers} layers ({plan.method})",
-        base=job.config.model.repo or dense,
-        licence_note="The base model's licence applies.",
-        body=body,
+    card = model_card.text(
+        title=f"{plan.model['name']}, {plan.num_layers} layers ({plan.method})",
+        base=model_card.Base.of(asdict(job.config.model)),
+        paragraphs=[model_card.in_words(plan, changes.lines), model_card.REPLAY],
         command=job.command,
     )
     checkpoint.save(apply(plan, model), tokenizer, folder, card=card, config=job.config.model)
     plan.write(folder / "plan.json")
-
-
-def _measured(plan: Plan) -> str:
-    """What the method measured of the pruned model, as a sentence; empty if nothing."""
-    accepted = [step for step in plan.scores.get("steps", []) if step["accepted"]]
-    num_tokens = (plan.calibration or {}).get("num_tokens")
-    if accepted:
-        return (
-            f".\n\nSimilarity to the dense model on {num_tokens} calibration tokens: {accepted[-1]['similarity']:.4f}"
-        )
-    if fit := plan.scores.get("fit"):
-        return f".\n\nThe linear map in the place of the layers that went: {format_fit(fit)}"
-    rounds = plan.scores.get("rounds")
-    if rounds and "loss" in rounds[-1]:
-        return f".\n\nLoss on {num_tokens} calibration tokens: {rounds[-1]['loss']:.4f} nats a token"
-    return ""

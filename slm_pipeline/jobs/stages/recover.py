@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class Recover(Stage):
         return metrics
 
     def _train(self, job: Job, pruned: Artifact, out: Path, tracker: Tracker) -> None:
+        from slm_pipeline.export import model_card
         from slm_pipeline.models import checkpoint
         from slm_pipeline.surgery.apply import silence_zeroed
 
@@ -89,14 +91,13 @@ class Recover(Stage):
         self._log_curve([row for row in result.curve if row not in logged], tracker)  # of parts that were finished
         write_json(out / "curve.json", result.curve)
         write_json(out / "metrics.json", result.metrics)
-        card = checkpoint.card(
+        card = model_card.text(
             title=f"{plan.model['name']}, {plan.num_layers} layers ({plan.method}, {job.recovery.name})",
-            base=job.config.model.repo or plan.model["name"],
-            licence_note="The base model's licence applies.",
-            body=f"Pruned with `{plan.method}` (see `plan.json`), then trained with `{job.recovery.name}`: "
-            + ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in _numbers(result.metrics).items())
-            + "".join(f"; {line}" for line in changes.lines)
-            + ".",
+            base=model_card.Base.of(asdict(job.config.model)),
+            paragraphs=[
+                model_card.recovered_in_words(plan, changes.lines, job.recovery.name, _numbers(result.metrics)),
+                model_card.REPLAY,
+            ],
             command=job.command,
         )
         silence_zeroed(plan, result.model)  # whatever trained, what the plan removed stays removed
