@@ -1,0 +1,349 @@
+"""Joint: depth and width searched together, each candidate judged after a refit."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from slm_pipeline.config.ranges import Count, Range
+from slm_pipeline.errors import UserError
+from slm_pipeline.methods.base import CalibrationSize, ProtectsEnds, PruningProblem
+from slm_pipeline.methods.target import Layers, Parameters
+from slm_pipeline.store.checksums import digest
+from slm_pipeline.surgery.ops import Op
+from slm_pipeline.surgery.ops.base import SUBLAYERS
+from slm_pipeline.surgery.ops.drop import Drop
+from slm_pipeline.surgery.ops.drop_sublayer import DropSublayer
+from slm_pipeline.surgery.ops.resize import Resize
+from slm_pipeline.surgery.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_pipeline.engine.shapes import Fitted, Fitting, Shape
+    from slm_pipeline.engine.window_memo import WindowMemo
+    from slm_pipeline.models.context import Context
+
+log = logging.getLogger(__name__)
+
+EXPORTS = ("stock", "custom")
+VERSION = 1  # raised when the same candidate gets another number
+
+
+@dataclass(kw_only=True)
+class Joint(ProtectsEnds):
+    """Ours: which layers go and how wide the others stay, at one total of parameters.
+
+    A candidate is filled from the lowest layer up, as `repair=refit` and `obs` would: the neurons and heads that the
+    others can best make up for go, the last projections get new weights towards the dense stream. Its number is the KL
+    divergence of its predictions from the dense model's, in nats a token, on samples that nothing was fitted to. So
+    candidates are compared after repair; the plan holds the decision, ``repair=refit`` the weights.
+
+    ``export=stock``: some layers go, all others lose as many neurons. Which layers: those of ``angular``, of
+    ``shortgpt``, and of a greedy search by KL divergence; how many: ``depths`` numbers from none to as many as the
+    target has, then their neighbours. ``export=custom``: every sublayer of the dense model is narrowed alone, to some
+    widths and to nothing, and the KL divergence measured; the least sum of damages at the target, by a Lagrange
+    multiplier, is a candidate, and others are those with damages tilted towards the input or the output, and of
+    attention, for the sum knows nothing of how damages add up. Then halving: few tokens for all, twice as many for the
+    better half, and so on; last, ``swaps`` exchanges of a layer that went for its neighbour.
+
+    Of the calibration samples an eighth chooses (ridges, candidates), another eighth does nothing but tell, at the end,
+    what the chosen plan does to text that no decision has seen.
+
+    What was measured is kept beside the calibration: a killed search goes on, and those for other ratios share it.
+
+    Scores in the plan: trace, of each candidate gone (layers), heads and neurons (least and most of those that stay),
+    num_tokens and kl; and held_out, kl and same_top_1 of the chosen one on the last eighth.
+    """
+
+    # stock: the dense model's class, one width | custom: widths by layer, attention or feed-forward networks may go; a
+    # checkpoint brings its own modelling file.
+    export: str = "stock"
+    ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.01, 0.1, 1.0])
+    depths: Annotated[int, Range(at_least=2, at_most=100)] = 5  # stock: numbers of layers that are tried first
+    search_tokens: Count = 2048  # that the greedy search, or each width of a sublayer, is measured on
+    multiple_of: Count = 1  # neurons that stay are a multiple, such as 64
+    swaps: Annotated[int, Range(at_least=0, at_most=1000)] = 8  # exchanges tried at the end; 0: none
+    massive: Annotated[float, Range(above=0, at_most=1e6)] | None = 100.0  # as for obs: neurons that stay; null: off
+    published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(64, 512))
+
+    name: ClassVar[str] = "joint"
+    targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.export not in EXPORTS:
+            raise UserError(f"method.export={self.export!r} is not one of {', '.join(EXPORTS)}")
+        if not self.ridges:
+            raise UserError("method.ridges=[] must name at least one ridge, such as [0.1]")
+
+    def check(self, context: Context) -> None:
+        super().check(context)
+        if (number := context.config.calibration.num_samples) < 8:
+            raise UserError(f"calibration.num_samples={number} must be at least 8 for method=joint: an eighth chooses")
+        if context.source.architecture.output_norms:
+            raise UserError(
+                f"method=joint: in {context.source.name}, a {context.source.model_type} model, a norm follows the last"
+                " projections, so that what they write is not linear in their weights"
+            )
+
+    def layers_left(self, num_layers: int, target: Layers) -> int | None:
+        return None  # known when it has searched
+
+    def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
+        from slm_pipeline.engine.refit import Refit
+        from slm_pipeline.engine.shapes import Fitting
+        from slm_pipeline.surgery.apply import layer_sizes
+
+        view, sizes = problem.view, layer_sizes(problem.view)
+        remove = problem.target.remove
+        if isinstance(problem.target, Layers):
+            remove = remove * sum(size.whole for size in sizes) // len(sizes)
+        fit, choose, tell = _parts(problem.input_ids)
+        fitting = Fitting(view, fit, choose, sizes, Refit(ridges=self.ridges), fixed=self._massive(problem))
+        with self._memo(problem) as memo:
+            search = _Search(fitting, memo)
+            if self.export == "stock":
+                best = self._stock(problem, search, remove)
+            else:
+                best = self._custom(problem, search, remove)
+            best, found = self._swapped(search, best, len(sizes))
+        kl, same = fitting.judge(best, found, tell)
+        log.info("joint: KL from the dense model %.4f on text that chose nothing", kl)
+        return self._shape_plan(problem, best, found, search.trace, {"kl": kl, "same_top_1": same})
+
+    @contextmanager
+    def _memo(self, problem: PruningProblem) -> Iterator[WindowMemo]:
+        options = {name: value for name, value in self.options().items() if name not in ("depths", "swaps")}
+        with problem.windows.open("joint", digest([VERSION, options])[:12]) as memo:
+            yield memo
+
+    def _massive(self, problem: PruningProblem) -> dict[int, Tensor]:
+        """Of each layer the neurons that write more than ``massive`` times the mean energy of their layer's."""
+        if self.massive is None:
+            return {}
+        view, statistics = problem.view, problem.statistics
+        found = {}
+        for layer in range(view.num_layers):
+            weight = view.mlp_output(layer).get_parameter("weight").detach().float().cpu()
+            square = statistics.mlp_variance[layer] + statistics.mlp_mean[layer].square()
+            energy = square * weight.square().sum(dim=0)
+            found[layer] = energy > self.massive * energy.mean()
+        return {layer: fixed for layer, fixed in found.items() if fixed.any()}
+
+    def _stock(self, problem: PruningProblem, search: _Search, remove: int) -> Shape:
+        """The best of the candidates with one width for all layers that stay."""
+        sizes = search.fitting.sizes
+        block = sum(size.whole for size in sizes) // len(sizes)
+        most = min(remove // block, len(self.candidates(len(sizes))) - 1)
+        orders = self._orders(problem, search, most)
+        numbers = sorted({round(most * step / (self.depths - 1)) for step in range(self.depths)})
+
+        def shapes(counts: Sequence[int], names: Sequence[str]) -> dict[tuple[int, str], Shape]:
+            found = {
+                (count, name): self._uniform(sizes, orders[name][count], remove) for count in counts for name in names
+            }
+            return {key: shape for key, shape in found.items() if shape is not None}
+
+        first = shapes(numbers, list(orders))
+        if not first:
+            raise UserError(f"method=joint: {remove} parameters cannot go; ask for a lower pruning_ratio")
+        ranked = search.ranked(list(first.values()), divisor=4)
+        near: list[Shape] = []
+        for key in [key for key, shape in first.items() if shape in ranked[:2]]:
+            counts = [count for count in (key[0] - 1, key[0] + 1) if 0 <= count <= most]
+            near += shapes(counts, [key[1]]).values()
+        return search.halved([*ranked[:6], *near])
+
+    def _orders(self, problem: PruningProblem, search: _Search, most: int) -> dict[str, dict[int, list[int]]]:
+        """For each way to choose them, the layers that go, by their number."""
+        from slm_pipeline.engine.walk import Removal, RemovalWalk
+
+        depth = len(search.fitting.sizes)
+        candidates, statistics = self.candidates(depth), problem.statistics
+        numbers = range(most + 1)
+        influence = [1 - float(statistics.cosine[layer, layer + 1]) for layer in range(depth)]
+        by_influence = sorted(candidates, key=lambda layer: influence[layer])
+
+        def block(number: int) -> list[int]:
+            starts = [s for s in candidates if s + number - 1 in candidates] if number else []
+            start = min(starts, key=lambda s: float(statistics.angle_last[s, s + number]), default=0)
+            return list(range(start, start + number))
+
+        found = {
+            "shortgpt": {number: by_influence[:number] for number in numbers},
+            "angular": {number: block(number) for number in numbers},
+        }
+        rows = max(1, self.search_tokens // problem.input_ids.shape[1])
+        known = [int(search.memo["greedy", step]) for step in range(most) if ("greedy", step) in search.memo]
+        if most and len(known) < most:
+            walk = RemovalWalk(problem.view, search.fitting.choose[:rows], criterion="kl_divergence")
+            for layer in known:
+                walk.remove(Removal(layer))
+            left = [Removal(layer) for layer in candidates if layer not in known]
+            for step, one in enumerate(walk.greedily(left, most - len(known)), start=len(known)):
+                search.memo.add(("greedy", step), one.removed.layer)
+                known.append(one.removed.layer)
+        found["greedy"] = {number: known[:number] for number in numbers}
+        return found
+
+    def _uniform(self, sizes: Any, gone: Sequence[int], remove: int) -> Shape | None:
+        """The shape without these layers whose others lose as many neurons as are still to go; None if they cannot."""
+        kept = [layer for layer in range(len(sizes)) if layer not in gone]
+        missing = remove - sum(sizes[layer].whole for layer in gone)
+        neurons = sizes[0].neurons
+        fewer = max(0, -(-missing // sum(sizes[layer].per_neuron for layer in kept)))
+        width = (neurons - fewer) // self.multiple_of * self.multiple_of
+        width = neurons if fewer == 0 else width
+        if width < 1:
+            return None
+        return tuple((0, 0) if layer in gone else (size.heads, width) for layer, size in enumerate(sizes))
+
+    def _custom(self, problem: PruningProblem, search: _Search, remove: int) -> Shape:
+        """The best of the candidates with widths by layer."""
+        from slm_pipeline.engine.shapes import allocate
+
+        sizes = search.fitting.sizes
+        damages = self._damages(problem, search)
+        found: list[Shape] = []
+        for tilt in (0.0, -1.0, 1.0):
+            for attention in (1.0, 0.5, 2.0):
+                factors = {
+                    (layer, part): math.exp(tilt * (0.5 - layer / len(sizes)))
+                    * (attention if part == "attention" else 1)
+                    for layer, part in damages
+                }
+                tilted = {
+                    place: {number: factors[place] * damage for number, damage in levels.items()}
+                    for place, levels in damages.items()
+                }
+                shape = allocate(tilted, sizes, remove, self.multiple_of)
+                if shape is not None and shape not in found:
+                    found.append(shape)
+        if not found:
+            raise UserError(f"method=joint: {remove} parameters cannot go; ask for a lower pruning_ratio")
+        return search.halved(search.ranked(found, divisor=4)[:4])
+
+    def _damages(self, problem: PruningProblem, search: _Search) -> dict[tuple[int, str], dict[int, float]]:
+        sizes = search.fitting.sizes
+        layers = self.candidates(len(sizes))
+        levels = {
+            "attention": list(range(sizes[0].heads))
+            if sizes[0].heads <= 8
+            else [sizes[0].heads * i // 4 for i in range(4)],
+            "mlp": sorted({sizes[0].neurons * i // 8 // self.multiple_of * self.multiple_of for i in range(8)}),
+        }
+        keys = [(layer, part, level) for layer in layers for part in SUBLAYERS for level in levels[part]]
+        if not all(("damage", *key) in search.memo for key in keys):
+            rows = max(1, self.search_tokens // problem.input_ids.shape[1])
+            for (layer, part), found in search.fitting.damages(layers, levels, search.fitting.choose[:rows]).items():
+                for level, damage in found.items():
+                    search.memo.add(("damage", layer, part, level), min(damage, 1e9))
+        damages: dict[tuple[int, str], dict[int, float]] = {}
+        for layer, part, level in keys:
+            damages.setdefault((layer, part), {})[level] = search.memo["damage", layer, part, level]
+        return damages
+
+    def _swapped(self, search: _Search, best: Shape, depth: int) -> tuple[Shape, Fitted]:
+        """The shape, or a better one in which a layer that went has changed places with its neighbour, filled."""
+        tried, number = {best}, search.num_samples(1)
+        least = search.kl(best, number)
+        left, improved = self.swaps, True
+        while improved and left > 0:
+            improved = False
+            for shape in _exchanges(best, set(self.candidates(depth))):
+                if shape in tried or left == 0:
+                    continue
+                left -= 1
+                tried.add(shape)
+                if (kl := search.kl(shape, number)) < least:
+                    best, least, improved = shape, kl, True
+                    break
+        return best, search.fitting.fill(best, number)
+
+    def _shape_plan(
+        self,
+        problem: PruningProblem,
+        shape: Shape,
+        found: Fitted,
+        trace: list[dict[str, Any]],
+        held_out: dict[str, float],
+    ) -> Plan:
+        gone = tuple(layer for layer, kept in enumerate(shape) if kept == (0, 0))
+        ops: list[Op] = [Drop(gone)] if gone else []
+        tensors: dict[str, Any] = {}
+        units = {"attention": "heads", "mlp": "neurons"}
+        for layer in (layer for layer in range(len(shape)) if layer not in gone):
+            kept = {units[part]: found.kept[layer, part] for part in SUBLAYERS if (layer, part) in found.kept}
+            if kept:
+                heads, neurons = (len(kept[name]) if name in kept else None for name in units.values())
+                ops.append(Resize((layer,), f"resize.{layer}", heads, neurons))
+                tensors |= {f"resize.{layer}.{name}": stay.numpy() for name, stay in kept.items()}
+            for part, number in zip(SUBLAYERS, shape[layer], strict=True):
+                if number == 0:
+                    ops.append(DropSublayer((layer,), part, "custom"))
+        return self.new_plan(problem, ops=ops, tensors=tensors, scores={"trace": trace, "held_out": held_out})
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Candidates and their numbers, each measured once."""
+
+    fitting: Fitting
+    memo: WindowMemo
+    trace: list[dict[str, Any]] = field(default_factory=list)
+
+    def num_samples(self, divisor: int) -> int:
+        return max(1, len(self.fitting.fit) // divisor)
+
+    def kl(self, shape: Shape, num_samples: int) -> float:
+        key = ("shape", shape, num_samples)
+        if key not in self.memo:
+            kl = self.fitting.fill(shape, num_samples).kl
+            self.memo.add(key, kl if math.isfinite(kl) else 1e9)
+        heads, neurons = ([kept[i] for kept in shape if kept[i]] or [0] for i in range(2))
+        row = {
+            "gone": [layer for layer, kept in enumerate(shape) if kept == (0, 0)],
+            "heads": [min(heads), max(heads)],
+            "neurons": [min(neurons), max(neurons)],
+            "num_tokens": num_samples * self.fitting.fit.shape[1],
+            "kl": self.memo[key],
+        }
+        if row not in self.trace:
+            log.info("joint: %s", row)
+            self.trace.append(row)
+        return self.memo[key]
+
+    def ranked(self, shapes: Sequence[Shape], divisor: int) -> list[Shape]:
+        """Without doubles, the best first, fitted to a part of the text."""
+        number = self.num_samples(divisor)
+        return sorted(dict.fromkeys(shapes), key=lambda shape: self.kl(shape, number))
+
+    def halved(self, shapes: Sequence[Shape]) -> Shape:
+        """The best: half of them survive each time that the text is doubled."""
+        left = self.ranked(shapes, 4)
+        for divisor in (2, 1):
+            left = self.ranked(left[: max(1, -(-len(left) // 2))], divisor)
+        return left[0]
+
+
+def _parts(input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples to fit, to choose and to tell: of every eight the first six, the seventh and the last."""
+    import torch
+
+    place = torch.arange(len(input_ids)) % 8
+    return input_ids[place < 6], input_ids[place == 6], input_ids[place == 7]
+
+
+def _exchanges(shape: Shape, candidates: set[int]) -> Iterator[Shape]:
+    """Shapes in which a layer that went has changed places with a neighbour that stayed."""
+    for layer, kept in enumerate(shape):
+        for other in (layer - 1, layer + 1):
+            if kept == (0, 0) and other in candidates and shape[other] != (0, 0):
+                changed = list(shape)
+                changed[layer], changed[other] = shape[other], kept
+                yield tuple(changed)
