@@ -257,13 +257,22 @@ class Refit:
     def projection(
         self, streams: Streams, block: Block, sublayer: str, sums: Sums, held_out: Sums
     ) -> tuple[Block, Fitted]:
-        """The block with a new last projection of one sublayer, if a fit does better on the text held out."""
+        """The block with a new last projection of one sublayer, if a fit does better on the text held out.
+
+        Raises:
+            UserError: the inputs are linearly dependent, and no ridge is large enough.
+        """
         weight = streams.weight(block, sublayer)
         best, before, taken = weight, held_out.error(weight), None
         after = before
         for ridge in self.ridges:
             penalty = least_squares.penalty(sums.gram, ridge)
-            found = least_squares.solve(sums.gram, sums.moment, prior=weight, penalty=penalty)
+            try:
+                found = least_squares.solve(sums.gram, sums.moment, prior=weight, penalty=penalty)
+            except UserError:
+                if ridge == max(self.ridges):
+                    raise
+                continue
             if (error := held_out.error(found)) < after:
                 best, after, taken = found, error, ridge
         if taken is None or before - after <= LEAST_GAIN:

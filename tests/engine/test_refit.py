@@ -95,7 +95,7 @@ def test_a_fit_is_that_of_brute_force_least_squares(architecture, weighting):
         entering = states[1] if part == "attention" else states[1] + now[1, "attention"][1]
         inputs, _ = now[1, part]
         weight = streams.weight(block, part)
-        if (has_bias := streams.bias(block, part) is not None):
+        if has_bias := streams.bias(block, part) is not None:
             inputs = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=torch.float64)], dim=1)
         assert has_bias == (architecture in ("opt", "gpt_neox"))
         tokens = torch.ones(len(inputs), dtype=torch.float64)
@@ -201,6 +201,19 @@ def test_of_the_ridges_the_best_on_other_text_is_taken_and_none_for_a_gain_of_ro
     assert how.projection(streams, block, "mlp", sums(2), sums(1)) == (block, Fitted("mlp", None, 0.0, 0.0))
     close = sums(1.0005)
     assert how.projection(streams, block, "mlp", close, close)[1].ridge is None
+
+
+def test_a_ridge_too_small_to_solve_with_is_not_taken_and_if_none_is_left_that_is_said():
+    """By rounding one eigenvalue of the Gram matrix is below 0."""
+    streams, block = Streams(ModelView(lively()), IDS[:2]), Block(0)
+    wanted = 2 * streams.weight(block, "mlp")
+    gram = torch.eye(48, dtype=torch.float64)
+    gram[0, 0] = -1e-3
+    dependent = Sums(gram, wanted, float(wanted.square().sum()))
+    for ridges in ([1e-6, 0.5], [0.5, 1e-6]):
+        assert Refit(ridges).projection(streams, block, "mlp", dependent, dependent)[1].ridge == 0.5
+    with pytest.raises(UserError, match="linearly dependent; use a larger ridge"):
+        Refit([1e-5, 1e-6]).projection(streams, block, "mlp", dependent, dependent)
 
 
 def test_layers_that_went_belong_to_the_layer_below_them():
