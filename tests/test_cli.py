@@ -144,7 +144,7 @@ REFUSED = {
     "a stage without what it reads": (
         ["stages=[evaluate]", "evaluation=efficiency"], ["evaluate_pruned/efficiency needs the result of merge"]),
     "missing data_dir": (["data_dir=nowhere"], ["data_dir='nowhere'", "not a folder"]),
-    "unknown evaluation target": (["evaluation.of=[x]"], ["'x'", "dense, pruned, recovered"]),
+    "unknown evaluation target": (["evaluation.of=[x]"], ["'x'", "dense, pruned, repaired, recovered"]),
     "task folder without files": (
         ["evaluation=zero_shot", "evaluation.data=."], ["evaluation.data=.", "boolq.jsonl"]),
     "unknown task": (["evaluation=zero_shot", "evaluation.tasks=[mmlu]"], ["'mmlu'", "boolq"]),

@@ -7,7 +7,8 @@ of the data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,8 +19,7 @@ from slm_pipeline.errors import UserError
 class Gram:
     """X X' of a linear layer's inputs, summed while they stream.
 
-    Products are float32, of as many tokens as are added at once, and added up in float64. (float32 products are exact
-    unless somebody told torch to use TF32 for them; for as long as one takes, this is undone.)
+    Products are float32, of as many tokens as are added at once, and added up in float64.
 
     Args:
         num_channels: n.
@@ -34,14 +34,21 @@ class Gram:
     def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
         """Take in [..., n] inputs, each token's counted ``weights`` ([...], not negative) times; None: once."""
         rows = inputs.flatten(0, -2).float()
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            left = rows if weights is None else rows * weights.flatten().to(rows)[:, None]
+        left = rows if weights is None else rows * weights.flatten().to(rows)[:, None]
+        with full_float32():
             self.matrix += (left.T @ rows).to(self.matrix)
-        finally:
-            torch.set_float32_matmul_precision(precision)
         self.num_tokens += len(rows)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """float32 products are exact meanwhile, whoever told torch to use TF32 for them."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def penalty(gram: Tensor, ridge: float) -> float:

@@ -6,8 +6,9 @@ repaired by then, hand up. No gradients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from slm_pipeline.engine import least_squares
 from slm_pipeline.engine.blocks import BlockRunner, max_logit_rows, rows_at_once
 from slm_pipeline.engine.layerwise import Stream
-from slm_pipeline.engine.least_squares import Gram
+from slm_pipeline.engine.least_squares import Gram, full_float32
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
@@ -24,6 +25,7 @@ from slm_pipeline.surgery.ops.replace import written
 
 WEIGHTINGS = ("inverse_square", "none")
 TARGETS = ("dense_stream", "own_output")
+LEAST_GAIN = 1e-6  # of the relative error: less is the rounding of float32 sums
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Sums:
 class Streams:
     """The residual streams of N samples in the dense and in the pruned model, at one place of the stack.
 
-    In memory: two states of each token, two more while a layer is passed, and one Gram matrix with its moments.
+    In memory: two states of each token, two more from `look_ahead` to `pass_through`, and what `sums` returns.
 
     Args:
         view: the dense model; never changed.
@@ -80,9 +82,13 @@ class Streams:
         self.middle = torch.empty_like(self.dense)
         self.leaving = torch.empty_like(self.dense)
         for rows in self._rows():
-            entering = self._on_device(self.dense[rows], start)
-            _, output, states = self._runner.observed(Block(start), entering, "attention")
-            self.middle[rows] = entering + output
+            middle = states = self._on_device(self.dense[rows], start)
+            if self.lacks(Block(start), "attention"):
+                states = self._runner.run(Block(start), states)
+            else:
+                _, output, states = self._runner.observed(Block(start), states, "attention")
+                middle = middle + output
+            self.middle[rows] = middle
             for layer in range(start + 1, end):
                 states = self._runner.run(Block(layer), self._on_device(states, layer))
             self.leaving[rows] = states
@@ -91,10 +97,15 @@ class Streams:
         """What a least-squares fit of a sublayer's last projection is made of; a bias counts as a last input of 1.
 
         The target is what is missing to the dense stream behind the attention, or behind the layers that the block
-        stands for where its last sublayer writes; with ``own_output`` what the projection writes as it is.
+        stands for where its last sublayer writes; with ``own_output`` what the projection would write if the sublayer
+        were as in the dense model, on the states that reach it.
+
+        Raises:
+            UserError: they are not finite.
         """
-        is_last = sublayer == "mlp" or "mlp" in block.without
+        is_last = sublayer == "mlp" or self.lacks(block, "mlp")
         has_bias = self.bias(block, sublayer) is not None
+        whole = self._undone(block, sublayer)
         gram: Gram | None = None
         moment: Tensor | None = None
         energy = 0.0
@@ -102,8 +113,12 @@ class Streams:
             entering = self._on_device(self.pruned[rows], block.body)
             inputs, output, leaving = self._runner.observed(block, entering, sublayer)
             reference = self._on_device((self.leaving if is_last else self.middle)[rows], block.body)
-            beside = leaving - output if sublayer == "mlp" else entering
-            wanted = (output if target == "own_output" else reference - beside).flatten(0, -2).float()
+            if target == "own_output":
+                wanted = output if whole is block else self._runner.observed(whole, entering, sublayer)[1]
+            else:  # the difference of two large numbers: bfloat16 would round it
+                beside = leaving.float() - output.float() if sublayer == "mlp" else entering.float()
+                wanted = reference.float() - beside
+            wanted = wanted.flatten(0, -2).float()
             weights = reference.flatten(0, -2).float().square().mean(dim=-1).clamp_min(1e-12).reciprocal()
             if weighting == "none":
                 weights = torch.ones_like(weights)
@@ -114,16 +129,27 @@ class Streams:
                 moment = torch.zeros(wanted.shape[1], inputs.shape[1], dtype=torch.float64, device=inputs.device)
             gram.add(inputs, weights)
             weighted = wanted * weights[:, None]
-            moment += (weighted.T @ inputs.float()).double()
+            with full_float32():
+                moment += (weighted.T @ inputs.float()).double()
             energy += float((weighted.double() * wanted.double()).sum())
         assert gram is not None
         assert moment is not None
-        if not bool(gram.matrix.isfinite().all()):
+        if not (math.isfinite(energy) and bool(gram.matrix.isfinite().all()) and bool(moment.isfinite().all())):
             raise UserError(
-                f"what enters the last projection of layer {block.body}'s {sublayer} is not finite; try"
-                " model.dtype=float32"
+                f"what enters the last projection of layer {block.body}'s {sublayer}, or is to leave it, is not finite;"
+                " try model.dtype=float32"
             )
         return Sums(gram.matrix, moment, energy)
+
+    def lacks(self, block: Block, sublayer: str) -> bool:
+        """Whether a sublayer is gone, by the plan or in the dense model already."""
+        return sublayer in block.without or self.view.lacks(block.body, sublayer)
+
+    def _undone(self, block: Block, sublayer: str) -> Block:
+        """The block with one sublayer as in the dense model; itself if it is."""
+        children = self.view.sublayer(sublayer)
+        others = {name: value for name, value in block.replaced.items() if name.partition(".")[0] not in children}
+        return block if len(others) == len(block.replaced) else replace(block, replaced=others)
 
     def weight(self, block: Block, sublayer: str) -> Tensor:
         """[d, n] float64 of a sublayer's last projection; its bias, if it has one, as a last column."""
@@ -147,12 +173,13 @@ class Streams:
         """Let the pruned stream go through ``block``, and the dense one take up what `look_ahead` found."""
         is_dense = not (block.replaced or block.without) and range(*self._passed) == range(block.body, block.body + 1)
         if self.pruned is self.dense and is_dense:
-            self.dense = self.pruned = self.leaving
+            self.dense = self.pruned = self.middle = self.leaving
             return
+        self.dense = self.middle = self.leaving
         passed = torch.empty_like(self.pruned)
         for rows in self._rows():
             passed[rows] = self._runner.run(block, self._on_device(self.pruned[rows], block.body))
-        self.dense, self.pruned = self.leaving, passed
+        self.pruned = passed
 
     def divergence(self) -> tuple[float, float]:
         """At the top of the stack: mean over tokens of the KL divergence of the pruned model's next-token distribution
@@ -197,14 +224,15 @@ class Refit:
     """How projections are fitted.
 
     W' = (T D X' + lam W) (X D X' + lam I)^-1, lam = ridge x mean diagonal of X D X', D the weights of tokens. Of the
-    ridges the one with the least error on text held out of the fit is taken, or none, if the weights as they are do
-    better.
+    ridges the one with the least error on text held out of the fit is taken, or none, if that is no less than with the
+    weights as they are, `LEAST_GAIN` aside.
 
     Attributes:
         ridges: to be tried, each above 0.
         weighting: inverse_square: a token counts 1 / mean square of the dense state that its target leads to, since
             states are normed before they are read, and few tokens are very large | none.
-        target: dense_stream: what is missing to the dense model's states | own_output: what the projection writes.
+        target: dense_stream: what is missing to the dense model's states | own_output: what the projection would
+            write if its sublayer were as in the dense model: where neither widths nor weights changed, what it writes.
         sublayers: whose last projections are fitted.
     """
 
@@ -220,7 +248,7 @@ class Refit:
         """The block with new last projections, both streams standing before it, and what became of each."""
         found = []
         for sublayer in SUBLAYERS:
-            if sublayer in self.sublayers and sublayer not in block.without:
+            if sublayer in self.sublayers and not fitted.lacks(block, sublayer):
                 sums, other = (self.sums(streams, block, sublayer) for streams in (fitted, held_out))
                 block, what = self.projection(fitted, block, sublayer, sums, other)
                 found.append(what)
@@ -229,18 +257,27 @@ class Refit:
     def projection(
         self, streams: Streams, block: Block, sublayer: str, sums: Sums, held_out: Sums
     ) -> tuple[Block, Fitted]:
-        """The block with a new last projection of one sublayer, if a fit does better on the text held out."""
+        """The block with a new last projection of one sublayer, if a fit does better on the text held out.
+
+        Raises:
+            UserError: the inputs are linearly dependent, and no ridge is large enough.
+        """
         weight = streams.weight(block, sublayer)
         best, before, taken = weight, held_out.error(weight), None
         after = before
         for ridge in self.ridges:
             penalty = least_squares.penalty(sums.gram, ridge)
-            found = least_squares.solve(sums.gram, sums.moment, prior=weight, penalty=penalty)
+            try:
+                found = least_squares.solve(sums.gram, sums.moment, prior=weight, penalty=penalty)
+            except UserError:
+                if ridge == max(self.ridges):
+                    raise
+                continue
             if (error := held_out.error(found)) < after:
                 best, after, taken = found, error, ridge
-        if taken is not None:
-            block = streams.put(block, sublayer, best)
-        return block, Fitted(sublayer, taken, before, after)
+        if taken is None or before - after <= LEAST_GAIN:
+            return block, Fitted(sublayer, None, before, before)
+        return streams.put(block, sublayer, best), Fitted(sublayer, taken, before, after)
 
 
 def spans(originals: Sequence[Sequence[int]], num_layers: int) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline import config as options
-from slm_pipeline.config import Config
+from slm_pipeline.config import CalibrationConfig, Config
 from slm_pipeline.config.groups import build, unused
 from slm_pipeline.data.calibration import Calibration
 from slm_pipeline.data.corpora import corpus_fingerprint
@@ -71,18 +71,21 @@ class Job(Context):
         return Path(self.config.output_dir).absolute() / "store"
 
     def texts_of_calibration(self) -> list[str]:
-        """The evaluation's texts that the calibration samples come from too, as its numbers call them."""
-        options = self.config.calibration
+        """The evaluation's texts that the calibration samples, the repair's among them, come from too, as its numbers
+        call them."""
+        read = [self.config.calibration, *([] if self.repair is None else [self.repair.calibration])]
+        return sorted({label for options in read for label in self._scored_texts_of(options)})
+
+    def _scored_texts_of(self, options: CalibrationConfig) -> set[str]:
         of_file = options.source == "text_file" and options.path is not None
         text = corpus_fingerprint(str(options.path), self.data_dir) if of_file else None
-        same = {
+        return {
             measure.label(part)
             for measure in self.evaluation.active
             for part in measure.parts()
             if (part == options.source != "bundled")
             or (text is not None and self.evaluation.identity()[measure.label(part)].get("text") == text)
         }
-        return sorted(same)
 
     @property
     def num_layers(self) -> int | None:

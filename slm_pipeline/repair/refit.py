@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from dataclasses import asdict, dataclass, field
@@ -47,8 +48,11 @@ class Refit(Repair):
     the attention of layer b, or behind layer next - 1 where the layer's last sublayer writes; and D = 1 / mean square
     of that dense state for each token, because states are normed before they are read and few tokens are very large. A
     bias is fitted as the weight of an input of 1; none is added. A part of the samples is held out of all fits: of the
-    ridges the one with the least error there is taken, and none if the weights as they are do better. If in the end the
-    KL divergence from the dense model is no less on the text held out, nothing is changed.
+    ridges the one with the least error there is taken, and none if the weights as they are do as well. If in the end
+    the KL divergence from the dense model is no less on the text held out, nothing is changed.
+
+    With ``target=own_output`` T is instead what the projection would write if its sublayer were as in the dense model,
+    on the states that reach it in the pruned one: that makes up for narrower layers, and not for those that went.
 
     Kin: the direct form of ReplaceMe's map (arXiv 2505.02819), and fits to the dense output on corrected inputs as in
     GPTAQ (arXiv 2504.02692).
@@ -65,7 +69,7 @@ class Refit(Repair):
 
     ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.01, 0.1, 1.0])
     weighting: str = "inverse_square"  # inverse_square | none: how much a token counts
-    target: str = "dense_stream"  # dense_stream | own_output: what a projection is to write (the latter: as it did)
+    target: str = "dense_stream"  # dense_stream | own_output: what a projection is to write
     sublayers: str = "both"  # both | attention | mlp: whose last projections get new weights
     held_out: Annotated[float, Range(above=0, below=1)] = 0.2  # share of the samples that nothing is fitted to
 
@@ -115,11 +119,13 @@ class Refit(Repair):
         }
         log.info("refit: KL from the dense model %.4f -> %.4f on text held out", pruned[0], repaired[0])
         scores = {**plan.scores, "repair": found}
-        if repaired[0] >= pruned[0]:
+        if not repaired[0] < pruned[0]:
             line = (
-                f"repair=refit: on the text held out the KL divergence from the dense model is {repaired[0]:.4f} with"
-                f" new weights and {pruned[0]:.4f} without, so the weights stay; more of repair.calibration may help"
+                f"repair=refit: on the text held out the KL divergence from the dense model is {repaired[0]:.4g} with"
+                f" new weights and {pruned[0]:.4g} without, so the weights stay; more of repair.calibration may help"
             )
+            if not ops:
+                line = "repair=refit: no new weights do better on the text held out, so the weights stay"
             return extended(plan, scores={**scores, "warnings": [*plan.scores.get("warnings", []), line]})
         return extended(plan, ops=[*plan.ops, *ops], tensors={**plan.tensors, **tensors}, scores=scores)
 
@@ -152,12 +158,13 @@ class Refit(Repair):
         ops: list[Replace] = []
         tensors: dict[str, np.ndarray] = {}
         layers: list[dict[str, Any]] = []
+        prefix = _free_prefix(problem.plan)
         spans = refit.spans(groups, problem.view.num_layers)
         for position, (block, span) in enumerate(zip(tqdm(blocks, desc="refit", disable=None), spans, strict=True)):
             for streams in (fitted, other):
                 streams.look_ahead(*span)
             if first is not None and position >= first:
-                name = f"refit.{groups[position][0]}"
+                name = f"{prefix}.{groups[position][0]}"
                 found = _Kept(problem, name)
                 if not found.is_there:
                     new, what = how.layer(fitted, other, block)
@@ -178,6 +185,12 @@ class Refit(Repair):
             for streams in (fitted, other):
                 streams.pass_through(block)
         return ops, tensors, layers
+
+
+def _free_prefix(plan: Plan) -> str:
+    """What no name of the plan's tensors begins with: it may have been refitted before."""
+    prefixes = itertools.chain(["refit"], (f"refit_{number}" for number in itertools.count(2)))
+    return next(prefix for prefix in prefixes if not any(name.startswith(f"{prefix}.") for name in plan.tensors))
 
 
 @dataclass(frozen=True)

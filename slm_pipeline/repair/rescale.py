@@ -37,7 +37,7 @@ class Rescale(Repair):
         if context.source.architecture.output_norms:
             raise UserError(
                 f"repair=rescale multiplies what projections put out; in {context.source.name}, a"
-                f" {context.source.model_type} model, a norm follows them; use repair=refit"
+                f" {context.source.model_type} model, a norm follows them"
             )
 
     def repair(self, problem: RepairProblem) -> Plan:

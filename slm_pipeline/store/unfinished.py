@@ -23,6 +23,14 @@ def note_complete(folder: Path, *names: str) -> None:
     _write_noted(folder, [*(other for other in noted if not piece.keys() & other.keys()), piece])
 
 
+def forget(folder: Path, name: str) -> None:
+    """Remove a folder of unfinished work that is not needed any more, with what was noted of it."""
+    if (folder / COMPLETE).exists():
+        noted = checksums.read_sealed(folder / COMPLETE)["pieces"]
+        _write_noted(folder, [piece for piece in noted if not any(file.startswith(f"{name}/") for file in piece)])
+    shutil.rmtree(folder / name, ignore_errors=True)
+
+
 def _noted(folder: Path) -> list[checksums.Files]:
     """Of each call of `note_complete` the files, if they are still what they were; a warning if they are not."""
     whole = []

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,10 +36,11 @@ from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.plan import Plan
 
-# The job: LoRA on 30 examples of a file, every measure, on random weights.
+# The job: refit, then LoRA on 30 examples of a file, every measure, on random weights.
 JOB = [
     "model=random", "model.num_layers=6", "model.hidden_size=32", "tracker=jsonl", "data_dir=data",
     "calibration=text_file", "calibration.path=calibration.txt", "calibration.num_samples=4", "calibration.seq_len=32",
+    "repair=refit", "repair.calibration.num_samples=4", "repair.calibration.seq_len=32",
     "recovery.source=file", "recovery.path=alpaca.json", "recovery.validation_size=4", "recovery.batch_size=4",
     "recovery.micro_batch_size=2", "evaluation=zero_shot", "evaluation.data=.", "evaluation.tasks=[piqa,boolq]",
     "evaluation.perplexity.corpora=[first.txt,second.txt]", "evaluation.perplexity.window=64",
@@ -69,7 +70,9 @@ NOTHING: set[str] = set()
 MERGE = {"merge"}
 CALIBRATION = {"calibrate", "merge"}
 RECOVERY = {"recover"} | scores(PARTS, ["recovered"])
-ALL = CALIBRATION | RECOVERY | scores(PARTS)
+REPAIR = {"repair"} | scores(PARTS, ["repaired"]) | RECOVERY
+TEXT = CALIBRATION | REPAIR  # the repair's own text is the calibration's, unless something else is said
+ALL = CALIBRATION | REPAIR | scores(PARTS)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ FROM_HUB = {"recovery.source": "hub", "recovery.path": None}
 
 TABLE = [
     Row("name", "other", NOTHING),
-    Row("seed", 7, CALIBRATION | RECOVERY),
+    Row("seed", 7, TEXT),
     Row("seed", 7, RECOVERY, given={"calibration.seed": 1}),
     Row("plugins", ["another_package"], NOTHING),
     Row("stages", ["merge", "evaluate"], NOTHING),
@@ -154,14 +157,14 @@ TABLE = [
     Row("model.vocab_size", 400, ALL),
     Row("model.seed", 7, ALL),
     #
-    Row("calibration.source", "bundled", CALIBRATION, along={"calibration.path": None}),
-    Row("calibration.path", "first.txt", CALIBRATION),
+    Row("calibration.source", "bundled", TEXT, along={"calibration.path": None}),
+    Row("calibration.path", "first.txt", TEXT),
     Row("calibration.path", "../copy/calibration.txt", NOTHING),
     Row("calibration.num_samples", 5, CALIBRATION),
     Row("calibration.seq_len", 16, CALIBRATION),
     Row("calibration.sampling", "contiguous", CALIBRATION),
-    Row("calibration.seed", 7, CALIBRATION),
-    Row("calibration.seed", 7, NOTHING, given={"calibration.sampling": "contiguous"}),
+    Row("calibration.seed", 7, TEXT),
+    Row("calibration.seed", 7, REPAIR, given={"calibration.sampling": "contiguous"}),
     #
     Row("method.merge_rule", "mean", MERGE),
     Row("method.similarity", "logits_kl", MERGE),
@@ -178,6 +181,19 @@ TABLE = [
     Row("pruning_ratio.of", "parameters", MERGE),
     Row("pruning_ratio.ratio", 0.5, MERGE),
     Row("pruning_ratio.num_layers", 4, MERGE, given={"pruning_ratio.ratio": None, "pruning_ratio.num_layers": 5}),
+    #
+    Row("repair.ridges", [0.1], REPAIR),
+    Row("repair.weighting", "none", REPAIR),
+    Row("repair.target", "own_output", REPAIR),
+    Row("repair.sublayers", "mlp", REPAIR),
+    Row("repair.held_out", 0.25, REPAIR),
+    Row("repair.calibration.source", "bundled", REPAIR, along={"repair.calibration.path": None}),
+    Row("repair.calibration.path", "first.txt", REPAIR),
+    Row("repair.calibration.path", "../copy/calibration.txt", NOTHING),
+    Row("repair.calibration.num_samples", 5, REPAIR),
+    Row("repair.calibration.seq_len", 16, REPAIR),
+    Row("repair.calibration.sampling", "contiguous", REPAIR),
+    Row("repair.calibration.seed", 7, REPAIR),
     #
     Row("recovery.source", "bundled", RECOVERY, along={"recovery.path": None}),
     Row("recovery.path", "other.json", RECOVERY),
@@ -259,7 +275,7 @@ TABLE = [
 
 # Files of the data folder whose content changes. The two texts are read by two measures, the second by one.
 FILES = {
-    "calibration.txt": CALIBRATION,
+    "calibration.txt": TEXT,
     "alpaca.json": RECOVERY,
     "first.txt": scores(["perplexity/first.txt", "fidelity/first.txt"]),
     "second.txt": scores(["perplexity/second.txt"]),
@@ -298,8 +314,9 @@ def keys(job: Job, layer: int = 3) -> dict[str, str]:
     for step in steps(job):
         identity = step.stage.identity(job, results)
         assert identity is not None
-        result = {"checkpoint": checkpoint_id(job, made)} if step.stage.name == "merge" else {}
-        results[step.stage.name] = Finished(job.store, step.stage.stage, identity, result)
+        made_here = Finished(job.store, step.stage.stage, identity)
+        checkpoint = {"merge": checkpoint_id(job, made), "repair": made_here.key}.get(step.stage.name)
+        results[step.stage.name] = replace(made_here, result={"checkpoint": checkpoint})
     return {name: artifact.key for name, artifact in results.items()}
 
 
@@ -430,9 +447,10 @@ def options(values: Any, prefix: str = "") -> Iterator[str]:
 
 def test_the_table_has_every_option_of_the_job(job_of):
     job = job_of()
-    groups = ("method", "recovery", "evaluation")
+    groups = ("method", "repair", "recovery", "evaluation")
     known = {name for name in options(job.config) if name not in groups}
     known |= {*options(job.evaluation.options, "evaluation.")}
+    known |= {*options(job.repair, "repair.")}
     for key, plug_in in [("method", job.method), ("recovery", job.recovery)] + [
         (f"evaluation.{name}", measure) for name, measure in job.evaluation.measures.items()
     ]:
@@ -470,6 +488,23 @@ def test_every_option_of_a_method_is_in_the_key_of_its_merge(name):
         if changed.options() == method.options():
             unseen.add(option.name)
     assert unseen == {"published_calibration"}  # a default of calibration's own options
+
+
+@pytest.mark.parametrize("name", plug_ins("repair"))
+def test_every_option_of_a_repair_is_in_its_key(name, composed, here):
+    repair = build(OmegaConf.to_container(composed(f"repair={name}").repair, resolve=True), group="repair")
+    for option in fields(repair):
+        if option.name != "calibration":  # see the table
+            changed = copy.copy(repair)
+            setattr(changed, option.name, another(getattr(repair, option.name)))
+            assert changed.identity(Path("data")) != repair.identity(Path("data")), option.name
+
+
+def test_another_repair_of_the_same_options_is_another_and_none_lets_the_recovery_begin_at_the_merge(job_of):
+    refit, rescale, none = (keys(job_of(overrides=[f"repair={name}"])) for name in ("refit", "rescale", "none"))
+    assert to_make(refit, rescale) == REPAIR
+    assert to_make(refit, none) == RECOVERY
+    assert none.keys() == ALL - {"repair"} - scores(PARTS, ["repaired"])
 
 
 @pytest.mark.parametrize("name", plug_ins("recovery"))
@@ -524,7 +559,7 @@ def test_another_model_in_the_same_folder_changes_every_key(file, job_of, tmp_pa
 
 def test_another_plan_changes_the_keys_of_what_follows_it_and_not_the_dense_models(job_of):
     job = job_of()
-    assert to_make(keys(job), keys(job, layer=4)) == RECOVERY | scores(PARTS, ["pruned"])
+    assert to_make(keys(job), keys(job, layer=4)) == REPAIR | scores(PARTS, ["pruned"])
 
 
 def test_of_one_checkpoint_fidelity_alone_depends_on_the_model_that_it_is_compared_with(job_of, monkeypatch):
@@ -549,7 +584,13 @@ def test_another_version_changes_the_keys_of_tasks_if_it_is_lm_evals_and_else_no
 
 @pytest.mark.parametrize(
     ("module", "changes"),
-    [("calibrate", CALIBRATION), ("merge", MERGE), ("recover", RECOVERY), ("evaluate", scores(PARTS))],
+    [
+        ("calibrate", CALIBRATION),
+        ("merge", MERGE),
+        ("repair", REPAIR),
+        ("recover", RECOVERY),
+        ("evaluate", scores(PARTS)),
+    ],
 )
 def test_another_version_of_a_stage_changes_its_keys(module, changes, job_of, monkeypatch):
     before = keys(job_of())
@@ -592,8 +633,8 @@ def test_a_method_that_reads_no_text_and_has_no_floor_depends_on_neither(job_of)
         return keys(job_of(*given, overrides=["method=reverse"]))
 
     before = with_reverse()
-    assert to_make(before, with_reverse({"calibration.seed": 7})) == {"calibrate"}
-    assert to_make(before, with_reverse({"seed": 7})) == {"calibrate"} | RECOVERY
+    assert to_make(before, with_reverse({"calibration.seed": 7})) == {"calibrate"} | REPAIR
+    assert to_make(before, with_reverse({"seed": 7})) == {"calibrate"} | REPAIR
     assert to_make(before, with_reverse({"threshold.refine": 7})) == NOTHING
     assert to_make(before, with_reverse({"pruning_ratio.ratio": 0.5})) == MERGE
     assert to_make(before, with_reverse({"model.seed": 7})) == ALL

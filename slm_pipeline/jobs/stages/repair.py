@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from slm_pipeline.jobs.tracking import Tracker
 from slm_pipeline.repair.base import RepairProblem
 from slm_pipeline.results.of_run import of_repair
 from slm_pipeline.store.artifact import Artifact
-from slm_pipeline.store.unfinished import note_complete
+from slm_pipeline.store.unfinished import forget, note_complete
 from slm_pipeline.surgery.changes import measure_changes
 from slm_pipeline.surgery.plan import Plan
 
@@ -71,7 +70,7 @@ class Repair(Stage):
             )
             plan.write(out / "plan.json")
             note_complete(out, *(name for name in ("plan.json", "plan.safetensors") if (out / name).exists()))
-        shutil.rmtree(out / "layers", ignore_errors=True)
+        forget(out, "layers")  # plan.safetensors has them
         plan = Plan.read(out / "plan.json")
         _, changes = measure_changes(plan, layer_sizes(view))
         if job.config.keep == "model":

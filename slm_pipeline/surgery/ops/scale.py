@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slm_pipeline.errors import UserError
 from slm_pipeline.show.marks import Mark
 from slm_pipeline.surgery.block import Block
-from slm_pipeline.surgery.ops.base import Layer, LayerSize, Op, Tensors, check_keys, read_layer, register
+from slm_pipeline.surgery.ops.base import SUBLAYERS, Layer, LayerSize, Op, Tensors, check_keys, read_layer, register
 from slm_pipeline.surgery.ops.replace import written
 from slm_pipeline.surgery.untrusted import short
 
@@ -72,7 +72,7 @@ class Scale(Op):
 def scale(view: ModelView, block: Block, factor: float) -> Block:
     """The block whose last projections, with their biases, are ``factor`` times as large; computed in float32."""
     scaled = {}
-    for output in (view.architecture.attention_output, view.architecture.mlp_output):
+    for output in (view.output_name(part) for part in SUBLAYERS if not view.lacks(block.body, part)):
         has_bias = (
             f"{output}.bias" in block.replaced
             or getattr(view.layers[block.body].get_submodule(output), "bias", None) is not None

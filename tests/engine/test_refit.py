@@ -1,0 +1,239 @@
+"""Two streams side by side, and fits on them, against whole forward passes and plain least squares."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import random_source
+from plans import narrowing
+
+from slm_pipeline.engine import least_squares
+from slm_pipeline.engine.refit import Fitted, Refit, Streams, Sums, first_changed, pass_all, spans
+from slm_pipeline.errors import UserError
+from slm_pipeline.models.loading import load_dense
+from slm_pipeline.models.view import ModelView
+from slm_pipeline.surgery.apply import apply, planned_blocks
+from slm_pipeline.surgery.block import Block
+from slm_pipeline.surgery.ops.base import SUBLAYERS
+from slm_pipeline.surgery.ops.drop import Drop
+from slm_pipeline.surgery.ops.drop_sublayer import DropSublayer
+from slm_pipeline.surgery.ops.merge import Merge
+from slm_pipeline.surgery.plan import Plan
+
+RIDGE = 0.05
+IDS = torch.randint(0, 256, (8, 12), generator=torch.Generator().manual_seed(3))
+
+
+def lively(architecture="llama", num_layers=4):
+    """A model whose layers turn the stream, with biases that are not 0 where it has any."""
+    model, _ = load_dense(random_source(architecture, num_layers))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def plan_of(*ops, num_layers=4):
+    plan = Plan({"name": "m", "fingerprint": "f", "num_layers": num_layers}, "test", {}, None, list(ops))
+    plan.check("the plan")
+    return plan
+
+
+@torch.no_grad()
+def passed(model, ids=IDS):
+    """By one forward pass: what enters each layer (the last: the final norm), and of each sublayer's last projection
+    the inputs and outputs; rows of tokens, float64."""
+    view, seen, hooks = ModelView(model), {}, []
+
+    def keep(module, args, output, at):
+        seen[at] = args[0].flatten(0, -2).double(), output.flatten(0, -2).double()
+
+    for layer in range(view.num_layers):
+        for part, module in (("attention", view.attention_output(layer)), ("mlp", view.mlp_output(layer))):
+            hooks.append(module.register_forward_hook(lambda *about, at=(layer, part): keep(*about, at=at)))
+    states = []
+    for module in (*view.layers, view.final_norm):
+        hooks.append(module.register_forward_pre_hook(lambda _, args: states.append(args[0].flatten(0, 1).double())))
+    model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return states, seen
+
+
+def naive_fit(inputs, wanted, weight, tokens, ridge=RIDGE):
+    """Weighted ridge regression as one tall least-squares problem."""
+    root = tokens.sqrt()[:, None]
+    size = inputs.shape[1]
+    penalty = ridge * float((inputs.square() * tokens[:, None]).sum(dim=0).mean())
+    left = torch.cat([inputs * root, penalty**0.5 * torch.eye(size, dtype=torch.float64)])
+    right = torch.cat([wanted * root, penalty**0.5 * weight.T])
+    return torch.linalg.lstsq(left, right).solution.T
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weighting", ["inverse_square", "none"])
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt_neox", "phi3"])
+def test_a_fit_is_that_of_brute_force_least_squares(architecture, weighting):
+    """Layers 1 and 3 are dropped, so layer 2 gets other states than in the dense model, and stands for 2 and 3."""
+    model = lively(architecture)
+    view, plan = ModelView(model), plan_of(Drop((1,)), Drop((3,)))
+    blocks = planned_blocks(plan, view)
+    streams = Streams(view, IDS)
+    assert streams.pruned is streams.dense
+    streams.look_ahead(0, 2)
+    streams.pass_through(blocks[0])
+    streams.look_ahead(2, 4)
+    dense, writes = passed(model)
+    how, block = Refit([RIDGE], weighting), blocks[1]
+    pruned = apply(plan, copy.deepcopy(model))
+    for part in SUBLAYERS:
+        reference = dense[2] + writes[2, "attention"][1] if part == "attention" else dense[4]
+        states, now = passed(pruned)  # with the attention repaired when it is the other's turn
+        entering = states[1] if part == "attention" else states[1] + now[1, "attention"][1]
+        inputs, _ = now[1, part]
+        weight = streams.weight(block, part)
+        if has_bias := streams.bias(block, part) is not None:
+            inputs = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=torch.float64)], dim=1)
+        assert has_bias == (architecture in ("opt", "gpt_neox"))
+        tokens = torch.ones(len(inputs), dtype=torch.float64)
+        if weighting == "inverse_square":
+            tokens = 1 / reference.square().mean(dim=1)
+        sums = how.sums(streams, block, part)
+        wanted = reference - entering
+        expected = naive_fit(inputs, wanted, weight, tokens)
+        found = least_squares.solve(
+            sums.gram, sums.moment, prior=weight, penalty=least_squares.penalty(sums.gram, RIDGE)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        missed = ((inputs @ weight.T - wanted).square().sum(dim=1) * tokens).sum()
+        energy = (wanted.square().sum(dim=1) * tokens).sum()
+        assert sums.error(weight) == pytest.approx(float(missed / energy), rel=1e-3)
+        block, what = how.projection(streams, block, part, sums, sums)
+        assert (what.sublayer, what.ridge) == (part, RIDGE)
+        assert what.after < what.before == pytest.approx(sums.error(weight))
+        module = ModelView(pruned).layers[1].get_submodule(view.output_name(part))
+        module.weight.copy_(expected[:, :-1] if has_bias else expected)
+        if has_bias:
+            module.bias.copy_(expected[:, -1])
+    streams.pass_through(block)
+    states, _ = passed(pruned)
+    torch.testing.assert_close(streams.pruned.flatten(0, 1).double(), states[2], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(streams.dense.flatten(0, 1).double(), dense[4], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_layer_without_a_sublayer_lets_the_other_one_make_up_for_it():
+    model = lively()
+    view = ModelView(model)
+    dense, writes = passed(model)
+    for gone, other in (("attention", "mlp"), ("mlp", "attention")):
+        streams = Streams(view, IDS)
+        streams.look_ahead(0, 1)
+        block = Block(0).lacking(gone)
+        sums = streams.sums(block, other, target="dense_stream", weighting="none")
+        wanted = dense[1] - dense[0]
+        assert sums.energy == pytest.approx(float(wanted.square().sum()), rel=1e-4)
+        if other == "attention":
+            torch.testing.assert_close(sums.moment, wanted.T @ writes[0, other][0], rtol=1e-3, atol=1e-3)
+        _, what = Refit(sublayers=SUBLAYERS).layer(streams, streams, block)
+        assert [of_one.sublayer for of_one in what] == [other]
+
+
+@torch.no_grad()
+def test_the_own_output_is_that_of_the_sublayer_with_all_its_neurons():
+    """On the states that reach it, so that a fit by its neurons that are left is that of least squares."""
+    model = lively()
+    view, kept = ModelView(model), [1, 5, 30, 31]
+    (block,) = [planned_blocks(narrowing({1: (None, kept)}, num_layers=4), view)[1]]
+    streams = Streams(view, IDS)
+    streams.look_ahead(0, 1)
+    streams.pass_through(Block(0))
+    streams.look_ahead(1, 2)
+    sums = streams.sums(block, "mlp", target="own_output", weighting="none")
+    _, writes = passed(model)
+    inputs, wanted = writes[1, "mlp"]
+    inputs = inputs[:, kept]
+    torch.testing.assert_close(sums.gram, inputs.T @ inputs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums.moment, wanted.T @ inputs, rtol=1e-4, atol=1e-3)
+    full = streams.sums(Block(1), "mlp", target="own_output", weighting="none")
+    assert full.error(streams.weight(Block(1), "mlp")) == pytest.approx(0, abs=1e-6)
+    part = full.of(torch.tensor(kept))
+    torch.testing.assert_close((part.gram, part.moment), (sums.gram, sums.moment), rtol=1e-4, atol=1e-3)
+    again, what = Refit(target="own_output").layer(streams, streams, Block(1))
+    assert again == Block(1), what
+
+
+@torch.no_grad()
+def test_divergence_is_that_of_the_two_models_logits():
+    model = lively()
+    view, plan = ModelView(model), plan_of(Drop((2,)))
+    streams = pass_all(Streams(view, IDS), planned_blocks(plan, view), plan.layer_groups)
+    dense = model(input_ids=IDS).logits.double().log_softmax(dim=-1)
+    pruned = apply(plan, copy.deepcopy(model))(input_ids=IDS).logits.double().log_softmax(dim=-1)
+    kl, same = streams.divergence()
+    assert kl == pytest.approx(float((dense.exp() * (dense - pruned)).sum(dim=-1).mean()), rel=1e-4)
+    assert same == pytest.approx(float((dense.argmax(dim=-1) == pruned.argmax(dim=-1)).double().mean()))
+    assert pass_all(Streams(view, IDS), [Block(layer) for layer in range(4)], [[0], [1], [2], [3]]).divergence() == (
+        0.0,
+        1.0,
+    )
+
+
+def test_of_the_ridges_the_best_on_other_text_is_taken_and_none_for_a_gain_of_rounding():
+    """One input, one output, in numbers: W = 1, the fit by the data alone is 2, and the text held out says 2, or 1."""
+    view = ModelView(lively())
+    streams = Streams(view, IDS[:2])
+    block, size = Block(0), 48
+    weight = streams.weight(block, "mlp")
+    eye = torch.eye(size, dtype=torch.float64)
+
+    def sums(factor):
+        wanted = factor * weight
+        return Sums(eye, wanted, float(wanted.square().sum()))
+
+    how = Refit([0.5, 0.125])
+    new, what = how.projection(streams, block, "mlp", sums(2), sums(2))
+    assert what == Fitted("mlp", 0.125, pytest.approx(0.25), pytest.approx(0.25 / 81))  # (2 + 1/8) / (9/8) = 17/9
+    torch.testing.assert_close(streams.weight(new, "mlp"), 17 / 9 * weight, rtol=1e-6, atol=1e-7)
+    assert how.projection(streams, block, "mlp", sums(2), sums(1)) == (block, Fitted("mlp", None, 0.0, 0.0))
+    close = sums(1.0005)
+    assert how.projection(streams, block, "mlp", close, close)[1].ridge is None
+
+
+def test_a_ridge_too_small_to_solve_with_is_not_taken_and_if_none_is_left_that_is_said():
+    """By rounding one eigenvalue of the Gram matrix is below 0."""
+    streams, block = Streams(ModelView(lively()), IDS[:2]), Block(0)
+    wanted = 2 * streams.weight(block, "mlp")
+    gram = torch.eye(48, dtype=torch.float64)
+    gram[0, 0] = -1e-3
+    dependent = Sums(gram, wanted, float(wanted.square().sum()))
+    for ridges in ([1e-6, 0.5], [0.5, 1e-6]):
+        assert Refit(ridges).projection(streams, block, "mlp", dependent, dependent)[1].ridge == 0.5
+    with pytest.raises(UserError, match="linearly dependent; use a larger ridge"):
+        Refit([1e-5, 1e-6]).projection(streams, block, "mlp", dependent, dependent)
+
+
+def test_layers_that_went_belong_to_the_layer_below_them():
+    assert spans([[0], [3], [4, 5]], 8) == [(0, 3), (3, 4), (4, 8)]
+    assert spans([[2], [3]], 4) == [(0, 3), (3, 4)]
+    view = ModelView(lively())
+    for ops, expected in (
+        ([], None),
+        ([Drop((3,))], 2),
+        ([Drop((0,))], 0),
+        ([Merge((1, 2), "keep_highest")], 1),
+        ([DropSublayer((2,), "mlp", "stock")], 2),
+    ):
+        plan = plan_of(*ops)
+        assert first_changed(planned_blocks(plan, view), plan.layer_groups, 4) == expected
+
+
+def test_sums_that_are_not_finite_are_an_error():
+    streams = Streams(ModelView(lively()), IDS)
+    streams.look_ahead(0, 1)
+    streams.leaving[0, 0, 0] = float("inf")
+    with pytest.raises(UserError, match="last projection of layer 0's mlp, or is to leave it, is not finite"):
+        streams.sums(Block(0), "mlp", target="dense_stream", weighting="none")

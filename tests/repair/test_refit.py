@@ -1,0 +1,283 @@
+"""Refit of whole plans: what it restores exactly, when it leaves the weights alone, and whom it serves."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import context_of, peculiar_model, random_source
+from plans import narrowing
+from repairs import plan_of, refit
+
+from slm_pipeline.config import ModelConfig
+from slm_pipeline.engine import refit as engine
+from slm_pipeline.errors import UserError
+from slm_pipeline.models import checkpoint
+from slm_pipeline.models.loading import load_checkpoint, load_dense
+from slm_pipeline.models.view import ModelView
+from slm_pipeline.store.unfinished import drop_incomplete
+from slm_pipeline.surgery.apply import apply
+from slm_pipeline.surgery.ops.drop import Drop
+from slm_pipeline.surgery.ops.drop_sublayer import DropSublayer
+from slm_pipeline.surgery.ops.fold import Fold
+from slm_pipeline.surgery.ops.merge import Merge
+from slm_pipeline.surgery.ops.replace import Replace
+from slm_pipeline.surgery.ops.scale import Scale
+from slm_pipeline.surgery.plan import Plan
+
+EXACT = [1e-9]  # ridges
+
+
+def lively(num_layers=6):
+    """A model whose layers turn the stream, so that each is missed."""
+    model, _ = load_dense(random_source(num_layers=num_layers))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def silent(model, *layers):
+    """The model with layers that write nothing."""
+    view = ModelView(model)
+    for layer in layers:
+        for part in ("attention", "mlp"):
+            view.silence(layer, part)
+    return model
+
+
+def what(plan):
+    """(layer, sublayer) -> what became of its projection."""
+    layers = plan.scores["repair"]["layers"]
+    return {(of["layer"], found["sublayer"]): found for of in layers for found in of["projections"]}
+
+
+def test_a_plan_without_ops_stays_as_it_is(make_problem):
+    plan = plan_of()
+    assert refit().repair(make_problem(lively(), plan)) is plan
+    assert (plan.ops, plan.scores) == ([], {})
+
+
+def test_layers_that_wrote_nothing_are_not_missed(make_problem):
+    plan = plan_of(Drop((3,)), Drop((4,)))
+    repaired = refit(ridges=EXACT).repair(make_problem(silent(lively(), 3, 4), plan))
+    assert repaired.content() == plan.content()
+    assert {found["ridge"] for found in what(repaired).values()} == {None}
+    assert repaired.scores["warnings"] == [
+        "repair=refit: no new weights do better on the text held out, so the weights stay"
+    ]
+
+
+@torch.no_grad()
+def test_a_halved_layer_is_restored_to_the_last_digit(make_problem):
+    """Layers 3 and 4 write nothing and go, layer 2 below them writes half: its own weights are the one solution."""
+    model = silent(lively(), 3, 4)
+    plan = plan_of(Drop((3,)), Drop((4,)), Scale((2,), 0.5))
+    repaired = refit(ridges=EXACT).repair(make_problem(model, plan))
+    (op,) = [op for op in repaired.ops if isinstance(op, Replace)]
+    assert (op.layers, op.sublayers, op.biases) == ((2,), ("attention", "mlp"), None)
+    layer = ModelView(model).layers[2]
+    for part, module in (("attention", layer.self_attn.o_proj), ("mlp", layer.mlp.down_proj)):
+        new = torch.from_numpy(repaired.tensors[f"{op.tensors}.{part}"])
+        torch.testing.assert_close(new, module.weight, rtol=1e-3, atol=1e-3)
+        assert what(repaired)[2, part]["before"] == pytest.approx(0.25, rel=1e-3)
+        assert what(repaired)[2, part]["after"] < 1e-6
+    found = repaired.scores["repair"]["divergence"]
+    assert found["repaired"]["kl"] < 1e-6 < 1e-3 < found["pruned"]["kl"]
+    ids = torch.arange(24).view(2, 12)
+    expected = model(input_ids=ids).logits
+    torch.testing.assert_close(apply(repaired, model)(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_layer_that_only_writes_what_a_linear_map_of_the_one_below_gives_is_folded_into_that(make_problem):
+    """Layer 3's network stands on the same normed states as layer 2's and has its inner weights: a linear map of the
+    same activations. So layer 2 can write for both."""
+    model = silent(lively(), 3)
+    view = ModelView(model)
+    low, high = view.layers[2], view.layers[3]
+    low.mlp.down_proj.weight.zero_()  # so that layer 3's network sees what layer 2's did
+    high.mlp.load_state_dict(low.mlp.state_dict())
+    high.post_attention_layernorm.load_state_dict(low.post_attention_layernorm.state_dict())
+    high.mlp.down_proj.weight.normal_(generator=torch.Generator().manual_seed(5))
+    repaired = refit(ridges=EXACT).repair(make_problem(model, plan_of(Drop((3,)))))
+    new = torch.from_numpy(repaired.tensors["refit.2.mlp"])
+    torch.testing.assert_close(new, high.mlp.down_proj.weight, rtol=1e-3, atol=1e-3)
+    assert what(repaired)[2, "attention"]["ridge"] is None
+    assert repaired.scores["repair"]["divergence"]["repaired"]["kl"] < 1e-6
+
+
+def test_a_part_of_the_samples_is_held_out_of_the_fit(make_problem):
+    plan = plan_of(Drop((3,)))
+    found = refit(held_out=0.25).repair(make_problem(lively(), plan)).scores["repair"]
+    assert (found["num_tokens"], found["num_held_out"]) == (15 * 12, 5 * 12)
+    for share, number, expected in ((0.2, 20, [2, 7, 12, 17]), (0.01, 4, [2]), (0.99, 3, [0, 2]), (0.5, 2, [1])):
+        assert refit(held_out=share)._is_held_out(number).nonzero().flatten().tolist() == expected
+
+
+def test_weights_stay_where_the_fit_does_not_help_on_other_text(make_problem):
+    """Two samples of 12 tokens, and 32 or 48 weights a row: one is fitted exactly, which says nothing of the other."""
+    plan = plan_of(Drop((3,)), scores={"warnings": ["of the search"]})
+    repaired = refit(ridges=[1e-5]).repair(make_problem(lively(), plan, num_samples=2))
+    assert repaired.content() == plan.content()
+    assert repaired.scores["warnings"][0] == "of the search"
+    assert "so the weights stay" in repaired.scores["warnings"][1]
+    assert plan.scores == {"warnings": ["of the search"]}
+
+
+@pytest.mark.parametrize("after", [(2.0, 0.5), (1.0, 0.5), (float("nan"), 0.0)])
+def test_nothing_changes_if_the_whole_model_is_no_closer_on_other_text(after, make_problem, monkeypatch):
+    found = iter([(1.0, 0.5), after])
+    monkeypatch.setattr(engine.Streams, "divergence", lambda self: next(found))
+    plan = plan_of(Drop((3,)))
+    repaired = refit().repair(make_problem(lively(), plan))
+    assert any(of["ridge"] for of in what(repaired).values())
+    assert repaired.content() == plan.content()
+    (line,) = repaired.scores["warnings"]
+    assert f"is {after[0]:.4g} with new weights and 1 without, so the weights stay; more of repair.calibration" in line
+
+
+def test_one_sublayer_alone(make_problem, tmp_path):
+    plan = plan_of(Drop((3,)))
+    for part in ("attention", "mlp"):
+        repaired = refit(sublayers=part).repair(make_problem(lively(), plan, out=tmp_path / part))
+        assert {sublayer for _, sublayer in what(repaired)} == {part}
+        assert {op.sublayers for op in repaired.ops[1:]} == {(part,)}
+
+
+def test_a_repaired_plan_is_repaired_again_and_both_weights_are_kept(make_problem, tmp_path):
+    model, plan = lively(), plan_of(Drop((3,)))
+    once = refit(ridges=[10.0]).repair(make_problem(model, plan))
+    twice = refit(ridges=[0.01]).repair(make_problem(model, once, out=tmp_path / "again"))
+    names = {name.partition(".")[0] for name in twice.tensors}
+    assert names == {"refit", "refit_2"}
+    assert all(np.array_equal(twice.tensors[name], value) for name, value in once.tensors.items())
+    kl = [of.scores["repair"]["divergence"]["repaired"]["kl"] for of in (once, twice)]
+    assert kl[1] < kl[0]
+    assert twice.scores["repair"]["divergence"]["pruned"]["kl"] == pytest.approx(kl[0], rel=1e-5)
+
+
+def test_a_killed_repair_goes_on_after_its_last_layer_and_ends_the_same(make_problem, tmp_path, monkeypatch):
+    model, plan, out = lively(), plan_of(Drop((1,))), tmp_path / "killed"
+    expected = refit().repair(make_problem(model, plan))
+    whole, fitted = engine.Refit.layer, []
+
+    def until(number):
+        def layer(self, streams, other, block):
+            if len(fitted) == number:
+                raise KeyboardInterrupt
+            fitted.append(block.body)
+            return whole(self, streams, other, block)
+
+        return layer
+
+    monkeypatch.setattr(engine.Refit, "layer", until(2))
+    with pytest.raises(KeyboardInterrupt):
+        refit().repair(make_problem(model, plan, out=out))
+    assert fitted == [0, 2]
+    damaged = out / "layers" / "refit.2.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    (out / "layers" / "refit.3.safetensors").write_bytes(b"half")
+    drop_incomplete(out)  # as the store does before each attempt
+    assert sorted(path.name for path in (out / "layers").iterdir()) == ["refit.0.json", "refit.0.safetensors"]
+    fitted.clear()
+    monkeypatch.setattr(engine.Refit, "layer", until(None))
+    repaired = refit().repair(make_problem(model, plan, out=out))
+    assert fitted == [2, 3, 4, 5]
+    for name, found in (("a", expected), ("b", repaired)):
+        found.write(tmp_path / name / "plan.json")
+    assert len({(tmp_path / name / "plan.json").read_bytes() for name in "ab"}) == 1
+    assert len({(tmp_path / name / "plan.safetensors").read_bytes() for name in "ab"}) == 1
+
+
+def kinds_of_plans(architecture):
+    """By name, a plan as each kind of method makes them."""
+    matrix = (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=torch.Generator().manual_seed(4))).numpy()
+    kept = ([0], [0, 3, 7, *range(20, 40)])
+    return {
+        "drop": plan_of(Drop((2,)), Drop((3,))),
+        "the first and the last": plan_of(Drop((0,)), Drop((5,))),
+        "merge": plan_of(Merge((2, 3, 4), "official")),
+        "merge upwards": plan_of(Merge((2, 3), "keep_highest")),
+        "zeroed": plan_of(DropSublayer((2,), "attention", "stock"), DropSublayer((4,), "mlp", "stock")),
+        "left out": plan_of(DropSublayer((2,), "attention", "custom"), DropSublayer((4,), "mlp", "custom")),
+        "fold": plan_of(Drop((3,)), Fold((2,), "fold"), tensors={"fold": matrix}),
+        "narrower": narrowing({2: kept, 4: (None, [1, 2])}, Drop((3,))),
+        "with a bias": narrowing({2: kept}, biases={2: {"mlp": np.ones(32, np.float32)}}),
+        "rescaled": plan_of(Drop((2,)), Scale((3,), 0.5)),
+    }
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "gemma", "opt", "gpt_neox"])
+@torch.no_grad()
+def test_after_every_kind_of_plan_the_model_is_closer_and_what_is_saved_is_what_is_run(
+    architecture, make_problem, tmp_path
+):
+    _, tokenizer = load_dense(random_source(architecture, num_layers=1))
+    model = peculiar_model(architecture)
+    ids = torch.randint(0, 256, (4, 12), generator=torch.Generator().manual_seed(9))
+    for name, plan in kinds_of_plans(architecture).items():
+        repaired = refit(ridges=[0.1, 10.0]).repair(make_problem(model, plan, out=tmp_path / name))
+        found = repaired.scores["repair"]["divergence"]
+        assert found["repaired"]["kl"] < found["pruned"]["kl"], name
+        repaired.write(tmp_path / name / "plan.json")
+        again = Plan.read(tmp_path / name / "plan.json")
+        assert again.content() == repaired.content() != plan.content()
+        assert (again.layer_groups, again.zeroed(), again.absent()) == (
+            plan.layer_groups, plan.zeroed(), plan.absent(),
+        )  # fmt: skip
+        unrepaired, pruned = apply(plan, copy.deepcopy(model)), apply(again, copy.deepcopy(model))
+        assert type(pruned) is type(unrepaired)
+        assert pruned.config.to_dict() == unrepaired.config.to_dict()
+        assert {key: value.shape for key, value in pruned.state_dict().items()} == {
+            key: value.shape for key, value in unrepaired.state_dict().items()
+        }
+        if architecture != "llama" and name not in ("drop", "with a bias"):
+            continue
+        folder = tmp_path / name / "model"
+        config = ModelConfig(name="m", source="local", path=str(folder), dtype="float32", device="cpu")
+        expected = pruned(input_ids=ids, use_cache=False).logits
+        checkpoint.save(pruned, tokenizer, folder, card="# A model\n", config=config)
+        reloaded = load_checkpoint(folder, config)
+        torch.testing.assert_close(reloaded(input_ids=ids, use_cache=False).logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "olmo2"])
+def test_refused_where_a_norm_follows_the_last_projections(architecture):
+    with pytest.raises(
+        UserError, match=f"^repair=refit: in random, a {architecture} model, a norm follows the last projections"
+    ):
+        refit().check(context_of(random_source(architecture)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "dense"}, "repair.target='dense' is not one of dense_stream, own_output"),
+        ({"weighting": "norm"}, "repair.weighting='norm' is not one of inverse_square, none"),
+        ({"sublayers": "all"}, "repair.sublayers='all' is not one of both, attention, mlp"),
+        ({"ridges": []}, r"repair.ridges=\[\] must name at least one"),
+        ({"ridges": [0.0]}, r"repair.ridges.*0"),
+        ({"held_out": 0.0}, "repair.held_out"),
+        ({"held_out": 1.0}, "repair.held_out"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(UserError, match=message):
+        refit(**options)
+
+
+def test_the_choices_are_those_of_the_engine():
+    from slm_pipeline.repair.refit import CHOICES
+
+    assert CHOICES["weighting"] == engine.WEIGHTINGS
+    assert CHOICES["target"] == engine.TARGETS
+
+
+def test_scores_are_json(make_problem):
+    repaired = refit().repair(make_problem(lively(), plan_of(Drop((3,)))))
+    assert json.loads(json.dumps(repaired.scores, allow_nan=False)) == repaired.scores
