@@ -64,7 +64,7 @@ def lowest(units: Sequence[Units], remove: int) -> list[Tensor]:
     total = gains.cumsum(dim=0)
     most = int(total[-1]) if len(total) else 0
     if remove > most:
-        raise _too_many(remove, most)
+        raise too_many(remove, most)
     taken = owner[: int(torch.searchsorted(total, remove)) + 1].bincount(minlength=len(units)).tolist()
     return [of.without(order[:number]) for of, order, number in zip(units, orders, taken, strict=True)]
 
@@ -101,10 +101,10 @@ def evenly(
                 [of.without(of.in_order()[:number]) for of in neurons],
             )
         most = max(most, of_heads + most_neurons * of_neurons - bias)
-    raise _too_many(remove, most)
+    raise too_many(remove, most)
 
 
-def _too_many(remove: int, most: int) -> UserError:
+def too_many(remove: int, most: int) -> UserError:
     return UserError(
         f"{remove} parameters cannot go: heads and neurons that may be removed have {max(0, most)}, as every sublayer"
         " keeps one; ask for a lower pruning_ratio"

@@ -1,9 +1,8 @@
-"""Base of the methods that remove heads and neurons, each by a score of the channels of the last projections."""
+"""Base of the methods that remove heads and neurons, each by a score of its own."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -58,15 +57,26 @@ class WidthRemoval(ProtectsEnds):
             if getattr(self, option) not in allowed:
                 raise UserError(f"method.{option}={getattr(self, option)!r} is not one of {', '.join(allowed)}")
 
-    @abstractmethod
+    def unit_scores(
+        self, problem: PruningProblem, layers: Sequence[int], parts: Sequence[str]
+    ) -> dict[str, list[Tensor]]:
+        """sublayer -> for each of ``layers`` the [n] importance of its key-value groups or neurons, on the CPU; the
+        lowest go first.
+
+        Unless a method says otherwise that of `channel_scores`, standardised, and of a group the mean over its
+        channels.
+        """
+        return {part: [self._of_channels(problem, layer, part) for layer in layers] for part in parts}
+
     def channel_scores(self, weight: Tensor, mean: Tensor, variance: Tensor, sublayer: str) -> Tensor:
-        """[n] importance of a last projection's inputs.
+        """[n] importance of a last projection's inputs, where that of units is made of it.
 
         Args:
             weight: [d, n] float32, of the projection.
             mean, variance: [n] of its inputs, over all calibration tokens.
             sublayer: attention | mlp.
         """
+        raise NotImplementedError(f"method={self.name} scores neither units nor channels")
 
     def constant(self, weight: Tensor, mean: Tensor, gone: Tensor) -> Tensor | None:
         """[d] that the projection adds for its inputs ``gone`` (indices), or None."""
@@ -87,26 +97,42 @@ class WidthRemoval(ProtectsEnds):
                     )
 
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
-        from slm_pipeline.engine.allocation import evenly, lowest
         from slm_pipeline.surgery.apply import layer_sizes
 
-        view, target = problem.view, problem.target
-        sizes = layer_sizes(view)
-        self._check_constants(view)
-        remove = target.remove
-        if isinstance(target, Layers):
-            remove = target.remove * sum(size.whole for size in sizes) // len(sizes)
-        layers = self.candidates(len(sizes))
-        parts = [part for part in SUBLAYERS if self.sublayers in (part, "both")]
-        units = {part: [self._units(problem, sizes[layer], layer, part) for layer in layers] for part in parts}
+        sizes = layer_sizes(problem.view)
+        self._check_constants(problem.view)
+        units = self.units(problem, sizes, self.unit_scores(problem, self.candidates(len(sizes)), self.parts))
+        return self.width_plan(problem, sizes, units, self.chosen(problem, sizes, units))
+
+    @property
+    def parts(self) -> list[str]:
+        """The sublayers (attention, mlp) that may become narrower."""
+        return [part for part in SUBLAYERS if self.sublayers in (part, "both")]
+
+    def parameters(self, problem: PruningProblem[Layers | Parameters], sizes: Sequence[LayerSize]) -> int:
+        """How many are to go."""
+        remove = problem.target.remove
+        if isinstance(problem.target, Layers):
+            remove = remove * sum(size.whole for size in sizes) // len(sizes)
+        return remove
+
+    def chosen(
+        self,
+        problem: PruningProblem[Layers | Parameters],
+        sizes: Sequence[LayerSize],
+        units: Mapping[str, list[Units]],
+    ) -> dict[str, list[Tensor]]:
+        """sublayer -> for each candidate layer the indices of the units that stay."""
+        from slm_pipeline.engine.allocation import evenly, lowest
+
+        view, remove = problem.view, self.parameters(problem, sizes)
         if self.allocation == "global":
-            found = lowest([of for part in parts for of in units[part]], remove)
-        else:
-            is_allowed = view.allows_kv_heads if self.export == "stock" else lambda _: True
-            of_heads, of_neurons = evenly(units.get("attention", []), units.get("mlp", []), remove, is_allowed)
-            found = [*of_heads, *of_neurons]
-        kept = {part: dict(zip(layers, found[i * len(layers) :], strict=False)) for i, part in enumerate(parts)}
-        return self._width_plan(problem, sizes, units, kept)
+            found = lowest([of for part in self.parts for of in units[part]], remove)
+            number = len(self.candidates(len(sizes)))
+            return {part: found[i * number : (i + 1) * number] for i, part in enumerate(self.parts)}
+        is_allowed = view.allows_kv_heads if self.export == "stock" else lambda _: True
+        of_heads, of_neurons = evenly(units.get("attention", []), units.get("mlp", []), remove, is_allowed)
+        return {part: {"attention": of_heads, "mlp": of_neurons}[part] for part in self.parts}
 
     def _check_constants(self, view: ModelView) -> None:
         outputs = {"attention": view.attention_output(0), "mlp": view.mlp_output(0)}
@@ -117,36 +143,53 @@ class WidthRemoval(ProtectsEnds):
                 " method.bias=false or method.export=custom"
             )
 
-    def _units(self, problem: PruningProblem, size: LayerSize, layer: int, part: str) -> Units:
+    def units(
+        self, problem: PruningProblem, sizes: Sequence[LayerSize], scores: Mapping[str, list[Tensor]]
+    ) -> dict[str, list[Units]]:
+        """sublayer -> for each candidate layer its units; ``scores`` are those of `unit_scores`.
+
+        Raises:
+            UserError: a score is not finite.
+        """
+        layers = self.candidates(len(sizes))
+        return {
+            part: [self._units(problem, sizes[layer], layer, part, of) for layer, of in zip(layers, found, strict=True)]
+            for part, found in scores.items()
+        }
+
+    def _units(self, problem: PruningProblem, size: LayerSize, layer: int, part: str, scores: Tensor) -> Units:
         import torch
 
         from slm_pipeline.engine.allocation import Units
 
-        weight, mean, variance = _inputs(problem, layer, part)
-        scores = self.channel_scores(weight, mean, variance, part)
         if not bool(scores.isfinite().all()):
             raise UserError(
                 f"method={self.name}: the {part} scores of layer {layer} are not finite; try model.dtype=float32"
             )
-        scores = (scores - scores.mean()) / scores.std().clamp_min(torch.finfo(scores.dtype).tiny)
+        fixed = torch.zeros(len(scores), dtype=torch.bool)
         is_bias = self.adds_constants
         if part == "attention":
-            scores = scores.view(size.heads, -1).mean(dim=1)
-            fixed = torch.zeros(size.heads, dtype=torch.bool)
-            return Units(scores.cpu(), size.per_head, size.attention_bias if is_bias else 0, fixed)
-        energy = (variance + mean.square()) * weight.square().sum(dim=0)
-        fixed = torch.zeros(size.neurons, dtype=torch.bool)
+            return Units(scores, size.per_head, size.attention_bias if is_bias else 0, fixed)
         if self.massive is not None:
+            weight, mean, variance = inputs_of(problem, layer, part)
+            energy = (variance + mean.square()) * weight.square().sum(dim=0)
             fixed = (energy > self.massive * energy.mean()).cpu()
-        return Units(scores.cpu(), size.per_neuron, size.mlp_bias if is_bias else 0, fixed)
+        return Units(scores, size.per_neuron, size.mlp_bias if is_bias else 0, fixed)
 
-    def _width_plan(
+    def _of_channels(self, problem: PruningProblem, layer: int, part: str) -> Tensor:
+        scores = standardised(self.channel_scores(*inputs_of(problem, layer, part), part))
+        return scores.view(problem.view.num_units(layer, part), -1).mean(dim=1).cpu()
+
+    def width_plan(
         self,
         problem: PruningProblem,
-        sizes: list[LayerSize],
+        sizes: Sequence[LayerSize],
         units: Mapping[str, list[Units]],
-        kept: Mapping[str, Mapping[int, Tensor]],
+        chosen: Mapping[str, list[Tensor]],
     ) -> Plan:
+        """The plan by which the candidate layers keep the units ``chosen``."""
+        layers = self.candidates(len(sizes))
+        kept = {part: dict(zip(layers, of, strict=True)) for part, of in chosen.items()}
         tensors: dict[str, Any] = {}
         ops: list[Resize] = []
         widths: list[list[int]] = []
@@ -166,7 +209,6 @@ class WidthRemoval(ProtectsEnds):
             if changed:
                 ops.append(Resize((layer,), name, **changed, biases=tuple(biases) or None))
             widths.append([left["heads"], left["neurons"]])
-        layers = self.candidates(len(sizes))
         fixed = {layer: of.fixed.nonzero().flatten() for layer, of in zip(layers, units.get("mlp", []), strict=False)}
         massive = [[layer, int(neuron)] for layer, neurons in fixed.items() for neuron in neurons]
         return self.new_plan(problem, ops=ops, tensors=tensors, scores={"widths": widths, "massive": massive})
@@ -174,19 +216,25 @@ class WidthRemoval(ProtectsEnds):
     def _constant(self, problem: PruningProblem, layer: int, part: str, stay: Tensor, number: int) -> Tensor | None:
         import torch
 
-        weight, mean, _ = _inputs(problem, layer, part)
+        weight, mean, _ = inputs_of(problem, layer, part)
         gone = torch.ones(number, dtype=torch.bool)
         gone[stay] = False
         channels = gone.repeat_interleave(len(mean) // number).nonzero().flatten().to(weight.device)
         return self.constant(weight, mean, channels)
 
 
-def _inputs(problem: PruningProblem, layer: int, part: str) -> tuple[Tensor, Tensor, Tensor]:
+def inputs_of(problem: PruningProblem, layer: int, part: str) -> tuple[Tensor, Tensor, Tensor]:
     """A sublayer's last projection [d, n], and the mean and the variance [n] of its inputs; float32, on one device."""
     view, statistics = problem.view, problem.statistics
     is_attention = part == "attention"
-    output = view.attention_output(layer) if is_attention else view.mlp_output(layer)
-    weight = output.get_parameter("weight").detach().float()
+    weight = view.output(layer, part).weight.detach().float()
     mean = statistics.attention_mean if is_attention else statistics.mlp_mean
     variance = statistics.attention_variance if is_attention else statistics.mlp_variance
     return weight, mean[layer].to(weight.device), variance[layer].to(weight.device)
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """[n] float, of mean 0 and standard deviation 1; zeros where all are alike."""
+    import torch
+
+    return (scores - scores.mean()) / scores.std().clamp_min(torch.finfo(scores.dtype).tiny)

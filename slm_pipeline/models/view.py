@@ -176,6 +176,15 @@ class ModelView:
         """The projection at the end of a block's feed-forward network; its input is the hidden neurons."""
         return self.layers[layer].get_submodule(self.architecture.mlp_output)
 
+    def output(self, layer: int, sublayer: str) -> nn.Linear:
+        """The projection with which a sublayer (attention, mlp) writes to the residual stream."""
+        found = self.attention_output(layer) if sublayer == "attention" else self.mlp_output(layer)
+        return cast(nn.Linear, found)
+
+    def num_units(self, layer: int, sublayer: str) -> int:
+        """Key-value groups of a layer's attention, or neurons of its mlp. The inputs of `output` lie unit by unit."""
+        return self.kv_heads_of(layer) if sublayer == "attention" else self.neurons_of(layer)
+
     @property
     def num_kv_heads(self) -> int:
         """Key-value groups of an attention layer, by the configuration: the units in which attention can be cut."""
