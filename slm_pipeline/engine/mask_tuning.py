@@ -55,7 +55,9 @@ def tune(
     for runner in runners:
         runner.states.clear()  # the dense model's are made again, layer by layer
     for layer in tqdm(range(view.num_layers), desc="tuning of masks", disable=None):
-        whole = [_run(runner, Block(layer), state) for runner, state in zip(runners, dense, strict=True)]
+        whole = [
+            _run(runner, Block(layer), state)._replace(inputs={}) for runner, state in zip(runners, dense, strict=True)
+        ]
         factors = {part: _factors(view, layer, part, kept[part][layer]) for part in SUBLAYERS if layer in kept[part]}
         for part in factors:
             block = _masked(view, layer, factors)

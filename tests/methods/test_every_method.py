@@ -20,7 +20,8 @@ from slm_pipeline.surgery.plan import Plan
 
 NOT_A_SEARCH = ("from_plan", "none")
 METHODS = sorted(file.stem for file in (CONF_DIR / "method").glob("*.yaml") if file.stem not in NOT_A_SEARCH)
-NARROWER = ("flap", "wanda_sp")  # all layers stay
+NARROWER = ("fisher_mask", "flap", "head_importance", "kcm", "llm_pruner", "wanda_sp")  # all layers stay
+UNEQUAL = set(NARROWER) - {"wanda_sp"}  # their layers are of different widths
 REFUSED = {("replaceme", "gemma3_text")}  # a norm follows the last projection
 
 
@@ -46,7 +47,11 @@ def test_its_checkpoint_reloads(name, architecture, input_ids, tmp_path):
     state = {key: value.clone() for key, value in model.state_dict().items()}
     looked_at = {"fingerprint": "f", "num_tokens": input_ids.numel()}
     statistics = collect(ModelView(model), input_ids)
-    plan = method.plan(problem_of(model, source, input_ids, num_remove=2, statistics=statistics, calibration=looked_at))
+    num_remove = 1 if name == "head_importance" else 2  # heads alone do not have as many parameters as two layers
+    problem = problem_of(
+        model, source, input_ids, num_remove=num_remove, statistics=statistics, calibration=looked_at
+    )
+    plan = method.plan(problem)
     assert plan.calibration == (None if name in ("shortened_magnitude", "reverse") else looked_at)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())  # it only reads the model
     assert all(module.training is False for module in model.modules())
@@ -56,7 +61,7 @@ def test_its_checkpoint_reloads(name, architecture, input_ids, tmp_path):
     pruned = apply(plan, model).eval()
     expected = pruned(input_ids=input_ids, use_cache=False).logits
     reloaded = checkpoint.save(pruned, tokenizer, tmp_path / "model", card="", config=source.config)
-    assert (type(reloaded) is type(load_dense(source)[0])) == (name != "flap")  # whose layers are unequal
+    assert (type(reloaded) is type(load_dense(source)[0])) == (name not in UNEQUAL)
     assert type(reloaded) is type(pruned)
     torch.testing.assert_close(reloaded(input_ids=input_ids, use_cache=False).logits, expected, rtol=0, atol=0)
 
@@ -65,6 +70,7 @@ def test_samples_of_one_token_are_refused_where_the_next_is_predicted():
     context = context_of(random_source())
     context.config.calibration.seq_len = 1
     predicting = {"come_posterior", "shortened_ppl", "shortened_taylor", "sleb"}
+    predicting |= {"fisher_mask", "head_importance", "llm_pruner"}
     for name in predicting:
         with pytest.raises(UserError, match=f"calibration.seq_len=1 must be at least 2 for method={name}, which predi"):
             method_of(name).check(context)

@@ -64,11 +64,30 @@ CHANGES: dict[str, dict[str, object]] = {
         "protect_first": 3, "protect_last": 3, "massive": 1.5, "allocation": "uniform", "sublayers": "attention",
         "export": ("stock", {"allocation": "uniform", "bias": False}), "bias": False,
     },
+    "llm_pruner": {
+        "protect_first": 3, "protect_last": 3, "massive": 1.5, "allocation": "global", "sublayers": "attention",
+        "export": ("stock", {"protect_first": 0, "protect_last": 0}), "taylor": "vectorize",
+    },
+    "head_importance": {
+        "protect_first": 3, "protect_last": 3, "massive": (1.5, {"sublayers": "both"}), "allocation": "uniform",
+        "sublayers": "both", "export": ("stock", {"allocation": "uniform"}), "normalize": False,
+    },
+    "fisher_mask": {
+        "protect_first": 3, "protect_last": 3, "massive": 1.5, "allocation": "uniform", "sublayers": "attention",
+        "export": ("stock", {"allocation": "uniform"}), "search": False, "rearrangement": False, "tuning": False,
+        "damping": 1.0,
+    },
+    "kcm": {
+        "protect_first": 3, "protect_last": 3, "massive": 1.5, "allocation": "uniform", "sublayers": "attention",
+        "export": ("stock", {"allocation": "uniform"}), "ranking": "data_driven", "sigma": 0.3, "tolerance": 0.3,
+        "tuning": False, "damping": 1.0,
+    },
     "shortened_magnitude": {"protect_first": 6, "protect_last": 6, "power": 2},
 }  # fmt: skip
 ONLY_FASTER = {("sleb", "strict")}  # or slower, with the same numbers in float32
 ONLY_LIMITS = {("reverse", "protect_first")}  # how much can be asked for: what goes first is at the other end
-ONLY_OF_OTHER_HEADS = {("wanda_sp", "export"), ("flap", "export")}  # whose number must divide: test_width_removal
+NARROWER = ("wanda_sp", "flap", "llm_pruner", "head_importance", "fisher_mask", "kcm")
+ONLY_OF_OTHER_HEADS = {(name, "export") for name in NARROWER}  # whose number must divide: test_width_removal
 REFUSED = {("come_posterior", name) for name in ("power", "min_largest_share", "run_length")}
 WITHOUT_OPTIONS = {"none", "from_plan"}
 
