@@ -69,7 +69,7 @@ CHANGES: dict[str, dict[str, object]] = {
         "export": ("stock", {"protect_first": 0, "protect_last": 0}), "taylor": "vectorize",
     },
     "head_importance": {
-        "protect_first": 3, "protect_last": 3, "massive": (1.5, {"sublayers": "both"}), "allocation": "uniform",
+        "protect_first": 2, "protect_last": 2, "massive": (1.5, {"sublayers": "both"}), "allocation": "uniform",
         "sublayers": "both", "export": ("stock", {"allocation": "uniform"}), "normalize": False,
     },
     "fisher_mask": {
@@ -79,7 +79,7 @@ CHANGES: dict[str, dict[str, object]] = {
     },
     "kcm": {
         "protect_first": 3, "protect_last": 3, "massive": 1.5, "allocation": "uniform", "sublayers": "attention",
-        "export": ("stock", {"allocation": "uniform"}), "ranking": "data_driven", "sigma": 0.3, "tolerance": 0.3,
+        "export": ("stock", {"allocation": "uniform"}), "ranking": "data_driven", "sigma": 1.0, "tolerance": 0.3,
         "tuning": False, "damping": 1.0,
     },
     "shortened_magnitude": {"protect_first": 6, "protect_last": 6, "power": 2},
@@ -133,7 +133,7 @@ def test_every_option_changes_the_plan(name, option, make_problem):
     before, after = method_of(name, **common), method_of(name, **{**common, option: value})
     assert before.options() != after.options()
     everything = Floor in before.targets and option not in ("merge_rule", "similarity")  # passes at a threshold of 0
-    layers = 2 if option in ("run_length", "repeat") else 1
+    layers = {"run_length": 2, "repeat": 2, "search": 4}.get(option, 1)
     problem = make_problem(threshold=0.0) if everything else make_problem(num_remove=layers)
     plans = [method.plan(problem) for method in (before, after)]
     if option.startswith("protect") and (name, option) not in ONLY_LIMITS:
