@@ -52,6 +52,8 @@ METHODS = {
     "wanda_sp": Look(GREEN, "P", "-."),
     "llm_pruner": Look(PURPLE, "P", "-."),
     "fisher_mask": Look(SKY, "P", "-."),
+    "head_importance": Look(ORANGE, "P", "-."),
+    "kcm": Look(BLUE, "P", "-."),
 }
 RECOVERIES = {
     "none": Look(GREY, "*", ":"),
