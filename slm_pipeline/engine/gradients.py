@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from slm_pipeline.models.view import ModelView
 
 
 def of_parameters(
-    view: ModelView, input_ids: Tensor, parameters: Sequence[Tensor] | dict[Tensor, Any], reduce: Callable[..., None]
+    view: ModelView, input_ids: Tensor, parameters: Iterable[Tensor], reduce: Callable[[Tensor, Tensor], None]
 ) -> None:
     """One backward pass of the mean loss over all of ``input_ids`` ([N, T] int64, T at least 2).
 
@@ -24,6 +24,7 @@ def of_parameters(
     """
 
     def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
         reduce(parameter, parameter.grad)
         parameter.grad = None
 
@@ -47,18 +48,15 @@ def of_gates(
     Returns:
         sublayer (attention, mlp) -> for each of ``layers`` [N, units] float32 gradients, on the CPU.
     """
-    found = {
-        part: [torch.zeros(len(input_ids), view.num_units(layer, part)) for layer in layers] for part in sublayers
-    }
-    row = 0
+    rows: dict[str, list[list[Tensor]]] = {part: [[] for _ in layers] for part in sublayers}
 
-    def gate(gradients: Tensor) -> Callable[..., None]:
+    def gate(num_units: int, of_samples: list[Tensor]) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
             values = args[0].detach()
 
             def reduce(gradient: Tensor) -> None:
                 of_channels = (values.float() * gradient.float()).flatten(0, -2).sum(dim=0)
-                gradients[row] = of_channels.view(gradients.shape[1], -1).sum(dim=1).cpu()
+                of_samples.append(of_channels.view(num_units, -1).sum(dim=1).cpu())
 
             args[0].register_hook(reduce)
 
@@ -67,16 +65,17 @@ def of_gates(
     embedding = view.decoder.get_submodule(view.architecture.embedding)
     with _differentiating(view, []):
         hooks = [embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))]
-        for part, of_layers in found.items():
-            for layer, gradients in zip(layers, of_layers, strict=True):
-                hooks.append(view.output(layer, part).register_forward_pre_hook(gate(gradients)))
+        for part, of_layers in rows.items():
+            for layer, of_samples in zip(layers, of_layers, strict=True):
+                before = gate(view.num_units(layer, part), of_samples)
+                hooks.append(view.output(layer, part).register_forward_pre_hook(before))
         try:
-            for row, sample in enumerate(tqdm(input_ids, desc="gradients", disable=None)):
+            for sample in tqdm(input_ids, desc="gradients", disable=None):
                 _loss(view, sample[None]).backward()
         finally:
             for handle in hooks:
                 handle.remove()
-    return found
+    return {part: [torch.stack(of_samples) for of_samples in of_layers] for part, of_layers in rows.items()}
 
 
 def _loss(view: ModelView, input_ids: Tensor) -> Tensor:
@@ -87,7 +86,7 @@ def _loss(view: ModelView, input_ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def _differentiating(view: ModelView, parameters: Sequence[Tensor] | dict[Tensor, Any]) -> Iterator[None]:
+def _differentiating(view: ModelView, parameters: Iterable[Tensor]) -> Iterator[None]:
     """These parameters alone get a gradient, for a while."""
     wanted = set(parameters)
     required_before = {parameter: parameter.requires_grad for parameter in view.model.parameters()}

@@ -31,7 +31,9 @@ def search(heads: Sequence[Units], neurons: Sequence[Units], remove: int) -> tup
     lost = head_scores + neuron_scores[num_neurons.clamp_max(len(neuron_sizes) - 1)]
     num_heads = int(lost.where(reached, torch.inf).argmin())
     numbers = [num_heads, int(num_neurons[num_heads])]
-    found = [_without(of, order[0][:number]) for of, order, number in zip((heads, neurons), orders, numbers, strict=True)]
+    found = [
+        _without(of, order[0][:number]) for of, order, number in zip((heads, neurons), orders, numbers, strict=True)
+    ]
     return found[0], found[1]
 
 
@@ -75,8 +77,7 @@ def rearrange(kept: Tensor, gradients: Tensor, fixed: Tensor) -> Tensor:
     squares = columns.square().sum(dim=1)
     is_kept = torch.zeros(len(columns), dtype=torch.bool)
     is_kept[kept] = True
-    gone = (~is_kept).nonzero().flatten()
-    gone = gone[squares[gone].argsort(stable=True)].tolist()
+    gone: list[int] = (~is_kept).nonzero().flatten().tolist()
     total = columns[gone].sum(dim=0)
     offered = (is_kept & ~fixed).nonzero().flatten()
     for unit in offered[squares[offered].argsort(stable=True)].tolist():

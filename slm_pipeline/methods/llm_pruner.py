@@ -14,7 +14,7 @@ from slm_pipeline.methods.width_removal import WidthRemoval, standardised
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slm_pipeline.models.view import ModelView
+    from slm_pipeline.models.view import ModelView, Slice
 
 TAYLOR = ("param_first", "param_second", "vectorize")
 
@@ -74,7 +74,7 @@ def coupled_salience(
     from slm_pipeline.engine.gradients import of_parameters
 
     salience = {part: [torch.zeros(view.num_units(layer, part)) for layer in layers] for part in sublayers}
-    pieces = {}
+    pieces: dict[Tensor, tuple[Tensor, Slice]] = {}
     for part, of_layers in salience.items():
         for layer, of in zip(layers, of_layers, strict=True):
             for piece in view.attention_slices(layer) if part == "attention" else view.mlp_slices(layer):

@@ -48,9 +48,7 @@ def test_its_checkpoint_reloads(name, architecture, input_ids, tmp_path):
     looked_at = {"fingerprint": "f", "num_tokens": input_ids.numel()}
     statistics = collect(ModelView(model), input_ids)
     num_remove = 1 if name == "head_importance" else 2  # heads alone do not have as many parameters as two layers
-    problem = problem_of(
-        model, source, input_ids, num_remove=num_remove, statistics=statistics, calibration=looked_at
-    )
+    problem = problem_of(model, source, input_ids, num_remove=num_remove, statistics=statistics, calibration=looked_at)
     plan = method.plan(problem)
     assert plan.calibration == (None if name in ("shortened_magnitude", "reverse") else looked_at)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())  # it only reads the model
