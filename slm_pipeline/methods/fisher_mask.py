@@ -53,15 +53,16 @@ class FisherMask(MaskTuning):
         from slm_pipeline.surgery.apply import layer_sizes
 
         sizes: list[LayerSize] = layer_sizes(problem.view)
+        remove = self.parameters(problem, sizes)
         gradients = of_gates(problem.view, problem.input_ids, self.candidates(len(sizes)), self.parts)
         fisher = {part: [of.double().square().sum(dim=0).float() for of in found] for part, found in gradients.items()}
         units = self.units(problem, sizes, fisher)
         if self.allocation == "global" and self.search:
             heads, neurons = units.get("attention", []), units.get("mlp", [])
-            of_heads, of_neurons = search(heads, neurons, self.parameters(problem, sizes))
+            of_heads, of_neurons = search(heads, neurons, remove)
             chosen = {part: {"attention": of_heads, "mlp": of_neurons}[part] for part in self.parts}
         else:
-            chosen = self.chosen(problem, sizes, units)
+            chosen = self.chosen(problem.view, units, remove)
         if self.rearrangement:
             chosen = {
                 part: [

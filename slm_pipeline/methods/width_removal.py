@@ -101,8 +101,9 @@ class WidthRemoval(ProtectsEnds):
 
         sizes = layer_sizes(problem.view)
         self._check_constants(problem.view)
+        remove = self.parameters(problem, sizes)  # before anything is measured
         units = self.units(problem, sizes, self.unit_scores(problem, self.candidates(len(sizes)), self.parts))
-        return self.width_plan(problem, sizes, units, self.chosen(problem, sizes, units))
+        return self.width_plan(problem, sizes, units, self.chosen(problem.view, units, remove))
 
     @property
     def parts(self) -> list[str]:
@@ -110,25 +111,31 @@ class WidthRemoval(ProtectsEnds):
         return [part for part in SUBLAYERS if self.sublayers in (part, "both")]
 
     def parameters(self, problem: PruningProblem[Layers | Parameters], sizes: Sequence[LayerSize]) -> int:
-        """How many are to go."""
+        """How many are to go.
+
+        Raises:
+            UserError: heads and neurons have fewer, as far as sizes say it.
+        """
+        from slm_pipeline.engine.allocation import too_many
+
         remove = problem.target.remove
         if isinstance(problem.target, Layers):
             remove = remove * sum(size.whole for size in sizes) // len(sizes)
+        most = 0
+        for size in (sizes[layer] for layer in self.candidates(len(sizes))):
+            most += (size.heads - 1) * size.per_head if "attention" in self.parts else 0
+            most += (size.neurons - 1) * size.per_neuron if "mlp" in self.parts else 0
+        if remove > most:
+            raise too_many(remove, most)
         return remove
 
-    def chosen(
-        self,
-        problem: PruningProblem[Layers | Parameters],
-        sizes: Sequence[LayerSize],
-        units: Mapping[str, list[Units]],
-    ) -> dict[str, list[Tensor]]:
+    def chosen(self, view: ModelView, units: Mapping[str, list[Units]], remove: int) -> dict[str, list[Tensor]]:
         """sublayer -> for each candidate layer the indices of the units that stay."""
         from slm_pipeline.engine.allocation import evenly, lowest
 
-        view, remove = problem.view, self.parameters(problem, sizes)
         if self.allocation == "global":
             found = lowest([of for part in self.parts for of in units[part]], remove)
-            number = len(self.candidates(len(sizes)))
+            number = len(found) // len(self.parts)
             return {part: found[i * number : (i + 1) * number] for i, part in enumerate(self.parts)}
         is_allowed = view.allows_kv_heads if self.export == "stock" else lambda _: True
         of_heads, of_neurons = evenly(units.get("attention", []), units.get("mlp", []), remove, is_allowed)
