@@ -279,7 +279,7 @@ def test_what_the_wandb_agent_starts_passes_all_checks(file, here):
     parameters = [[f"{name}={value}" for value in given["values"]] for name, given in values["parameters"].items()]
     assert parameters == swept(config.SWEEPS_ROOT / "sweeps" / file.name)
     job = job_of([*words, *(chosen[-1] for chosen in parameters)])
-    assert values["metric"]["name"] in numbers_to_come(job.config, job.recovery, job.evaluation)
+    assert values["metric"]["name"] in numbers_to_come(job.config, job.repair, job.recovery, job.evaluation)
 
 
 def test_what_a_search_shares_names_its_storage(here):

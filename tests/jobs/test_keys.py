@@ -1,7 +1,7 @@
 """What each result's key depends on: changing X changes the keys of Y and of no other.
 
-Nothing is run. A merge that is looked at is taken as finished with a plan that changes nothing but what a row says, so
-that what follows is seen to depend on the plan alone.
+Nothing is run. A merge or repair that is looked at is taken as finished with a plan that changes nothing but what a row
+says, so that what follows is seen to depend on the plan alone.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.plan import Plan
 
-# The job: LoRA on 30 examples of a file, every measure, on random weights.
+# The job: refit, LoRA on 30 examples of a file, every measure, on random weights.
 JOB = [
     "model=random", "model.num_layers=6", "model.hidden_size=32", "tracker=jsonl", "data_dir=data",
     "calibration=text_file", "calibration.path=calibration.txt", "calibration.num_samples=4", "calibration.seq_len=32",
+    "repair=refit", "repair.calibration.num_samples=4", "repair.calibration.seq_len=32",
     "recovery.source=file", "recovery.path=alpaca.json", "recovery.validation_size=4", "recovery.batch_size=4",
     "recovery.micro_batch_size=2", "evaluation=zero_shot", "evaluation.data=.", "evaluation.tasks=[piqa,boolq]",
     "evaluation.perplexity.corpora=[first.txt,second.txt]", "evaluation.perplexity.window=64",
@@ -67,9 +68,11 @@ def scores(parts: Iterable[str], targets: Iterable[str] = TARGETS) -> set[str]:
 
 NOTHING: set[str] = set()
 MERGE = {"merge"}
+REPAIR = {"repair"}
 CALIBRATION = {"calibrate", "merge"}
+TEXT = CALIBRATION | REPAIR  # what a repair says nothing of is as the calibration has it
 RECOVERY = {"recover"} | scores(PARTS, ["recovered"])
-ALL = CALIBRATION | RECOVERY | scores(PARTS)
+ALL = TEXT | RECOVERY | scores(PARTS)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ FROM_HUB = {"recovery.source": "hub", "recovery.path": None}
 
 TABLE = [
     Row("name", "other", NOTHING),
-    Row("seed", 7, CALIBRATION | RECOVERY),
+    Row("seed", 7, TEXT | RECOVERY),
     Row("seed", 7, RECOVERY, given={"calibration.seed": 1}),
     Row("plugins", ["another_package"], NOTHING),
     Row("stages", ["merge", "evaluate"], NOTHING),
@@ -154,14 +157,14 @@ TABLE = [
     Row("model.vocab_size", 400, ALL),
     Row("model.seed", 7, ALL),
     #
-    Row("calibration.source", "bundled", CALIBRATION, along={"calibration.path": None}),
-    Row("calibration.path", "first.txt", CALIBRATION),
+    Row("calibration.source", "bundled", TEXT, along={"calibration.path": None}),
+    Row("calibration.path", "first.txt", TEXT),
     Row("calibration.path", "../copy/calibration.txt", NOTHING),
     Row("calibration.num_samples", 5, CALIBRATION),
     Row("calibration.seq_len", 16, CALIBRATION),
     Row("calibration.sampling", "contiguous", CALIBRATION),
-    Row("calibration.seed", 7, CALIBRATION),
-    Row("calibration.seed", 7, NOTHING, given={"calibration.sampling": "contiguous"}),
+    Row("calibration.seed", 7, TEXT),
+    Row("calibration.seed", 7, REPAIR, given={"calibration.sampling": "contiguous"}),
     #
     Row("method.merge_rule", "mean", MERGE),
     Row("method.similarity", "logits_kl", MERGE),
@@ -178,6 +181,20 @@ TABLE = [
     Row("pruning_ratio.of", "parameters", MERGE),
     Row("pruning_ratio.ratio", 0.5, MERGE),
     Row("pruning_ratio.num_layers", 4, MERGE, given={"pruning_ratio.ratio": None, "pruning_ratio.num_layers": 5}),
+    #
+    Row("repair.ridges", [0.1], REPAIR),
+    Row("repair.weighting", "none", REPAIR),
+    Row("repair.target", "own_output", REPAIR),
+    Row("repair.sublayers", "mlp", REPAIR),
+    Row("repair.held_out", 0.5, REPAIR),
+    Row("repair.calibration.source", "bundled", REPAIR, along={"repair.calibration.path": None}),
+    Row("repair.calibration.path", "first.txt", REPAIR),
+    Row("repair.calibration.path", "../copy/calibration.txt", NOTHING),
+    Row("repair.calibration.num_samples", 5, REPAIR),
+    Row("repair.calibration.seq_len", 16, REPAIR),
+    Row("repair.calibration.sampling", "contiguous", REPAIR),
+    Row("repair.calibration.seed", 7, REPAIR),
+    Row("repair.calibration.seed", 7, NOTHING, given={"repair.calibration.sampling": "contiguous"}),
     #
     Row("recovery.source", "bundled", RECOVERY, along={"recovery.path": None}),
     Row("recovery.path", "other.json", RECOVERY),
@@ -259,7 +276,7 @@ TABLE = [
 
 # Files of the data folder whose content changes. The two texts are read by two measures, the second by one.
 FILES = {
-    "calibration.txt": CALIBRATION,
+    "calibration.txt": TEXT,
     "alpaca.json": RECOVERY,
     "first.txt": scores(["perplexity/first.txt", "fidelity/first.txt"]),
     "second.txt": scores(["perplexity/second.txt"]),
@@ -298,7 +315,7 @@ def keys(job: Job, layer: int = 3) -> dict[str, str]:
     for step in steps(job):
         identity = step.stage.identity(job, results)
         assert identity is not None
-        result = {"checkpoint": checkpoint_id(job, made)} if step.stage.name == "merge" else {}
+        result = {"checkpoint": checkpoint_id(job, made)} if step.stage.name in ("merge", "repair") else {}
         results[step.stage.name] = Finished(job.store, step.stage.stage, identity, result)
     return {name: artifact.key for name, artifact in results.items()}
 
@@ -430,9 +447,10 @@ def options(values: Any, prefix: str = "") -> Iterator[str]:
 
 def test_the_table_has_every_option_of_the_job(job_of):
     job = job_of()
-    groups = ("method", "recovery", "evaluation")
+    groups = ("method", "repair", "recovery", "evaluation")
     known = {name for name in options(job.config) if name not in groups}
     known |= {*options(job.evaluation.options, "evaluation.")}
+    known |= {*options(job.repair, "repair.")}
     for key, plug_in in [("method", job.method), ("recovery", job.recovery)] + [
         (f"evaluation.{name}", measure) for name, measure in job.evaluation.measures.items()
     ]:
@@ -470,6 +488,17 @@ def test_every_option_of_a_method_is_in_the_key_of_its_merge(name):
         if changed.options() == method.options():
             unseen.add(option.name)
     assert unseen == {"published_calibration"}  # a default of calibration's own options
+
+
+@pytest.mark.parametrize("name", plug_ins("repair"))
+def test_every_option_of_a_repair_is_in_its_key(name, composed, here):
+    configuration: Any = OmegaConf.to_container(composed(f"repair={name}").repair, resolve=True)
+    repair = build(configuration, group="repair")
+    for option in fields(repair):
+        if option.name != "calibration":  # see the table
+            changed = copy.copy(repair)
+            setattr(changed, option.name, another(getattr(repair, option.name)))
+            assert changed.options() != repair.options(), option.name
 
 
 @pytest.mark.parametrize("name", plug_ins("recovery"))
@@ -524,13 +553,14 @@ def test_another_model_in_the_same_folder_changes_every_key(file, job_of, tmp_pa
 
 def test_another_plan_changes_the_keys_of_what_follows_it_and_not_the_dense_models(job_of):
     job = job_of()
-    assert to_make(keys(job), keys(job, layer=4)) == RECOVERY | scores(PARTS, ["pruned"])
+    assert to_make(keys(job), keys(job, layer=4)) == (REPAIR | RECOVERY | scores(PARTS, ["pruned", "repaired"]))
 
 
 def test_of_one_checkpoint_fidelity_alone_depends_on_the_model_that_it_is_compared_with(job_of, monkeypatch):
     monkeypatch.setitem(globals(), "checkpoint_id", lambda *_: "the same")
     other = to_make(keys(job_of()), keys(job_of({"model.seed": 7})))
-    assert other & scores(PARTS, ["pruned"]) == scores(FIDELITY, ["pruned"])
+    plans = ["pruned", "repaired"]
+    assert other & scores(PARTS, plans) == scores(FIDELITY, plans)
 
 
 @pytest.mark.parametrize(
@@ -549,7 +579,13 @@ def test_another_version_changes_the_keys_of_tasks_if_it_is_lm_evals_and_else_no
 
 @pytest.mark.parametrize(
     ("module", "changes"),
-    [("calibrate", CALIBRATION), ("merge", MERGE), ("recover", RECOVERY), ("evaluate", scores(PARTS))],
+    [
+        ("calibrate", CALIBRATION),
+        ("merge", MERGE),
+        ("repair", REPAIR),
+        ("recover", RECOVERY),
+        ("evaluate", scores(PARTS)),
+    ],
 )
 def test_another_version_of_a_stage_changes_its_keys(module, changes, job_of, monkeypatch):
     before = keys(job_of())
@@ -592,8 +628,8 @@ def test_a_method_that_reads_no_text_and_has_no_floor_depends_on_neither(job_of)
         return keys(job_of(*given, overrides=["method=reverse"]))
 
     before = with_reverse()
-    assert to_make(before, with_reverse({"calibration.seed": 7})) == {"calibrate"}
-    assert to_make(before, with_reverse({"seed": 7})) == {"calibrate"} | RECOVERY
+    assert to_make(before, with_reverse({"calibration.seed": 7})) == {"calibrate"} | REPAIR
+    assert to_make(before, with_reverse({"seed": 7})) == {"calibrate"} | REPAIR | RECOVERY
     assert to_make(before, with_reverse({"threshold.refine": 7})) == NOTHING
     assert to_make(before, with_reverse({"pruning_ratio.ratio": 0.5})) == MERGE
     assert to_make(before, with_reverse({"model.seed": 7})) == ALL
