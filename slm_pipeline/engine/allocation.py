@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +58,10 @@ class Units:
         """Parameters that are gone when so many units are."""
         return number * self.size - self.bias if number else 0
 
+    def most(self) -> int:
+        """Parameters that can go."""
+        return max(self.gain(number) for number in (0, *self.numbers()))
+
     def without(self, gone: Tensor) -> Tensor:
         """[kept] int64 indices of those that stay, ascending."""
         kept = torch.ones(len(self.scores), dtype=torch.bool)
@@ -75,27 +80,57 @@ def lowest(units: Sequence[Units], remove: int) -> list[int]:
     Raises:
         UserError: so many cannot go.
     """
-    steps = [_steps(of) for of in units]
-    owner = torch.cat([torch.full((len(scores),), index) for index, (scores, _) in enumerate(steps)])
-    order = torch.cat([scores for scores, _ in steps]).argsort(stable=True)
-    owner, total = owner[order], torch.cat([gains for _, gains in steps])[order].cumsum(dim=0)
+    steps = Steps.of(units)
+    total = steps.gains.cumsum(dim=0)
     most = int(total[-1]) if len(total) else 0
     if remove > most:
-        raise _too_many(remove, most)
-    taken = owner[: int(torch.searchsorted(total, remove)) + 1].bincount(minlength=len(units)).tolist()
-    return [[0, *of.numbers()][number] for of, number in zip(units, taken, strict=True)]
+        raise too_many(remove, most)
+    return steps.numbers(units, int(torch.searchsorted(total, remove)) + 1)
 
 
-def _steps(of: Units) -> tuple[Tensor, Tensor]:
-    """Of each next of `Units.numbers`: the mean score of the units that it adds, ascending, and their parameters."""
+class Steps(NamedTuple):
+    """All steps of several sublayers, in the order in which they go.
+
+    Attributes:
+        owner: [n] int64 whose step it is, by index.
+        scores: [n] float32 mean score of the units in it, ascending.
+        counts, gains: [n] int64 units and parameters in it.
+    """
+
+    owner: Tensor
+    scores: Tensor
+    counts: Tensor
+    gains: Tensor
+
+    @classmethod
+    def of(cls, units: Sequence[Units]) -> Steps:
+        none = torch.zeros(0, dtype=torch.int64)
+        found = [(none, torch.zeros(0), none, none)]
+        for index, of in enumerate(units):
+            scores, counts, gains = _steps(of)
+            found.append((torch.full_like(counts, index), scores, counts, gains))
+        owner, scores, counts, gains = (torch.cat(list(column)) for column in zip(*found, strict=True))
+        order = scores.argsort(stable=True)
+        return cls(owner[order], scores[order], counts[order], gains[order])
+
+    def numbers(self, units: Sequence[Units], first: int) -> list[int]:
+        """How many of each of ``units`` go with so many steps."""
+        taken = self.owner[:first].bincount(minlength=len(units)).tolist()
+        return [[0, *of.numbers()][number] for of, number in zip(units, taken, strict=True)]
+
+
+def _steps(of: Units) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each next of `Units.numbers`: the mean score of the units that it adds, ascending, their number and their
+    parameters."""
     numbers = [0, *of.numbers()]
-    gains = torch.tensor([of.gain(number) for number in numbers], dtype=torch.int64).diff()
+    counts, gains = (torch.tensor(found, dtype=torch.int64).diff() for found in (numbers, [*map(of.gain, numbers)]))
     if not len(gains):
-        return torch.zeros(0), gains
+        return torch.zeros(0), counts, gains
     scores = of.scores[of.in_order()[: numbers[-1]]]
     first = scores[: numbers[1]].mean(dim=0, keepdim=True)
     others = scores[numbers[1] :].view(-1, of.step).mean(dim=1)
-    return torch.cat([first, others]).cummax(dim=0).values, gains  # means of equal scores may differ by their rounding
+    ascending = torch.cat([first, others]).cummax(dim=0).values  # means of equal scores may differ by their rounding
+    return ascending, counts, gains
 
 
 def evenly(
@@ -126,7 +161,7 @@ def evenly(
             if of_heads + sum(of.gain(number) for of in neurons) >= remove:
                 return gone, number
         most = max(most, of_heads + sum(of.gain(numbers[-1]) for of in neurons))
-    raise _too_many(remove, most)
+    raise too_many(remove, most)
 
 
 def cheapest(units: Sequence[Units], damages: Sequence[Mapping[int, float]], remove: int) -> list[int]:
@@ -155,7 +190,7 @@ def cheapest(units: Sequence[Units], damages: Sequence[Mapping[int, float]], rem
         missing -= of.gain(taken[index]) - of.gain(low)
         if missing <= 0:
             return taken
-    raise _too_many(remove, remove - missing)
+    raise too_many(remove, remove - missing)
 
 
 def _hull(of: Units, measured: Mapping[int, float]) -> list[tuple[float, int, int]]:
@@ -172,7 +207,7 @@ def _hull(of: Units, measured: Mapping[int, float]) -> list[tuple[float, int, in
     return stretches
 
 
-def _too_many(remove: int, most: int) -> UserError:
+def too_many(remove: int, most: int) -> UserError:
     return UserError(
         f"{remove} parameters cannot go: heads and neurons that may be removed have {max(0, most)}, as every sublayer"
         " keeps one, or method.multiple_of neurons; ask for a lower pruning_ratio"

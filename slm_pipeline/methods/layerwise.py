@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from slm_pipeline.config.ranges import Range
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import PruningProblem
-from slm_pipeline.methods.width_removal import Narrowed, Place, WidthRemoval, num_units
+from slm_pipeline.methods.width_removal import Narrowed, Place, WidthRemoval
 from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.ops.base import SUBLAYERS
 
@@ -56,19 +56,15 @@ class LayerwiseRemoval(WidthRemoval):
             [at least remove] int64 units each, on the CPU; whose first parts are the decisions for lower numbers.
         """
 
-    def unit_scores(
-        self, problem: PruningProblem, layers: Sequence[int], parts: Sequence[str]
-    ) -> dict[str, list[Tensor]]:
-        """Zeros: which units go is decided later."""
-        import torch
-
-        return {part: [torch.zeros(num_units(problem.view, layer, part)) for layer in layers] for part in parts}
+    def scored(self, problem: PruningProblem, units: Mapping[Place, Units]) -> dict[Place, Units]:
+        """As they are: which units go is decided later."""
+        return dict(units)
 
     def narrow(
         self, problem: PruningProblem, units: Mapping[Place, Units], gone: Mapping[Place, int]
-    ) -> dict[Place, Narrowed]:
+    ) -> tuple[dict[Place, Narrowed], dict[str, Any]]:
         walk = self._walk(problem, units, {place: [number] for place, number in gone.items()}, self.corrected_inputs)
-        return {place: found[0] for place, found in walk}
+        return {place: found[0] for place, found in walk}, {}
 
     def variants(
         self, problem: PruningProblem, units: Mapping[Place, Units], levels: Mapping[Place, Sequence[int]]
@@ -112,8 +108,7 @@ class LayerwiseRemoval(WidthRemoval):
         from slm_pipeline.engine import least_squares
 
         view, (layer, part) = problem.view, place
-        output = view.attention_output(layer) if part == "attention" else view.mlp_output(layer)
-        weight = output.get_parameter("weight").detach().to(gram)
+        weight = view.output(layer, part).weight.detach().to(gram)
         if not bool(weight.isfinite().all()):
             raise UserError(f"method={self.name}: the weights of layer {layer}'s {part} are not finite")
         penalty = least_squares.penalty(gram, self.ridge)

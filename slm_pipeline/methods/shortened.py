@@ -115,28 +115,13 @@ def scored(view: ModelView, layer: int) -> list[Tensor]:
 
 def taylor_salience(view: ModelView, input_ids: Tensor) -> list[float]:
     """Sum of |w x dL/dw| over each block's scored parameters; L is the mean next-token loss over all samples."""
-    import torch
+    from slm_pipeline.engine.gradients import of_parameters
 
     layer_of = {parameter: layer for layer in range(view.num_layers) for parameter in scored(view, layer)}
     salience = [0.0] * view.num_layers
-    required_before = {parameter: parameter.requires_grad for parameter in view.model.parameters()}
 
-    def reduce(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        salience[layer_of[parameter]] += float((parameter.detach().float() * parameter.grad.float()).abs().sum())
-        parameter.grad = None
+    def reduce(parameter: Tensor, gradient: Tensor) -> None:
+        salience[layer_of[parameter]] += float((parameter.detach().float() * gradient.float()).abs().sum())
 
-    hooks = []
-    try:
-        for parameter in required_before:
-            parameter.requires_grad_(parameter in layer_of)
-        hooks = [parameter.register_post_accumulate_grad_hook(reduce) for parameter in layer_of]
-        ids = input_ids.to(view.device)
-        with torch.enable_grad():
-            view.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, required in required_before.items():
-            parameter.requires_grad_(required)
+    of_parameters(view, input_ids, layer_of, reduce)
     return salience

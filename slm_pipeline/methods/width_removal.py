@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from slm_pipeline.config.ranges import Count, Range, TotalTokens
@@ -33,7 +34,7 @@ class Narrowed:
     """What is left of a sublayer.
 
     Attributes:
-        kept: [kept] int64 units that stay, ascending; on the CPU.
+        kept: [kept] int64 units that stay, ascending; on the CPU. With new weights it may be all.
         constant: [d] that its last projection adds, None for none.
         weight: [d, n] new weights of the last projection for the kept units; None: those that they have.
     """
@@ -48,8 +49,7 @@ class Narrowed:
         block = resize(view, block, **kept, biases={} if self.constant is None else {part: self.constant})
         if self.weight is None:
             return block
-        output = view.architecture.attention_output if part == "attention" else view.architecture.mlp_output
-        return written(view, block, {f"{output}.weight": self.weight})
+        return written(view, block, {f"{view.output_name(part)}.weight": self.weight})
 
 
 @dataclass(kw_only=True)
@@ -140,6 +140,7 @@ class WidthRemoval(ProtectsEnds):
                     )
 
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
+        from slm_pipeline.engine.allocation import too_many
         from slm_pipeline.surgery.apply import layer_sizes
 
         sizes = layer_sizes(problem.view)
@@ -149,15 +150,13 @@ class WidthRemoval(ProtectsEnds):
                 " attention or no feed-forward network"
             )
         self._check_constants(problem.view)
-        layers = self.candidates(len(sizes))
-        units = {
-            (layer, part): self._units(problem, sizes[layer], layer, part, scores)
-            for part, found in self.unit_scores(problem, layers, self.parts).items()
-            for layer, scores in zip(layers, found, strict=True)
-        }
-        gone, measured = self.allocate(problem, units, self.parameters(problem, sizes))
-        narrowed = self.narrow(problem, units, {place: number for place, number in gone.items() if number})
-        return self._width_plan(problem, sizes, units, narrowed, measured)
+        remove, units = self.parameters(problem, sizes), self._units(problem, sizes)
+        if remove > (most := sum(of.most() for of in units.values())):
+            raise too_many(remove, most)
+        units = self.scored(problem, units)
+        gone, of_sizes = self.allocate(problem, units, remove)
+        narrowed, of_units = self.narrow(problem, units, {place: number for place, number in gone.items() if number})
+        return self._width_plan(problem, sizes, units, narrowed, of_sizes | of_units)
 
     @property
     def parts(self) -> list[str]:
@@ -170,6 +169,27 @@ class WidthRemoval(ProtectsEnds):
         if isinstance(problem.target, Layers):
             remove = remove * sum(size.whole for size in sizes) // len(sizes)
         return remove
+
+    def scored(self, problem: PruningProblem, units: Mapping[Place, Units]) -> dict[Place, Units]:
+        """``units`` with the scores of `unit_scores`."""
+        layers = self.candidates(problem.view.num_layers)
+        found = self.unit_scores(problem, layers, self.parts)
+        return self.with_scores(
+            units, {(layer, part): found[part][i] for part in found for i, layer in enumerate(layers)}
+        )
+
+    def with_scores(self, units: Mapping[Place, Units], scores: Mapping[Place, Tensor]) -> dict[Place, Units]:
+        """``units`` with these scores.
+
+        Raises:
+            UserError: a score is not finite.
+        """
+        for (layer, part), of in scores.items():
+            if not bool(of.isfinite().all()):
+                raise UserError(
+                    f"method={self.name}: the {part} scores of layer {layer} are not finite; try model.dtype=float32"
+                )
+        return {place: replace(of, scores=scores[place]) for place, of in units.items()}
 
     def allocate(
         self, problem: PruningProblem, units: Mapping[Place, Units], remove: int
@@ -225,50 +245,52 @@ class WidthRemoval(ProtectsEnds):
     ) -> Iterator[tuple[Place, list[Narrowed]]]:
         """What is left of a sublayer of the dense model when so many units of it alone go, for each of its levels."""
         for place, numbers in levels.items():
-            yield place, [self._narrowed(problem, units, place, number) for number in numbers]
+            yield place, [self.narrowed(problem, units, place, number) for number in numbers]
 
     def narrow(
         self, problem: PruningProblem, units: Mapping[Place, Units], gone: Mapping[Place, int]
-    ) -> dict[Place, Narrowed]:
-        """What is left of each sublayer when so many units of each go."""
-        return {place: self._narrowed(problem, units, place, number) for place, number in gone.items()}
+    ) -> tuple[dict[Place, Narrowed], dict[str, Any]]:
+        """What is left of each sublayer when so many units of each go, and for the plan's scores what was found out."""
+        return {place: self.narrowed(problem, units, place, number) for place, number in gone.items()}, {}
 
-    def _narrowed(self, problem: PruningProblem, units: Mapping[Place, Units], place: Place, number: int) -> Narrowed:
-        """The units with the highest scores, and a constant for the others."""
+    def narrowed(self, problem: PruningProblem, units: Mapping[Place, Units], place: Place, number: int) -> Narrowed:
+        """What is left of a sublayer when so many units go: those with the highest scores, and a constant for what is
+        gone."""
         stay = units[place].after(number)
         return Narrowed(stay, constant=self._constant(problem, *place, stay, len(units[place].scores)))
 
     def _check_constants(self, view: ModelView) -> None:
-        outputs = {"attention": view.attention_output(0), "mlp": view.mlp_output(0)}
-        found = [output.bias for part, output in outputs.items() if self.sublayers in (part, "both")]
+        found = [view.output(0, part).bias for part in self.parts]
         if self.export == "stock" and self.adds_constants and any(bias is None for bias in found):
             raise UserError(
                 f"method.bias=true adds a bias to projections that have none in a {view.config.model_type} model; use"
                 " method.bias=false or method.export=custom"
             )
 
-    def _units(self, problem: PruningProblem, size: LayerSize, layer: int, part: str, scores: Tensor) -> Units:
+    def _units(self, problem: PruningProblem, sizes: Sequence[LayerSize]) -> dict[Place, Units]:
+        """Of each sublayer that may become narrower; scores are 0."""
         import torch
 
         from slm_pipeline.engine.allocation import Units
 
-        if not bool(scores.isfinite().all()):
-            raise UserError(
-                f"method={self.name}: the {part} scores of layer {layer} are not finite; try model.dtype=float32"
-            )
-        fixed = torch.zeros(len(scores), dtype=torch.bool)
-        is_bias = self.adds_constants
-        if part == "attention":
-            return Units(scores, size.per_head, size.attention_bias if is_bias else 0, fixed)
-        if self.massive is not None:
-            weight, mean, variance = inputs_of(problem, layer, part)
-            energy = (variance + mean.square()) * weight.square().sum(dim=0)
-            fixed = (energy > self.massive * energy.mean()).cpu()
-        return Units(scores, size.per_neuron, size.mlp_bias if is_bias else 0, fixed, self.multiple_of)
+        units, layers, is_bias = {}, self.candidates(len(sizes)), self.adds_constants
+        for part, layer in product(self.parts, layers):
+            size, scores = sizes[layer], torch.zeros(problem.view.num_units(layer, part))
+            fixed = torch.zeros(len(scores), dtype=torch.bool)
+            if part == "attention":
+                units[layer, part] = Units(scores, size.per_head, size.attention_bias if is_bias else 0, fixed)
+                continue
+            if self.massive is not None:
+                weight, mean, variance = inputs_of(problem, layer, part)
+                energy = (variance + mean.square()) * weight.square().sum(dim=0)
+                fixed = (energy > self.massive * energy.mean()).cpu()
+            bias = size.mlp_bias if is_bias else 0
+            units[layer, part] = Units(scores, size.per_neuron, bias, fixed, self.multiple_of)
+        return units
 
     def _of_channels(self, problem: PruningProblem, layer: int, part: str) -> Tensor:
         scores = standardised(self.channel_scores(*inputs_of(problem, layer, part), part))
-        return scores.view(num_units(problem.view, layer, part), -1).mean(dim=1).cpu()
+        return scores.view(problem.view.num_units(layer, part), -1).mean(dim=1).cpu()
 
     def _width_plan(
         self,
@@ -285,19 +307,20 @@ class WidthRemoval(ProtectsEnds):
         for layer, size in enumerate(sizes):
             left = {"heads": size.heads, "neurons": size.neurons}
             found = {part: narrowed[layer, part] for part in SUBLAYERS if (layer, part) in narrowed}
-            changed = {names[part]: len(of.kept) for part, of in found.items()}
-            biases = tuple(part for part, of in found.items() if of.constant is not None)
-            new = tuple(part for part, of in found.items() if of.weight is not None)
-            for part, of in found.items():
+            fewer = {part: of for part, of in found.items() if len(of.kept) < len(units[layer, part].scores)}
+            changed = {names[part]: len(of.kept) for part, of in fewer.items()}
+            biases = tuple(part for part, of in fewer.items() if of.constant is not None)
+            new = {part: of.weight for part, of in found.items() if of.weight is not None}
+            for part, of in fewer.items():
                 tensors[f"resize.{layer}.{names[part]}"] = of.kept.numpy()
                 if of.constant is not None:
                     tensors[f"resize.{layer}.{part}_bias"] = of.constant.cpu().numpy()
-                if of.weight is not None:
-                    tensors[f"replace.{layer}.{part}"] = of.weight.float().cpu().numpy()
-            if found:
+            for part, weight in new.items():
+                tensors[f"replace.{layer}.{part}"] = weight.float().cpu().numpy()
+            if fewer:
                 ops.append(Resize((layer,), f"resize.{layer}", **changed, biases=biases or None))
             if new:
-                ops.append(Replace((layer,), new, f"replace.{layer}"))
+                ops.append(Replace((layer,), tuple(new), f"replace.{layer}"))
             left |= changed
             widths.append([left["heads"], left["neurons"]])
         massive = [
@@ -323,16 +346,10 @@ def inputs_of(problem: PruningProblem, layer: int, part: str) -> tuple[Tensor, T
     """A sublayer's last projection [d, n], and the mean and the variance [n] of its inputs; float32, on one device."""
     view, statistics = problem.view, problem.statistics
     is_attention = part == "attention"
-    output = view.attention_output(layer) if is_attention else view.mlp_output(layer)
-    weight = output.get_parameter("weight").detach().float()
+    weight = view.output(layer, part).weight.detach().float()
     mean = statistics.attention_mean if is_attention else statistics.mlp_mean
     variance = statistics.attention_variance if is_attention else statistics.mlp_variance
     return weight, mean[layer].to(weight.device), variance[layer].to(weight.device)
-
-
-def num_units(view: ModelView, layer: int, part: str) -> int:
-    """Key-value groups or neurons of a layer."""
-    return view.kv_heads_of(layer) if part == "attention" else view.neurons_of(layer)
 
 
 def standardised(scores: Tensor) -> Tensor:

@@ -145,9 +145,8 @@ class ModelView:
 
     def silence(self, layer: int, sublayer: str) -> None:
         """Set a sublayer's last projection to zero, so that it adds nothing; the model's class and size stay."""
-        output = self.attention_output(layer) if sublayer == "attention" else self.mlp_output(layer)
         with torch.no_grad():
-            for parameter in output.parameters():
+            for parameter in self.output(layer, sublayer).parameters():
                 parameter.zero_()
 
     def cut_out(self, layers: Mapping[str, Sequence[int]]) -> None:
@@ -189,6 +188,14 @@ class ModelView:
     def mlp_output(self, layer: int) -> nn.Module:
         """The projection at the end of a block's feed-forward network; its input is the hidden neurons."""
         return self.layers[layer].get_submodule(self.architecture.mlp_output)
+
+    def output(self, layer: int, sublayer: str) -> nn.Linear:
+        """The projection with which a sublayer (attention, mlp) writes to the residual stream."""
+        return cast(nn.Linear, self.layers[layer].get_submodule(self.output_name(sublayer)))
+
+    def num_units(self, layer: int, sublayer: str) -> int:
+        """Key-value groups of a layer's attention, or neurons of its mlp. The inputs of `output` lie unit by unit."""
+        return self.kv_heads_of(layer) if sublayer == "attention" else self.neurons_of(layer)
 
     @property
     def num_kv_heads(self) -> int:

@@ -54,6 +54,8 @@ METHODS = {
     "fisher_mask": Look(SKY, "P", "-."),
     "obs": Look(BLACK, "P", "-."),
     "nystrom": Look(ORANGE, "P", "-."),
+    "head_importance": Look(PURPLE, "h", "-."),
+    "kcm": Look(SKY, "h", "-."),
 }
 RECOVERIES = {
     "none": Look(GREY, "*", ":"),

@@ -20,7 +20,8 @@ from slm_pipeline.surgery.plan import Plan
 
 NOT_A_SEARCH = ("from_plan", "none", "combined")  # the last has tests/methods/test_combined.py
 METHODS = sorted(file.stem for file in (CONF_DIR / "method").glob("*.yaml") if file.stem not in NOT_A_SEARCH)
-NARROWER = ("flap", "nystrom", "obs", "wanda_sp")  # all layers stay
+UNEQUAL = ("fisher_mask", "flap", "head_importance", "kcm", "llm_pruner")  # layers of different widths
+NARROWER = (*UNEQUAL, "nystrom", "obs", "wanda_sp")  # all layers stay
 REFUSED = {("replaceme", "gemma3_text")}  # a norm follows the last projection
 
 
@@ -30,6 +31,10 @@ def method_of(name):
         if getattr(method, option, 0) > 1:
             setattr(method, option, 1)
     return method
+
+
+def num_remove(name):
+    return 1 if name == "head_importance" else 2  # heads alone do not have as many parameters as two layers
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "opt"])
@@ -46,7 +51,9 @@ def test_its_checkpoint_reloads(name, architecture, input_ids, tmp_path):
     state = {key: value.clone() for key, value in model.state_dict().items()}
     looked_at = {"fingerprint": "f", "num_tokens": input_ids.numel()}
     statistics = collect(ModelView(model), input_ids)
-    plan = method.plan(problem_of(model, source, input_ids, num_remove=2, statistics=statistics, calibration=looked_at))
+    asked = {"num_remove": num_remove(name), "statistics": statistics, "calibration": looked_at}
+    problem = problem_of(model, source, input_ids, **asked)
+    plan = method.plan(problem)
     assert plan.calibration == (None if name in ("shortened_magnitude", "reverse") else looked_at)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())  # it only reads the model
     assert all(module.training is False for module in model.modules())
@@ -56,7 +63,7 @@ def test_its_checkpoint_reloads(name, architecture, input_ids, tmp_path):
     pruned = apply(plan, model).eval()
     expected = pruned(input_ids=input_ids, use_cache=False).logits
     reloaded = checkpoint.save(pruned, tokenizer, tmp_path / "model", card="", config=source.config)
-    assert (type(reloaded) is type(load_dense(source)[0])) == (name != "flap")  # whose layers are unequal
+    assert (type(reloaded) is type(load_dense(source)[0])) == (name not in UNEQUAL)
     assert type(reloaded) is type(pruned)
     torch.testing.assert_close(reloaded(input_ids=input_ids, use_cache=False).logits, expected, rtol=0, atol=0)
 
@@ -65,6 +72,7 @@ def test_samples_of_one_token_are_refused_where_the_next_is_predicted():
     context = context_of(random_source())
     context.config.calibration.seq_len = 1
     predicting = {"come_posterior", "shortened_ppl", "shortened_taylor", "sleb"}
+    predicting |= {"fisher_mask", "head_importance", "llm_pruner"}
     for name in predicting:
         with pytest.raises(UserError, match=f"calibration.seq_len=1 must be at least 2 for method={name}, which predi"):
             method_of(name).check(context)
@@ -87,7 +95,7 @@ def test_a_damaged_model_is_an_error(name, input_ids):
         for layer in view.layers:  # whatever goes, something damaged is left
             layer.mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite|is nan|overflows"):
-        method_of(name).plan(problem_of(model, source, input_ids, num_remove=2, statistics=statistics))
+        method_of(name).plan(problem_of(model, source, input_ids, num_remove=num_remove(name), statistics=statistics))
 
 
 def test_the_calibration_pass_names_the_first_damaged_layer(input_ids):

@@ -78,13 +78,34 @@ CHANGES: dict[str, dict[str, object]] = {
         "sensitivity_tokens": (16, {"allocation": "sensitivity", "export": "custom"}), "ridge": 1.0,
         "corrected_inputs": False,
     },
+    "llm_pruner": {
+        "protect_first": 3, "protect_last": 3, "massive": 1.5, "allocation": "global", "sublayers": "attention",
+        "export": ("stock", {"protect_first": 0, "protect_last": 0}), "taylor": "vectorize",
+        "multiple_of": 5, "sensitivity_tokens": (16, {"allocation": "sensitivity"}),
+    },
+    "head_importance": {
+        "protect_first": 2, "protect_last": 2, "massive": (1.5, {"sublayers": "both"}), "allocation": "uniform",
+        "sublayers": "both", "export": ("stock", {"allocation": "uniform"}), "normalize": False,
+        "multiple_of": (5, {"sublayers": "both"}), "sensitivity_tokens": (16, {"allocation": "sensitivity"}),
+    },
+    "fisher_mask": {
+        "protect_first": 3, "protect_last": 3, "massive": 1.5, "allocation": "uniform", "sublayers": "attention",
+        "export": ("stock", {"allocation": "uniform"}), "search": False, "rearrangement": False, "tuning": False,
+        "damping": 1.0,
+        "multiple_of": 5, "sensitivity_tokens": (16, {"allocation": "sensitivity"}),
+    },
+    "kcm": {
+        "protect_first": 3, "protect_last": 3, "massive": 1.5, "allocation": "uniform", "sublayers": "attention",
+        "export": ("stock", {"allocation": "uniform"}), "ranking": "data_driven", "sigma": 1.0, "tolerance": 0.3,
+        "tuning": False, "damping": 1.0,
+        "multiple_of": 5, "sensitivity_tokens": (16, {"allocation": "sensitivity"}),
+    },
     "shortened_magnitude": {"protect_first": 6, "protect_last": 6, "power": 2},
 }  # fmt: skip
 ONLY_FASTER = {("sleb", "strict")}  # or slower, with the same numbers in float32
 ONLY_LIMITS = {("reverse", "protect_first")}  # how much can be asked for: what goes first is at the other end
-ONLY_OF_OTHER_HEADS = {
-    (name, "export") for name in ("wanda_sp", "flap", "obs", "nystrom")
-}  # whose number must divide: test_width_removal
+NARROWER = ("wanda_sp", "flap", "obs", "nystrom", "llm_pruner", "head_importance", "fisher_mask", "kcm")
+ONLY_OF_OTHER_HEADS = {(name, "export") for name in NARROWER}  # whose number must divide: test_width_removal
 REFUSED = {("come_posterior", name) for name in ("power", "min_largest_share", "run_length")} | {
     ("nystrom", "sublayers")
 }
@@ -132,7 +153,7 @@ def test_every_option_changes_the_plan(name, option, make_problem):
     before, after = method_of(name, **common), method_of(name, **{**common, option: value})
     assert before.options() != after.options()
     everything = Floor in before.targets and option not in ("merge_rule", "similarity")  # passes at a threshold of 0
-    layers = 2 if option in ("run_length", "repeat") else 1
+    layers = {"run_length": 2, "repeat": 2, "search": 4}.get(option, 1)
     problem = make_problem(threshold=0.0) if everything else make_problem(num_remove=layers)
     plans = [method.plan(problem) for method in (before, after)]
     if option.startswith("protect") and (name, option) not in ONLY_LIMITS:

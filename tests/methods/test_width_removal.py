@@ -12,7 +12,11 @@ from conftest import context_of, random_source, run_slm
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import PruningProblem
+from slm_pipeline.methods.fisher_mask import FisherMask
 from slm_pipeline.methods.flap import Flap
+from slm_pipeline.methods.head_importance import HeadImportance
+from slm_pipeline.methods.kcm import KCM
+from slm_pipeline.methods.llm_pruner import LLMPruner
 from slm_pipeline.methods.nystrom import Nystrom
 from slm_pipeline.methods.obs import OptimalBrainSurgeon
 from slm_pipeline.methods.target import Layers, Parameters
@@ -273,8 +277,12 @@ def test_sensitivity_spares_the_layer_that_matters(make_problem):
         problem.view.mlp_output(1).weight.mul_(8)
         problem.view.mlp_output(2).weight.mul_(0.01)
     problem.statistics = collect(problem.view, problem.input_ids)
-    for make in (WandaSP, Flap, OptimalBrainSurgeon, Nystrom):
-        plan = make(allocation="sensitivity", export="custom").plan(problem)
+    everywhere = {"protect_first": 0, "protect_last": 0, "sublayers": "both"}
+    for make, options in (
+        *((make, {}) for make in (WandaSP, Flap, OptimalBrainSurgeon, Nystrom)),
+        *((make, everywhere) for make in (LLMPruner, FisherMask, HeadImportance, KCM)),
+    ):
+        plan = make(allocation="sensitivity", export="custom", **options).plan(problem)
         widths = plan.scores["widths"]
         assert widths[2][1] == min(neurons for _, neurons in widths) < 16
         assert widths[1][1] == 48
