@@ -86,8 +86,8 @@ class Streams:
             if self.lacks(Block(start), "attention"):
                 states = self._runner.run(Block(start), states)
             else:
-                _, output, states = self._runner.observed(Block(start), states, "attention")
-                middle = middle + output
+                _, _, written, states = self._runner.observed(Block(start), states, "attention")
+                middle = middle + written
             self.middle[rows] = middle
             for layer in range(start + 1, end):
                 states = self._runner.run(Block(layer), self._on_device(states, layer))
@@ -100,28 +100,40 @@ class Streams:
         stands for where its last sublayer writes; with ``own_output`` what the projection would write if the sublayer
         were as in the dense model, on the states that reach it.
 
+        Where a norm stands between the projection and the stream (Gemma 2 and 3, OLMo 2), the norm's gains are counted
+        as part of the weights, and each token's target is multiplied by the number that makes it as long as what the
+        projection puts out: the norm knows no length, so that the direction is all that can be fitted.
+
         Raises:
             UserError: they are not finite.
         """
         is_last = sublayer == "mlp" or self.lacks(block, "mlp")
         has_bias = self.bias(block, sublayer) is not None
         whole = self._undone(block, sublayer)
+        norm = self.view.output_norm(block.body, sublayer)
         gram: Gram | None = None
         moment: Tensor | None = None
         energy = 0.0
         for rows in self._rows():
             entering = self._on_device(self.pruned[rows], block.body)
-            inputs, output, leaving = self._runner.observed(block, entering, sublayer)
+            inputs, output, written, leaving = self._runner.observed(block, entering, sublayer)
             reference = self._on_device((self.leaving if is_last else self.middle)[rows], block.body)
             if target == "own_output":
                 wanted = output if whole is block else self._runner.observed(whole, entering, sublayer)[1]
             else:  # the difference of two large numbers: bfloat16 would round it
-                beside = leaving.float() - output.float() if sublayer == "mlp" else entering.float()
+                beside = leaving.float() - written.float() if sublayer == "mlp" else entering.float()
                 wanted = reference.float() - beside
             wanted = wanted.flatten(0, -2).float()
+            lengths = torch.ones_like(wanted[:, :1])
+            if norm is not None:
+                put_out = output.flatten(0, -2).float() * _invertible(norm[1])
+                wanted = wanted * _invertible(norm[1]) if target == "own_output" else wanted
+                lengths = put_out.norm(dim=-1, keepdim=True) / wanted.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+            wanted = wanted * lengths
             weights = reference.flatten(0, -2).float().square().mean(dim=-1).clamp_min(1e-12).reciprocal()
             if weighting == "none":
                 weights = torch.ones_like(weights)
+            weights = weights / lengths[:, 0].square().clamp_min(1e-12)
             if has_bias:
                 inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
             if gram is None or moment is None:
@@ -152,10 +164,13 @@ class Streams:
         return block if len(others) == len(block.replaced) else replace(block, replaced=others)
 
     def weight(self, block: Block, sublayer: str) -> Tensor:
-        """[d, n] float64 of a sublayer's last projection; its bias, if it has one, as a last column."""
+        """[d, n] float64 of a sublayer's last projection; its bias, if it has one, as a last column, and its rows
+        multiplied by the gains of a norm behind it."""
         weight = block.parameter(self.view, f"{self.view.output_name(sublayer)}.weight").double()
-        bias = self.bias(block, sublayer)
-        return weight if bias is None else torch.cat([weight, bias.double()[:, None]], dim=1)
+        if (bias := self.bias(block, sublayer)) is not None:
+            weight = torch.cat([weight, bias.double()[:, None]], dim=1)
+        norm = self.view.output_norm(block.body, sublayer)
+        return weight if norm is None else weight * _invertible(norm[1]).to(weight)[:, None]
 
     def bias(self, block: Block, sublayer: str) -> Tensor | None:
         name = f"{self.view.output_name(sublayer)}.bias"
@@ -165,6 +180,8 @@ class Streams:
     def put(self, block: Block, sublayer: str, weight: Tensor) -> Block:
         """The block with another last projection, as `weight` gives it."""
         name = self.view.output_name(sublayer)
+        if (norm := self.view.output_norm(block.body, sublayer)) is not None:
+            weight = weight / _invertible(norm[1]).to(weight)[:, None]
         if self.bias(block, sublayer) is None:
             return written(self.view, block, {f"{name}.weight": weight})
         return written(self.view, block, {f"{name}.weight": weight[:, :-1], f"{name}.bias": weight[:, -1]})
@@ -202,6 +219,12 @@ class Streams:
 
     def _on_device(self, states: Tensor, layer: int) -> Tensor:
         return states.to(next(self.view.layers[layer].parameters()).device)
+
+
+def _invertible(gains: Tensor) -> Tensor:
+    """The gains, none nearer to 0 than a ten thousandth of the largest."""
+    least = 1e-4 * gains.abs().max()
+    return torch.where(gains.abs() < least, torch.where(gains < 0, -least, least), gains)
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,9 @@ class Joint(ProtectsEnds):
     ``shortgpt``, and of a greedy search by KL divergence; how many: ``depths`` numbers from none to as many as the
     target has, then their neighbours. ``export=custom``: every sublayer of the dense model is narrowed alone, to some
     widths and to nothing, and the KL divergence measured; the least sum of damages at the target, by a Lagrange
-    multiplier, is a candidate, and others are those with damages tilted towards the input or the output, and of
-    attention, for the sum knows nothing of how damages add up. Then halving: few tokens for all, twice as many for the
+    multiplier, is a candidate. The sum knows nothing of how damages add up, so two numbers are searched, uphill and with
+    smaller steps in the end: how much more a damage counts towards the input, and how much more one of attention. Then
+    halving: few tokens for all, twice as many for the
     better half, and so on; last, ``swaps`` exchanges of a layer that went for its neighbour.
 
     Of the calibration samples an eighth chooses (ridges, candidates), another eighth does nothing but tell, at the end,
@@ -85,11 +86,6 @@ class Joint(ProtectsEnds):
         super().check(context)
         if (number := context.config.calibration.num_samples) < 8:
             raise UserError(f"calibration.num_samples={number} must be at least 8 for method=joint: an eighth chooses")
-        if context.source.architecture.output_norms:
-            raise UserError(
-                f"method=joint: in {context.source.name}, a {context.source.model_type} model, a norm follows the last"
-                " projections, so that what they write is not linear in their weights"
-            )
 
     def layers_left(self, num_layers: int, target: Layers) -> int | None:
         return None  # known when it has searched
@@ -209,24 +205,23 @@ class Joint(ProtectsEnds):
 
         sizes = search.fitting.sizes
         damages = self._damages(problem, search)
-        found: list[Shape] = []
-        for tilt in (0.0, -1.0, 1.0):
-            for attention in (1.0, 0.5, 2.0):
-                factors = {
-                    (layer, part): math.exp(tilt * (0.5 - layer / len(sizes)))
-                    * (attention if part == "attention" else 1)
-                    for layer, part in damages
-                }
-                tilted = {
-                    place: {number: factors[place] * damage for number, damage in levels.items()}
-                    for place, levels in damages.items()
-                }
-                shape = allocate(tilted, sizes, remove, self.multiple_of)
-                if shape is not None and shape not in found:
-                    found.append(shape)
-        if not found:
-            raise UserError(f"method=joint: {remove} parameters cannot go; ask for a lower pruning_ratio")
-        return search.halved(search.ranked(found, divisor=4)[:4])
+        number = search.num_samples(4)
+        tried: dict[tuple[float, float], Shape] = {}
+
+        def worth(point: tuple[float, float]) -> float:
+            if point not in tried:
+                shape = allocate(_tilted(damages, *point, len(sizes)), sizes, remove, self.multiple_of)
+                if shape is None:
+                    raise UserError(f"method=joint: {remove} parameters cannot go; ask for a lower pruning_ratio")
+                tried[point] = shape
+            return search.kl(tried[point], number)
+
+        best, step = (0.0, 0.0), 1.0
+        while step >= 0.5:
+            around = [best, *((best[0] + a, best[1] + b) for a, b in ((-step, 0), (step, 0), (0, -step), (0, step)))]
+            nearest = min(around, key=worth)
+            best, step = (nearest, step) if nearest != best else (best, step / 2)
+        return search.halved(search.ranked(list(tried.values()), divisor=4)[:4])
 
     def _damages(self, problem: PruningProblem, search: _Search) -> dict[tuple[int, str], dict[int, float]]:
         sizes = search.fitting.sizes
@@ -329,6 +324,18 @@ class _Search:
         for divisor in (2, 1):
             left = self.ranked(left[: max(1, -(-len(left) // 2))], divisor)
         return left[0]
+
+
+def _tilted(
+    damages: dict[tuple[int, str], dict[int, float]], tilt: float, attention: float, num_layers: int
+) -> dict[tuple[int, str], dict[int, float]]:
+    """Damages, each times exp(tilt x height), with heights from 1/2 at the input to -1/2, and of attention times
+    exp(attention)."""
+    found = {}
+    for (layer, part), levels in damages.items():
+        factor = math.exp(tilt * (0.5 - layer / num_layers) + (attention if part == "attention" else 0.0))
+        found[layer, part] = {number: factor * damage for number, damage in levels.items()}
+    return found
 
 
 def _parts(input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

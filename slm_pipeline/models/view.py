@@ -181,6 +181,15 @@ class ModelView:
         """Name, within a block, of the last projection of a sublayer (attention, mlp)."""
         return self.architecture.attention_output if sublayer == "attention" else self.architecture.mlp_output
 
+    def output_norm(self, layer: int, sublayer: str) -> tuple[str, Tensor] | None:
+        """Of the norm between a sublayer's last projection and the residual stream its name within the block, and the
+        gains [d] float32 by which it multiplies; None if there is none."""
+        if not self.architecture.output_norms:
+            return None
+        name = (self.architecture.attention_norms if sublayer == "attention" else self.architecture.mlp_norms)[-1]
+        gains = self.layers[layer].get_parameter(f"{name}.weight").detach().float() + self.architecture.gain_offset
+        return name, gains
+
     def attention_output(self, layer: int) -> nn.Module:
         """The projection at the end of a block's attention; its input is the concatenated heads."""
         return self.layers[layer].get_submodule(self.architecture.attention_output)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slm_pipeline.engine.refit import Fitted, Streams
-    from slm_pipeline.models.context import Context
     from slm_pipeline.surgery.block import Block
 
 log = logging.getLogger(__name__)
@@ -57,7 +56,8 @@ class Refit(Repair):
     Kin: the direct form of ReplaceMe's map (arXiv 2505.02819), and fits to the dense output on corrected inputs as in
     GPTAQ (arXiv 2504.02692).
 
-    Refused where a norm stands behind the last projections (Gemma 2 and 3, OLMo 2): there the fit is not linear.
+    Where a norm stands behind the last projections (Gemma 2 and 3, OLMo 2), its gains are counted as part of W, and T
+    is made as long, for each token, as what the projection puts out: only the direction can be fitted.
 
     Memory beside the dense model: four states of each token, the Gram matrix of one projection in float64 with a few
     matrices of that size, and on the host the new weights in float32. A killed repair goes on after its last layer.
@@ -84,14 +84,6 @@ class Refit(Repair):
             raise UserError("repair.ridges=[] must name at least one ridge, such as [0.1]")
         if self.calibration.num_samples < 2:
             raise UserError("repair.calibration.num_samples=1 must be at least 2: one sample is held out")
-
-    def check(self, context: Context) -> None:
-        super().check(context)
-        if context.source.architecture.output_norms:
-            raise UserError(
-                f"repair=refit: in {context.source.name}, a {context.source.model_type} model, a norm follows the last"
-                " projections, so that what they write is not linear in their weights"
-            )
 
     def repair(self, problem: RepairProblem) -> Plan:
         from slm_pipeline.engine.refit import Streams, first_changed, pass_all
