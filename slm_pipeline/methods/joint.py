@@ -47,8 +47,8 @@ class Joint(ProtectsEnds):
     ``shortgpt``, and of a greedy search by KL divergence; how many: ``depths`` numbers from none to as many as the
     target has, then their neighbours. ``export=custom``: every sublayer of the dense model is narrowed alone, to some
     widths and to nothing, and the KL divergence measured; the least sum of damages at the target, by a Lagrange
-    multiplier, is a candidate. The sum knows nothing of how damages add up, so two numbers are searched, uphill and with
-    smaller steps in the end: how much more a damage counts towards the input, and how much more one of attention. Then
+    multiplier, is a candidate. The sum knows nothing of how damages add up, so two numbers are searched, uphill and in
+    smaller steps at last: how much more a damage counts towards the input, and how much more one of attention. Then
     halving: few tokens for all, twice as many for the
     better half, and so on; last, ``swaps`` exchanges of a layer that went for its neighbour.
 
