@@ -16,6 +16,7 @@ from slm_pipeline.config import ModelConfig
 from slm_pipeline.engine import refit as engine
 from slm_pipeline.errors import UserError
 from slm_pipeline.models import checkpoint
+from slm_pipeline.models.architectures import ARCHITECTURES
 from slm_pipeline.models.loading import load_checkpoint, load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.store.unfinished import drop_incomplete
@@ -194,7 +195,7 @@ def test_a_killed_repair_goes_on_after_its_last_layer_and_ends_the_same(make_pro
     assert len({(tmp_path / name / "plan.safetensors").read_bytes() for name in "ab"}) == 1
 
 
-def kinds_of_plans(architecture):
+def kinds_of_plans():
     """By name, a plan as each kind of method makes them."""
     matrix = (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=torch.Generator().manual_seed(4))).numpy()
     kept = ([0], [0, 3, 7, *range(20, 40)])
@@ -212,7 +213,11 @@ def kinds_of_plans(architecture):
     }
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "gemma", "opt", "gpt_neox"])
+SERVED = sorted(name for name, known in ARCHITECTURES.items() if not known.output_norms)
+SAVED = {"merge", "with a bias"}  # of every architecture; of Llama all are
+
+
+@pytest.mark.parametrize("architecture", SERVED)
 @torch.no_grad()
 def test_after_every_kind_of_plan_the_model_is_closer_and_what_is_saved_is_what_is_run(
     architecture, make_problem, tmp_path
@@ -220,7 +225,9 @@ def test_after_every_kind_of_plan_the_model_is_closer_and_what_is_saved_is_what_
     _, tokenizer = load_dense(random_source(architecture, num_layers=1))
     model = peculiar_model(architecture)
     ids = torch.randint(0, 256, (4, 12), generator=torch.Generator().manual_seed(9))
-    for name, plan in kinds_of_plans(architecture).items():
+    for name, plan in kinds_of_plans().items():
+        if name not in SAVED and architecture not in ("llama", "opt", "gpt_neox"):
+            continue
         repaired = refit(ridges=[0.1, 10.0]).repair(make_problem(model, plan, out=tmp_path / name))
         found = repaired.scores["repair"]["divergence"]
         assert found["repaired"]["kl"] < found["pruned"]["kl"], name
@@ -236,7 +243,7 @@ def test_after_every_kind_of_plan_the_model_is_closer_and_what_is_saved_is_what_
         assert {key: value.shape for key, value in pruned.state_dict().items()} == {
             key: value.shape for key, value in unrepaired.state_dict().items()
         }
-        if architecture != "llama" and name not in ("drop", "with a bias"):
+        if name not in SAVED and architecture != "llama":
             continue
         folder = tmp_path / name / "model"
         config = ModelConfig(name="m", source="local", path=str(folder), dtype="float32", device="cpu")

@@ -74,7 +74,7 @@ def test_before_the_recovery_is_drawn_beside_after_it(tmp_path, drawn):
     assert (points(after), after.faint) == ([(20.0, 30.0, None), (24.0, 31.0, None)], False)
     assert (points(before), before.faint) == ([(20.0, 100.0, None), (24.0, 200.0, None)], True)
     assert drawn["metric"]["y"].log
-    assert drawn["metric"]["note"].startswith("hollow: before the recovery")
+    assert drawn["metric"]["note"].startswith("hollow: pruned, before what followed")
 
 
 @pytest.mark.parametrize("measured", [True, False])
