@@ -12,7 +12,9 @@ import torch
 from conftest import run_slm
 from safetensors.torch import load_file
 
+from slm_pipeline.commands import store
 from slm_pipeline.engine import refit
+from slm_pipeline.export import exported
 from slm_pipeline.surgery.ops.replace import Replace
 from slm_pipeline.surgery.plan import Plan
 
@@ -95,6 +97,27 @@ def test_the_runs_plan_and_those_beside_its_models_are_the_repaired_one_and_repl
     expected, found = weights(model_of(summary, "repair")), weights(model_of(again, "merge"))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_each_of_its_models_can_be_exported_and_says_what_it_is(whole):
+    folder, summary = whole
+    assert exported.find(folder).which == "recovered"
+    repaired = exported.find(folder, "repaired")
+    assert repaired.folder == model_of(summary, "repair")
+    card = repaired.card("FOLDER")
+    assert card.partition("\n# ")[2].startswith(f"random, {summary['num_layers']['pruned']} layers (slm, refit)\n")
+    assert "; new weights in the last projections of " in card
+    assert "new weights" not in exported.find(folder, "pruned").card("FOLDER")
+    assert "(slm, refit, lora)" in exported.find(folder).card("FOLDER")
+
+
+def test_the_store_says_who_made_it_and_what_it_won(whole, capsys, monkeypatch):
+    folder, summary = whole
+    monkeypatch.setattr("sys.argv", ["slm-store", "list", "--output-dir", str(folder.parent.parent.parent)])
+    store.main()
+    kl = {name: found["kl"] for name, found in summary["repair"]["divergence"].items()}
+    said = f"refit: KL from the dense model {kl['pruned']:.4g} -> {kl['repaired']:.4g} nats\n"
+    assert said in capsys.readouterr().out
 
 
 def test_without_weights_on_disk_the_plan_rebuilds_them(whole, job, tmp_path):
