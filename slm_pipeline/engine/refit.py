@@ -115,9 +115,9 @@ class Streams:
             reference = self._on_device((self.leaving if is_last else self.middle)[rows], block.body)
             if target == "own_output":
                 wanted = output if whole is block else self._runner.observed(whole, entering, sublayer)[1]
-            else:  # the difference of two large numbers: bfloat16 would round it
-                beside = leaving.float() - output.float() if sublayer == "mlp" else entering.float()
-                wanted = reference.float() - beside
+            else:  # the first difference rounds back to the state that the output was added to
+                beside = leaving - output if sublayer == "mlp" else entering
+                wanted = reference.float() - beside.float()
             wanted = wanted.flatten(0, -2).float()
             weights = reference.flatten(0, -2).float().square().mean(dim=-1).clamp_min(1e-12).reciprocal()
             if weighting == "none":
