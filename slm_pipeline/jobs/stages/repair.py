@@ -60,7 +60,7 @@ class Repair(Stage):
             problem = RepairProblem(
                 view=view,
                 plan=load_plan(results["merge"]),
-                input_ids=job.repair.text(job.data_dir).sample(tokenizer).input_ids,
+                input_ids=job.repair.samples(tokenizer, job.data_dir).input_ids,
                 out=out,
                 note_complete=functools.partial(note_complete, out),
             )
