@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ class RepairProblem:
         input_ids: [num_samples, seq_len] int64 tokens of the repair's own calibration text.
         out: where finished pieces may be kept, so that a killed repair goes on.
         note_complete: to be called with the names of files in ``out`` that are whole.
+        places: for each sample what it is cut from, as in `Samples.ids`; empty: each from a text of its own.
     """
 
     view: ModelView
@@ -44,6 +45,7 @@ class RepairProblem:
     input_ids: Tensor
     out: Path
     note_complete: Callable[..., None]
+    places: Sequence[Mapping[str, int]] = ()
 
 
 @dataclass(kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -117,7 +118,25 @@ def test_a_part_of_the_samples_is_held_out_of_the_fit(make_problem):
     found = refit(held_out=0.25).repair(make_problem(lively(), plan)).scores["repair"]
     assert (found["num_tokens"], found["num_held_out"]) == (15 * 12, 5 * 12)
     for share, number, expected in ((0.2, 20, [2, 7, 12, 17]), (0.01, 4, [2]), (0.99, 3, [0, 2]), (0.5, 2, [1])):
-        assert refit(held_out=share)._is_held_out(number).nonzero().flatten().tolist() == expected
+        problem = make_problem(lively(1), plan_of(num_layers=1), num_samples=number)
+        fitted, held_out = refit(held_out=share)._split(problem)
+        assert torch.equal(held_out, problem.input_ids[expected])
+        assert len(fitted) == number - len(expected)
+
+
+def test_of_one_long_text_no_token_is_in_both_parts(make_problem):
+    """Samples are 12 tokens long; those held out start at 40 and later, and one that starts at 29 reaches into that."""
+    starts = [50, 3, 29, 40, 28, 16, 5, 44]
+    problem = make_problem(lively(1), plan_of(num_layers=1), num_samples=len(starts))
+    problem = dataclasses.replace(problem, places=[{"start": start} for start in starts])
+    fitted, held_out = refit(held_out=0.4)._split(problem)
+    assert torch.equal(held_out, problem.input_ids[[0, 3, 7]])
+    assert torch.equal(fitted, problem.input_ids[[1, 4, 5, 6]])
+    rows = dataclasses.replace(problem, places=[{"row": 2, "start": start} for start in starts])
+    assert len(refit(held_out=0.4)._split(rows)[0]) == 5
+    close = dataclasses.replace(problem, places=[{"start": start % 12} for start in starts])
+    with pytest.raises(UserError, match="all of its 8 samples of 12 tokens overlap with those held out; use a longer"):
+        refit(held_out=0.4)._split(close)
 
 
 def test_weights_stay_where_the_fit_does_not_help_on_other_text(make_problem):
