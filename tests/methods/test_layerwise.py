@@ -162,7 +162,7 @@ def test_layers_that_lose_nothing_get_no_weights(make_problem):
 
 def test_neurons_that_make_massive_activations_stay(make_problem):
     problem = make_problem()
-    problem.statistics.mlp_variance[1, 7] = 1e9
+    problem.statistics.mlp_variance[1][7] = 1e9
     with torch.no_grad():  # it writes nothing of what the calibration text shows: both would remove it
         problem.view.layers[1].mlp.gate_proj.weight[7] = 0
     for make in (OptimalBrainSurgeon, Nystrom):
