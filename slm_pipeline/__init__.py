@@ -1,4 +1,4 @@
-"""Depth-wise compression of language models: calibrate, merge, recover, evaluate.
+"""Depth-wise compression of language models: calibrate, merge, repair, recover, evaluate.
 
 The Python API (`slm_pipeline.api`, docs/python.md) is imported when it is first asked for: the version costs nothing.
 """

@@ -91,6 +91,31 @@ class Louder(Recovery):
 _target_: stranger.louder.Louder
 factor: 3.0
 """,
+    # a repair: two files
+    "halved.py": '''
+"""What the last layer writes, halved."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from slm_pipeline.repair.base import Repair, RepairProblem, extended
+from slm_pipeline.surgery.ops.scale import Scale
+from slm_pipeline.surgery.plan import Plan
+
+
+@dataclass(kw_only=True)
+class Halved(Repair):
+    name: ClassVar[str] = "halved"
+
+    def repair(self, problem: RepairProblem) -> Plan:
+        last = problem.plan.layer_groups[-1][0]
+        return extended(problem.plan, ops=[*problem.plan.ops, Scale((last,), 0.5)])
+''',
+    "conf/repair/halved.yaml": """
+# Half of the last layer.
+_target_: stranger.halved.Halved
+calibration: {source: text_file, path: text.txt, num_samples: 2, seq_len: 16}
+""",
     # a similarity of the searches, and one of slm-analyze: one file
     "likeness.py": SHOWN["__init__.py"]
     + """
@@ -136,6 +161,7 @@ PLOTS["depth"] = depth
 # @package _global_
 # What every third layer does.
 defaults:
+  - override /repair: halved
   - override /recovery: louder
   - override /evaluation: perplexity
   - override /measure: [perplexity, distinct]
@@ -149,7 +175,7 @@ hydra: {sweeper: {params: {method: "every_third,damped,reverse"}}}
 """,
 }
 
-MODELS = ("dense", "pruned", "recovered")
+MODELS = ("dense", "pruned", "repaired", "recovered")
 COMMON = [
     *("plugins=[stranger]", "model=random", "model.architecture=helium", "model.num_layers=6", "model.hidden_size=32"),
     *("model.intermediate_size=48", "calibration=text_file", "calibration.path=text.txt", "calibration.num_samples=2"),
@@ -206,12 +232,20 @@ def test_help_and_a_dry_run_know_all_of_it_without_torch(project):
     for option, comment in (
         ("every_third", "Drop every third layer."),
         ("damped", "Drop the last layers, damp those that are left."),
+        ("halved", "Half of the last layer."),
         ("louder", "A larger final norm."),
         ("distinct", "How repetitive the model writes: the share of different pairs of tokens."),
     ):
         assert f"  {option:<20} {comment} (stranger)\n" in shown
     assert "  strange              What every third layer does. (stranger)\n" in shown
-    words = [*COMMON, "method=damped", "recovery=louder", "+measure=distinct", "evaluation.distinct.prompts=[a]"]
+    words = [
+        *COMMON,
+        "method=damped",
+        "repair=halved",
+        "recovery=louder",
+        "+measure=distinct",
+        "evaluation.distinct.prompts=[a]",
+    ]
     program = (
         f"import sys; sys.argv[1:] = {[*words, 'dry_run=true']!r}\n"
         "from slm_pipeline.cli import main; main(); print('torch' in sys.modules)"
@@ -236,6 +270,13 @@ def test_method_recovery_and_architecture_do_what_they_say(study):
         model = transformers.AutoModelForCausalLM.from_pretrained(summary["checkpoint"])
         assert model.config.model_type == "helium"
         assert model.model.norm.weight.mean().item() == 3.0
+        assert summary["repair"]["name"] == "halved"
+        pruned = load_file(Path(summary["stages"]["merge"]["path"]) / "model/model.safetensors")
+        for name, tensor in model.state_dict().items():
+            if name.startswith("model.layers.3.") and name.endswith(("o_proj.weight", "down_proj.weight")):
+                assert torch.equal(tensor, 0.5 * pruned[name])
+            elif name.startswith("model.layers."):
+                assert torch.equal(tensor, pruned[name])
 
 
 def test_an_operation_changes_weights_and_is_named_wherever_the_plan_is(study):
@@ -251,7 +292,8 @@ def test_an_operation_changes_weights_and_is_named_wherever_the_plan_is(study):
     assert summary["changes"]["lines"] == ["damp of 0, 1, 2, 3"]
     assert summary["changes"]["marks"] == [{"label": "damp", "layers": [0, 1, 2, 3], "part": "whole"}]
     plan = json.loads((study / "1" / "plan.json").read_text())
-    assert plan["ops"][1:] == [{"op": "damp", "layers": [i], "factor": 0.9} for i in range(4)]
+    assert plan["ops"][1:-1] == [{"op": "damp", "layers": [i], "factor": 0.9} for i in range(4)]
+    assert plan["ops"][-1] == {"op": "scale", "layers": [3], "factor": 0.5}  # of the repair
     assert "damp of 0, 1, 2, 3" in (study / "1" / "summary.md").read_text()
     assert "damp of 0, 1, 2, 3" in (Path(summary["checkpoint"]) / "README.md").read_text()
     (strips,) = study.rglob("layer_strips.svg")
@@ -322,7 +364,7 @@ def test_they_are_in_every_table_the_page_and_the_pictures(study):
 
 def test_they_are_in_the_wandb_run(study):
     run = only(study / "0", "run")
-    assert {"method=every_third", "recovery=louder"} <= set(run.tags)
+    assert {"method=every_third", "repair=halved", "recovery=louder"} <= set(run.tags)
 
 
 def records(project: Path, stage: str) -> list[dict[str, Any]]:
@@ -334,10 +376,11 @@ def records(project: Path, stage: str) -> list[dict[str, Any]]:
 def test_the_store_names_the_package_and_its_code_in_the_keys_of_what_it_made(project, study):
     listed = command("slm_pipeline.commands.store", project, "list").stdout
     assert "every_third: 6 -> 4 layers: 0 2-3 5\n" in listed
-    assert listed.count("runs  louder\n") == 3
+    assert listed.count("runs  louder\n") == listed.count("runs  halved\n") == 3
     assert f"  distinct/pairs {number(summary_of(study / '0'), 'pruned'):.1f} +-" in listed
     (digest,) = {identity["plugins"]["stranger"] for identity in records(project, "recover")}
     assert len(digest) == 64
+    assert {identity["plugins"]["stranger"] for identity in records(project, "repair")} == {digest}
     named = {identity["method"]: identity.get("plugins") for identity in records(project, "merge")}
     ours = {"stranger": digest}
     assert {name: named[name] for name in ("every_third", "damped", "reverse")} == {

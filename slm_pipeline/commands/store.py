@@ -171,9 +171,10 @@ def _line(entry: Entry) -> str:
 
 
 def _said(record: dict[str, Any]) -> str:
-    """Which method or recovery made a result, if one did, and what it is."""
+    """Which method, repair or recovery made a result, if one did, and what it is."""
     identity = record.get("identity")
-    made_by = identity.get("recovery", identity.get("method")) if isinstance(identity, dict) else None
+    found = identity if isinstance(identity, dict) else {}
+    made_by = next((found[group] for group in ("recovery", "repair", "method") if group in found), None)
     return ": ".join(filter(None, [made_by if isinstance(made_by, str) else "", _about(record)]))
 
 
@@ -183,6 +184,9 @@ def _about(record: dict[str, Any]) -> str:
     try:
         if "num_layers" in result:
             return f"{result['num_layers']['dense']} -> {result['num_layers']['pruned']} layers: {result['layers']}"
+        if "divergence" in result:
+            pruned, repaired = (result["divergence"][name]["kl"] for name in ("pruned", "repaired"))
+            return f"KL from the dense model {pruned:.4g} -> {repaired:.4g} nats"
         if "num_tokens" in result and "source" in result:
             return f"{result['source']}, {result['num_samples']} x {result['seq_len']} tokens"
         if "numbers" in result:

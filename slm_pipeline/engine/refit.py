@@ -120,9 +120,9 @@ class Streams:
             reference = self._on_device((self.leaving if is_last else self.middle)[rows], block.body)
             if target == "own_output":
                 wanted = output if whole is block else self._runner.observed(whole, entering, sublayer)[1]
-            else:  # the difference of two large numbers: bfloat16 would round it
-                beside = leaving.float() - written.float() if sublayer == "mlp" else entering.float()
-                wanted = reference.float() - beside
+            else:  # the first difference rounds back to the state that the output was added to
+                beside = leaving - written if sublayer == "mlp" else entering
+                wanted = reference.float() - beside.float()
             wanted = wanted.flatten(0, -2).float()
             lengths = torch.ones_like(wanted[:, :1])
             if norm is not None:

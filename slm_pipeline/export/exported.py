@@ -19,7 +19,7 @@ from slm_pipeline.models.json_files import read_json
 from slm_pipeline.store.run_folder import RUNNING, SUMMARY
 from slm_pipeline.surgery.plan import Plan
 
-WHICH = {"recovered": "recover", "pruned": "merge"}  # stage that made it, the last of a run first
+WHICH = {"recovered": "recover", "repaired": "repair", "pruned": "merge"}  # stage that made it, the last of a run first
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Exported:
 
     Attributes:
         folder: which ``from_pretrained`` loads.
-        which: pruned or recovered; empty of a plain model folder.
+        which: pruned, repaired or recovered; empty of a plain model folder.
         summary: summary.json of its run; empty of a plain model folder.
         description: config.json.
         base: the dense model; of a plain model folder as far as it says.
@@ -86,7 +86,7 @@ def find(place: Path, which: str | None = None) -> Exported:
     """What ``place`` holds: a run's folder, or a model folder.
 
     Args:
-        which: of a run: pruned or recovered; None for the last that it made.
+        which: of a run: pruned, repaired or recovered; None for the last that it made.
 
     Raises:
         UserError: it is neither, or the run kept no such model, or something is wrong in the model folder.

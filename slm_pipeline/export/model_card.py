@@ -87,7 +87,7 @@ def text(
     Args:
         paragraphs: what was done, in Markdown.
         numbers: of the whole run; those of the models are tabled, those of ``which`` are in the metadata too.
-        which: the model that the card is of: pruned, recovered.
+        which: the model that the card is of: pruned, repaired, recovered.
         description: its config.json; None to leave out how it is loaded.
         place: what loads it: a repository, or a folder.
     """
@@ -157,16 +157,16 @@ def of_run(
 
     Args:
         summary: what summary.json holds.
-        which: pruned or recovered.
+        which: pruned, repaired or recovered.
         description, place: see `text`.
     """
-    lines = Changes.of(summary).lines
-    paragraphs = [in_words(plan, lines)]
+    repair = summary.get("repair", {}) if which in ("repaired", "recovered") else {}
+    paragraphs = [in_words(plan, Changes.of(repair or summary).lines)]
     recovery = summary.get("recovery", {}) if which == "recovered" else {}
     if recovery:
         metrics = {name: value for name, value in recovery.items() if isinstance(value, (int, float))}
         paragraphs.append(recovered_in_words(plan, [], str(recovery["name"]), metrics))
-    ends = ", ".join(filter(None, [plan.method, str(recovery.get("name", ""))]))
+    ends = ", ".join(filter(None, [plan.method, *(str(of.get("name", "")) for of in (repair, recovery))]))
     return text(
         title=f"{summary['model']}, {plan.num_layers} layers ({ends})",
         base=base,

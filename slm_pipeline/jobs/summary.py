@@ -111,7 +111,7 @@ def write(
         (run_dir / BEFORE).unlink(missing_ok=True)
     if "merge" in results:
         with only_warned_about("plan.json was not written"):
-            load_plan(results["merge"]).write(run_dir / "plan.json")
+            load_plan(_last_plan(results)).write(run_dir / "plan.json")
     if "checkpoint" in summary:
         with only_warned_about("model_card.md was not written"):
             write_text(run_dir / "model_card.md", f"{exported.find(run_dir).card('FOLDER')}\n")
@@ -221,6 +221,11 @@ def _checkpoint(results: Mapping[str, Artifact]) -> Path | None:
     return last.path / "model" if last is not None and (last.path / "model").is_dir() else None
 
 
+def _last_plan(results: Mapping[str, Artifact]) -> Artifact:
+    """The result whose plan leads to the last model: with what the repair added, if there was one."""
+    return results.get("repair", results["merge"])
+
+
 def _draw(summary: Mapping[str, Any], results: Mapping[str, Artifact], run_dir: Path) -> list[Path]:
     """The files of every picture that could be drawn."""
     drawn: list[Path] = []
@@ -266,10 +271,10 @@ def _draw_search(summary: Mapping[str, Any], results: Mapping[str, Artifact], pa
 def _draw_layers(summary: Mapping[str, Any], results: Mapping[str, Artifact], path_stem: Path) -> list[Path]:
     from slm_pipeline.show import pictures
 
-    plan = load_plan(results["merge"]) if "merge" in results else None
+    plan = load_plan(_last_plan(results)) if "merge" in results else None
     if plan is None or not plan.ops:
         return []
-    marks = Changes.of(summary).marks
+    marks = Changes.of(summary.get("repair", summary)).marks
     return pictures.layer_strip(plan.layer_groups, plan.dropped, plan.model["num_layers"], path_stem, marks=marks)
 
 

@@ -7,14 +7,17 @@ what trains is a recovery. Repairs are imported for ``slm dry_run=true``, so the
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_pipeline.config import CalibrationConfig, plugins, ranges
-from slm_pipeline.data.calibration import Calibration
+from slm_pipeline.data.calibration import Calibration, Samples
+from slm_pipeline.errors import UserError
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ class RepairProblem:
         input_ids: [num_samples, seq_len] int64 tokens of the repair's own calibration text.
         out: where finished pieces may be kept, so that a killed repair goes on.
         note_complete: to be called with the names of files in ``out`` that are whole.
+        places: for each sample what it is cut from, as in `Samples.ids`; empty: each from a text of its own.
     """
 
     view: ModelView
@@ -41,6 +45,7 @@ class RepairProblem:
     input_ids: Tensor
     out: Path
     note_complete: Callable[..., None]
+    places: Sequence[Mapping[str, int]] = ()
 
 
 @dataclass(kw_only=True)
@@ -65,9 +70,14 @@ class Repair(ABC):
         del values["calibration"]
         return values
 
-    def text(self, data_dir: Path | None) -> Calibration:
-        """Where `calibration` leads."""
-        return Calibration(self.calibration, data_dir)
+    def samples(self, tokenizer: Any, data_dir: Path | None) -> Samples:
+        """What it looks at.
+
+        Raises:
+            UserError: the text is shorter than the samples need.
+        """
+        with _said_of_the_repair():
+            return Calibration(self.calibration, data_dir).sample(tokenizer)
 
     def identity(self, data_dir: Path | None) -> dict[str, Any]:
         """The repair's part of the artefact's key, as JSON; cheap, without torch.
@@ -76,17 +86,19 @@ class Repair(ABC):
             UserError: the text is missing or too short.
         """
         code = plugins.code_of(type(self))
+        with _said_of_the_repair():
+            text = Calibration(self.calibration, data_dir).identity()
         return {
             "repair": self.name,
             "options": self.options(),
-            "calibration": self.text(data_dir).identity(),
+            "calibration": text,
             **({"plugins": code} if code else {}),
         }
 
     def check(self, context: Context) -> None:
         """Raise `UserError` if it cannot work on this model, or its text is missing; called before anything
         expensive."""
-        self.text(context.data_dir).identity()
+        self.identity(context.data_dir)
 
     @abstractmethod
     def repair(self, problem: RepairProblem) -> Plan:
@@ -96,6 +108,18 @@ class Repair(ABC):
         Raises:
             UserError: the model's numbers are not finite.
         """
+
+
+@contextmanager
+def _said_of_the_repair() -> Iterator[None]:
+    """A calibration's errors name the options of the job's own; here they are the repair's."""
+    try:
+        yield
+    except UserError as error:
+        said = re.sub(
+            r"\bcalibration\.(?=(?:source|path|num_samples|seq_len|sampling)=)", "repair.calibration.", str(error)
+        )
+        raise UserError(re.sub(r"\bcalibration=", "repair.calibration.source=", said)) from error
 
 
 def extended(plan: Plan, **changes: Any) -> Plan:

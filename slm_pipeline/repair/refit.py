@@ -46,9 +46,10 @@ class Refit(Repair):
     with X what enters the projection in the pruned model, repaired below; T what is missing to the dense stream behind
     the attention of layer b, or behind layer next - 1 where the layer's last sublayer writes; and D = 1 / mean square
     of that dense state for each token, because states are normed before they are read and few tokens are very large. A
-    bias is fitted as the weight of an input of 1; none is added. A part of the samples is held out of all fits: of the
-    ridges the one with the least error there is taken, and none if the weights as they are do as well. If in the end
-    the KL divergence from the dense model is no less on the text held out, nothing is changed.
+    bias is fitted as the weight of an input of 1; none is added. A part of the samples, of one long text its last
+    part, is held out of all fits: of the ridges the one with the least error there is taken, and none if the weights as
+    they are do as well. If in the end the KL divergence from the dense model is no less on the text held out, nothing
+    is changed.
 
     With ``target=own_output`` T is instead what the projection would write if its sublayer were as in the dense model,
     on the states that reach it in the pruned one: that makes up for narrower layers, and not for those that went.
@@ -93,10 +94,9 @@ class Refit(Repair):
         blocks, groups = planned_blocks(plan, view), plan.layer_groups
         if first_changed(blocks, groups, view.num_layers) is None:
             return plan
-        chosen = self._is_held_out(len(problem.input_ids))
-        held_out = problem.input_ids[chosen]
+        to_fit, held_out = self._split(problem)
         pruned = pass_all(Streams(view, held_out), blocks, groups).divergence()
-        fitted, other = Streams(view, problem.input_ids[~chosen]), Streams(view, held_out)
+        fitted, other = Streams(view, to_fit), Streams(view, held_out)
         ops, tensors, layers = self._walk(problem, fitted, other, blocks, groups)
         repaired = other.divergence()
         found = {
@@ -121,14 +121,31 @@ class Refit(Repair):
             return extended(plan, scores={**scores, "warnings": [*plan.scores.get("warnings", []), line]})
         return extended(plan, ops=[*plan.ops, *ops], tensors={**plan.tensors, **tensors}, scores=scores)
 
-    def _is_held_out(self, num_samples: int) -> Tensor:
-        """[num_samples] bool, at even distances."""
+    def _split(self, problem: RepairProblem) -> tuple[Tensor, Tensor]:
+        """The samples to fit to, and those held out: at even distances; of one long text, where samples may overlap,
+        its last part, and what reaches into that is used for neither.
+
+        Raises:
+            UserError: nothing is left to fit to.
+        """
         import torch
 
+        num_samples, seq_len = problem.input_ids.shape
         number = min(max(1, round(self.held_out * num_samples)), num_samples - 1)
         chosen = torch.zeros(num_samples, dtype=torch.bool)
-        chosen[(2 * torch.arange(number) + 1) * num_samples // (2 * number)] = True
-        return chosen
+        starts = [place["start"] for place in problem.places if place.keys() == {"start"}]
+        if len(starts) < num_samples:
+            chosen[(2 * torch.arange(number) + 1) * num_samples // (2 * number)] = True
+            return problem.input_ids[~chosen], problem.input_ids[chosen]
+        places = torch.tensor(starts)
+        chosen[places.argsort(stable=True)[-number:]] = True
+        fitted = places + seq_len <= places[chosen].min()
+        if not bool(fitted.any()):
+            raise UserError(
+                f"repair.calibration: all of its {num_samples} samples of {seq_len} tokens overlap with those held out;"
+                " use a longer text or a smaller repair.calibration.seq_len"
+            )
+        return problem.input_ids[fitted], problem.input_ids[chosen]
 
     def _walk(
         self,

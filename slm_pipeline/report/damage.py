@@ -172,6 +172,13 @@ _EFFICIENCY = {
     "num_runs": number, "num_warmup": number,
 }  # fmt: skip
 
+_CHANGES = {
+    "lines": [text],
+    "marks": [{"label": text, "layers": [layer], "part": text}],
+    "idle_parameters": number,
+}
+_DIVERGENCE = {"kl": number, "same_top_1": number}
+
 # What a report relies on in a summary.json.
 SUMMARY: Mapping[str, Any] = {
     "command?": text,
@@ -180,11 +187,7 @@ SUMMARY: Mapping[str, Any] = {
     "parameters?": _COUNTS,
     "layer_groups?": [[layer]],
     "dropped?": [layer],
-    "changes?": {
-        "lines": [text],
-        "marks": [{"label": text, "layers": [layer], "part": text}],
-        "idle_parameters": number,
-    },
+    "changes?": _CHANGES,
     "sublayers?": {"attention?": [layer], "mlp?": [layer]},
     "numbers?": {str: _NUMBER},
     "metrics?": {str: {"zero_shot?": {str: number}, "perplexity?": {str: _PERPLEXITY}}},
@@ -192,6 +195,13 @@ SUMMARY: Mapping[str, Any] = {
     "efficiency?": {str: _EFFICIENCY},
     "plan_seconds?": number,
     "windows?": {"evaluations": number, "evaluated": number},
+    "repair?": {
+        "name": text,
+        "num_tokens?": number,
+        "seconds": number,
+        "divergence?": {"pruned": _DIVERGENCE, "repaired": _DIVERGENCE},
+        "changes?": _CHANGES,
+    },
     "recovery?": {"name": text, "num_tokens": number, "seconds": number, "loss?": text},
     "stages": {str: {"seconds": number, "reused": flag, "peak_memory_gb?": maybe(number), "path?": text}},
     "warnings?": [text],

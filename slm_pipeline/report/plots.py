@@ -78,7 +78,7 @@ def _against(study: Study, column: str, x: str, path_stem: Path, title: str) -> 
         y=_axis(study, column, log=log_y),
         reference=reference,
         legend=", ".join(study.series),
-        note="; ".join(filter(None, ["hollow: before the recovery" if before else "", note])),
+        note="; ".join(filter(None, ["hollow: pruned, before what followed" if before else "", note])),
     )
 
 
@@ -177,10 +177,10 @@ def _point(study: Study, column: str, place: float, members: Sequence[int]) -> P
 
 
 def _before(study: Study, column: str) -> str | None:
-    """For a number after the recovery, the same number before it."""
+    """For a number after the repair or the recovery, the same number before either."""
     target, quantity = parted(column)
     before = f"pruned/{quantity}"
-    return before if target == "recovered" and before in study.columns else None
+    return before if target in ("repaired", "recovered") and before in study.columns else None
 
 
 def _dense(study: Study, column: str) -> tuple[str, float] | None:

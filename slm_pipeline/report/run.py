@@ -90,6 +90,7 @@ def _sections(summary: Summary, run_dir: Path, shown: Callable[[Path], str]) -> 
         **_result_tables(summary),
         "How it was measured": Lines([*measurement(summary), *small_limit([summary])]),
         "Layers (braces: merged into one)": Lines(_layers(summary)),
+        "Repair": Lines(_repair(summary)),
         "Recovery": Lines(_recovery(summary)),
         "Stages": _stage_table(summary, shown),
         "Warnings": Lines(summary["warnings"]),
@@ -157,6 +158,18 @@ def _layers(summary: Summary) -> list[str]:
             " threshold.exhaustive=true finds out"
         )
     return lines
+
+
+def _repair(summary: Summary) -> list[str]:
+    found = summary.get("repair")
+    if found is None:
+        return []
+    said = [f"{found['num_tokens']} tokens"] if "num_tokens" in found else []
+    if kl := {name: of["kl"] for name, of in found.get("divergence", {}).items()}:
+        said.append(f"KL from the dense model {kl['pruned']:.4g} -> {kl['repaired']:.4g} nats a token on text held out")
+    said.append(f"{found['seconds']:.1f} seconds")
+    before = Changes.of(summary).lines
+    return [f"{found['name']}: " + ", ".join(said), *(ln for ln in Changes.of(found).lines if ln not in before)]
 
 
 def _recovery(summary: Summary) -> list[str]:

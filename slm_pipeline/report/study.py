@@ -250,7 +250,8 @@ def read_study(
     """The runs below the folders as one study.
 
     What is not given is what the runs' configuration says under ``study``, as far as they agree; else the metric is
-    the last model's perplexity or average, drawn against layers, with a curve for each model, method and recovery.
+    the last model's perplexity or average, drawn against layers, with a curve for each model, method,
+    repair and recovery.
 
     Args:
         directories: sweep folders, folders of runs, or trees of them.
@@ -288,7 +289,7 @@ def read_study(
         columns = [column("columns", name) or name for name in columns]
     given_series = series is not None
     if series is None:
-        usual = [name for name in ("model", "method", "recovery") if name in options and name != x]
+        usual = [name for name in ("model", "method", "repair", "recovery") if name in options and name != x]
         series = list(declared.get("series") or ([] if declared.get("metric") else usual))
     if unknown := [name for name in series if all(run.option(name) is None for run in runs)]:
         message = f"series={unknown[0]!r} is not an option of these runs; they differ in: {', '.join(options)}"

@@ -143,6 +143,50 @@ def test_a_layer_without_a_sublayer_lets_the_other_one_make_up_for_it():
 
 
 @torch.no_grad()
+def test_a_dense_model_that_lacks_sublayers_is_walked_too():
+    """A pruned model that is pruned again: layer 1 has no attention, layer 2 no feed-forward network."""
+    lacking = plan_of(DropSublayer((1,), "attention", "custom"), DropSublayer((2,), "mlp", "custom"))
+    model = apply(lacking, lively())
+    view, plan = ModelView(model), plan_of(Drop((3,)))
+    states = []
+    hook = view.final_norm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    model(input_ids=IDS, use_cache=False)
+    hook.remove()
+    streams = pass_all(Streams(view, IDS), planned_blocks(plan, view), plan.layer_groups)
+    torch.testing.assert_close(streams.dense, states[0], rtol=1e-5, atol=1e-5)
+    streams = Streams(view, IDS)
+    for layer, there in ((0, ["attention", "mlp"]), (1, ["mlp"]), (2, ["attention"])):
+        streams.look_ahead(layer, layer + 1)
+        _, what = Refit().layer(streams, streams, Block(layer))
+        assert [of_one.sublayer for of_one in what] == there
+        assert all(of_one.before < 1e-6 for of_one in what)  # the last sublayer's target is the whole layer's output
+        streams.pass_through(Block(layer))
+
+
+@torch.no_grad()
+def test_a_bfloat16_model_is_fitted_in_float32_and_keeps_its_type():
+    """Although its stream, a hundred times as large as what is missing to it, is rounded to bfloat16."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = lively().to(torch.bfloat16).to(dtype)
+        view = ModelView(model)
+        model.model.embed_tokens.weight.mul_(100)
+        streams = Streams(view, IDS)
+        assert streams.dense.dtype == dtype
+        streams.look_ahead(0, 1)
+        block = streams.put(Block(0), "mlp", 0.5 * streams.weight(Block(0), "mlp"))
+        new, what = Refit([0.01]).projection(
+            streams, block, "mlp", *[Refit().sums(streams, block, "mlp") for _ in range(2)]
+        )
+        assert what.ridge == 0.01, what
+        assert streams.weight(new, "mlp").dtype == torch.float64
+        assert new.replaced["mlp.down_proj.weight"].dtype == dtype
+        found[dtype] = what.after / what.before
+    assert found[torch.float32] < 1e-3
+    assert found[torch.bfloat16] < 0.01
+
+
+@torch.no_grad()
 def test_the_own_output_is_that_of_the_sublayer_with_all_its_neurons():
     """On the states that reach it, so that a fit by its neurons that are left is that of least squares."""
     model = lively()

@@ -39,14 +39,20 @@ class Step(Stage):
         """Nothing."""
 
 
-def job_of(store: Path, *, stages=STAGES, force=(), recovery: Any = True, of=TARGETS) -> Any:
+def job_of(store: Path, *, stages=STAGES, force=(), repair: Any = None, recovery: Any = True, of=TARGETS) -> Any:
     """What the runner reads of a job, with two texts and fidelity to score."""
     measures = {"perplexity": Perplexity(corpora=["a.txt", "b.txt"]), "fidelity": Fidelity(corpora=["a.txt"])}
     config = SimpleNamespace(stages=list(stages), force=list(force), model=SimpleNamespace(device="cpu"))
     evaluation = Evaluation(EvaluationConfig(of=list(of)), measures)
     recovery = object() if recovery else None
     return SimpleNamespace(
-        config=config, recovery=recovery, evaluation=evaluation, store=store, loaded=LoadedModels(), warnings=()
+        config=config,
+        repair=repair,
+        recovery=recovery,
+        evaluation=evaluation,
+        store=store,
+        loaded=LoadedModels(),
+        warnings=(),
     )
 
 
@@ -60,6 +66,10 @@ def test_the_steps_of_a_job_in_their_order(tmp_path):
     assert names == ["calibrate", "merge", "recover", *scores("dense"), *scores("pruned"), *scores("recovered")]
     assert [step.stage.name for step in steps.steps(job_of(tmp_path, recovery=None))] == [
         "calibrate", "merge", *scores("dense"), *scores("pruned"),
+    ]  # fmt: skip
+    assert [step.stage.name for step in steps.steps(job_of(tmp_path, repair=object()))] == [
+        "calibrate", "merge", "repair", "recover",
+        *(name for target in ("dense", "pruned", "repaired", "recovered") for name in scores(target)),
     ]  # fmt: skip
     some = steps.steps(job_of(tmp_path, stages=["recover"]))
     assert [(step.stage.name, step.selected) for step in some] == [
@@ -80,6 +90,14 @@ def test_the_steps_of_a_job_in_their_order(tmp_path):
 def test_what_is_forced_forces_what_reads_it(force, forced, tmp_path):
     found = steps.steps(job_of(tmp_path, force=force))
     assert [step.stage.name for step in found if step.forced] == forced
+
+
+@pytest.mark.parametrize(("force", "also"), [("merge", True), ("repair", True), ("recover", False)])
+def test_a_forced_repair_forces_the_recovery_that_begins_with_it(force, also, tmp_path):
+    found = [step.stage.name for step in steps.steps(job_of(tmp_path, force=[force], repair=object())) if step.forced]
+    assert set(found) >= {"recover", *scores("recovered")}
+    assert {"repair", *scores("repaired")}.issubset(found) == also
+    assert set(scores("pruned")).issubset(found) == (force == "merge")
 
 
 def test_a_stage_that_reads_what_nobody_makes_is_refused(tmp_path, monkeypatch):

@@ -81,6 +81,7 @@ def job():
         command="slm name=first",
         source=SimpleNamespace(name="random"),
         method=SimpleNamespace(name="reverse"),
+        repair=None,
         recovery=None,
         evaluation=Evaluation(EvaluationConfig(of=["dense"]), MEASURES),
     )

@@ -109,7 +109,7 @@ ONLY_OF_OTHER_HEADS = {(name, "export") for name in NARROWER}  # whose number mu
 REFUSED = {("come_posterior", name) for name in ("power", "min_largest_share", "run_length")} | {
     ("nystrom", "sublayers")
 }
-WITHOUT_OPTIONS = {"none", "from_plan", "combined"}  # the last has those of its steps
+WITHOUT_OPTIONS = {"none", "from_plan", "combined", "joint"}  # combined has those of its steps; joint: test_joint
 
 
 @pytest.fixture(scope="module")

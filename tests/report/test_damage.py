@@ -29,6 +29,11 @@ def recovered(folder: Path, layers: int, value: float) -> dict[str, Any]:
     store = folder / "store" / str(layers)
     store.mkdir(parents=True, exist_ok=True)
     (store / "curve.json").write_text(json.dumps([{"step": 1, "loss": value}, {"step": 2, "eval_loss": value - 1}]))
+    done["repair"] = {
+        "name": "refit", "options": {}, "num_tokens": 8, "seconds": 1.0, "changes": {"lines": ["of the repair"],
+        "marks": [{"label": "new weights", "layers": [2], "part": "whole"}], "idle_parameters": 0},
+        "divergence": {name: {"kl": 0.5, "same_top_1": 0.5} for name in ("pruned", "repaired")},
+    }  # fmt: skip
     done["recovery"] = {"name": "lora", "options": {}, "num_tokens": 10, "seconds": 3.0, "loss": "nats"}
     done["stages"]["recover"] = {"seconds": 1.0, "reused": False, "peak_memory_gb": 1.0, "path": str(store)}
     settings = {"device": "cpu", "dtype": "float32", "batch_size": 1, "output_len": 8, "num_runs": 3, "num_warmup": 1}

@@ -74,7 +74,18 @@ def test_before_the_recovery_is_drawn_beside_after_it(tmp_path, drawn):
     assert (points(after), after.faint) == ([(20.0, 30.0, None), (24.0, 31.0, None)], False)
     assert (points(before), before.faint) == ([(20.0, 100.0, None), (24.0, 200.0, None)], True)
     assert drawn["metric"]["y"].log
-    assert drawn["metric"]["note"].startswith("hollow: before the recovery")
+    assert drawn["metric"]["note"].startswith("hollow: pruned, before what followed")
+
+
+def test_before_the_repair_is_drawn_beside_after_it(tmp_path, drawn):
+    for job, layers in enumerate((20, 24)):
+        result = finished(tmp_path, layers, 100.0 * (job + 1))
+        result["metrics"]["repaired"] = {"perplexity": {"bundled": perplexity(50.0 + job)}}
+        write_run(tmp_path / "r" / str(job), [f"pruning_ratio=r{job}"], result)
+    plots.draw(read_study(tmp_path / "r"), tmp_path)
+    after, before = drawn["metric"]["arguments"][0]
+    assert (points(after), after.faint) == ([(20.0, 50.0, None), (24.0, 51.0, None)], False)
+    assert (points(before), before.faint) == ([(20.0, 100.0, None), (24.0, 200.0, None)], True)
 
 
 @pytest.mark.parametrize("measured", [True, False])

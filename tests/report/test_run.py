@@ -112,6 +112,24 @@ def test_recovery_lists_its_numbers(tmp_path, summary):
     assert "Recovery\n  lora: num tokens 123456, seconds 2, eval loss 2.346\n" in write_summary_md(tmp_path, summary)
 
 
+def test_a_repair_says_what_it_won_and_what_the_plan_did_not_do(tmp_path, summary):
+    merged = {"lines": ["of the method"], "marks": [], "idle_parameters": 0}
+    summary["changes"] = merged
+    summary["repair"] = {
+        "name": "refit", "options": {}, "num_tokens": 52224, "num_held_out": 13312, "seconds": 12.34,
+        "divergence": {"pruned": {"kl": 0.51234, "same_top_1": 0.6}, "repaired": {"kl": 0.25, "same_top_1": 0.7}},
+        "changes": {**merged, "lines": ["of the method", "new weights in the last projections of 2-5"]},
+    }  # fmt: skip
+    text = write_summary_md(tmp_path, summary)
+    section = text.partition("\nRepair\n")[2].partition("\n\n")[0]
+    assert " ".join(section.split()) == (
+        "refit: 52224 tokens, KL from the dense model 0.5123 -> 0.25 nats a token on text held out, 12.3 seconds"
+        " new weights in the last projections of 2-5"
+    )
+    summary["repair"] = {"name": "rescale", "seconds": 1.0, "changes": merged}
+    assert "Repair\n  rescale: 1.0 seconds\n" in write_summary_md(tmp_path, summary)
+
+
 def test_unknown_standard_errors_are_left_out(tmp_path, summary):
     summary["details"]["evaluate_dense"]["zero_shot"]["piqa"]["stderr"] = None
     lines = write_summary_md(tmp_path, summary).splitlines()

@@ -57,12 +57,14 @@ class Repair(Stage):
         view = ModelView(model)
         if not (out / "plan.json").is_file():  # else an attempt was interrupted after it was found
             started = time.monotonic()
+            samples = job.repair.samples(tokenizer, job.data_dir)
             problem = RepairProblem(
                 view=view,
                 plan=load_plan(results["merge"]),
-                input_ids=job.repair.text(job.data_dir).sample(tokenizer).input_ids,
+                input_ids=samples.input_ids,
                 out=out,
                 note_complete=functools.partial(note_complete, out),
+                places=samples.ids,
             )
             plan = job.repair.repair(problem)
             plan.scores.setdefault("repair", {"name": job.repair.name})["seconds"] = round(

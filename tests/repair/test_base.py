@@ -1,0 +1,45 @@
+"""What every repair does with its own text."""
+
+from __future__ import annotations
+
+import pytest
+from repairs import refit
+
+from slm_pipeline.config import CalibrationConfig
+from slm_pipeline.errors import UserError
+from slm_pipeline.models.loading import byte_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"path": "nowhere.txt"}, "^repair.calibration.path='nowhere.txt' does not exist in data_dir="),
+        ({"path": None}, "^repair.calibration.source=text_file needs repair.calibration.path=FILE$"),
+        ({"source": "books"}, "^repair.calibration.source='books' is not one of"),
+        ({"sampling": "odd"}, "^repair.calibration.sampling='odd' is not one of"),
+        (
+            {"num_samples": 9},
+            "^repair.calibration.path='calibration.txt' has 40 bytes;"
+            " repair.calibration.num_samples=9 x repair.calibration.seq_len=5 needs 45 tokens$",
+        ),
+    ],
+)
+def test_what_is_wrong_with_its_text_is_said_of_its_own_options(given, message, tmp_path):
+    (tmp_path / "calibration.txt").write_text("x" * 40)
+    values = {"source": "text_file", "path": "calibration.txt", "num_samples": 8, "seq_len": 5, **given}
+    repair = refit()
+    repair.calibration = CalibrationConfig(**values)
+    with pytest.raises(UserError, match=message):
+        repair.identity(tmp_path)
+
+
+def test_a_text_of_too_few_tokens_is_an_error_too(tmp_path):
+    """Where a token may be more than a byte, that is known once it is cut."""
+    (tmp_path / "text.txt").write_text("é" * 20)
+    repair = refit()
+    repair.calibration = CalibrationConfig(source="text_file", path="text.txt", num_samples=8, seq_len=5)
+    tokenizer = byte_tokenizer()
+    assert repair.samples(tokenizer, tmp_path).input_ids.shape == (8, 5)
+    (tmp_path / "text.txt").write_text("é" * 19)
+    with pytest.raises(UserError, match="has 38 tokens; repair.calibration.num_samples=8 x"):
+        repair.samples(tokenizer, tmp_path)
