@@ -84,8 +84,11 @@ class Joint(ProtectsEnds):
 
     def check(self, context: Context) -> None:
         super().check(context)
-        if (number := context.config.calibration.num_samples) < 8:
-            raise UserError(f"calibration.num_samples={number} must be at least 8 for method=joint: an eighth chooses")
+        if (number := context.config.calibration.num_samples) < 3:
+            raise UserError(
+                f"calibration.num_samples={number} must be at least 3 for method=joint, which fits, chooses and tells on"
+                " different samples"
+            )
 
     def layers_left(self, num_layers: int, target: Layers) -> int | None:
         return None  # known when it has searched
@@ -339,11 +342,13 @@ def _tilted(
 
 
 def _parts(input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples to fit, to choose and to tell: of every eight the first six, the seventh and the last."""
+    """Samples to fit, to choose and to tell: of every eight the first six, the seventh and the last; of fewer the last
+    two."""
     import torch
 
-    place = torch.arange(len(input_ids)) % 8
-    return input_ids[place < 6], input_ids[place == 6], input_ids[place == 7]
+    period = min(8, len(input_ids))
+    place = torch.arange(len(input_ids)) % period
+    return input_ids[place < period - 2], input_ids[place == period - 2], input_ids[place == period - 1]
 
 
 def _exchanges(shape: Shape, candidates: set[int]) -> Iterator[Shape]:

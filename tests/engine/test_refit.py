@@ -281,3 +281,29 @@ def test_sums_that_are_not_finite_are_an_error():
     streams.leaving[0, 0, 0] = float("inf")
     with pytest.raises(UserError, match="last projection of layer 0's mlp, or is to leave it, is not finite"):
         streams.sums(Block(0), "mlp", target="dense_stream", weighting="none")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("sublayer", SUBLAYERS)
+def test_behind_a_norm_the_direction_is_fitted(architecture, sublayer):
+    """Fewer tokens than inputs, and next to no ridge: what reaches the stream points where it should, token by token,
+    though its length is for the norm to say."""
+    view, ids = ModelView(lively(architecture)), IDS[:1]  # 12 tokens, 48 neurons or 32 channels of heads
+    streams = Streams(view, ids)
+    streams.look_ahead(1, 3)
+    block = Block(1)
+    sums = Refit(target="dense_stream").sums(streams, block, sublayer)
+    weight = streams.weight(block, sublayer)
+    found = least_squares.solve(sums.gram, sums.moment, prior=weight, penalty=least_squares.penalty(sums.gram, 1e-9))
+    assert sums.error(found) < 1e-4 * sums.error(weight)
+    fitted = streams.put(block, sublayer, found)
+    for made, limit in ((block, 0.9), (fitted, None)):
+        _, _, written, leaving = streams._runner.observed(made, streams.pruned, sublayer)
+        end = streams.leaving if sublayer == "mlp" else streams.middle
+        wanted = end - (leaving - written if sublayer == "mlp" else streams.pruned)
+        alike = torch.cosine_similarity(written, wanted, dim=-1)
+        if limit is None:
+            assert float(alike.min()) > 0.999
+        else:
+            assert sublayer == "attention" or float(alike.mean()) < limit  # the attention is still the dense model's
