@@ -200,7 +200,11 @@ class Streams:
 
     def divergence(self) -> tuple[float, float]:
         """At the top of the stack: mean over tokens of the KL divergence of the pruned model's next-token distribution
-        from the dense one's, in nats, and the share of tokens whose most likely next one is the same."""
+        from the dense one's, in nats, and the share of tokens whose most likely next one is the same.
+
+        Raises:
+            UserError: the former is not finite.
+        """
         view, rows = self.view, max_logit_rows(self.view)
         total = same = 0.0
         with torch.no_grad():
@@ -210,6 +214,11 @@ class Streams:
                     dense, pruned = (view.logits(states).float().log_softmax(dim=-1) for states in (dense, pruned))
                     total += float((dense.exp() * (dense - pruned)).sum(dtype=torch.float64))
                     same += float((dense.argmax(dim=-1) == pruned.argmax(dim=-1)).sum())
+        if not math.isfinite(total):
+            raise UserError(
+                "the KL divergence of the pruned model's predictions from the dense model's is not finite; try"
+                " model.dtype=float32"
+            )
         number = self.dense[..., 0].numel()
         return total / number, same / number
 

@@ -111,7 +111,7 @@ class Refit(Repair):
         }
         log.info("refit: KL from the dense model %.4f -> %.4f on text held out", pruned[0], repaired[0])
         scores = {**plan.scores, "repair": found}
-        if not repaired[0] < pruned[0]:
+        if repaired[0] >= pruned[0]:
             line = (
                 f"repair=refit: on the text held out the KL divergence from the dense model is {repaired[0]:.4g} with"
                 f" new weights and {pruned[0]:.4g} without, so the weights stay; more of repair.calibration may help"

@@ -275,6 +275,14 @@ def test_layers_that_went_belong_to_the_layer_below_them():
         assert first_changed(planned_blocks(plan, view), plan.layer_groups, 4) == expected
 
 
+def test_a_divergence_that_is_not_finite_is_an_error():
+    streams = Streams(ModelView(lively()), IDS)
+    streams.pruned = streams.dense.clone()
+    streams.pruned[0, 0, 0] = float("nan")
+    with pytest.raises(UserError, match="predictions from the dense model's is not finite"):
+        streams.divergence()
+
+
 def test_sums_that_are_not_finite_are_an_error():
     streams = Streams(ModelView(lively()), IDS)
     streams.look_ahead(0, 1)
