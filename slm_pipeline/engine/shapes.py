@@ -102,6 +102,8 @@ class Fitting:
                     stay = _stay(order, whole[sublayer])
                     kept[layer, sublayer] = stay
                     block, sums = self._narrowed(block, sublayer, stay, whole[sublayer], sums)
+                    if self.view.output_norm(layer, sublayer) is not None:  # targets go by what is put out
+                        sums = self.how.sums(fit, block, sublayer)
                 block, _ = self.how.projection(fit, block, sublayer, sums, self.how.sums(choose, block, sublayer))
             blocks.append(block)
             for streams in (fit, choose):
@@ -208,14 +210,15 @@ def allocate(
     stretches = []
     for place, found in damages.items():
         points = sorted((_gain(sizes[place[0]], place[1], number), number, damage) for number, damage in found.items())
-        at, number, damage = 0, left[place], 0.0
+        at, number, damage, least = 0, left[place], 0.0, -float("inf")
         while ahead := [point for point in points if point[0] > at and point[2] < float("inf")]:
             slope, further = min(((p[2] - damage) / (p[0] - at), p) for p in ahead)
-            stretches.append((slope, place, number, further[1]))
+            least = max(least, slope)  # stretches of one line may differ by their rounding
+            stretches.append((least, place, number, further[1]))
             at, number, damage = further
     shape = {(layer, part): _whole(size, part) for layer, size in enumerate(sizes) for part in SUBLAYERS}
     missing = remove
-    for _, place, high, low in sorted(stretches):
+    for _, place, high, low in sorted(stretches, key=lambda stretch: stretch[0]):
         size, part = sizes[place[0]], place[1]
         step = multiple_of if part == "mlp" else 1
         enough = (n for n in range(high, low, -1) if n % step == 0 and _gained(size, part, high, n) >= missing)

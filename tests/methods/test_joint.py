@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import pytest
@@ -198,13 +197,14 @@ def test_what_is_no_option(options, message):
 
 def test_two_samples_are_too_few():
     context = context_of(random_source())
+    context.config.calibration.num_samples = 2
     with pytest.raises(UserError, match="calibration.num_samples=2 must be at least 3 for method=joint"):
-        calibration = dataclasses.replace(context.config.calibration, num_samples=2)
-        joint().check(dataclasses.replace(context, config=dataclasses.replace(context.config, calibration=calibration)))
+        joint().check(context)
 
 
 def test_what_cannot_go_is_said(ask):
+    problem = ask(num_parameters=10_000_000)
     with pytest.raises(UserError, match="10000000 parameters cannot go"):
-        joint().plan(ask(num_parameters=10_000_000))
+        joint().plan(problem)
     with pytest.raises(UserError, match="10000000 parameters cannot go"):
-        joint(export="custom").plan(ask(num_parameters=10_000_000))
+        joint(export="custom").plan(problem)
