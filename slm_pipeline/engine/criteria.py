@@ -68,6 +68,7 @@ def jensen_shannon(runner: BlockRunner, states: Sequence[Tensor], input_ids: Ten
     return totals
 
 
+@torch.no_grad()
 def kl_divergence(runner: BlockRunner, states: Sequence[Tensor], input_ids: Tensor) -> list[float]:
     """Kullback-Leibler divergence of the variant's next-token distribution from the dense model's, in nats."""
     totals = [0.0] * len(states)

@@ -86,7 +86,7 @@ class Joint(ProtectsEnds):
         super().check(context)
         if (number := context.config.calibration.num_samples) < 3:
             raise UserError(
-                f"calibration.num_samples={number} must be at least 3 for method=joint, which fits, chooses and tells on"
+                f"calibration.num_samples={number} must be at least 3 for method=joint: it fits, chooses and tells on"
                 " different samples"
             )
 

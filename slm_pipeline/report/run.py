@@ -78,10 +78,10 @@ def _asked(summary: Summary) -> str:
         return f"; asked {asked['num_layers']} layers, got {summary['num_layers']['pruned']}"
     if asked is None or of not in ("layers", "parameters"):
         return ""
-    got = f"{100 * ratio['got_parameters']:.4g} %"
+    got = f"{100 * ratio['got_parameters']:.4g}%"
     if of == "layers":  # for methods of width it is as many parameters as these layers have
-        got = f"{100 * ratio['got_layers']:.4g} % of them and {got} of the parameters"
-    return f"; asked {100 * asked:.4g} % of the {of}, got {got}"
+        got = f"{100 * ratio['got_layers']:.4g}% of them and {got} of the parameters"
+    return f"; asked {100 * asked:.4g}% of the {of}, got {got}"
 
 
 def _sections(summary: Summary, run_dir: Path, shown: Callable[[Path], str]) -> dict[str, Table | Lines]:

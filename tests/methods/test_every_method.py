@@ -26,7 +26,8 @@ REFUSED = {("replaceme", "gemma3_text")}  # a norm follows the last projection
 
 
 def method_of(name):
-    method = build(OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml"), group="method")
+    values = OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml")
+    method = build(values.get("method", values), group="method")
     for option in ("protect_first", "protect_last"):  # eight layers leave little room for the published protection
         if getattr(method, option, 0) > 1:
             setattr(method, option, 1)

@@ -44,7 +44,7 @@ def ask():
 
 
 def joint(**changes):
-    return build(OmegaConf.merge(OmegaConf.load(CONF_DIR / "method" / "joint.yaml"), changes), group="method")
+    return build(OmegaConf.merge(OmegaConf.load(CONF_DIR / "method" / "joint.yaml").method, changes), group="method")
 
 
 def fitting(view, ids, **more):
