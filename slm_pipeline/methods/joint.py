@@ -99,6 +99,8 @@ class Joint(ProtectsEnds):
         from slm_pipeline.surgery.apply import layer_sizes
 
         view, sizes = problem.view, layer_sizes(problem.view)
+        if len({(size.heads, size.neurons) for size in sizes}) > 1:
+            raise UserError("method=joint needs layers that are alike; this model's differ in heads or neurons")
         remove = problem.target.remove
         if isinstance(problem.target, Layers):
             remove = remove * sum(size.whole for size in sizes) // len(sizes)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import context_of, random_source
 from omegaconf import OmegaConf
+from plans import narrowing
 from problems import problem_of
 
 from slm_pipeline.config import CONF_DIR
@@ -200,6 +201,13 @@ def test_two_samples_are_too_few():
     context.config.calibration.num_samples = 2
     with pytest.raises(UserError, match="calibration.num_samples=2 must be at least 3 for method=joint"):
         joint().check(context)
+
+
+def test_a_model_whose_layers_differ_is_refused():
+    source, model = lively()
+    apply(narrowing({1: (None, [0, 1, 2])}), model)
+    with pytest.raises(UserError, match="method=joint needs layers that are alike"):
+        joint().plan(problem_of(model, source, torch.zeros(4, 8, dtype=torch.int64), num_remove=1))
 
 
 def test_what_cannot_go_is_said(ask):
