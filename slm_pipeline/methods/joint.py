@@ -64,7 +64,7 @@ class Joint(ProtectsEnds):
     # stock: the dense model's class, one width | custom: widths by layer, attention or feed-forward networks may go; a
     # checkpoint brings its own modelling file.
     export: str = "stock"
-    ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.01, 0.1, 1.0])
+    ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.1])
     depths: Annotated[int, Range(at_least=2, at_most=100)] = 5  # stock: numbers of layers that are tried first
     search_tokens: Count = 2048  # that the greedy search, or each width of a sublayer, is measured on
     multiple_of: Count = 1  # neurons that stay are a multiple, such as 64
@@ -350,7 +350,24 @@ def _parts(input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     period = min(8, len(input_ids))
     place = torch.arange(len(input_ids)) % period
-    return input_ids[place < period - 2], input_ids[place == period - 2], input_ids[place == period - 1]
+    fit, choose, tell = (input_ids[of] for of in (place < period - 2, place == period - 2, place == period - 1))
+    choose, fit = _apart(choose, tell), _apart(fit, torch.cat([choose, tell]))
+    return fit, choose, tell
+
+
+def _apart(samples: Tensor, others: Tensor) -> Tensor:
+    """Those samples that share no 31 tokens in a row with others: what is cut at random from one text may overlap. All,
+    with a warning, where none would be left."""
+    import torch
+
+    width = min(16, samples.shape[1])
+    factors = torch.randint(1, 2**31, (width,), generator=torch.Generator().manual_seed(0))
+    every, some = ((of.unfold(1, width, step) * factors).sum(dim=-1) for of, step in ((others, 1), (samples, width)))
+    apart = ~torch.isin(some, every).any(dim=1)
+    if not bool(apart.any()):
+        log.warning("joint: all calibration samples overlap, so that what it measures favours what it has seen")
+        return samples
+    return samples[apart]
 
 
 def _exchanges(shape: Shape, candidates: set[int]) -> Iterator[Shape]:

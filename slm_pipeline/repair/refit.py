@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -30,6 +31,7 @@ CHOICES = {
     "weighting": ("inverse_square", "none"),
     "target": ("dense_stream", "own_output"),
     "sublayers": ("both", *SUBLAYERS),
+    "choice": ("stack", "projection"),
 }
 
 
@@ -46,10 +48,11 @@ class Refit(Repair):
     with X what enters the projection in the pruned model, repaired below; T what is missing to the dense stream behind
     the attention of layer b, or behind layer next - 1 where the layer's last sublayer writes; and D = 1 / mean square
     of that dense state for each token, because states are normed before they are read and few tokens are very large. A
-    bias is fitted as the weight of an input of 1; none is added. A part of the samples, of one long text its last
-    part, is held out of all fits: of the ridges the one with the least error there is taken, and none if the weights as
-    they are do as well. If in the end the KL divergence from the dense model is no less on the text held out, nothing
-    is changed.
+    bias is fitted as the weight of an input of 1; none is added. A part of the samples, of one long text its last part,
+    is held out of all fits: a projection whose error there becomes no less keeps its weights. Of the ridges the one is
+    taken with which the whole model's KL divergence from the dense one is least there; with ``choice=projection``, in
+    one walk in the place of one for each ridge, the one with the least error, projection by projection, which is not
+    best for the stack when much has gone. If in the end the KL divergence is no less than before, nothing is changed.
 
     With ``target=own_output`` T is instead what the projection would write if its sublayer were as in the dense model,
     on the states that reach it in the pruned one: that makes up for narrower layers, and not for those that went.
@@ -64,14 +67,16 @@ class Refit(Repair):
     matrices of that size, and on the host the new weights in float32. A killed repair goes on after its last layer.
 
     Scores in the plan: repair, with num_tokens and num_held_out; divergence, for the model pruned and repaired the KL
-    divergence in nats and the share of tokens with the dense model's most likely next one, on the text held out; and
-    layers, for each layer by its lowest original what became of its projections.
+    divergence in nats and the share of tokens with the dense model's most likely next one, on the text held out;
+    ridges, the KL divergence with each that was tried for all; and layers, for each layer by its lowest original what
+    became of its projections.
     """
 
     ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.01, 0.1, 1.0])
     weighting: str = "inverse_square"  # inverse_square | none: how much a token counts
     target: str = "dense_stream"  # dense_stream | own_output: what a projection is to write
     sublayers: str = "both"  # both | attention | mlp: whose last projections get new weights
+    choice: str = "stack"  # stack | projection: whether one ridge is chosen for all, or one for each projection
     held_out: Annotated[float, Range(above=0, below=1)] = 0.2  # share of the samples that nothing is fitted to
 
     name: ClassVar[str] = "refit"
@@ -96,17 +101,29 @@ class Refit(Repair):
             return plan
         to_fit, held_out = self._split(problem)
         pruned = pass_all(Streams(view, held_out), blocks, groups).divergence()
-        fitted, other = Streams(view, to_fit), Streams(view, held_out)
-        ops, tensors, layers = self._walk(problem, fitted, other, blocks, groups)
-        repaired = other.divergence()
+        tried: dict[str, float] = {}
+        repaired, ops, tensors, layers = (
+            (math.inf, 0.0),
+            list[Replace](),
+            dict[str, np.ndarray](),
+            list[dict[str, Any]](),
+        )
+        for ridges in [[ridge] for ridge in self.ridges] if self.choice == "stack" else [self.ridges]:
+            fitted, other = Streams(view, to_fit), Streams(view, held_out)
+            walked = self._walk(problem, fitted, other, blocks, groups, ridges)
+            divergence = other.divergence()
+            tried[", ".join(f"{ridge:g}" for ridge in ridges)] = divergence[0]
+            if divergence[0] < repaired[0]:
+                repaired, (ops, tensors, layers) = divergence, walked
         found = {
             "name": self.name,
-            "num_tokens": fitted.dense[..., 0].numel(),
+            "num_tokens": to_fit.numel(),
             "num_held_out": held_out.numel(),
             "divergence": {
                 name: {"kl": kl, "same_top_1": same}
                 for name, (kl, same) in (("pruned", pruned), ("repaired", repaired))
             },
+            "ridges": tried,
             "layers": layers,
         }
         log.info("refit: KL from the dense model %.4f -> %.4f on text held out", pruned[0], repaired[0])
@@ -154,6 +171,7 @@ class Refit(Repair):
         other: Streams,
         blocks: list[Block],
         groups: list[list[int]],
+        ridges: list[float],
     ) -> tuple[list[Replace], dict[str, np.ndarray], list[dict[str, Any]]]:
         """The operations that put new weights in, their tensors, and what became of each layer; both streams are at the
         top then."""
@@ -162,7 +180,7 @@ class Refit(Repair):
         from slm_pipeline.engine import refit
 
         sublayers = SUBLAYERS if self.sublayers == "both" else (self.sublayers,)
-        how = refit.Refit(self.ridges, self.weighting, self.target, sublayers)
+        how = refit.Refit(ridges, self.weighting, self.target, sublayers)
         first = refit.first_changed(blocks, groups, problem.view.num_layers)
         ops: list[Replace] = []
         tensors: dict[str, np.ndarray] = {}
@@ -174,7 +192,7 @@ class Refit(Repair):
                 streams.look_ahead(*span)
             if first is not None and position >= first:
                 name = f"{prefix}.{groups[position][0]}"
-                found = _Kept(problem, name)
+                found = _Kept(problem, f"{name}.{'_'.join(f'{ridge:g}' for ridge in ridges)}")
                 if not found.is_there:
                     new, what = how.layer(fitted, other, block)
                     found.write(_weights(fitted, new, what), what)

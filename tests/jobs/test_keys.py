@@ -186,6 +186,7 @@ TABLE = [
     Row("repair.weighting", "none", REPAIR),
     Row("repair.target", "own_output", REPAIR),
     Row("repair.sublayers", "mlp", REPAIR),
+    Row("repair.choice", "projection", REPAIR),
     Row("repair.held_out", 0.25, REPAIR),
     Row("repair.calibration.source", "bundled", REPAIR, along={"repair.calibration.path": None}),
     Row("repair.calibration.path", "first.txt", REPAIR),

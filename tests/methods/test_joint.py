@@ -18,6 +18,7 @@ from slm_pipeline.engine.refit import Refit, Streams, first_changed, spans
 from slm_pipeline.engine.shapes import Fitting, allocate, originals, parameters
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.errors import UserError
+from slm_pipeline.methods.joint import _parts
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply, layer_sizes, planned_blocks
@@ -216,3 +217,15 @@ def test_what_cannot_go_is_said(ask):
         joint().plan(problem)
     with pytest.raises(UserError, match="10000000 parameters cannot go"):
         joint(export="custom").plan(problem)
+
+
+def test_samples_that_overlap_are_fitted_or_choose_and_not_both(caplog):
+    text = torch.randint(0, 10_000, (400,), generator=torch.Generator().manual_seed(0))
+    starts = [0, 60, 120, 180, 240, 300, 290, 350]  # the sixth overlaps with the seventh by 40 of its 50 tokens
+    ids = torch.stack([text[start : start + 50] for start in starts])
+    fit, choose, tell = _parts(ids)
+    assert [rows.tolist() for rows in (fit, choose, tell)] == [ids[:5].tolist(), ids[6:7].tolist(), ids[7:].tolist()]
+    assert not caplog.messages
+    same = torch.zeros(4, 50, dtype=torch.int64)
+    assert [len(rows) for rows in _parts(same)] == [2, 1, 1]
+    assert "all calibration samples overlap" in caplog.messages[0]

@@ -154,7 +154,7 @@ def test_nothing_changes_if_the_whole_model_is_no_closer_on_other_text(after, ma
     found = iter([(1.0, 0.5), after])
     monkeypatch.setattr(engine.Streams, "divergence", lambda self: next(found))
     plan = plan_of(Drop((3,)))
-    repaired = refit().repair(make_problem(lively(), plan))
+    repaired = refit(choice="projection").repair(make_problem(lively(), plan))
     assert any(of["ridge"] for of in what(repaired).values())
     assert repaired.content() == plan.content()
     (line,) = repaired.scores["warnings"]
@@ -181,9 +181,20 @@ def test_a_repaired_plan_is_repaired_again_and_both_weights_are_kept(make_proble
     assert twice.scores["repair"]["divergence"]["pruned"]["kl"] == pytest.approx(kl[0], rel=1e-5)
 
 
+def test_one_ridge_is_chosen_for_the_stack_by_what_it_does_to_the_whole_model(make_problem, tmp_path):
+    model, plan = lively(), plan_of(Drop((2, 3)))
+    alone = {r: refit(ridges=[r]).repair(make_problem(model, plan, out=tmp_path / f"{r}")) for r in (0.001, 0.1, 10.0)}
+    kl = {ridge: found.scores["repair"]["divergence"]["repaired"]["kl"] for ridge, found in alone.items()}
+    chosen = refit(ridges=[0.001, 0.1, 10.0]).repair(make_problem(model, plan, out=tmp_path / "all"))
+    best = min(kl, key=kl.__getitem__)
+    assert chosen.scores["repair"]["ridges"] == {f"{ridge:g}": value for ridge, value in kl.items()}
+    assert chosen.content() == alone[best].content()
+    assert len({round(value, 6) for value in kl.values()}) == 3
+
+
 def test_a_killed_repair_goes_on_after_its_last_layer_and_ends_the_same(make_problem, tmp_path, monkeypatch):
     model, plan, out = lively(), plan_of(Drop((1,))), tmp_path / "killed"
-    expected = refit().repair(make_problem(model, plan))
+    expected = refit(ridges=[0.1]).repair(make_problem(model, plan))
     whole, fitted = engine.Refit.layer, []
 
     def until(number):
@@ -197,16 +208,16 @@ def test_a_killed_repair_goes_on_after_its_last_layer_and_ends_the_same(make_pro
 
     monkeypatch.setattr(engine.Refit, "layer", until(2))
     with pytest.raises(KeyboardInterrupt):
-        refit().repair(make_problem(model, plan, out=out))
+        refit(ridges=[0.1]).repair(make_problem(model, plan, out=out))
     assert fitted == [0, 2]
-    damaged = out / "layers" / "refit.2.safetensors"
+    damaged = out / "layers" / "refit.2.0.1.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    (out / "layers" / "refit.3.safetensors").write_bytes(b"half")
+    (out / "layers" / "refit.3.0.1.safetensors").write_bytes(b"half")
     drop_incomplete(out)  # as the store does before each attempt
-    assert sorted(path.name for path in (out / "layers").iterdir()) == ["refit.0.json", "refit.0.safetensors"]
+    assert sorted(path.name for path in (out / "layers").iterdir()) == ["refit.0.0.1.json", "refit.0.0.1.safetensors"]
     fitted.clear()
     monkeypatch.setattr(engine.Refit, "layer", until(None))
-    repaired = refit().repair(make_problem(model, plan, out=out))
+    repaired = refit(ridges=[0.1]).repair(make_problem(model, plan, out=out))
     assert fitted == [2, 3, 4, 5]
     for name, found in (("a", expected), ("b", repaired)):
         found.write(tmp_path / name / "plan.json")
@@ -302,5 +313,5 @@ def test_the_choices_are_those_of_the_engine():
 
 
 def test_scores_are_json(make_problem):
-    repaired = refit().repair(make_problem(lively(), plan_of(Drop((3,)))))
+    repaired = refit(ridges=[0.1]).repair(make_problem(lively(), plan_of(Drop((3,)))))
     assert json.loads(json.dumps(repaired.scores, allow_nan=False)) == repaired.scores

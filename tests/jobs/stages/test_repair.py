@@ -19,7 +19,7 @@ from slm_pipeline.surgery.ops.replace import Replace
 from slm_pipeline.surgery.plan import Plan
 
 RANK = 4
-REFIT = ["repair=refit", "repair.calibration.num_samples=8", "repair.calibration.seq_len=64", "repair.ridges=[1,0.1]"]
+REFIT = ["repair=refit", "repair.calibration.num_samples=8", "repair.calibration.seq_len=64", "repair.ridges=[0.1]"]
 ALONE = ["recovery=none", "evaluation=none"]
 
 
