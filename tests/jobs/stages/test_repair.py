@@ -64,7 +64,7 @@ def test_all_four_models_are_scored(whole):
     assert [key.partition("/")[0] for key in scored] == ["dense", "pruned", "repaired", "recovered"]
     assert len(set(scored.values())) == 4
     assert summary["numbers"]["repair/kl_repaired"]["value"] < summary["numbers"]["repair/kl_pruned"]["value"]
-    assert summary["repair"]["options"]["ridges"] == [1.0, 0.1]
+    assert summary["repair"]["options"]["ridges"] == [0.1]
     shown = (folder / "summary.md").read_text()
     assert "## Repair\n\n- refit: " in shown
     assert "tokens, KL from the dense model" in shown
