@@ -89,7 +89,7 @@ def test_an_option_of_a_plugin_is_one_like_ours(here):
     assert "as one text it is written" in refused("plugins=[mine]", "method=half", "method.note=a b,c")
     assert (
         "angular, combined, come, come_posterior, finercut, fisher_mask, flap, from_plan, half, head_importance, joint,"
-        " laco," in refused("plugins=[mine]", "method=1")
+        " kcm," in refused("plugins=[mine]", "method=1")
     )
     assert "half.yaml" in {file.name for file in option_files("method")}
 
