@@ -7,7 +7,7 @@ left get new weights by least squares, so that a shape is judged by what it can 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -115,22 +115,25 @@ class Fitting:
         return pass_all(Streams(self.view, input_ids), fitted.blocks, originals(shape)).divergence()
 
     def damages(
-        self, layers: Sequence[int], levels: Mapping[str, Sequence[int]], input_ids: Tensor
-    ) -> dict[tuple[int, str], dict[int, float]]:
+        self, places: Collection[tuple[int, str]], levels: Mapping[str, Sequence[int]], input_ids: Tensor
+    ) -> Iterator[tuple[tuple[int, str], dict[int, float]]]:
         """What it costs to narrow one sublayer of the dense model alone, refitted to put out what it did.
 
         Args:
+            places: the sublayers, as (layer, attention | mlp).
             levels: sublayer -> numbers of units that stay; 0: it is gone.
             input_ids: [N, length] int64 tokens on which the KL divergence, in nats, is measured.
+
+        Yields:
+            Of each place, from the input up: units that stay -> KL divergence.
         """
         from tqdm import tqdm
 
         sensitivity, streams = Sensitivity(self.view, input_ids), Streams(self.view, self.fit)
         own = Refit(ridges=self.how.ridges, weighting=self.how.weighting, target="own_output")
-        found: dict[tuple[int, str], dict[int, float]] = {}
-        for layer in tqdm(range(max(layers) + 1), desc="sensitivity", disable=None):
+        for layer in tqdm(range(max(layer for layer, _ in places) + 1), desc="sensitivity", disable=None):
             streams.look_ahead(layer, layer + 1)
-            for sublayer in SUBLAYERS if layer in layers else ():
+            for sublayer in (part for part in SUBLAYERS if (layer, part) in places):
                 block = Block(layer)
                 number = self.sizes[layer].heads if sublayer == "attention" else self.sizes[layer].neurons
                 sums = own.sums(streams, block, sublayer)
@@ -141,9 +144,8 @@ class Fitting:
                     else block.lacking(sublayer)
                     for left in levels[sublayer]
                 ]
-                found[layer, sublayer] = dict(zip(levels[sublayer], sensitivity.damages(variants), strict=True))
+                yield (layer, sublayer), dict(zip(levels[sublayer], sensitivity.damages(variants), strict=True))
             streams.pass_through(Block(layer))
-        return found
 
     def _variant(self, streams: Streams, block: Block, sublayer: str, stay: Tensor, number: int, sums: Sums) -> Block:
         block, sums = self._narrowed(block, sublayer, stay, number, sums)

@@ -237,16 +237,13 @@ class Joint(ProtectsEnds):
             else [sizes[0].heads * i // 4 for i in range(4)],
             "mlp": sorted({sizes[0].neurons * i // 8 // self.multiple_of * self.multiple_of for i in range(8)}),
         }
-        keys = [(layer, part, level) for layer in layers for part in SUBLAYERS for level in levels[part]]
-        if not all(("damage", *key) in search.memo for key in keys):
-            rows = max(1, self.search_tokens // problem.input_ids.shape[1])
-            for (layer, part), found in search.fitting.damages(layers, levels, search.fitting.choose[:rows]).items():
-                for level, damage in found.items():
-                    search.memo.add(("damage", layer, part, level), min(damage, 1e9))
-        damages: dict[tuple[int, str], dict[int, float]] = {}
-        for layer, part, level in keys:
-            damages.setdefault((layer, part), {})[level] = search.memo["damage", layer, part, level]
-        return damages
+        memo, places = search.memo, [(layer, part) for layer in layers for part in SUBLAYERS]
+        unknown = [place for place in places if any(("damage", *place, n) not in memo for n in levels[place[1]])]
+        rows = max(1, self.search_tokens // problem.input_ids.shape[1])
+        for place, found in search.fitting.damages(unknown, levels, search.fitting.choose[:rows]) if unknown else ():
+            for level, damage in found.items():
+                memo.add(("damage", *place, level), min(damage, 1e9))
+        return {(layer, part): {n: memo["damage", layer, part, n] for n in levels[part]} for layer, part in places}
 
     def _swapped(self, search: _Search, best: Shape, depth: int) -> tuple[Shape, Fitted]:
         """The shape, or a better one in which a layer that went has changed places with its neighbour, filled."""

@@ -229,3 +229,27 @@ def test_samples_that_overlap_are_fitted_or_choose_and_not_both(caplog):
     same = torch.zeros(4, 50, dtype=torch.int64)
     assert [len(rows) for rows in _parts(same)] == [2, 1, 1]
     assert "all calibration samples overlap" in caplog.messages[0]
+
+
+def test_sensitivities_that_are_known_are_not_measured_again(ask, tmp_path, monkeypatch):
+    measured = []
+    damages = Fitting.damages
+
+    def until(number):
+        def some(self, places, levels, input_ids):
+            for place, found in damages(self, places, levels, input_ids):
+                if len(measured) == number:
+                    raise KeyboardInterrupt
+                measured.append(place)
+                yield place, found
+
+        return some
+
+    monkeypatch.setattr(Fitting, "damages", until(5))
+    with pytest.raises(KeyboardInterrupt):
+        joint(export="custom", swaps=0).plan(ask(num_remove=1, memo=tmp_path))
+    monkeypatch.setattr(Fitting, "damages", until(None))
+    plan = joint(export="custom", swaps=0).plan(ask(num_remove=1, memo=tmp_path))
+    assert measured == [(layer, part) for layer in range(6) for part in ("attention", "mlp")]
+    monkeypatch.setattr(Fitting, "damages", damages)
+    assert plan.content() == joint(export="custom", swaps=0).plan(ask(num_remove=1)).content()
