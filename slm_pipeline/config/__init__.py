@@ -38,12 +38,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.store.checksums import digest
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)  # of a configuration that cannot be put together
-PLUG_INS = (
-    "method",
-    "repair",
-    "recovery",
-    "measure",
-)  # groups whose options are classes, see `slm_pipeline.config.groups`
+PLUG_INS = ("method", "repair", "recovery", "measure")  # their options are classes: `slm_pipeline.config.groups`
 STAGES = ("calibrate", "merge", "repair", "recover", "evaluate")
 TARGETS = ("dense", "pruned", "repaired", "recovered")
 

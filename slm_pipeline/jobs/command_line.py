@@ -41,17 +41,7 @@ if TYPE_CHECKING:
     from slm_pipeline.jobs.job import Job
 
 config.register()
-_ONE_OPTION = (
-    "model",
-    "pruning_ratio",
-    "threshold",
-    "method",
-    "calibration",
-    "repair",
-    "recovery",
-    "evaluation",
-    "tracker",
-)
+_ONE_OPTION = (*"model pruning_ratio threshold method calibration repair recovery evaluation tracker".split(),)
 
 
 def set_environment() -> None:
