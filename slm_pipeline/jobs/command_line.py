@@ -41,7 +41,10 @@ if TYPE_CHECKING:
     from slm_pipeline.jobs.job import Job
 
 config.register()
-_ONE_OPTION = (*"model pruning_ratio threshold method calibration repair recovery evaluation tracker".split(),)
+# groups of which one option is chosen
+_ONE_OPTION = (
+    "model", "pruning_ratio", "threshold", "method", "calibration", "repair", "recovery", "evaluation", "tracker",
+)  # fmt: skip
 
 
 def set_environment() -> None:
