@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from slm_pipeline.config import STAGES
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine import memory
 from slm_pipeline.store.artifact import STORE_FORMAT, Artifact, check_store
 from slm_pipeline.store.checksums import digest
 from slm_pipeline.store.files import is_held, write_json, write_text
@@ -302,6 +303,7 @@ def test_a_result_made_inside_anothers_making_leaves_the_outer_peak(tmp_path):
         artifact(tmp_path, inner=True).produce(lambda _: {})
         return {}
 
+    memory.free()  # what other tests have left goes now and not in between
     found = artifact(tmp_path, inner=False)
     found.produce(outer)
     peaks = [result.record()["peak_memory_gb"] for result in (found, artifact(tmp_path, inner=True))]
