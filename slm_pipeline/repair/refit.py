@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -37,7 +36,7 @@ CHOICES = {
 
 @dataclass(kw_only=True)
 class Refit(Repair):
-    """Ours. The pruned model is walked once, from the input up, beside the dense one.
+    """Ours. The pruned model is walked from the input up, beside the dense one.
 
     From the first layer that the plan changed on, each layer b stands for the dense layers b to next - 1: with those
     that went above it, and those that were merged into it. Its last projections W get new weights, attention before
@@ -102,19 +101,24 @@ class Refit(Repair):
         to_fit, held_out = self._split(problem)
         pruned = pass_all(Streams(view, held_out), blocks, groups).divergence()
         tried: dict[str, float] = {}
-        repaired, ops, tensors, layers = (
-            (math.inf, 0.0),
-            list[Replace](),
-            dict[str, np.ndarray](),
-            list[dict[str, Any]](),
-        )
+        best, failure = None, None
         for ridges in [[ridge] for ridge in self.ridges] if self.choice == "stack" else [self.ridges]:
+            name = ", ".join(f"{ridge:g}" for ridge in ridges)
             fitted, other = Streams(view, to_fit), Streams(view, held_out)
-            walked = self._walk(problem, fitted, other, blocks, groups, ridges)
-            divergence = other.divergence()
-            tried[", ".join(f"{ridge:g}" for ridge in ridges)] = divergence[0]
-            if divergence[0] < repaired[0]:
-                repaired, (ops, tensors, layers) = divergence, walked
+            try:
+                walked = self._walk(problem, fitted, other, blocks, groups, ridges)
+                divergence = other.divergence()
+            except UserError as error:  # a ridge too small to solve leaves the others
+                failure = error
+                log.warning("refit: ridge %s: %s", name, error)
+                continue
+            tried[name] = divergence[0]
+            if best is None or divergence[0] < best[0][0]:
+                best = divergence, walked
+        if best is None:
+            assert failure is not None
+            raise failure
+        repaired, (ops, tensors, layers) = best
         found = {
             "name": self.name,
             "num_tokens": to_fit.numel(),

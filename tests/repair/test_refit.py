@@ -192,6 +192,25 @@ def test_one_ridge_is_chosen_for_the_stack_by_what_it_does_to_the_whole_model(ma
     assert len({round(value, 6) for value in kl.values()}) == 3
 
 
+def test_a_ridge_that_cannot_be_solved_leaves_the_others(make_problem, tmp_path, monkeypatch, caplog):
+    model, plan = lively(), plan_of(Drop((3,)))
+    alone = refit(ridges=[0.1]).repair(make_problem(model, plan, out=tmp_path / "alone"))
+    layer = engine.Refit.layer
+
+    def small(self, *about):
+        if 1e-9 in self.ridges:
+            raise UserError("the inputs are linearly dependent")
+        return layer(self, *about)
+
+    monkeypatch.setattr(engine.Refit, "layer", small)
+    found = refit(ridges=[1e-9, 0.1]).repair(make_problem(model, plan, out=tmp_path / "both"))
+    assert found.content() == alone.content()
+    assert list(found.scores["repair"]["ridges"]) == ["0.1"]
+    assert "refit: ridge 1e-09: the inputs are linearly dependent" in caplog.messages
+    with pytest.raises(UserError, match="the inputs are linearly dependent"):
+        refit(ridges=[1e-9]).repair(make_problem(model, plan, out=tmp_path / "none"))
+
+
 def test_a_killed_repair_goes_on_after_its_last_layer_and_ends_the_same(make_problem, tmp_path, monkeypatch):
     model, plan, out = lively(), plan_of(Drop((1,))), tmp_path / "killed"
     expected = refit(ridges=[0.1]).repair(make_problem(model, plan))
