@@ -37,7 +37,7 @@ class Rescale(Repair):
         if context.source.architecture.output_norms:
             raise UserError(
                 f"repair=rescale multiplies what projections put out; in {context.source.name}, a"
-                f" {context.source.model_type} model, a norm follows them"
+                f" {context.source.model_type} model, a norm follows them; use repair=refit"
             )
 
     def repair(self, problem: RepairProblem) -> Plan:
