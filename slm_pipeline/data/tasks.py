@@ -49,6 +49,16 @@ NUM_EXAMPLES = {
     "arc_challenge": 1172,
     "openbookqa": 500,
 }
+# Answers to choose from; a few questions of ARC have three or five.
+NUM_CHOICES = {
+    "boolq": 2,
+    "piqa": 2,
+    "hellaswag": 4,
+    "winogrande": 2,
+    "arc_easy": 4,
+    "arc_challenge": 4,
+    "openbookqa": 4,
+}
 # The columns of the hub's data sets that lm-eval's task files read; the last one is the answer.
 COLUMNS = {
     "boolq": ("passage", "question", "label"),

@@ -376,7 +376,7 @@ def mean_and_deviation(numbers: Sequence[float]) -> tuple[float, float | None]:
 def _shown_mean(numbers: Sequence[Number]) -> str:
     mean, deviation = mean_and_deviation([number.value for number in numbers])
     shown = None if numbers[0].is_count and not deviation else deviation
-    return str(replace(numbers[0], value=mean, stderr=shown))
+    return str(replace(numbers[0], value=mean, stderr=shown, measured={}))  # no interval of one sample
 
 
 def text_of(value: Value | None) -> str:

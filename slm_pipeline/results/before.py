@@ -50,7 +50,9 @@ def measured(summary: Mapping[str, Any]) -> list[Number]:
         if errors and len(errors) == len(details):
             errors["average"] = math.sqrt(sum(error**2 for error in errors.values())) / len(errors)
         for task, score in metrics.get("zero_shot", {}).items():
-            about = {"measure": "zero_shot", "part": task}
+            about: dict[str, Any] = {"measure": "zero_shot", "part": task}
+            if task == "average":
+                about = {"measure": "zero_shot", "tasks": [one for one in metrics["zero_shot"] if one != task]}
             if task in details:
                 about |= {"how": _zero_shot(details[task]), **details[task]}
             number = Number(task, score, PERCENT, errors.get(task), True, about, detail=task != "average")
