@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from slm_pipeline.report import winners
 from slm_pipeline.report.study import Study
 from slm_pipeline.show.tables import Lines, Table, code, csv_text, latex_escaped, markdown_escaped, wrapped
 
@@ -15,7 +16,10 @@ def markdown(study: Study) -> str:
     columns = study.shown_columns()
     shared = [f"All jobs: {code(' '.join(study.shared()))}\n"] if study.shared() else []
     remarks = (f"{markdown_escaped(line)}\n" for line in study.remarks())
-    parts = [title, *shared, *remarks, study.table(columns).markdown()]
+    parts = [title, *shared, *remarks]
+    if best := winners.table(study):
+        parts += [f"## {markdown_escaped(winners.title(study))}\n", best.markdown(), "## Runs\n"]
+    parts.append(study.table(columns).markdown())
     if averages := study.averages(study.shown_columns(costs=False)):
         parts += [f"## {markdown_escaped(study.averages_title())}\n", averages.markdown()]
     if measured := study.measured():
@@ -28,8 +32,11 @@ def text(study: Study) -> str:
     columns = study.shown_columns()
     title = [study.question] if study.question else []
     shared = [f"All jobs: {' '.join(study.shared())}"] if study.shared() else []
-    remarks = [*shared, *(line.replace("; the best is bold", "") for line in study.remarks())]
-    parts = ["".join(wrapped(line, "") for line in (*title, study.counts(), *remarks)), study.table(columns).text()]
+    remarks = [*shared, *(line for line in study.remarks() if not line.startswith("Bold"))]
+    parts = ["".join(wrapped(line, "") for line in (*title, study.counts(), *remarks))]
+    if best := winners.table(study):
+        parts.append(f"{winners.title(study)}\n{best.text()}")
+    parts.append(("Runs\n" if best else "") + study.table(columns).text())
     if averages := study.averages(study.shown_columns(costs=False)):
         parts.append(f"{study.averages_title()}\n{averages.text()}")
     if measured := study.measured():

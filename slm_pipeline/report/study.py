@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +11,13 @@ from typing import Any
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.report import damage
-from slm_pipeline.report.runs import STATUSES, Run, Value, read_runs
+from slm_pipeline.report.runs import STATUSES, Run, Value, read_runs, text_of
+from slm_pipeline.report.winners import Winner, winners_of
 from slm_pipeline.results.before import key_of
+from slm_pipeline.results.certainty import chance
 from slm_pipeline.results.measurement import measurement, small_limit
 from slm_pipeline.results.number import Number, parted
-from slm_pipeline.results.of_run import numbers_of
+from slm_pipeline.results.of_run import numbers_of, ratio_missed
 from slm_pipeline.show.tables import Table, in_order
 
 # Options that change no number: where things go, and what a study says of itself.
@@ -113,14 +114,14 @@ class Study:
         ]
 
     @cached_property
-    def competing(self) -> list[float | None]:
-        """For each run its metric, if it can be the best: within the budget if there is one."""
-        return [self.value(i, self.metric) if within else None for i, within in enumerate(self.within_budget)]
+    def winners(self) -> list[Winner]:
+        """The best choice at each size, the largest first; none without a metric."""
+        return winners_of(self)
 
     @cached_property
     def best_runs(self) -> frozenset[int]:
-        """The runs with the best metric: none, one, or several that are equal."""
-        return self._best(self.competing)
+        """The runs of the best choices, and of those tied with them, at each size where no smaller one is as good."""
+        return frozenset(run for winner in self.winners if winner.on_front for run in winner.runs)
 
     def counts(self) -> str:
         """``ratio: 4 jobs, 2 done, 1 FAILED``."""
@@ -142,7 +143,16 @@ class Study:
             lines.append("Dense model: " + ", ".join(f"{n.quantity} {n.shown(n.value)}" for n in dense))
         if self.metric is not None and len(self.runs) > 1:
             direction = self.kinds[self.metric].direction or "lower"
-            lines.append(f"Metric: {self.metric}, {direction} is better; the best is bold")
+            levels = [level for found in self.numbers if (level := chance(found.get(self.metric))) is not None]
+            guessing = f", guessing scores {self.kinds[self.metric].shown(levels[0])}" if levels else ""
+            lines.append(f"Metric: {self.metric}, {direction} is better{guessing}")
+            tied = ", and what noise does not tell from it" if any(winner.tied for winner in self.winners) else ""
+            lines.append(f"Bold: the best{' of each size' if len(self.winners) > 1 else ''}{tied}")
+        missed: dict[str, list[str]] = {}
+        for run in self.runs:
+            if line := ratio_missed(run.summary or {}):
+                missed.setdefault(line, []).append(run.job)
+        lines += [f"{_jobs(jobs)}: {line}" for line, jobs in missed.items()]
         if not all(self.within_budget):
             done = [within for within, found in zip(self.within_budget, self.numbers, strict=True) if found]
             best = ", and one of them is the best" if any(done) else ""
@@ -210,9 +220,7 @@ class Study:
                 row.append(_shown_mean(numbers) if numbers else "")
             rows.append(row)
         head = [*self.varied, "runs done"]
-        means = [mean(self.competing[i] for i in groups[values]) for values in order]
-        competing = [all(self.within_budget[i] for i in groups[values]) for values in order]
-        best = self._best([value if may else None for value, may in zip(means, competing, strict=True)])
+        best = frozenset(i for i, values in enumerate(order) if self.best_runs.intersection(groups[values]))
         return Table([*head, *columns], rows, self._bold(columns, len(head), best, len(rows)))
 
     def averages_title(self) -> str:
@@ -220,14 +228,6 @@ class Study:
         left_out = self.newest.count(False)
         title = f"Averaged over {' and '.join(self.repeated)}: mean +- standard deviation of the runs that are done"
         return f"{title}; {left_out} other runs of the same jobs left out" if left_out else title
-
-    def _best(self, values: Sequence[float | None]) -> frozenset[int]:
-        """Where the best of the metric's values stand."""
-        known = [value for value in values if value is not None and math.isfinite(value)]
-        if not known or self.metric is None:
-            return frozenset()
-        best = max(known) if self.is_higher_better(self.metric) else min(known)
-        return frozenset(i for i, value in enumerate(values) if value == best)
 
     def _bold(
         self, columns: Sequence[str], offset: int, best: frozenset[int], num_rows: int
@@ -377,11 +377,6 @@ def _shown_mean(numbers: Sequence[Number]) -> str:
     mean, deviation = mean_and_deviation([number.value for number in numbers])
     shown = None if numbers[0].is_count and not deviation else deviation
     return str(replace(numbers[0], value=mean, stderr=shown, measured={}))  # no interval of one sample
-
-
-def text_of(value: Value | None) -> str:
-    """An option's value for a table."""
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _jobs(jobs: Sequence[str]) -> str:

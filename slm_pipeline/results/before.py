@@ -42,7 +42,7 @@ def measured(summary: Mapping[str, Any]) -> list[Number]:
         perplexities = metrics.get("perplexity", {})
         for corpus, label in _labels(perplexities).items():
             said = perplexities[corpus]
-            about = {"measure": "perplexity", "part": corpus, "how": _perplexity(said)}
+            about: dict[str, Any] = {"measure": "perplexity", "part": corpus, "how": _perplexity(said)}
             number = Number(label, said["perplexity"], "perplexity", None, False, about)
             found.append(number.below(target, "perplexity"))
         found += _efficiency(target, summary.get("efficiency", {}).get(target, {}))
@@ -50,7 +50,7 @@ def measured(summary: Mapping[str, Any]) -> list[Number]:
         if errors and len(errors) == len(details):
             errors["average"] = math.sqrt(sum(error**2 for error in errors.values())) / len(errors)
         for task, score in metrics.get("zero_shot", {}).items():
-            about: dict[str, Any] = {"measure": "zero_shot", "part": task}
+            about = {"measure": "zero_shot", "part": task}
             if task == "average":
                 about = {"measure": "zero_shot", "tasks": [one for one in metrics["zero_shot"] if one != task]}
             if task in details:

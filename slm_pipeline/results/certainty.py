@@ -15,13 +15,13 @@ from slm_pipeline.results.number import Number, wilson
 SURE = 1.96  # standard errors: 95 % of a normal distribution
 
 
-def chance(number: Number) -> float | None:
-    """What guessing evenly among the answers scores, in percent; None where nobody has said.
+def chance(number: Number | None) -> float | None:
+    """What guessing evenly among the answers scores, in percent; None where nobody has said, or of no number.
 
     A measure says so with ``chance`` in what it gives as ``measured``; those of the seven tasks, and their average, are
     known.
     """
-    measured = number.measured
+    measured = {} if number is None else number.measured
     if "chance" in measured:
         return float(measured["chance"])
     if measured.get("measure") != "zero_shot":
@@ -90,7 +90,7 @@ def cautions(numbers: Mapping[str, Number]) -> list[str]:
 
 def _worse(numbers: Mapping[str, Number], target: str) -> str | None:
     """The first perplexity of a model that is above the dense model's, in words."""
-    for key, dense in numbers.items():
+    for dense in numbers.values():
         found = numbers.get(f"{target}/{dense.quantity}")
         if dense.target == "dense" and dense.unit == "perplexity" and found is not None and found.value > dense.value:
             return f"{dense.quantity} rose from {dense.shown(dense.value)} to {dense.shown(found.value)}"
