@@ -18,6 +18,7 @@ from slm_pipeline.results.certainty import chance
 from slm_pipeline.results.measurement import measurement, small_limit
 from slm_pipeline.results.number import Number, parted
 from slm_pipeline.results.of_run import numbers_of, ratio_missed
+from slm_pipeline.results.settings import told_apart
 from slm_pipeline.show.tables import Table, in_order
 
 # Options that change no number: where things go, and what a study says of itself.
@@ -41,8 +42,11 @@ class Study:
 
     @cached_property
     def numbers(self) -> list[dict[str, Number]]:
-        """For each run its numbers by key, which are the table's columns; empty unless it is done."""
-        return [numbers_of(run.summary) if run.summary else {} for run in self.runs]
+        """For each run its numbers by key, which are the table's columns; empty unless it is done.
+
+        A key says how a number was measured where not all runs have measured it alike: see `told_apart`.
+        """
+        return _numbers(self.runs)[0]
 
     @cached_property
     def kinds(self) -> dict[str, Number]:
@@ -268,13 +272,24 @@ def read_study(
     runs = read_runs(*directories)
     options = _differing(runs)
     declared = _declared(runs)
-    kinds = {name: number for run in runs if run.summary for name, number in numbers_of(run.summary).items()}
+    numbers, before = _numbers(runs)
+    kinds = {name: number for of_run in numbers for name, number in of_run.items()}
     found = list(kinds)
     notes: list[str] = []
+
+    def of_most(name: str) -> str:
+        """Of a key that was measured in several ways, the one of most runs."""
+        ways = [way for way, key in before.items() if key == before.get(name, name)]
+        if not ways:
+            return name
+        chosen = max(ways, key=lambda way: sum(way in of_run for of_run in numbers))
+        notes.append(f"{before[chosen]} was measured in {len(ways)} ways, which do not compare: {', '.join(ways)}")
+        return chosen
 
     def column(key: str, given: str | None, or_option: bool = False) -> str | None:
         wanted = given or declared.get(key)
         wanted = wanted if wanted is None or wanted in found else key_of(wanted)
+        wanted = of_most(str(wanted)) if wanted in before.values() else wanted
         if wanted is None or not found and not given:
             return None
         if wanted in found or (or_option and any(run.option(wanted) is not None for run in runs)):
@@ -298,18 +313,21 @@ def read_study(
         notes.append(message)
         series = [name for name in series if name not in unknown]
     chosen_sort = column("sort_by", sort_by, or_option=True)
+    chosen_metric = column("metric", metric)
+    if chosen_metric is None and (default := usual_metric(found)) is not None:
+        chosen_metric = of_most(default)
     names = in_order(str(run.config["name"]) for run in runs if run.config.get("name"))
     return Study(
         name=", ".join(names) or ", ".join(directory.resolve().name for directory in directories),
         question=declared.get("question"),
-        runs=_sorted(runs, chosen_sort, kinds),
+        runs=_sorted(runs, chosen_sort, numbers),
         options=options,
-        metric=column("metric", metric) or usual_metric(found),
+        metric=chosen_metric,
         x=column("x", x, or_option=True) or ("num_layers" if "num_layers" in found else None),
         series=series,
         sort_by=chosen_sort,
         chosen=columns,
-        notes=notes,
+        notes=in_order(notes),
     )
 
 
@@ -343,19 +361,24 @@ def _group(override: str) -> str:
     return override.lstrip("+~").partition("=")[0].partition(".")[0]
 
 
-def _sorted(runs: list[Run], sort_by: str | None, kinds: Mapping[str, Number]) -> list[Run]:
+def _numbers(runs: Sequence[Run]) -> tuple[list[dict[str, Number]], dict[str, str]]:
+    return told_apart([numbers_of(run.summary) if run.summary else {} for run in runs])
+
+
+def _sorted(runs: list[Run], sort_by: str | None, numbers: Sequence[Mapping[str, Number]]) -> list[Run]:
     if sort_by is None:
         return runs
-    sign = -1 if sort_by in kinds and kinds[sort_by].higher_is_better else 1
+    known = [of_run[sort_by] for of_run in numbers if sort_by in of_run]
+    sign = -1 if known and known[0].higher_is_better else 1
 
-    def key(run: Run) -> tuple[Any, ...]:
-        if sort_by in kinds:
-            number = numbers_of(run.summary).get(sort_by) if run.summary else None
+    def key(i: int) -> tuple[Any, ...]:
+        if known:
+            number = numbers[i].get(sort_by)
             return (number is None, 0 if number is None else sign * number.value)
-        option = run.option(sort_by)
+        option = runs[i].option(sort_by)
         return (option is None, isinstance(option, str), option or 0)
 
-    return sorted(runs, key=key)
+    return [runs[i] for i in sorted(range(len(runs)), key=key)]
 
 
 def usual_metric(columns: Sequence[str], *, score: bool = False) -> str | None:

@@ -146,7 +146,15 @@ def test_settings_that_hold_for_some_jobs_name_them(tmp_path):
         if job == 1:
             result["metrics"]["pruned"]["perplexity"]["bundled"]["window"] = 2048
         write_run(tmp_path / "s" / str(job), [f"seed={job}"], result)
-    lines = read_study(tmp_path / "s").measured()
+    study = read_study(tmp_path / "s")
+    ways = [f"pruned/perplexity/bundled[window={window}]" for window in (1024, 2048)]
+    assert study.metric == ways[0]  # that of most runs
+    assert [name for name in study.columns if "perplexity" in name] == ["dense/perplexity/bundled", *ways]
+    assert [study.value(run, ways[1]) for run in range(3)] == [None, 20.0, None]
+    assert study.best_runs == {0, 2}  # what was measured otherwise does not compete
+    assert study.notes == [f"pruned/perplexity/bundled was measured in 2 ways, which do not compare: {', '.join(ways)}"]
+    assert read_study(tmp_path / "s", metric=ways[1], sort_by="pruned/perplexity/bundled").metric == ways[1]
+    lines = study.measured()
     assert "jobs 0, 2: perplexity bundled: 8184 tokens scored, windows of 1024 tokens, not overlapping, no BOS" in lines
     assert "zero-shot boolq, piqa: lm-eval 0.4.13, the first 20 examples of each task, batch size 16" in lines
 
