@@ -95,7 +95,7 @@ def _sections(summary: Summary, run_dir: Path, shown: Callable[[Path], str]) -> 
         "Repair": Lines(_repair(summary)),
         "Recovery": Lines(_recovery(summary)),
         "Stages": _stage_table(summary, shown),
-        "Warnings": Lines(summary["warnings"]),
+        "Warnings": Lines(_warnings(summary)),
         "Files": Lines(_files(summary, run_dir, shown)),
     }
 
@@ -245,6 +245,15 @@ def _stage_table(summary: Summary, shown: Callable[[Path], str]) -> Table:
             ]
         )
     return Table(["stage", "seconds", "reused", "peak GB", "path"], rows)
+
+
+def _warnings(summary: Summary) -> list[str]:
+    """Each with the stage that it is about, if it is kept with one's result."""
+    lines = []
+    for warning in summary["warnings"]:
+        about = [name for name, stage in summary["stages"].items() if warning in stage.get("warnings", [])]
+        lines.append(f"{about[0]}: {warning}" if about else warning)
+    return lines
 
 
 def _files(summary: Summary, run_dir: Path, shown: Callable[[Path], str]) -> list[str]:

@@ -224,6 +224,12 @@ def test_efficiency_has_a_row_for_each_model(tmp_path, summary):
     assert "efficiency: cpu, float32, batch size 1, 128 new tokens, mean of 20 runs after 10 to warm up\n" in text
 
 
+def test_a_warning_says_which_stage_it_is_about(tmp_path, summary):
+    summary["warnings"] = ["of the job", "the guard failed"]
+    summary["stages"]["merge"]["warnings"] = ["the guard failed"]
+    assert "Warnings\n  of the job\n  merge: the guard failed\n" in write_summary_md(tmp_path, summary)
+
+
 def test_names_cannot_be_markup(tmp_path, summary):
     summary |= {"name": "<script>a</script>", "command": "slm\n```\n<b>", "warnings": ["<i>\n# title"]}
     text = write_summary_md(tmp_path, summary)
