@@ -35,7 +35,7 @@ def training_arguments(
         output_dir=str(folder.absolute()),
         max_steps=num_steps,
         learning_rate=options.learning_rate,
-        warmup_steps=options.warmup_steps,
+        warmup_steps=options.warmup(num_steps),
         lr_scheduler_type=_SCHEDULES[options.schedule],
         lr_scheduler_kwargs=floor,
         weight_decay=options.weight_decay,

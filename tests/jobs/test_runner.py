@@ -196,7 +196,7 @@ def test_each_warning_of_reuse_is_said_once_and_a_results_own_are_said_again(tmp
     job = job_of(tmp_path)
 
     class Warns(Step):
-        def run(self, *_: Any) -> dict[str, Any]:
+        def run(self, *_: Any, **__: Any) -> dict[str, Any]:
             runner.log.warning("the guard failed")
             return {}
 
