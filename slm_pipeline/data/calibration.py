@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from slm_pipeline.assets import texts
 from slm_pipeline.config import CalibrationConfig
 from slm_pipeline.data import hub
@@ -20,6 +18,7 @@ from slm_pipeline.data.files import check_text, read_text
 from slm_pipeline.data.tokens import text_tokens, tokenized
 from slm_pipeline.errors import UserError
 from slm_pipeline.machine import memory
+from slm_pipeline.show.progress import ProgressBar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -282,7 +281,7 @@ def _near_characters(text: str, tokenizer: Any, config: CalibrationConfig) -> Sa
     pieces: list[list[int]] = []
     ids: list[dict[str, int]] = []
     tries = 100 + 10 * config.num_samples
-    with tqdm(total=config.num_samples, desc="calibration samples", disable=None) as progress:
+    with ProgressBar(total=config.num_samples, desc="calibration samples") as progress:
         for start in (generator.randrange(len(text)) for _ in range(tries)):
             begin = max(0, start - 256)  # the first token is one that it would be within the text
             before = len(text_tokens(tokenizer, text[begin:start]))
@@ -305,7 +304,7 @@ def _documents(rows: Sequence[str], tokenizer: Any, config: CalibrationConfig) -
     pieces: list[list[int]] = []
     ids: list[dict[str, int]] = []
     tried: set[int] = set()
-    with tqdm(total=config.num_samples, desc="calibration samples", disable=None) as progress:
+    with ProgressBar(total=config.num_samples, desc="calibration samples") as progress:
         while len(pieces) < config.num_samples:
             if len(tried) == len(rows):
                 raise _TooFewDocuments(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
-from tqdm import tqdm
 
 from slm_pipeline.config.ranges import BatchSize, Count, FilePath, Range
 from slm_pipeline.data.corpora import corpus_documents, corpus_fingerprint, corpus_labels
@@ -22,6 +21,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.measure import Measure, Scored
 from slm_pipeline.models.context import Context
 from slm_pipeline.results.number import PERCENT, Number
+from slm_pipeline.show.progress import ProgressBar
 
 if TYPE_CHECKING:
     import torch
@@ -176,7 +176,7 @@ def fidelity(
     divergences: dict[int, list[np.ndarray]] = {number: [] for number, _ in windows}
     agreements = dict.fromkeys(divergences, 0)
     windows.sort(key=lambda entry: -len(entry[1]))  # little to fill up, and memory runs out at once or never
-    with torch.inference_mode(), tqdm(total=len(windows), desc=f"fidelity on {label}", disable=None) as progress:
+    with torch.inference_mode(), ProgressBar(total=len(windows), desc=f"fidelity on {label}") as progress:
         for first in range(0, len(windows), batch_size):
             batch = windows[first : first + batch_size]
             rows = [piece if bos_token_id is None else _after(bos_token_id, piece) for _, piece in batch]

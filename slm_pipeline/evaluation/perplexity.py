@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from tqdm import tqdm
-
 from slm_pipeline.config.ranges import BatchSize, Count, FilePath, Range, Tokens
 from slm_pipeline.data.corpora import corpus_fingerprint, corpus_labels, corpus_tokens
 from slm_pipeline.data.overlap import word_passages
@@ -23,6 +21,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.measure import Measure, Scored
 from slm_pipeline.models.context import Context
 from slm_pipeline.results.number import Number
+from slm_pipeline.show.progress import ProgressBar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -161,7 +160,7 @@ def perplexity(
     spans = _spans(len(ids), capacity, stride)
     model.eval()
     total, num_tokens = 0.0, 0
-    with torch.inference_mode(), tqdm(total=len(spans), desc=f"perplexity of {label}", disable=None) as progress:
+    with torch.inference_mode(), ProgressBar(total=len(spans), desc=f"perplexity of {label}") as progress:
         for first in range(0, len(spans), batch_size):
             for batch in _equal_lengths(spans[first : first + batch_size]):
                 rows = torch.stack([ids[start:end] for start, end, _ in batch])

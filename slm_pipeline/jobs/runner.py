@@ -63,6 +63,8 @@ def _run_job(composed: DictConfig, words: Sequence[str], warnings: list[str]) ->
         gpus.take_one(hydra.launcher.n_jobs)
     try:
         signals.raise_if_heard()
+        if multirun and not composed.dry_run:
+            log.info("%s", study.place(hydra))
         config = to_config(composed)
         job = prepare(config, command)
         if config.dry_run:

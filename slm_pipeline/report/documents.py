@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from slm_pipeline.report import winners
 from slm_pipeline.report.study import Study
 from slm_pipeline.show.tables import Lines, Table, code, csv_text, latex_escaped, markdown_escaped, wrapped
+
+MOST_RUNS = 40  # that a terminal shows one by one
 
 
 def markdown(study: Study) -> str:
@@ -36,7 +39,10 @@ def text(study: Study) -> str:
     parts = ["".join(wrapped(line, "") for line in (*title, study.counts(), *remarks))]
     if best := winners.table(study):
         parts.append(f"{winners.title(study)}\n{best.text()}")
-    parts.append(("Runs\n" if best else "") + study.table(columns).text())
+    runs = study.table(columns)
+    left = len(runs.rows) - MOST_RUNS
+    more = f"  and {left} more, in summary.md and report.html\n" if left > 0 else ""
+    parts.append(("Runs\n" if best else "") + replace(runs, rows=runs.rows[:MOST_RUNS]).text() + more)
     if averages := study.averages(study.shown_columns(costs=False)):
         parts.append(f"{study.averages_title()}\n{averages.text()}")
     if measured := study.measured():
