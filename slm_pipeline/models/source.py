@@ -9,7 +9,7 @@ from pathlib import Path
 
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
-from slm_pipeline.machine import gpus, memory
+from slm_pipeline.machine import gpus, memory, network
 from slm_pipeline.models import architectures, folder
 from slm_pipeline.models.architectures import PRUNED, Architecture
 from slm_pipeline.models.bundled import BUNDLED_MODELS, model_fingerprint
@@ -106,10 +106,11 @@ def _hub(config: ModelConfig) -> ModelSource:
 
     if not config.repo:
         raise UserError("model.source=hub needs model.repo=ORGANISATION/NAME")
+    there = network.hub_answers()
     try:
-        file = hf_hub_download(config.repo, "config.json", revision=config.revision)
+        file = hf_hub_download(config.repo, "config.json", revision=config.revision, local_files_only=not there)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0] if there else f"{network.hub()} does not answer"
         raise UserError(
             f"model.repo={config.repo!r} cannot be had from the hub and is not in its local cache ({reason});"
             " with a copy on disk use model=local model.path=FOLDER"
