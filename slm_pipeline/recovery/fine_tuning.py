@@ -41,8 +41,8 @@ class FineTuning(Recovery):
 
     The defaults are the settings of the SLM authors (LLM-Pruner's Alpaca recipe), for one GPU: AdamW, linear decay
     after the warm-up, gradients clipped to norm 1, loss on the output only, the checkpoint with the lowest validation
-    loss kept (where layers learn states: the last). Their data set is ``source=hub``. Their learning rate, 1e-4, is that
-    of models of their size.
+    loss kept (where layers learn states: the last). Their data set is ``source=hub``. Their learning rate, 1e-4, is
+    that of models of their size.
 
     Attributes:
         learning_rates: of dense models below `LARGE` parameters, chosen in docs/recovery.md on one of 135 million, and
