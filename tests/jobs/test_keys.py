@@ -396,7 +396,7 @@ def here(folder: Path, sound_models: dict[str, Path], monkeypatch: pytest.Monkey
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])
     snapshots = {None: sound_models["llama"], "v2": sound_models["llama_other_seed"]}
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file, revision: snapshots[revision] / file)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file, revision, **_: snapshots[revision] / file)
     monkeypatch.setattr("slm_pipeline.data.hub.commit", lambda repo, *_, revision: f"commit of {revision}")
     monkeypatch.setattr("slm_pipeline.jobs.tracking._has_api_key", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
