@@ -101,12 +101,14 @@ def test_a_model_that_lacks_sublayers_trains_and_is_saved_again(tiny_llama, inpu
     checkpoint.save(first, byte_tokenizer(), tmp_path / "second", card="", config=source.config)
     description = json.loads((tmp_path / "second" / "config.json").read_text())
     assert description["model_type"] == "pruned_llama"
-    assert description["absent"] == {
-        "self_attn": [0, 2],
-        "input_layernorm": [0, 2],
-        "mlp": [3],
-        "post_attention_layernorm": [3],
-    }
+    sizes, no_attention = description["layer_sizes"], ["self_attn", "input_layernorm"]
+    assert [size["absent"] for size in sizes] == [
+        no_attention, [], no_attention, ["mlp", "post_attention_layernorm"], []
+    ]  # fmt: skip
+    assert [(size["heads"], size["key_value_heads"], size["neurons"]) for size in sizes] == [
+        (0, 0, 48), (4, 2, 48), (0, 0, 48), (4, 2, 0), (4, 2, 48)
+    ]  # fmt: skip
+    assert all(set(size["shapes"]).isdisjoint(size["absent"]) for size in sizes)
     assert ModelView(load_checkpoint(tmp_path / "second", source.config)).num_layers == 5
 
 
