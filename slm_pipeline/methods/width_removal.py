@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -54,7 +54,8 @@ class Narrowed:
 
 @dataclass(kw_only=True)
 class WidthRemoval(ProtectsEnds):
-    """Removes key-value groups, each with all its query heads, and neurons. All layers stay, and keep one of each.
+    """Removes key-value groups, each with all its query heads, and neurons. All layers stay, and keep one of each that
+    they have.
 
     A target of parameters is met within one step: ``multiple_of`` neurons, of every layer with ``allocation=uniform``,
     or one head else. Constants that stand for what is gone are counted. One of layers, as `pruning_ratio` has it by
@@ -96,16 +97,14 @@ class WidthRemoval(ProtectsEnds):
         if self.sublayers == "attention":
             self.refuse_unused("with method.sublayers=attention", "multiple_of")
 
-    def unit_scores(
-        self, problem: PruningProblem, layers: Sequence[int], parts: Sequence[str]
-    ) -> dict[str, list[Tensor]]:
-        """sublayer -> for each of ``layers`` the [n] importance of its key-value groups or neurons, on the CPU; the
-        lowest go first.
+    def unit_scores(self, problem: PruningProblem, places: Sequence[Place]) -> dict[Place, Tensor]:
+        """Of each of these sublayers the [n] importance of its key-value groups or neurons, on the CPU; the lowest go
+        first.
 
         Unless a method says otherwise that of `channel_scores`, standardised, and of a group the mean over its
         channels.
         """
-        return {part: [self._of_channels(problem, layer, part) for layer in layers] for part in parts}
+        return {place: self._of_channels(problem, *place) for place in places}
 
     def channel_scores(self, weight: Tensor, mean: Tensor, variance: Tensor, sublayer: str) -> Tensor:
         """[n] importance of a last projection's inputs, where that of units is made of it.
@@ -144,13 +143,8 @@ class WidthRemoval(ProtectsEnds):
         from slm_pipeline.surgery.apply import layer_sizes
 
         sizes = layer_sizes(problem.view)
-        if missing := [layer for layer, size in enumerate(sizes) if not (size.heads and size.neurons)]:
-            raise UserError(
-                f"method={self.name} cannot narrow a model that lacks whole sublayers: layers {missing} have no"
-                " attention or no feed-forward network"
-            )
-        self._check_constants(problem.view)
         remove, units = self.parameters(problem, sizes), self._units(problem, sizes)
+        self._check_constants(problem.view, units)
         if remove > (most := sum(of.most() for of in units.values())):
             raise too_many(remove, most)
         units = self.scored(problem, units)
@@ -172,11 +166,7 @@ class WidthRemoval(ProtectsEnds):
 
     def scored(self, problem: PruningProblem, units: Mapping[Place, Units]) -> dict[Place, Units]:
         """``units`` with the scores of `unit_scores`."""
-        layers = self.candidates(problem.view.num_layers)
-        found = self.unit_scores(problem, layers, self.parts)
-        return self.with_scores(
-            units, {(layer, part): found[part][i] for part in found for i, layer in enumerate(layers)}
-        )
+        return self.with_scores(units, self.unit_scores(problem, [*units]))
 
     def with_scores(self, units: Mapping[Place, Units], scores: Mapping[Place, Tensor]) -> dict[Place, Units]:
         """``units`` with these scores.
@@ -259,8 +249,8 @@ class WidthRemoval(ProtectsEnds):
         stay = units[place].after(number)
         return Narrowed(stay, constant=self._constant(problem, *place, stay, len(units[place].scores)))
 
-    def _check_constants(self, view: ModelView) -> None:
-        found = [view.output(0, part).bias for part in self.parts]
+    def _check_constants(self, view: ModelView, places: Iterable[Place]) -> None:
+        found = [view.output(*place).bias for place in places]
         if self.export == "stock" and self.adds_constants and any(bias is None for bias in found):
             raise UserError(
                 f"method.bias=true adds a bias to projections that have none in a {view.config.model_type} model; use"
@@ -268,13 +258,15 @@ class WidthRemoval(ProtectsEnds):
             )
 
     def _units(self, problem: PruningProblem, sizes: Sequence[LayerSize]) -> dict[Place, Units]:
-        """Of each sublayer that may become narrower; scores are 0."""
+        """Of each sublayer that is there and may become narrower; scores are 0."""
         import torch
 
         from slm_pipeline.engine.allocation import Units
 
         units, layers, is_bias = {}, self.candidates(len(sizes)), self.adds_constants
         for part, layer in product(self.parts, layers):
+            if problem.view.lacks(layer, part):
+                continue
             size, scores = sizes[layer], torch.zeros(problem.view.num_units(layer, part))
             fixed = torch.zeros(len(scores), dtype=torch.bool)
             if part == "attention":

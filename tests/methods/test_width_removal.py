@@ -21,8 +21,10 @@ from slm_pipeline.methods.nystrom import Nystrom
 from slm_pipeline.methods.obs import OptimalBrainSurgeon
 from slm_pipeline.methods.target import Layers, Parameters
 from slm_pipeline.methods.wanda_sp import WandaSP
-from slm_pipeline.models.loading import load_dense
+from slm_pipeline.models import checkpoint
+from slm_pipeline.models.loading import byte_tokenizer, load_dense
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.models.widths import cut_out, settle
 from slm_pipeline.surgery.apply import apply, layer_sizes
 
 ARCHITECTURES = ["llama", "phi3", "opt", "gemma3_text"]
@@ -286,6 +288,33 @@ def test_sensitivity_spares_the_layer_that_matters(make_problem):
         widths = plan.scores["widths"]
         assert widths[2][1] == min(neurons for _, neurons in widths) < 16
         assert widths[1][1] == 48
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@pytest.mark.parametrize(
+    "make", [WandaSP, Flap, OptimalBrainSurgeon, Nystrom, LLMPruner, FisherMask, HeadImportance, KCM]
+)
+def test_what_is_missing_stays_so_and_the_others_lose_what_is_asked(make, architecture, make_problem, tmp_path):
+    """Layer 0 has no attention and layer 2 no feed-forward network, which every method knows to leave alone."""
+    problem = make_problem(Parameters(1500), architecture, num_heads=8, num_kv_heads=4)
+    cut_out(problem.view, {"attention": [0], "mlp": [2]})
+    settle(problem.view)
+    problem.statistics = collect(problem.view, problem.input_ids)
+    before, sizes = problem.view.num_parameters(), layer_sizes(problem.view)
+    options = {"protect_first": 0, "protect_last": 0, "export": "custom", "multiple_of": 2}
+    if make in (HeadImportance, KCM):
+        options["sublayers"] = "both"
+    for allocation in ("uniform", "sensitivity") if make is WandaSP else (make.allocation,):
+        plan = make(allocation=allocation, **options).plan(problem)
+        widths = plan.scores["widths"]
+        assert [heads == 0 for heads, _ in widths] == [True, False, False, False]
+        assert [neurons == 0 for _, neurons in widths] == [False, False, True, False]
+        pruned = apply(plan, copy.deepcopy(problem.view.model))
+        step = max(sizes[1].per_head, (1 if allocation == "global" else 3) * 2 * sizes[1].per_neuron)
+        assert 1500 <= before - ModelView(pruned).num_parameters() < 1500 + step
+        config = problem.source.config
+        reloaded = checkpoint.save(pruned, byte_tokenizer(), tmp_path / allocation, card="", config=config)
+        assert [(s["key_value_heads"], s["neurons"]) for s in reloaded.config.layer_sizes] == [*map(tuple, widths)]
 
 
 def test_one_sublayer_alone(make_problem):
