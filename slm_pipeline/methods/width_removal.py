@@ -71,10 +71,13 @@ class WidthRemoval(ProtectsEnds):
     # predictions from those with one sublayer narrower is measured for a few widths of each, and the sum of damages
     # minimised as if they did not interact.
     allocation: str
-    # stock | custom: stock is an error unless the dense model's class can say it: one width for all layers, and heads
-    # that are rounded up to a number that it takes (Llama: a divisor of the hidden size). custom: what the scores say;
-    # a checkpoint may bring a modelling file and load with trust_remote_code=True only.
+    # stock | custom: stock is an error unless the dense model's class can say it: one width for all layers, and a number
+    # of heads that it takes, see illegal_heads. custom: what the scores say; a checkpoint may bring a modelling file and
+    # load with trust_remote_code=True only.
     export: str
+    # round | refuse: with export=stock a number of heads that the dense model's class cannot have (Llama: that does not
+    # divide the hidden size) becomes the next higher one that it can, for which neurons make up; or is an error.
+    illegal_heads: str = "round"
     sublayers: str = "both"  # both | attention | mlp: what may become narrower
     multiple_of: Count = 1  # where neurons go, a multiple of it stays
     # Ours: neurons that write more than so many times the mean energy of their layer's stay. A few in the first layers
@@ -88,7 +91,12 @@ class WidthRemoval(ProtectsEnds):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {"allocation": self.allocations, "export": ("stock", "custom"), "sublayers": ("both", *SUBLAYERS)}
+        choices = {
+            "allocation": self.allocations,
+            "export": ("stock", "custom"),
+            "illegal_heads": ("round", "refuse"),
+            "sublayers": ("both", *SUBLAYERS),
+        }
         for option, allowed in choices.items():
             if getattr(self, option) not in allowed:
                 raise UserError(f"method.{option}={getattr(self, option)!r} is not one of {', '.join(allowed)}")
@@ -96,6 +104,10 @@ class WidthRemoval(ProtectsEnds):
             self.refuse_unused(f"with method.allocation={self.allocation}", "sensitivity_tokens")
         if self.sublayers == "attention":
             self.refuse_unused("with method.sublayers=attention", "multiple_of")
+        if self.sublayers == "mlp":
+            self.refuse_unused("with method.sublayers=mlp", "illegal_heads")
+        if self.export == "custom":
+            self.refuse_unused("with method.export=custom, which can have any number of heads", "illegal_heads")
 
     def unit_scores(self, problem: PruningProblem, places: Sequence[Place]) -> dict[Place, Tensor]:
         """Of each of these sublayers the [n] importance of its key-value groups or neurons, on the CPU; the lowest go
@@ -147,6 +159,8 @@ class WidthRemoval(ProtectsEnds):
         self._check_constants(problem.view, units)
         if remove > (most := sum(of.most() for of in units.values())):
             raise too_many(remove, most)
+        if self.illegal_heads == "refuse":
+            self._check_heads(problem, units, remove)
         units = self.scored(problem, units)
         gone, of_sizes = self.allocate(problem, units, remove)
         narrowed, of_units = self.narrow(problem, units, {place: number for place, number in gone.items() if number})
@@ -185,7 +199,7 @@ class WidthRemoval(ProtectsEnds):
         self, problem: PruningProblem, units: Mapping[Place, Units], remove: int
     ) -> tuple[dict[Place, int], dict[str, Any]]:
         """How many units of each sublayer go, and for the plan's scores what was measured for that."""
-        from slm_pipeline.engine.allocation import cheapest, evenly, lowest
+        from slm_pipeline.engine.allocation import cheapest, lowest
 
         every = list(units.values())
         if self.allocation == "global":
@@ -202,10 +216,31 @@ class WidthRemoval(ProtectsEnds):
                 for layer, part in units
             }
             return dict(zip(units, numbers, strict=True)), {"sensitivity": said}
+        return self._evenly(problem, units, remove, rounds=self.export == "stock"), {}
+
+    def _evenly(
+        self, problem: PruningProblem, units: Mapping[Place, Units], remove: int, *, rounds: bool
+    ) -> dict[Place, int]:
+        """As many from every layer; ``rounds``: so that as many heads stay as the dense model's class can have."""
+        from slm_pipeline.engine.allocation import evenly
+
         of_part = {part: [of for (_, own), of in units.items() if own == part] for part in SUBLAYERS}
-        is_allowed = problem.view.allows_kv_heads if self.export == "stock" else lambda _: True
+        is_allowed = problem.view.allows_kv_heads if rounds else lambda _: True
         number_of = dict(zip(SUBLAYERS, evenly(of_part["attention"], of_part["mlp"], remove, is_allowed), strict=True))
-        return {(layer, part): number_of[part] for layer, part in units}, {}
+        return {(layer, part): number_of[part] for layer, part in units}
+
+    def _check_heads(self, problem: PruningProblem, units: Mapping[Place, Units], remove: int) -> None:
+        """Raise `UserError` if the dense model's class cannot have the number of heads that would stay."""
+        view = problem.view
+        for (layer, part), gone in self._evenly(problem, units, remove, rounds=False).items():
+            number = view.num_units(layer, part)
+            if part == "attention" and not view.allows_kv_heads(number - gone):
+                legal = ", ".join(str(groups) for groups in range(1, number + 1) if view.allows_kv_heads(groups))
+                raise UserError(
+                    f"method.illegal_heads=refuse: {number - gone} of {number} key-value groups would stay in each layer,"
+                    f" which a {view.config.model_type} model cannot have, only {legal}; ask for another pruning_ratio,"
+                    " or take method.illegal_heads=round or method.export=custom"
+                )
 
     def _damages(self, problem: PruningProblem, units: Mapping[Place, Units]) -> dict[Place, dict[int, float]]:
         """For each sublayer: how many units are gone -> KL divergence in nats a token with that alone.

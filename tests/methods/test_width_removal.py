@@ -199,6 +199,21 @@ def test_the_stock_class_decides_how_many_heads_may_stay(export, left, make_prob
     assert {heads for heads, _ in only_heads.plan(problem).scores["widths"]} == {4 if export == "stock" else 5}
 
 
+def test_a_number_of_heads_that_the_class_cannot_have_is_refused_before_anything_is_measured(make_problem, monkeypatch):
+    problem = make_problem(Parameters(1), hidden_size=48, num_heads=6, num_kv_heads=6)
+    quarter = sum(problem.view.block_parameters(layer) for layer in range(4)) // 4
+    problem.target = Parameters(quarter)
+    refusing, rounding = WandaSP(illegal_heads="refuse"), WandaSP()
+    with monkeypatch.context() as patched:
+        patched.setattr(WandaSP, "unit_scores", None)
+        with pytest.raises(UserError, match=r"refuse: 5 of 6 key-value groups would stay .* llama .*, only 1, 2, 3, 4, 6;"):
+            refusing.plan(problem)
+    assert rounding.plan(problem).scores["widths"][0][0] == 6
+    problem.target = Parameters(quarter * 3 // 2)  # four of six heads stay
+    assert kept_of(refusing.plan(problem)) == kept_of(rounding.plan(problem))
+    assert refusing.plan(problem).scores["widths"][0][0] == 4
+
+
 def test_opt_keeps_its_heads_in_the_stock_class(make_problem):
     problem = make_problem(Layers(1), "opt")
     plan = Flap(allocation="uniform", export="stock").plan(problem)  # its projections have biases
@@ -329,6 +344,9 @@ def test_one_sublayer_alone(make_problem):
     [
         ({"allocation": "fair"}, "method.allocation='fair' is not one of uniform, global"),
         ({"export": "onnx"}, "method.export='onnx' is not one of stock, custom"),
+        ({"illegal_heads": "pad"}, "method.illegal_heads='pad' is not one of round, refuse"),
+        ({"illegal_heads": "refuse", "export": "custom"}, "illegal_heads=refuse does nothing with method.export=custom"),
+        ({"illegal_heads": "refuse", "sublayers": "mlp"}, "illegal_heads=refuse does nothing with method.sublayers=mlp"),
         ({"sublayers": "norms"}, "method.sublayers='norms' is not one of both, attention, mlp"),
         ({"massive": 0.0}, r"method.massive=0.0 must lie in \(0, "),
         ({"multiple_of": 0}, "method.multiple_of=0 must be at least 1"),
