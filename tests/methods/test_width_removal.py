@@ -393,7 +393,9 @@ def test_a_whole_run_says_what_it_asked_for_and_got(recovery, tmp_path):
     (file,) = tmp_path.glob("runs/*/*/summary.json")
     summary = json.loads(file.read_text())
     assert summary["num_layers"] == {"dense": 6, "pruned": 6}
-    assert 0.2 <= summary["pruning_ratio"]["got_parameters"] < 0.25
+    got = summary["pruning_ratio"]["got_parameters"]
+    assert 0.2 <= got < 0.25
+    assert f"; asked 20% of the parameters, got {100 * got:.4g}%" in " ".join(outcome.out.split())
     (stage,) = tmp_path.glob("store/recover/*/stage.json")
     assert json.loads(stage.read_text())["result"]["num_steps"] == 2
     assert summary["parameters"]["pruned"] < 0.8 * summary["parameters"]["dense"]
