@@ -7,7 +7,7 @@ do least damage by what was measured. Each sublayer keeps at least one unit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -180,7 +180,7 @@ def cheapest(units: Sequence[Units], damages: Sequence[Mapping[int, float]], rem
     stretches = [
         (slope, index, low, high)
         for index, (of, measured) in enumerate(zip(units, damages, strict=True))
-        for slope, low, high in _hull(of, measured)
+        for slope, low, high in lower_hull((of.gain(number), number, damage) for number, damage in measured.items())
     ]
     taken, missing = [0] * len(units), remove
     for _, index, low, high in sorted(stretches):
@@ -193,11 +193,18 @@ def cheapest(units: Sequence[Units], damages: Sequence[Mapping[int, float]], rem
     raise too_many(remove, remove - missing)
 
 
-def _hull(of: Units, measured: Mapping[int, float]) -> list[tuple[float, int, int]]:
-    """Stretches of the lower convex hull of damage over parameters gone, ascending: damage per parameter, and how many
-    units are gone before and after it."""
-    found = sorted((of.gain(number), number, damage) for number, damage in measured.items() if math.isfinite(damage))
-    stretches, start, least = [], (0, 0, 0.0), -math.inf
+def lower_hull(points: Iterable[tuple[int, int, float]], whole: int = 0) -> list[tuple[float, int, int]]:
+    """Stretches of the lower convex hull of damage over parameters gone.
+
+    Args:
+        points: parameters gone, the number of units that says so, and the damage; one that is not finite is none.
+        whole: the number where nothing is gone, which does no damage.
+
+    Returns:
+        Ascending: damage per parameter, and the numbers before and after.
+    """
+    found = sorted(point for point in points if math.isfinite(point[2]))
+    stretches, start, least = [], (0, whole, 0.0), -math.inf
     while ahead := [point for point in found if point[0] > start[0]]:
         slopes = [(damage - start[2]) / (gain - start[0]) for gain, _, damage in ahead]
         end = ahead[slopes.index(min(slopes))]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from slm_pipeline.engine import least_squares
+from slm_pipeline.engine.allocation import lower_hull
 from slm_pipeline.engine.refit import Refit, Streams, Sums, pass_all, spans
 from slm_pipeline.engine.sensitivity import Sensitivity
 from slm_pipeline.models.view import ModelView
@@ -211,13 +212,8 @@ def allocate(
     left = {place: _whole(sizes[place[0]], place[1]) for place in damages}
     stretches = []
     for place, found in damages.items():
-        points = sorted((_gain(sizes[place[0]], place[1], number), number, damage) for number, damage in found.items())
-        at, number, damage, least = 0, left[place], 0.0, -float("inf")
-        while ahead := [point for point in points if point[0] > at and point[2] < float("inf")]:
-            slope, further = min(((p[2] - damage) / (p[0] - at), p) for p in ahead)
-            least = max(least, slope)  # stretches of one line may differ by their rounding
-            stretches.append((least, place, number, further[1]))
-            at, number, damage = further
+        points = ((_gain(sizes[place[0]], place[1], number), number, damage) for number, damage in found.items())
+        stretches += [(slope, place, high, low) for slope, high, low in lower_hull(points, left[place])]
     shape = {(layer, part): _whole(size, part) for layer, size in enumerate(sizes) for part in SUBLAYERS}
     missing = remove
     for _, place, high, low in sorted(stretches, key=lambda stretch: stretch[0]):
