@@ -16,7 +16,9 @@ from torch import Tensor
 
 from slm_pipeline.errors import UserError
 
-_LEVELS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of a sublayer's units, that are gone when its damage is measured
+# Times the share that is to go of all that may: how much of a sublayer is gone when its damage is measured, besides all.
+# What is taken of most lies between these.
+_LEVELS = (1 / 2, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,12 @@ class Units:
         """How many may go, ascending, 0 left out."""
         return list(range(len(self.scores) % self.step or self.step, len(self.in_order()) + 1, self.step))
 
-    def levels(self) -> list[int]:
-        """A few of `numbers`, ascending, over their whole range."""
-        numbers, total = self.numbers(), len(self.scores)
-        return sorted({min(numbers, key=lambda n: abs(n - share * total)) for share in _LEVELS}) if numbers else []
+    def levels(self, share: float) -> list[int]:
+        """A few of `numbers`, ascending, around the ``share`` in (0, 1] of those that may go, and the highest."""
+        numbers = self.numbers()
+        most = max(numbers, default=0)
+        around = (min(numbers, key=lambda n: abs(n - times * share * most)) for times in _LEVELS if numbers)
+        return sorted({*around, *numbers[-1:]})
 
     def gain(self, number: int) -> int:
         """Parameters that are gone when so many units are."""

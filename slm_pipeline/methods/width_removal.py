@@ -68,8 +68,8 @@ class WidthRemoval(ProtectsEnds):
 
     # uniform | global | sensitivity: the same number from every layer; the lowest scores of the whole model,
     # standardised within each sublayer; or as many as do least damage: the KL divergence of the dense model's
-    # predictions from those with one sublayer narrower is measured for a few widths of each, and the sum of damages
-    # minimised as if they did not interact.
+    # predictions from those with one sublayer narrower is measured for a few widths of each, from half to twice the
+    # share that is to go and the narrowest, and the sum of damages minimised as if they did not interact.
     allocation: str
     # stock | custom: stock is an error unless the dense model's class can say it: one width for all layers, and a number
     # of heads that it takes, see illegal_heads. custom: what the scores say; a checkpoint may bring a modelling file and
@@ -205,7 +205,7 @@ class WidthRemoval(ProtectsEnds):
         if self.allocation == "global":
             return dict(zip(units, lowest(every, remove), strict=True)), {}
         if self.allocation == "sensitivity":
-            damages = self._damages(problem, units)
+            damages = self._damages(problem, units, remove / sum(of.most() for of in every))
             numbers = cheapest(every, [damages[place] for place in units], remove)
             left = {place: len(of.scores) for place, of in units.items()}
             said = {
@@ -242,8 +242,11 @@ class WidthRemoval(ProtectsEnds):
                     " or take method.illegal_heads=round or method.export=custom"
                 )
 
-    def _damages(self, problem: PruningProblem, units: Mapping[Place, Units]) -> dict[Place, dict[int, float]]:
-        """For each sublayer: how many units are gone -> KL divergence in nats a token with that alone.
+    def _damages(
+        self, problem: PruningProblem, units: Mapping[Place, Units], share: float
+    ) -> dict[Place, dict[int, float]]:
+        """For each sublayer: how many units are gone -> KL divergence in nats a token with that alone, for a few numbers
+        around the ``share`` that is to go of all that may.
 
         The last samples of the calibration text measure, at most half of them; what is fitted is fitted on the others.
         """
@@ -254,7 +257,7 @@ class WidthRemoval(ProtectsEnds):
         number = min(-(-self.sensitivity_tokens // input_ids.shape[1]), -(-len(input_ids) // 2))
         fitting = replace(problem, input_ids=input_ids[: len(input_ids) - number] if len(input_ids) > 1 else input_ids)
         sensitivity = Sensitivity(problem.view, input_ids[len(input_ids) - number :])
-        levels = {place: of.levels() for place, of in units.items()}
+        levels = {place: of.levels(share) for place, of in units.items()}
         damages: dict[Place, dict[int, float]] = {place: {} for place in units}
         for place, variants in self.variants(
             fitting, units, {place: found for place, found in levels.items() if found}

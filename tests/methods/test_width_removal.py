@@ -273,8 +273,8 @@ def test_sensitivity_is_the_divergence_with_one_sublayer_narrower(make, make_pro
     assert set(measured) == {f"{layer}.{part}" for layer in range(4) for part in ("attention", "mlp")}
     fitted, text = problem.input_ids[:2], problem.input_ids[2:]
     dense = problem.view.model(input_ids=text, use_cache=False).logits.log_softmax(dim=-1)
-    for layer, part, left in ((2, "mlp", 24), (1, "attention", 3), (3, "mlp", 42)):
-        found = dict(measured[f"{layer}.{part}"])[left]
+    for layer, part, index in ((2, "mlp", 0), (1, "attention", 0), (3, "mlp", 2)):
+        left, found = measured[f"{layer}.{part}"][index]
         alone = make(export="custom", sublayers=part, protect_first=layer, protect_last=3 - layer, allocation="uniform")
         if make is OptimalBrainSurgeon:
             problem.input_ids = fitted
