@@ -16,8 +16,8 @@ from torch import Tensor
 
 from slm_pipeline.errors import UserError
 
-# Times the share that is to go of all that may: how much of a sublayer is gone when its damage is measured, besides all.
-# What is taken of most lies between these.
+# Times the share that is to go of all that may: how much of a sublayer is gone when its damage is measured, and all of
+# it once. What is taken of most lies between these.
 _LEVELS = (1 / 2, 1, 2)
 
 

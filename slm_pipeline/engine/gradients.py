@@ -37,9 +37,7 @@ def of_parameters(
                 handle.remove()
 
 
-def of_gates(
-    view: ModelView, input_ids: Tensor, places: Sequence[tuple[int, str]]
-) -> dict[tuple[int, str], Tensor]:
+def of_gates(view: ModelView, input_ids: Tensor, places: Sequence[tuple[int, str]]) -> dict[tuple[int, str], Tensor]:
     """What each sample's mean loss loses per unit of each gate: a factor, 1 as it is, of all that a key-value group
     (with its query heads) or a neuron hands to the last projection of its sublayer.
 

@@ -112,8 +112,12 @@ def _stock_config(view: ModelView) -> Any:
 def _fill(source: ModelView, target: ModelView, layer: int) -> None:
     """Put a layer's values where they belong, and zeros, or gains of one, where it had none."""
     values = dict(source.layers[layer].named_parameters())
-    pieces = {(piece.parameter, piece.dim): piece for piece in (*source.attention_slices(layer), *source.mlp_slices(layer))}
-    padded = {(piece.parameter, piece.dim): piece for piece in (*target.attention_slices(layer), *target.mlp_slices(layer))}
+    pieces = {
+        (piece.parameter, piece.dim): piece for piece in (*source.attention_slices(layer), *source.mlp_slices(layer))
+    }
+    padded = {
+        (piece.parameter, piece.dim): piece for piece in (*target.attention_slices(layer), *target.mlp_slices(layer))
+    }
     for name, parameter in target.layers[layer].named_parameters():
         if name not in values:
             is_gain = "norm" in name.split(".")[-2] and name.endswith("weight")

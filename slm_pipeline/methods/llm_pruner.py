@@ -63,9 +63,7 @@ class LLMPruner(WidthRemoval):
         return {place: standardised(of) for place, of in salience.items()}
 
 
-def coupled_salience(
-    view: ModelView, input_ids: Tensor, places: Sequence[Place], taylor: str
-) -> dict[Place, Tensor]:
+def coupled_salience(view: ModelView, input_ids: Tensor, places: Sequence[Place], taylor: str) -> dict[Place, Tensor]:
     """Of each of these sublayers the [units] float32 sums over coupled weights, on the CPU."""
     import torch
 

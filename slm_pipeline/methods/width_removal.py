@@ -71,9 +71,9 @@ class WidthRemoval(ProtectsEnds):
     # predictions from those with one sublayer narrower is measured for a few widths of each, from half to twice the
     # share that is to go and the narrowest, and the sum of damages minimised as if they did not interact.
     allocation: str
-    # stock | custom: stock is an error unless the dense model's class can say it: one width for all layers, and a number
-    # of heads that it takes, see illegal_heads. custom: what the scores say; a checkpoint may bring a modelling file and
-    # load with trust_remote_code=True only.
+    # stock | custom: stock is an error unless the dense model's class can say it: one width for all layers, and a
+    # number of heads that it takes, see illegal_heads. custom: what the scores say; a checkpoint may bring a modelling
+    # file and load with trust_remote_code=True only.
     export: str
     # round | refuse: with export=stock a number of heads that the dense model's class cannot have (Llama: that does not
     # divide the hidden size) becomes the next higher one that it can, for which neurons make up; or is an error.
@@ -84,7 +84,7 @@ class WidthRemoval(ProtectsEnds):
     # make the massive activations, and a model without them is ruined. null: off.
     massive: Annotated[float, Range(above=0, at_most=1e6)] | None = 100.0
     # allocation=sensitivity: tokens of the calibration text that it is measured on, the last samples, at most half.
-    sensitivity_tokens: TotalTokens = 8192
+    sensitivity_tokens: TotalTokens = 2048
 
     targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
     allocations: ClassVar[tuple[str, ...]] = ("uniform", "global", "sensitivity")
@@ -237,16 +237,16 @@ class WidthRemoval(ProtectsEnds):
             if part == "attention" and not view.allows_kv_heads(number - gone):
                 legal = ", ".join(str(groups) for groups in range(1, number + 1) if view.allows_kv_heads(groups))
                 raise UserError(
-                    f"method.illegal_heads=refuse: {number - gone} of {number} key-value groups would stay in each layer,"
-                    f" which a {view.config.model_type} model cannot have, only {legal}; ask for another pruning_ratio,"
-                    " or take method.illegal_heads=round or method.export=custom"
+                    f"method.illegal_heads=refuse: {number - gone} of {number} key-value groups would stay in each"
+                    f" layer, which a {view.config.model_type} model cannot have, only {legal}; ask for another"
+                    " pruning_ratio, or take method.illegal_heads=round or method.export=custom"
                 )
 
     def _damages(
         self, problem: PruningProblem, units: Mapping[Place, Units], share: float
     ) -> dict[Place, dict[int, float]]:
-        """For each sublayer: how many units are gone -> KL divergence in nats a token with that alone, for a few numbers
-        around the ``share`` that is to go of all that may.
+        """For each sublayer: how many units are gone -> KL divergence in nats a token with that alone, for a few
+        numbers around the ``share`` that is to go of all that may.
 
         The last samples of the calibration text measure, at most half of them; what is fitted is fitted on the others.
         """

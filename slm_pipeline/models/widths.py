@@ -95,9 +95,7 @@ def settle(view: ModelView, gained: Sequence[Sequence[str]] | None = None) -> No
                 "heads": per_group * groups[layer],
                 "key_value_heads": groups[layer],
                 "neurons": neurons[layer],
-                "absent": [
-                    child for part in _SUBLAYERS if view.lacks(layer, part) for child in view.sublayer(part)
-                ],
+                "absent": [child for part in _SUBLAYERS if view.lacks(layer, part) for child in view.sublayer(part)],
                 "shapes": _shapes(view, layer),
                 "biases": [*dict.fromkeys(biases[layer])],
             }

@@ -6,7 +6,9 @@ import re
 
 import numpy as np
 import pytest
+import small_pipeline
 import torch
+import width_study
 from conftest import context_of, random_source
 from omegaconf import OmegaConf
 from problems import problem_of
@@ -260,3 +262,14 @@ def test_what_the_plan_depends_on():
     assert combined(node_of("slm", 0.5, max_window=3), node_of("flap")).identity() != half
     assert combined(node_of("come", 0.5), node_of("flap")).identity() != half
     assert [step["method"] for step in half["options"]["steps"]] == ["slm", "flap"]
+
+
+@pytest.mark.parametrize("row", [("opt", "obs", "slm"), ("phi3", "fisher_mask", "angular")], ids="-".join)
+def test_a_row_of_the_width_study(row, tmp_path):
+    """Planned, saved, trained, scored; loaded again as the same function. All rows: python tests/width_study.py"""
+    cells = width_study.run(row, small_pipeline.write_data(tmp_path / "data"), tmp_path)
+    found = dict(zip(width_study.HEAD, cells, strict=True))
+    assert found["class"] == ("OPTForCausalLM" if row[0] == "opt" else "PrunedPhi3ForCausalLM")
+    assert found["asked"] == "20% of layers"
+    assert 14 < float(found["got"].partition("%")[0]) < 20  # of all parameters, the embeddings' among them
+    assert 0 < float(found["KL pruned"]) < 1

@@ -141,7 +141,9 @@ def test_head_importance_is_the_mean_of_absolute_gradients_divided_by_the_layers
     raw = HeadImportance(normalize=False).unit_scores(problem, places).values()
     torch.testing.assert_close(torch.stack([*raw]), expected, rtol=1e-3, atol=1e-7)
     normal = HeadImportance().unit_scores(problem, places).values()
-    torch.testing.assert_close(torch.stack([*normal]), expected / expected.norm(dim=1, keepdim=True), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        torch.stack([*normal]), expected / expected.norm(dim=1, keepdim=True), rtol=1e-3, atol=1e-6
+    )
     assert all(op.neurons is None for op in HeadImportance().plan(problem).ops)
 
 

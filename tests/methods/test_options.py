@@ -112,7 +112,9 @@ CHANGES: dict[str, dict[str, object]] = {
 ONLY_FASTER = {("sleb", "strict")}  # or slower, with the same numbers in float32
 ONLY_LIMITS = {("reverse", "protect_first")}  # how much can be asked for: what goes first is at the other end
 NARROWER = ("wanda_sp", "flap", "obs", "nystrom", "llm_pruner", "head_importance", "fisher_mask", "kcm")
-ONLY_OF_OTHER_HEADS = {(name, option) for name in NARROWER for option in ("export", "illegal_heads")}  # whose number must divide: test_width_removal
+ONLY_OF_OTHER_HEADS = {
+    (name, option) for name in NARROWER for option in ("export", "illegal_heads")
+}  # whose number must divide: test_width_removal
 REFUSED = {("come_posterior", name) for name in ("power", "min_largest_share", "run_length")} | {
     ("nystrom", option) for option in ("sublayers", "illegal_heads")
 }

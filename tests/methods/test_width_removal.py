@@ -206,7 +206,9 @@ def test_a_number_of_heads_that_the_class_cannot_have_is_refused_before_anything
     refusing, rounding = WandaSP(illegal_heads="refuse"), WandaSP()
     with monkeypatch.context() as patched:
         patched.setattr(WandaSP, "unit_scores", None)
-        with pytest.raises(UserError, match=r"refuse: 5 of 6 key-value groups would stay .* llama .*, only 1, 2, 3, 4, 6;"):
+        with pytest.raises(
+            UserError, match=r"refuse: 5 of 6 key-value groups would stay .* llama .*, only 1, 2, 3, 4, 6;"
+        ):
             refusing.plan(problem)
     assert rounding.plan(problem).scores["widths"][0][0] == 6
     problem.target = Parameters(quarter * 3 // 2)  # four of six heads stay
@@ -345,8 +347,14 @@ def test_one_sublayer_alone(make_problem):
         ({"allocation": "fair"}, "method.allocation='fair' is not one of uniform, global"),
         ({"export": "onnx"}, "method.export='onnx' is not one of stock, custom"),
         ({"illegal_heads": "pad"}, "method.illegal_heads='pad' is not one of round, refuse"),
-        ({"illegal_heads": "refuse", "export": "custom"}, "illegal_heads=refuse does nothing with method.export=custom"),
-        ({"illegal_heads": "refuse", "sublayers": "mlp"}, "illegal_heads=refuse does nothing with method.sublayers=mlp"),
+        (
+            {"illegal_heads": "refuse", "export": "custom"},
+            "illegal_heads=refuse does nothing with method.export=custom",
+        ),
+        (
+            {"illegal_heads": "refuse", "sublayers": "mlp"},
+            "illegal_heads=refuse does nothing with method.sublayers=mlp",
+        ),
         ({"sublayers": "norms"}, "method.sublayers='norms' is not one of both, attention, mlp"),
         ({"massive": 0.0}, r"method.massive=0.0 must lie in \(0, "),
         ({"multiple_of": 0}, "method.multiple_of=0 must be at least 1"),
@@ -375,8 +383,7 @@ def test_what_the_stock_class_cannot_have(make_problem):
         Flap(allocation="uniform", export="stock").plan(make_problem(Layers(1)))
 
 
-@pytest.mark.parametrize("recovery", ["lora", "distill"])
-def test_a_whole_run_says_what_it_asked_for_and_got(recovery, tmp_path):
+def test_a_whole_run_says_what_it_asked_for_and_got(tmp_path):
     text, rows = tmp_path / "text.txt", tmp_path / "rows.jsonl"
     text.write_text("The pond froze over in the night, and nobody said a word about the boats. " * 200)
     rows.write_text(
@@ -385,7 +392,7 @@ def test_a_whole_run_says_what_it_asked_for_and_got(recovery, tmp_path):
     outcome = run_slm(
         "model=random", "model.num_layers=6", "model.hidden_size=64", "model.num_heads=4", "method=flap",
         "calibration=text_file", f"calibration.path={text}", "calibration.num_samples=4", "calibration.seq_len=32",
-        "pruning_ratio.of=parameters", f"recovery={recovery}", "recovery.source=file", f"recovery.path={rows}",
+        "pruning_ratio.of=parameters", "recovery=distill", "recovery.source=file", f"recovery.path={rows}",
         "recovery.validation_size=4", "recovery.cutoff_len=32", "recovery.max_steps=2", "recovery.warmup_steps=1",
         "evaluation=none", "tracker=jsonl", f"output_dir={tmp_path}",
     )  # fmt: skip
