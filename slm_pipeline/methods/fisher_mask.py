@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_pipeline.methods.base import CalibrationSize, PruningProblem
 from slm_pipeline.methods.mask_tuning import MaskTuning
-from slm_pipeline.methods.width_removal import Narrowed, Place
+from slm_pipeline.methods.narrowed import Narrowed, Place
 from slm_pipeline.surgery.ops.base import SUBLAYERS
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from slm_pipeline.methods.base import CalibrationSize, PruningProblem
-from slm_pipeline.methods.width_removal import Place, WidthRemoval
+from slm_pipeline.methods.narrowed import Place
+from slm_pipeline.methods.width_removal import WidthRemoval
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,8 @@ from slm_pipeline.config.ranges import Positive
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, PruningProblem
 from slm_pipeline.methods.mask_tuning import MaskTuning
-from slm_pipeline.methods.width_removal import Place, inputs_of
+from slm_pipeline.methods.narrowed import Place
+from slm_pipeline.methods.width_removal import inputs_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 from slm_pipeline.config.ranges import NumLayersOrZero
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, PruningProblem
-from slm_pipeline.methods.width_removal import Place, WidthRemoval, standardised
+from slm_pipeline.methods.narrowed import Place
+from slm_pipeline.methods.width_removal import WidthRemoval, standardised
 
 if TYPE_CHECKING:
     from torch import Tensor

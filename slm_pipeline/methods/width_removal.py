@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from slm_pipeline.config.ranges import Count, Range, TotalTokens
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import ProtectsEnds, PruningProblem
+from slm_pipeline.methods.narrowed import Narrowed, Place, operations
 from slm_pipeline.methods.target import Layers, Parameters
-from slm_pipeline.surgery.ops.base import SUBLAYERS, Op
-from slm_pipeline.surgery.ops.replace import Replace, written
-from slm_pipeline.surgery.ops.resize import Resize, resize
+from slm_pipeline.surgery.ops.base import SUBLAYERS
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -23,33 +22,7 @@ if TYPE_CHECKING:
     from slm_pipeline.engine.allocation import Units
     from slm_pipeline.models.context import Context
     from slm_pipeline.models.view import ModelView
-    from slm_pipeline.surgery.block import Block
     from slm_pipeline.surgery.ops import LayerSize
-
-Place = tuple[int, str]  # a layer, and its sublayer: attention | mlp
-
-
-@dataclass(frozen=True)
-class Narrowed:
-    """What is left of a sublayer.
-
-    Attributes:
-        kept: [kept] int64 units that stay, ascending; on the CPU. With new weights it may be all.
-        constant: [d] that its last projection adds, None for none.
-        weight: [d, n] new weights of the last projection for the kept units; None: those that they have.
-    """
-
-    kept: Tensor
-    constant: Tensor | None = None
-    weight: Tensor | None = None
-
-    def put(self, view: ModelView, block: Block, part: str) -> Block:
-        """``block`` with this in the place of its sublayer ``part``; as the plan's operations do it."""
-        kept = {"heads": None, "neurons": None, ("heads" if part == "attention" else "neurons"): self.kept}
-        block = resize(view, block, **kept, biases={} if self.constant is None else {part: self.constant})
-        if self.weight is None:
-            return block
-        return written(view, block, {f"{view.output_name(part)}.weight": self.weight})
 
 
 @dataclass(kw_only=True)
@@ -84,7 +57,7 @@ class WidthRemoval(ProtectsEnds):
     # make the massive activations, and a model without them is ruined. null: off.
     massive: Annotated[float, Range(above=0, at_most=1e6)] | None = 100.0
     # allocation=sensitivity: tokens of the calibration text that it is measured on, the last samples, at most half.
-    sensitivity_tokens: TotalTokens = 2048
+    sensitivity_tokens: TotalTokens = 1024
 
     targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
     allocations: ClassVar[tuple[str, ...]] = ("uniform", "global", "sensitivity")
@@ -272,7 +245,9 @@ class WidthRemoval(ProtectsEnds):
         self, problem: PruningProblem, units: Mapping[Place, Units], levels: Mapping[Place, Sequence[int]]
     ) -> Iterator[tuple[Place, list[Narrowed]]]:
         """What is left of a sublayer of the dense model when so many units of it alone go, for each of its levels."""
-        for place, numbers in levels.items():
+        from tqdm import tqdm
+
+        for place, numbers in tqdm(levels.items(), desc="sensitivity", disable=None):
             yield place, [self.narrowed(problem, units, place, number) for number in numbers]
 
     def narrow(
@@ -330,29 +305,10 @@ class WidthRemoval(ProtectsEnds):
         narrowed: Mapping[Place, Narrowed],
         measured: Mapping[str, Any],
     ) -> Plan:
-        tensors: dict[str, Any] = {}
-        ops: list[Op] = []
-        widths: list[list[int]] = []
-        names = {"attention": "heads", "mlp": "neurons"}
-        for layer, size in enumerate(sizes):
-            left = {"heads": size.heads, "neurons": size.neurons}
-            found = {part: narrowed[layer, part] for part in SUBLAYERS if (layer, part) in narrowed}
-            fewer = {part: of for part, of in found.items() if len(of.kept) < len(units[layer, part].scores)}
-            changed = {names[part]: len(of.kept) for part, of in fewer.items()}
-            biases = tuple(part for part, of in fewer.items() if of.constant is not None)
-            new = {part: of.weight for part, of in found.items() if of.weight is not None}
-            for part, of in fewer.items():
-                tensors[f"resize.{layer}.{names[part]}"] = of.kept.numpy()
-                if of.constant is not None:
-                    tensors[f"resize.{layer}.{part}_bias"] = of.constant.cpu().numpy()
-            for part, weight in new.items():
-                tensors[f"replace.{layer}.{part}"] = weight.float().cpu().numpy()
-            if fewer:
-                ops.append(Resize((layer,), f"resize.{layer}", **changed, biases=biases or None))
-            if new:
-                ops.append(Replace((layer,), tuple(new), f"replace.{layer}"))
-            left |= changed
-            widths.append([left["heads"], left["neurons"]])
+        ops, tensors = operations(narrowed, {place: len(of.scores) for place, of in units.items()})
+        widths = [[size.heads, size.neurons] for size in sizes]
+        for (layer, part), of_one in narrowed.items():
+            widths[layer][SUBLAYERS.index(part)] = len(of_one.kept)
         massive = [
             [layer, int(neuron)]
             for (layer, part), of in units.items()
