@@ -15,8 +15,9 @@ from torch import Tensor
 
 from slm_pipeline.engine import least_squares
 from slm_pipeline.engine.allocation import lower_hull
-from slm_pipeline.engine.refit import Refit, Streams, Sums, pass_all, spans
+from slm_pipeline.engine.refit import Refit
 from slm_pipeline.engine.sensitivity import Sensitivity
+from slm_pipeline.engine.streams import Streams, Sums, pass_all, spans
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.ops import LayerSize

@@ -14,9 +14,10 @@ from problems import problem_of
 from slm_pipeline.config import CONF_DIR
 from slm_pipeline.config.groups import build
 from slm_pipeline.engine import shapes
-from slm_pipeline.engine.refit import Refit, Streams, first_changed, spans
+from slm_pipeline.engine.refit import Refit
 from slm_pipeline.engine.shapes import Fitting, allocate, originals, parameters
 from slm_pipeline.engine.statistics import collect
+from slm_pipeline.engine.streams import Streams, first_changed, spans
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.joint import _parts
 from slm_pipeline.models.loading import load_dense
