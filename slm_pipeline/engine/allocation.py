@@ -197,24 +197,26 @@ def cheapest(units: Sequence[Units], damages: Sequence[Mapping[int, float]], rem
     raise too_many(remove, remove - missing)
 
 
-def lower_hull(points: Iterable[tuple[int, int, float]], whole: int = 0) -> list[tuple[float, int, int]]:
+def lower_hull(
+    points: Iterable[tuple[int, int, float]], start: tuple[int, int] = (0, 0)
+) -> list[tuple[float, int, int]]:
     """Stretches of the lower convex hull of damage over parameters gone.
 
     Args:
         points: parameters gone, the number of units that says so, and the damage; one that is not finite is none.
-        whole: the number where nothing is gone, which does no damage.
+        start: where there is no damage yet: parameters gone, and the number of units.
 
     Returns:
         Ascending: damage per parameter, and the numbers before and after.
     """
     found = sorted(point for point in points if math.isfinite(point[2]))
-    stretches, start, least = [], (0, whole, 0.0), -math.inf
-    while ahead := [point for point in found if point[0] > start[0]]:
-        slopes = [(damage - start[2]) / (gain - start[0]) for gain, _, damage in ahead]
+    stretches, at, least = [], (*start, 0.0), -math.inf
+    while ahead := [point for point in found if point[0] > at[0]]:
+        slopes = [(damage - at[2]) / (gain - at[0]) for gain, _, damage in ahead]
         end = ahead[slopes.index(min(slopes))]
         least = max(least, min(slopes))  # stretches of one line may differ by their rounding
-        stretches.append((least, start[1], end[1]))
-        start = end
+        stretches.append((least, at[1], end[1]))
+        at = end
     return stretches
 
 

@@ -88,7 +88,7 @@ class Streams:
 
         The target is what is missing to the dense stream behind the attention, or behind the layers that the block
         stands for where its last sublayer writes; with ``own_output`` what the projection would write if the sublayer
-        were as in the dense model, on the states that reach it.
+        were as in the dense model, on the states that reach it; with ``as_it_is`` what it does write.
 
         Where a norm stands between the projection and the stream (Gemma 2 and 3, OLMo 2), the norm's gains are counted
         as part of the weights, and each token's target is multiplied by the number that makes it as long as what the
@@ -99,7 +99,7 @@ class Streams:
         """
         is_last = sublayer == "mlp" or self.lacks(block, "mlp")
         has_bias = self.bias(block, sublayer) is not None
-        whole = self._undone(block, sublayer)
+        whole = self.undone(block, sublayer)
         norm = self.view.output_norm(block.body, sublayer)
         gram: Gram | None = None
         moment: Tensor | None = None
@@ -108,7 +108,9 @@ class Streams:
             entering = self._on_device(self.pruned[rows], block.body)
             inputs, output, written, leaving = self._runner.observed(block, entering, sublayer)
             reference = self._on_device((self.leaving if is_last else self.middle)[rows], block.body)
-            if target == "own_output":
+            if target == "as_it_is":
+                wanted = output
+            elif target == "own_output":
                 wanted = output if whole is block else self._runner.observed(whole, entering, sublayer)[1]
             else:  # the first difference rounds back to the state that the output was added to
                 beside = leaving - written if sublayer == "mlp" else entering
@@ -117,7 +119,7 @@ class Streams:
             lengths = torch.ones_like(wanted[:, :1])
             if norm is not None:
                 put_out = output.flatten(0, -2).float() * _invertible(norm[1])
-                wanted = wanted * _invertible(norm[1]) if target == "own_output" else wanted
+                wanted = wanted if target == "dense_stream" else wanted * _invertible(norm[1])
                 lengths = put_out.norm(dim=-1, keepdim=True) / wanted.norm(dim=-1, keepdim=True).clamp_min(1e-12)
             wanted = wanted * lengths
             weights = reference.flatten(0, -2).float().square().mean(dim=-1).clamp_min(1e-12).reciprocal()
@@ -176,7 +178,7 @@ class Streams:
         """Whether a sublayer is gone, by the plan or in the dense model already."""
         return sublayer in block.without or self.view.lacks(block.body, sublayer)
 
-    def _undone(self, block: Block, sublayer: str) -> Block:
+    def undone(self, block: Block, sublayer: str) -> Block:
         """The block with one sublayer as in the dense model; itself if it is."""
         children = self.view.sublayer(sublayer)
         others = {name: value for name, value in block.replaced.items() if name.partition(".")[0] not in children}
