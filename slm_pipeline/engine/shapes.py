@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from slm_pipeline.engine import least_squares
+from slm_pipeline.engine.allocation import lower_hull
 from slm_pipeline.engine.refit import Refit
 from slm_pipeline.engine.sensitivity import Sensitivity
 from slm_pipeline.engine.streams import Streams, Sums, pass_all, spans
@@ -260,13 +261,9 @@ def allocate(
     stretches = []
     for place, found in damages.items():
         size, part = sizes[place[0]], place[1]
-        points = sorted((_gain(size, part, number), number, damage) for number, damage in found.items())
-        at, number, damage, least = _gain(size, part, shape[place]), shape[place], 0.0, -float("inf")
-        while ahead := [point for point in points if point[0] > at and point[2] < float("inf")]:
-            slope, further = min(((p[2] - damage) / (p[0] - at), p) for p in ahead)
-            least = max(least, slope)  # stretches of one line may differ by their rounding
-            stretches.append((least, place, number, further[1]))
-            at, number, damage = further
+        points = ((_gain(size, part, number), number, damage) for number, damage in found.items())
+        hull = lower_hull(points, (_gain(size, part, shape[place]), shape[place]))
+        stretches += [(slope, place, high, low) for slope, high, low in hull]
 
     def as_shape() -> Shape:
         return tuple((shape[layer, "attention"], shape[layer, "mlp"]) for layer in range(len(sizes)))
