@@ -1,98 +1,176 @@
-"""A study as one self-contained HTML page: no network, no other file, and nothing in it can run but its own script."""
+"""A study as one self-contained HTML page: no network, no other file, and nothing in it can run but its own script.
+
+Here the study becomes plain values; `page.html.j2` says where they stand, `page.js` sorts, filters and groups them.
+"""
 
 from __future__ import annotations
 
 import base64
+import datetime
 import hashlib
 import itertools
 from collections.abc import Sequence
-from html import escape as html_escaped
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import slm_pipeline
 from slm_pipeline.errors import printable
+from slm_pipeline.report import damage
+from slm_pipeline.report.analyses import Analysis
+from slm_pipeline.report.leaderboard import PLACES, STEP, Board, label, leaderboards, outcome
 from slm_pipeline.report.plots import Picture
 from slm_pipeline.report.runs import Run
 from slm_pipeline.report.study import Study, text_of
-from slm_pipeline.results.number import parted
+from slm_pipeline.results.measurement import small_limit
+from slm_pipeline.results.number import Number, parted
 from slm_pipeline.results.of_run import parameters_at_work
+from slm_pipeline.show.dark import with_dark_colors
 from slm_pipeline.show.tables import Table, in_order
 from slm_pipeline.surgery.plan import format_groups
 
 _HERE = Path(__file__).resolve().parent
-_MOST = 12  # columns up to which the tasks are shown one by one from the start
+_MOST = 12  # columns up to which all are shown from the start
+_MOST_OPTIONS = 5  # shown from the start where there are more columns than that
+_FILTERS = 5  # choices above the table, each of an option with at most so many values:
+_VALUES = 12
+_TELLING = ("model", "method", "pruning_ratio", "repair", "recovery", "threshold.value")  # options that people look for
+_PACKAGES = ("slm_pipeline", "python", "torch", "transformers", "peft", "lm_eval")
+_SHAPE = {"versions?": {str: damage.text}, "device?": damage.text, "git_commit?": damage.maybe(damage.text)}
 
 
-def html(study: Study, pictures: Sequence[Picture]) -> str:
+@dataclass(frozen=True)
+class _Column:
+    """A column of the runs' table.
+
+    Attributes:
+        name: of the option, or the number's key.
+        label: what its head says, below the model's name if it is of one.
+        group: the model; empty for none.
+        part: where the menu of columns lists it.
+        cell: its place in a row.
+        is_number: whether it is one of the study's numbers.
+        shown: whether it is there from the start.
+        classes: of its head.
+        first: the direction of its first sorting.
+        sorted: as ``aria-sort``.
+    """
+
+    name: str
+    label: str
+    group: str = ""
+    part: str = ""
+    cell: int = 0
+    is_number: bool = False
+    shown: bool = True
+    classes: str = ""
+    first: str = "ascending"
+    sorted: str = "none"
+
+
+def html(study: Study, pictures: Sequence[Picture], analyses: Sequence[Analysis] = ()) -> str:
     """The whole page.
 
     Args:
         pictures: their SVGs are read and become part of the page.
+        analyses: what `slm-analyze` left beside the runs, with its pictures.
     """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
     style = (_HERE / "page.css").read_text(encoding="utf-8")
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    title = study.question or study.name
-    body = [
-        f"<header><h1>{escape(title)}</h1><p class=quiet>{escape(study.counts())}</p></header>",
-        _facts(study),
-        _notes(study),
-        _section("Runs", _tools(study) + _runs(study)),
-    ]
-    if averages := study.averages(study.shown_columns(costs=False)):
-        body.append(_section(study.averages_title(), _plain(averages)))
-    if pictures:
-        body.append(_section("Plots", f"<div class=plots>\n{''.join(map(_figure, pictures))}</div>"))
-    body.append("<footer>Made by slm-report. A row opens to show a run's command, layers and warnings.</footer>")
-    return (
-        '<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n<meta name=viewport content="width=device-width">\n'
-        f'<meta http-equiv=Content-Security-Policy content="{policy}">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n"
-        + "\n".join(body)
-        + f"\n<script>{script}</script>\n</html>\n"
+    columns = _columns(study)
+    boards = leaderboards(study)
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, finalize=_for_people,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    averages = study.averages(sorted(study.shown_columns(costs=False), key=lambda name: name != study.metric))
+    repeated = any(sum(study.newest[i] for i in members) > 1 for members in study.groups(study.varied).values())
+    return environment.get_template("page.html.j2").render(
+        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+        style=Markup(style),
+        script=Markup(script),
+        title=study.question or study.name,
+        counts=study.counts(),
+        cautions=[_sign(line) for line in small_limit(run.summary for run in study.runs if run.summary)],
+        facts=[] if sum(len(board.sizes) for board in boards) > 1 else _facts(study),
+        boards=[_board(study, board, several=len(boards) > 1) for board in boards if _tells(board)],
+        columns=columns,
+        groups=_groups(columns),
+        has_metric=study.metric is not None,
+        choices=_choices(study, columns),
+        menu=_menu(columns),
+        rows=[_row(study, i, columns) for i in range(len(study.runs))],
+        averages={"title": _sign(study.averages_title()), "table": _readable(averages)} if averages and repeated else None,
+        plots=[_figure(picture) for picture in pictures],
+        analyses=[
+            {"title": one.title, "command": one.command, "plots": [_figure(picture) for picture in one.pictures]}
+            for one in analyses
+        ],
+        notes=[
+            ("About these runs", [*_shared(study), *map(_sign, study.remarks())]),
+            ("How it was measured", [_sign(line) for line in study.measured()]),
+            ("Made with", made_with(study.runs)),
+        ],
+        version=slm_pipeline.__version__,
     )
 
 
-def escape(text: str) -> str:
-    """Plain text for HTML, in one line."""
-    return html_escaped(printable(text))
+def _for_people(value: Any) -> Any:
+    """Text in one line without control characters; what is markup already stays as it is."""
+    return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section>\n<h2>{_text(title)}</h2>\n{content}\n</section>"
+def _sign(text: str) -> str:
+    return text.replace("+-", "\N{PLUS-MINUS SIGN}")
 
 
-def _notes(study: Study) -> str:
-    """What is to be known before the table is read, in small print."""
-    remarks = [f"All jobs: {' '.join(study.shared())}"] if study.shared() else []
-    remarks += study.remarks()
-    parts = [
-        f"<section><h2>{title}</h2><ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul></section>"
-        for title, lines in (("About these runs", remarks), ("How it was measured", study.measured()))
-        if lines
-    ]
-    return f"<div class=notes>{''.join(parts)}</div>" if parts else ""
+def _shared(study: Study) -> list[str]:
+    return [f"All jobs: {' '.join(study.shared())}"] if study.shared() else []
 
 
-def _text(text: str) -> str:
-    return escape(text).replace("+-", "\N{PLUS-MINUS SIGN}")
+def made_with(runs: Sequence[Run]) -> list[str]:
+    """When the runs ended, with which versions and on what; each line says of how many runs, unless of all."""
+    done = [run for run in runs if run.summary]
+    said: dict[str, int] = {}
+    for run in done:
+        found: Any = (run.summary or {}).get("provenance")
+        if not isinstance(found, dict) or damage.fault(found, _SHAPE) is not None:
+            continue
+        versions = found.get("versions", {})
+        words = [f"{name} {versions[name]}" for name in _PACKAGES if name in versions]
+        words += [f"commit {found['git_commit'][:12]}"] if found.get("git_commit") else []
+        for line in (", ".join(words), found.get("device", "")):
+            if line:
+                said[line] = said.get(line, 0) + 1
+    lines = [line if times == len(done) else f"{line} ({times} of {len(done)} runs)" for line, times in said.items()]
+    days = sorted(_day(run.finished_at) for run in done if run.finished_at)
+    when = [f"results of {days[0]}" if days[0] == days[-1] else f"results from {days[0]} to {days[-1]}"] if days else []
+    return [*when, *lines]
 
 
-def _facts(study: Study) -> str:
+def _day(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).date().isoformat()
+
+
+def _facts(study: Study) -> list[tuple[str, str, str]]:
     """The best run in large print."""
     if not study.best_runs or study.metric is None:
-        return ""
+        return []
     best = min(study.best_runs)
     run, metric = study.runs[best], study.numbers[best][study.metric]
     dense = study.dense.get(f"dense/{metric.quantity}")
     direction = "highest" if metric.higher_is_better else "lowest"
     facts = []
     if len(study.runs) > 1:
-        options = ", ".join(f"{name} {text_of(run.option(name))}" for name in study.varied)
+        told = [name for name in study.varied if run.option(name) not in (None, "")]
+        options = ", ".join(f"{name} {text_of(run.option(name))}" for name in told[:_MOST_OPTIONS])
         facts.append(("Best run", options or f"job {run.job}", f"job {run.job}"))
     compared = direction if dense is None else f"dense model {dense.shown(dense.value)}"
-    facts.append((study.metric, str(metric), compared))
+    facts.append((study.metric, _sign(str(metric)), compared))
     summary = run.summary or {}
     for name in ("num_layers", "parameters"):
         if name in summary:
@@ -102,49 +180,106 @@ def _facts(study: Study) -> str:
             kept = f"of {kind.shown(was)}, {100 * left / was:.1f}% left"
             kept += " at work" if left < summary[name]["pruned"] else ""
             facts.append((kind.unit, kind.shown(left), kept))
-    cells = (
-        f"<div><dt>{_text(name)}</dt><dd>{_text(value)}<small>{_text(note)}</small></dd></div>"
-        for name, value, note in facts
-    )
-    return f"<dl class=facts>{''.join(cells)}</dl>"
+    return facts
 
 
-def _columns(study: Study) -> list[str]:
-    return study.shown_columns(details=True)
+def _tells(board: Board) -> bool:
+    """Whether there is anything to choose from."""
+    return sum(len(places) for places in board.sizes.values()) > 1
 
 
-def _is_compact(study: Study) -> bool:
-    return len(study.options) + len(_columns(study)) > _MOST
+def _board(study: Study, board: Board, *, several: bool) -> dict[str, Any]:
+    title = f"Best at each size: {board.quantity}" + (f", {board.model}" if several else "")
+    kind = next(iter(board.sizes.values()))[0].number
+    direction = f"{kind.direction} is better" if kind.direction else ""
+    ties = any(place.ties for places in board.sizes.values() for place in places[1:PLACES])
+    note = "; ".join(
+        filter(None, [
+            f"of the last model of each run; sizes to the nearest {STEP}% of the parameters", direction, board.how,
+            "\N{ALMOST EQUAL TO}: the difference from the best is within noise" if ties else "",
+        ])
+    )  # fmt: skip
+    heads = ["size", "", board.quantity, "run", "model", "runs"]
+    numbers = (False, False, True, False, False, True)
+    rows = []
+    for size, places in board.sizes.items():
+        for rank, place in enumerate(places[:PLACES], 1):
+            number = place.number
+            value, error = _parts(number)
+            cells = [
+                _text(f"{size}% less" if rank == 1 and size else "as many" if rank == 1 else "", "size"),
+                _text("\N{ALMOST EQUAL TO}" if place.ties else f"{rank}.", "quiet"),
+                _text(value, "number best" if rank == 1 else "number", error),
+                _text(label(study, place), "wide best" if rank == 1 else "wide", job_of(study, place.runs)),
+                _text(number.target, "quiet"),
+                _text(str(len(place.runs)), "number"),
+            ]
+            rows.append({"cells": cells, "first": rank == 1})
+    table = {"heads": [{"text": t, "number": n} for t, n in zip(heads, numbers, strict=True)], "rows": rows}
+    return {"title": title, "note": note, "table": table}
 
 
-def _tools(study: Study) -> str:
-    parts = [
-        '<label>Filter <input type=search id=filter placeholder="words in any cell"></label>',
-        f"<span id=count class=quiet aria-live=polite>{len(study.runs)} of {len(study.runs)} runs</span>",
-    ]
-    if any(_is_extra(study, name) for name in _columns(study)):
-        checked = "" if _is_compact(study) else " checked"
-        parts.append(f"<label><input type=checkbox id=details{checked}> tasks one by one and other details</label>")
-    return f"<div class=tools>{''.join(parts)}</div>\n"
+def job_of(study: Study, runs: Sequence[int]) -> str:
+    """The folder of the first, and how many more."""
+    more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
+    return f"{study.runs[runs[0]].job}{more}"
 
 
-def _is_extra(study: Study, column: str) -> bool:
-    """Whether it shows with the details alone."""
-    return study.chosen is None and study.kinds[column].detail and column not in (study.metric, study.sort_by)
+def _text(text: str, classes: str = "", small: str = "") -> dict[str, str]:
+    return {"text": _sign(text), "classes": classes, "small": _sign(small)}
 
 
-def _runs(study: Study) -> str:
-    """The sortable table: a body for each run, of its row and of one that opens."""
-    columns = _by_model(_columns(study))
-    head = ["job", *study.options, *columns, "status"]
-    bodies = [_body(study, i, columns, len(head) + 1) for i in range(len(study.runs))]
-    compact = " compact" if _is_compact(study) else ""
-    return (
-        f'<div class=scroll>\n<table class="runs{compact}">\n<thead>{_group_row(study, columns)}'
-        f"<tr><th class=opener></th>{''.join(_head(study, name, i + 1) for i, name in enumerate(head))}</tr></thead>\n"
-        + "\n".join(bodies)
-        + "\n</table>\n</div>"
-    )
+def _parts(number: Number) -> tuple[str, str]:
+    """A number's value, and whatever stands behind it."""
+    value = number.shown(number.value)
+    return value, str(number).removeprefix(value)
+
+
+def _columns(study: Study) -> list[_Column]:
+    """In the order of the table: the job, the metric, options that tell most, numbers by their model, other options."""
+    options = _ordered_options(study)
+    numbers = [name for name in study.shown_columns(details=True) if name != study.metric]
+    few = len(options) + len(numbers) <= _MOST
+    main = options if few else options[:_MOST_OPTIONS]
+    same = {name for name in numbers if _is_the_same(study, name)}
+    found = [_Column("job", "job", classes="job", sorted="ascending" if study.sort_by == "job" else "none")]
+    if study.metric is not None:
+        kind = study.kinds[study.metric]
+        found.append(_of_number(study, study.metric, kind, "number metric", shown=True, whole=True))
+    found += [_Column(name, name, part="options") for name in main]
+    for name in _by_model(numbers):
+        kind = study.kinds[name]
+        extra = study.chosen is None and name != study.sort_by and (kind.detail or kind.cost)
+        extra = extra or (study.chosen is None and (kind.target == "dense" or name in same))
+        found.append(_of_number(study, name, kind, "number", shown=few or not extra))
+    found += [_Column(name, name, part="options", shown=name == study.sort_by) for name in options if name not in main]
+    return [_sorted(study, replace(column, cell=cell)) for cell, column in enumerate(found)]
+
+
+def _is_the_same(study: Study, column: str) -> bool:
+    """Whether all of several runs have one value."""
+    values = [numbers[column].value if column in numbers else None for numbers in study.numbers if numbers]
+    return len(values) > 1 and len(set(values)) == 1
+
+
+def _of_number(study: Study, name: str, kind: Number, classes: str, *, shown: bool, whole: bool = False) -> _Column:
+    target, quantity = parted(name)
+    group = "" if whole else target
+    part = target or ("what it took" if kind.cost else "the pruned model")
+    first = "descending" if study.is_higher_better(name) else "ascending"
+    return _Column(name, name if whole else quantity, group, part, 0, True, shown, classes, first)
+
+
+def _sorted(study: Study, column: _Column) -> _Column:
+    return replace(column, sorted=column.first) if column.name == study.sort_by else column
+
+
+def _ordered_options(study: Study) -> list[str]:
+    """Those that a study is about first, then those that people look for, then those that most runs have."""
+    has = {name: sum(run.option(name) not in (None, "") for run in study.runs) for name in study.options}
+    wanted = [*([study.x] if study.x in study.options else []), *study.series, *_TELLING]
+    rank = {name: place for place, name in reversed([*enumerate(wanted)])}
+    return sorted(study.options, key=lambda name: (rank.get(name, len(wanted)), -has[name], study.options.index(name)))
 
 
 def _by_model(columns: Sequence[str]) -> list[str]:
@@ -157,115 +292,117 @@ def _by_model(columns: Sequence[str]) -> list[str]:
     return [*columns[:first], *grouped, *plain]
 
 
-def _group_row(study: Study, columns: Sequence[str]) -> str:
-    """Above the columns of a model its name."""
-    cells = ["<th></th>"] * (2 + len(study.options))
-    for target, members in itertools.groupby(columns, key=lambda name: parted(name)[0]):
-        names = list(members)
-        plain = sum(not _is_extra(study, name) for name in names)
-        if target:  # the script changes the width as details come and go
-            now, detail = (plain, not plain) if _is_compact(study) else (len(names), not plain)
-            classes = _classes(group=True, detail=detail)
-            cells.append(
-                f"<th{classes} colspan={now or len(names)} data-compact={plain or len(names)} data-whole={len(names)}>"
-                f"<span>{escape(target)}</span></th>"
-            )
-        else:
-            cells += [f"<th{_classes(detail=_is_extra(study, name))}></th>" for name in names]
-    return f"<tr>{''.join(cells)}<th></th></tr>\n"
+def _groups(columns: Sequence[_Column]) -> list[dict[str, Any]]:
+    """What stands above the heads: over the columns of a model its name; the frozen ones have none."""
+    free = [column for column in columns if "job" not in column.classes and "metric" not in column.classes]
+    found = []
+    for name, members in itertools.groupby(free, key=lambda column: column.group):
+        cells = [*members]
+        found.append({"name": name, "cells": [c.cell for c in cells], "shown": sum(c.shown for c in cells)})
+    return found
 
 
-def _classes(**given: bool) -> str:
-    names = " ".join(name for name, wanted in given.items() if wanted)
-    return f' class="{names}"' if names else ""
+def _menu(columns: Sequence[_Column]) -> list[tuple[str, list[_Column]]]:
+    """The columns that can be shown and hidden, by where they belong."""
+    parts = in_order(column.part for column in columns[1:] if "metric" not in column.classes)
+    free = [column for column in columns[1:] if "metric" not in column.classes]
+    return [(part, [column for column in free if column.part == part]) for part in parts]
 
 
-def _head(study: Study, name: str, cell: int) -> str:
-    number = name in study.columns
-    classes = _classes(number=number, metric=name == study.metric, detail=number and _is_extra(study, name))
-    first = "descending" if study.is_higher_better(name) else "ascending"
-    now = "none"
-    if name == study.sort_by:
-        now = first
-    label = parted(name)[1] if number else name
-    return (
-        f'<th scope=col{classes} aria-sort={now} data-cell={cell} data-first={first} data-column="{escape(name)}">'
-        f'<button type=button title="{escape(name)}: sort">{escape(label)}</button></th>'
-    )
+def _choices(study: Study, columns: Sequence[_Column]) -> list[dict[str, Any]]:
+    """The options of few values, by which the rows can be chosen and grouped."""
+    found = []
+    for column in columns:
+        if column.part != "options" or len(found) == _FILTERS:
+            continue
+        values = {run.option(column.name) for run in study.runs}
+        ordered = sorted((v for v in values if v is not None), key=lambda v: (isinstance(v, str), v))
+        if 1 < len(ordered) <= _VALUES and len(ordered) < len(study.runs):
+            options = [(str(value), text_of(value) or "null") for value in ordered if value != ""]
+            found.append({"name": column.name, "cell": column.cell, "options": options})
+    return found
 
 
-def _body(study: Study, i: int, columns: Sequence[str], width: int) -> str:
-    run, found = study.runs[i], study.numbers[i]
-    cells = ["<td class=opener><button type=button aria-expanded=false aria-label=Details></button></td>"]
-    cells.append(_cell(run.job, run.job))
-    for name in study.options:
-        value = run.option(name)
-        cells.append(_cell(text_of(value), "" if value is None else str(value), number=isinstance(value, (int, float))))
-    for name in columns:
-        is_best = name == study.metric and i in study.best_runs and len(study.runs) > 1
-        classes = {"number": True, "detail": _is_extra(study, name), "best": is_best}
-        if name in found:
-            number = found[name]
-            error = "" if number.stderr is None else f" \N{PLUS-MINUS SIGN}{number.shown_error(number.stderr)}"
-            small = f"<small>{error}</small>" if error else ""
-            shown = escape(number.shown(number.value))
-            cells.append(f"<td{_classes(**classes)} data-value={number.value!r}>{shown}{small}</td>")
-        else:
-            cells.append(f'<td{_classes(**classes)} data-value=""></td>')
-    failed = " failed" if run.status in ("FAILED", "unreadable") else ""
-    cells.append(f'<td class="state{failed}" data-value="{escape(run.state)}">{escape(run.state)}</td>')
-    more = f"<tr class=more hidden><td colspan={width}>{_more(run)}</td></tr>"
-    return f"<tbody>\n<tr class=run>{''.join(cells)}</tr>\n{more}\n</tbody>"
+def _row(study: Study, i: int, columns: Sequence[_Column]) -> dict[str, Any]:
+    run = study.runs[i]
+    best = i in study.best_runs and len(study.runs) > 1
+    cells = [_cell(study, i, column, best=best) for column in columns[1:]]
+    return {
+        "job": run.job,
+        "status": run.status,
+        "failed": run.status in ("FAILED", "unreadable"),
+        "best": best,
+        "reason": run.state if run.reason else "",
+        "cells": cells,
+        "more": _more(run),
+    }
 
 
-def _cell(text: str, value: str, *, number: bool = False) -> str:
-    return f'<td{_classes(number=number)} data-value="{escape(value)}">{escape(text)}</td>'
+def _cell(study: Study, i: int, column: _Column, *, best: bool) -> dict[str, Any]:
+    run = study.runs[i]
+    made: dict[str, Any] = {"text": "", "small": "", "value": "", "title": "", "shown": column.shown}
+    classes = [column.classes]
+    if column.is_number:
+        is_metric = column.name == study.metric
+        number = outcome(study, i) if is_metric else study.numbers[i].get(column.name)
+        if number is not None:
+            value, small = _parts(number)
+            other = number.target if number.key != column.name else ""
+            made |= {"text": value, "small": " ".join(filter(None, [_sign(small), other])), "value": repr(number.value)}
+            classes += ["best"] if is_metric and best else []
+        elif run.summary:
+            made |= {"text": "\N{EN DASH}", "title": "not measured"}
+            classes.append("absent")
+    else:
+        option = run.option(column.name)
+        if option is not None:
+            made |= {"text": text_of(option) or "null", "value": str(option)}
+            classes += ["number"] if isinstance(option, (int, float)) else ["quiet"] if option == "" else []
+        elif run.config:
+            made |= {"text": "\N{EN DASH}", "title": "does not apply"}
+            classes.append("absent")
+    return {**made, "classes": " ".join(filter(None, classes))}
 
 
-def _more(run: Run) -> str:
-    """What a row opens to: the command, the layers, warnings and what took how long."""
-    facts: list[tuple[str, str]] = [("folder", f"<code>{escape(str(run.path))}</code>")]
-    if run.reason:
-        facts.append(("failure", f"<span class=failed>{escape(run.reason)}</span>"))
+def _more(run: Run) -> list[tuple[str, list[str], bool]]:
+    """What a row opens to: names with their lines, and whether these are code."""
     summary: Any = run.summary or {}
+    facts: list[tuple[str, list[str], bool]] = [("folder", [str(run.path)], True)]
     if "command" in summary:
-        facts.append(("command", f"<code>{escape(summary['command'])}</code>"))
+        facts.append(("command", [summary["command"]], True))
     elif run.overrides:
-        facts.append(("overrides", f"<code>{escape(' '.join(run.overrides))}</code>"))
+        facts.append(("overrides", [" ".join(run.overrides)], True))
     if "layer_groups" in summary:
-        facts.append(("layers", f"<code>{escape(format_groups(summary['layer_groups']))}</code>"))
+        facts.append(("layers", [format_groups(summary["layer_groups"])], True))
         if summary.get("dropped"):
-            facts.append(("dropped", f"<code>{', '.join(map(str, summary['dropped']))}</code>"))
+            facts.append(("dropped", [", ".join(map(str, summary["dropped"]))], True))
     if summary.get("warnings"):
-        facts.append(("warnings", f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in summary['warnings'])}</ul>"))
+        facts.append(("warnings", list(summary["warnings"]), False))
     if stages := summary.get("stages"):
-        spent = (
-            f"<li>{escape(name)}: {stage['seconds']:.1f} s{' (reused)' if stage['reused'] else ''}</li>"
-            for name, stage in stages.items()
-        )
-        facts.append(("stages", f"<ul>{''.join(spent)}</ul>"))
-    return f"<dl>{''.join(f'<dt>{name}</dt><dd>{content}</dd>' for name, content in facts)}</dl>"
+        spent = [
+            f"{name}: {stage['seconds']:.1f} s{' (reused)' if stage['reused'] else ''}" for name, stage in stages.items()
+        ]
+        facts.append(("stages", spent, False))
+    return [*facts, *([("made with", made_with([run]), False)] if made_with([run]) else [])]
 
 
-def _plain(table: Table) -> str:
+def _readable(table: Table) -> dict[str, Any]:
     """A table that is only read."""
     flush = [
         all(row[i][:1] in tuple("+-0123456789") or not row[i] for row in table.rows) for i in range(len(table.columns))
     ]
-    head = "".join(
-        f"<th scope=col{_classes(number=f)}>{escape(c)}</th>" for c, f in zip(table.columns, flush, strict=True)
-    )
+    heads = [{"text": column, "number": number} for column, number in zip(table.columns, flush, strict=True)]
     rows = []
     for i, row in enumerate(table.rows):
-        cells = (
-            f"<td{_classes(number=flush[j], best=(i, j) in table.bold)}>{_text(cell)}</td>"
+        cells = [
+            _text(cell, " ".join([*(["number"] if flush[j] else []), *(["best"] if (i, j) in table.bold else [])]))
             for j, cell in enumerate(row)
-        )
-        rows.append(f"<tbody><tr>{''.join(cells)}</tr></tbody>")
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead>{''.join(rows)}</table></div>"
+        ]
+        rows.append({"cells": cells, "first": False})
+    return {"heads": heads, "rows": rows}
 
 
-def _figure(picture: Picture) -> str:
+def _figure(picture: Picture) -> dict[str, str]:
     (svg,) = [path for path in picture.files if path.suffix == ".svg"]
-    data = base64.b64encode(svg.read_bytes()).decode()
-    return f'<figure><img alt="{escape(picture.title)}" src="data:image/svg+xml;base64,{data}"></figure>\n'
+    data = base64.b64encode(with_dark_colors(svg.read_text(encoding="utf-8")).encode()).decode()
+    return {"title": picture.title, "source": f"data:image/svg+xml;base64,{data}"}
