@@ -53,7 +53,7 @@ class Board:
 
 
 def outcome(study: Study, run: int) -> Number | None:
-    """The run's metric, else the number of that kind of the last model that the run has: recovered, repaired, pruned."""
+    """The run's metric, else the number of that kind of its last model: recovered, repaired or pruned."""
     found = study.numbers[run]
     if study.metric is None or study.metric in found:
         return found.get(study.metric or "")
@@ -82,7 +82,9 @@ def leaderboards(study: Study) -> list[Board]:
 def label(study: Study, place: Place) -> str:
     """What its runs were told, as far as runs differ in that; a single job's folder where they differ in nothing."""
     run = study.runs[place.runs[0]]
-    told = [name for name in study.varied if name not in ("name", "model") and run.option(name) not in (None, "", "none")]
+    told = [
+        name for name in study.varied if name not in ("name", "model") and run.option(name) not in (None, "", "none")
+    ]
     words = [text_of(run.option(name)) if "." not in name else f"{name}={text_of(run.option(name))}" for name in told]
     return ", ".join(words) or f"job {run.job}"
 

@@ -104,7 +104,9 @@ def html(study: Study, pictures: Sequence[Picture], analyses: Sequence[Analysis]
         choices=_choices(study, columns),
         menu=_menu(columns),
         rows=[_row(study, i, columns) for i in range(len(study.runs))],
-        averages={"title": _sign(study.averages_title()), "table": _readable(averages)} if averages and repeated else None,
+        averages={"title": _sign(study.averages_title()), "table": _readable(averages)}
+        if averages and repeated
+        else None,
         plots=[_figure(picture) for picture in pictures],
         analyses=[
             {"title": one.title, "command": one.command, "plots": [_figure(picture) for picture in one.pictures]}
@@ -311,7 +313,7 @@ def _menu(columns: Sequence[_Column]) -> list[tuple[str, list[_Column]]]:
 
 def _choices(study: Study, columns: Sequence[_Column]) -> list[dict[str, Any]]:
     """The options of few values, by which the rows can be chosen and grouped."""
-    found = []
+    found: list[dict[str, Any]] = []
     for column in columns:
         if column.part != "options" or len(found) == _FILTERS:
             continue
@@ -380,7 +382,8 @@ def _more(run: Run) -> list[tuple[str, list[str], bool]]:
         facts.append(("warnings", list(summary["warnings"]), False))
     if stages := summary.get("stages"):
         spent = [
-            f"{name}: {stage['seconds']:.1f} s{' (reused)' if stage['reused'] else ''}" for name, stage in stages.items()
+            f"{name}: {stage['seconds']:.1f} s{' (reused)' if stage['reused'] else ''}"
+            for name, stage in stages.items()
         ]
         facts.append(("stages", spent, False))
     return [*facts, *([("made with", made_with([run]), False)] if made_with([run]) else [])]

@@ -167,8 +167,8 @@ def series_looks(
     telling.sort(key=lambda place: options[place] != "method")
     if len(telling) == 1:
         return {key: tables[telling[0]][str(key[telling[0]])] for key in ordered}
-    looks = [combined(*(tables[place][str(key[place])] for place in telling[:3])) for key in ordered]
-    return dict(zip(ordered, told_apart(looks), strict=True))
+    found = [combined(*(tables[place][str(key[place])] for place in telling[:3])) for key in ordered]
+    return dict(zip(ordered, told_apart(found), strict=True))
 
 
 def _point(study: Study, column: str, place: float, members: Sequence[int]) -> Point:

@@ -1,9 +1,9 @@
 """How a method, a recovery or any other value is drawn: the same in every plot of every study.
 
 Colour alone cannot tell sixteen methods apart, so each has a colour, a marker and a line style of its own. The colours
-are Okabe and Ito's, which colour-blind readers can tell apart, less yellow; their orange and sky blue, which white paper
-swallows, are a brown and an indigo on it, and themselves on a dark page (`show.dark`). Every one has a contrast of at least
-3 to 1 with what it stands on.
+are Okabe and Ito's, which colour-blind readers can tell apart, less yellow; their orange and sky blue, which white
+paper swallows, are a brown and an indigo on it, and themselves on a dark page (`show.dark`). Every one has a contrast
+of at least 3 to 1 with what it stands on.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _FIXED = {"method": METHODS, "recovery": RECOVERIES}
 def looks_of(option: str, values: Sequence[Value]) -> dict[Value, Look]:
     """A look for each value of an option, no two alike.
 
-    Methods and recoveries have theirs by name. Other names are categories: `CATEGORIES` with one marker after the other.
+    Methods and recoveries have theirs by name. Other names are categories: `CATEGORIES`, one marker after the other.
     Numbers take colours of a sequential map, by size.
     """
     distinct = list(dict.fromkeys(values))
@@ -85,7 +85,9 @@ def looks_of(option: str, values: Sequence[Value]) -> dict[Value, Look]:
         from matplotlib.colors import to_hex
 
         distinct.sort()
-        places = [0.56 * i / max(1, len(distinct) - 1) for i in range(len(distinct))]  # beyond it white paper swallows it
+        places = [
+            0.56 * i / max(1, len(distinct) - 1) for i in range(len(distinct))
+        ]  # beyond it white paper swallows it
         colors = [to_hex(colormaps["viridis"](place)) for place in places]
         shapes = [(MARKERS[i % len(MARKERS)], LINES[i % len(LINES)]) for i in range(len(distinct))]
         return {value: Look(color, *shape) for value, color, shape in zip(distinct, colors, shapes, strict=True)}

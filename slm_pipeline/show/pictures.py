@@ -129,8 +129,8 @@ def loss_curve(
 def loss_points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     """Step and value of ``loss`` or ``eval_loss`` in one training's rows.
 
-    A validation loss is of the model after that step. A training loss is the mean over all steps since the last one that
-    was logged: it stands in their middle, not at their end, where the two would not be of the same model.
+    A validation loss is of the model after that step. A training loss is the mean over all steps since the last
+    one that was logged: it stands in their middle, not at their end, where the two would not be of the same model.
     """
     found = [(row["step"], row[key]) for row in rows if key in row]
     if key != "loss" or not found:

@@ -20,7 +20,12 @@ def write(folder: Path, job: int, method: str, removed: float, value: float, see
         done["metrics"]["recovered"] = {"perplexity": {"bundled": perplexity(recovered)}}
     if window := changes.pop("window", None):
         done["metrics"]["pruned"]["perplexity"]["bundled"]["window"] = window
-    write_run(folder / "s" / str(job), [f"method={method}", f"ratio={removed}", f"seed={seed}", f"model={model}"], done, **changes)
+    write_run(
+        folder / "s" / str(job),
+        [f"method={method}", f"ratio={removed}", f"seed={seed}", f"model={model}"],
+        done,
+        **changes,
+    )
 
 
 def shown(study: Study, board: Board) -> dict[int, list[tuple[str, float, bool]]]:
@@ -64,7 +69,11 @@ def test_other_models_and_other_ways_of_measuring_have_boards_of_their_own(tmp_p
     write(tmp_path, 2, "slm", 20.0, 10.0, model="large")
     write(tmp_path, 3, "mka", 20.0, 20.0, window=2048)
     boards = leaderboards(read_study(tmp_path / "s"))
-    assert [(board.model, "2048" in board.how) for board in boards] == [("tiny", False), ("large", False), ("tiny", True)]
+    assert [(board.model, "2048" in board.how) for board in boards] == [
+        ("tiny", False),
+        ("large", False),
+        ("tiny", True),
+    ]
     assert [len(board.sizes[20]) for board in boards] == [2, 1, 1]
 
 

@@ -215,7 +215,10 @@ def test_what_does_not_apply_or_was_not_measured_has_a_look_of_its_own(tmp_path)
 
 def test_what_all_runs_have_alike_or_few_have_comes_after_the_results(tmp_path):
     for job in range(4):
-        options = [f"method={'slm' if job % 2 else 'laco'}", *(f"method.a{i}={job}" for i in range(12 if job < 2 else 0))]
+        options = [
+            f"method={'slm' if job % 2 else 'laco'}",
+            *(f"method.a{i}={job}" for i in range(12 if job < 2 else 0)),
+        ]
         write_run(tmp_path / "s" / str(job), options, finished(tmp_path, 20 + job, 9.0 + job), config={"name": "s"})
     page = html(read_study(tmp_path / "s"), [])
     heads = re.findall(r'<th scope="col"[^>]*data-column="([^"]*)"( hidden)?', page)

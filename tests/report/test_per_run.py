@@ -48,7 +48,9 @@ def test_runs_that_no_option_tells_apart_have_labels_and_looks_of_their_own(tmp_
     """Three runs, the same options twice; ten values in a label would be none."""
     for job, seed in enumerate((0, 0, 1)):
         folder = tmp_path / "s" / str(job)
-        write_run(folder, [f"seed={seed}", *(f"method.a{i}={seed}" for i in range(10))], finished(tmp_path, 20 + job, 9.0))
+        write_run(
+            folder, [f"seed={seed}", *(f"method.a{i}={seed}" for i in range(10))], finished(tmp_path, 20 + job, 9.0)
+        )
         steps = [{"low": 27, "high": 28, "similarity": 0.9 - job / 10, "accepted": True}]
         (folder / "plan.json").write_text(json.dumps({"scores": {"steps": steps}}))
     per_run.draw(read_study(tmp_path / "s"), tmp_path)
