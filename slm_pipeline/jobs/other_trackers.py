@@ -1,17 +1,19 @@
 """TensorBoard, MLflow and Trackio beside metrics.jsonl: each a class that begins a run, logs numbers and ends it.
 
-Not accelerate's trackers, which do the same: they need its process state, which a job must leave to the training to set.
-Tables and pictures stay in the run's folder.
+Not accelerate's trackers, which do the same: they need its process state, which a job must leave to the training to
+set. Tables and pictures stay in the run's folder.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from slm_pipeline.errors import UserError, only_warned_about
 from slm_pipeline.jobs.tracking import Tracker
@@ -32,29 +34,32 @@ class Begun:
     settings: dict[str, str]  # the configuration by whole names, such as method.name
 
 
-class Service(Protocol):
+class Service(ABC):
     """A run of one of the services. `packages`: any of them will do."""
 
-    packages: tuple[str, ...]
+    packages: ClassVar[tuple[str, ...]]
 
+    @abstractmethod
     def __init__(self, run: Begun) -> None: ...
 
+    @abstractmethod
     def log(self, values: Mapping[str, float], step: int) -> None: ...
 
+    @abstractmethod
     def end(self, *, failed: bool) -> None: ...
 
 
-class TensorBoard:
+class TensorBoard(Service):
     """Event files in ``<run>/tensorboard``: ``tensorboard --logdir outputs`` shows all runs."""
 
     packages = ("tensorboard", "tensorboardX")
 
     def __init__(self, run: Begun) -> None:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            board: Any = importlib.import_module("torch.utils.tensorboard")
         except ImportError:
-            from tensorboardX import SummaryWriter
-        self._writer: Any = SummaryWriter(str(run.folder / "tensorboard"))
+            board = importlib.import_module("tensorboardX")
+        self._writer = board.SummaryWriter(str(run.folder / "tensorboard"))
         self._writer.add_text("settings", "\n".join(f"    {name}: {value}" for name, value in run.settings.items()))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -66,8 +71,8 @@ class TensorBoard:
         self._writer.close()
 
 
-class MLflow:
-    """A run of the experiment ``tracker.project``, wherever ``MLFLOW_TRACKING_URI`` says, or in MLflow's default place."""
+class MLflow(Service):
+    """A run of the experiment ``tracker.project``, where ``MLFLOW_TRACKING_URI`` says, or in MLflow's default place."""
 
     packages = ("mlflow",)
 
@@ -89,7 +94,7 @@ class MLflow:
         self._mlflow.end_run("FAILED" if failed else "FINISHED")
 
 
-class Trackio:
+class Trackio(Service):
     """A run of the project ``tracker.project`` on this machine: ``trackio show --project PROJECT``."""
 
     packages = ("trackio",)
@@ -112,7 +117,7 @@ SERVICES: dict[str, type[Service]] = {"tensorboard": TensorBoard, "mlflow": MLfl
 
 
 class OtherTracker(Tracker):
-    """metrics.jsonl, and the same numbers in one of `SERVICES`, named ``<stage>/<metric>``; final ones by their keys."""
+    """metrics.jsonl, and the same in one of `SERVICES`: ``<stage>/<metric>`` of curves, and numbers by their keys."""
 
     def __init__(self, kind: str, run: Begun) -> None:
         super().__init__(run.folder)

@@ -12,6 +12,7 @@ from slm_pipeline.report.damage import Damaged, read_json, text
 from slm_pipeline.report.plots import Picture
 
 ANALYSES = ("dynamic_skip", "similarity", "painters")  # the names of their JSON files
+_OTHERS = {".hydra", "summary.json", "failure.json", "identity.json"}  # of a run, of a result in the store
 _HEADER = {"command": text, "model": {"name": text}}
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,8 @@ def read_analyses(*directories: Path) -> list[Analysis]:
     found: dict[str, Analysis] = {}
     for directory in directories:
         for folder, subfolders, files in os.walk(directory):
-            if any(name in (".hydra", "summary.json", "failure.json") for name in [*subfolders, *files]):
-                subfolders.clear()  # a run
+            if _OTHERS.intersection([*subfolders, *files]):
+                subfolders.clear()
                 continue
             for name in ANALYSES:
                 if f"{name}.json" in files:

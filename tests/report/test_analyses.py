@@ -25,6 +25,8 @@ def write_analysis(folder: Path, name: str, content: str | None = None) -> None:
 def test_each_analysis_below_a_folder_is_on_the_page_and_a_damaged_one_is_said(tmp_path, caplog):
     write_run(tmp_path / "runs" / "0", ["seed=1"], finished(tmp_path, 20, 9.0))
     write_analysis(tmp_path / "runs" / "0" / "inside", "painters")  # of a run: not looked into
+    write_analysis(tmp_path / "store" / "calibrate" / "abc", "similarity", '{"cosine": []}')  # that of a calibration
+    (tmp_path / "store" / "calibrate" / "abc" / "identity.json").write_text("{}")
     write_analysis(tmp_path / "analysis" / "similarity" / "tiny" / "t1", "similarity")
     write_analysis(tmp_path / "analysis" / "similarity" / "tiny" / "t2", "similarity")
     write_analysis(tmp_path / "analysis" / "painters" / "tiny" / "t1", "painters", "{")
@@ -35,7 +37,9 @@ def test_each_analysis_below_a_folder_is_on_the_page_and_a_damaged_one_is_said(t
     assert [[picture.title for picture in one.pictures] for one in found] == [
         ["similarity of tiny <i>: cka", "similarity of tiny <i>: cosine"]
     ] * 2
-    assert "painters.json is cut off, or not JSON" in caplog.text
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == [
+        "painters.json is cut off, or not JSON"
+    ] * 2  # of each folder that was asked for
     write_report(read_study(tmp_path / "runs"), tmp_path / "out", ["html"], found)
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<h3>similarity of tiny &lt;i&gt;</h3>") == 2
