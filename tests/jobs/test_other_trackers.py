@@ -51,7 +51,7 @@ def test_tensorboard_has_every_number_under_its_key_and_curves_at_their_steps(tm
         tracker.log({"loss": 2.0}, stage="recover", step=1)  # another training: steps need not grow
         tracker.numbers(NUMBERS, stage="evaluate_pruned")
         tracker.summary({number.key: number for number in [*NUMBERS, Number("num_layers", 24.0, "layers")]})
-        settings, *found = events(tmp_path / "run" / "tensorboard")  # on disk at once
+    settings, *found = events(tmp_path / "run" / "tensorboard")
     assert found == [
         ("recover/loss", 3, 2.5),
         ("recover/loss", 1, 2.0),
