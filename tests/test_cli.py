@@ -294,11 +294,16 @@ def test_dry_run_says_what_would_run_and_leaves_nothing(multirun, base, tmp_path
         f"evaluation.perplexity.corpora=[{tmp_path}/text.txt]", "evaluation.perplexity.window=16", *swept,
     )  # fmt: skip
     assert outcome.status == 0, outcome.err
-    lines = [line.split() for line in outcome.out.splitlines() if not line.startswith("#")]
-    scored = [f"evaluate_{target}/perplexity/text.txt" for target in ("dense", "pruned", "recovered")]
-    stages = ["calibrate", "merge", "recover", *scored]
-    assert [line[:2] for line in lines] == [[stage, "run"] for stage in stages] * (2 if multirun else 1)
-    assert len({line[2] for line in lines if line[0] == "calibrate"}) == len(lines) // 6  # another seed, other samples
+    first, *others = outcome.out.removeprefix("#0 seed=1\n").split("#1 seed=2\n")
+    dense, *scored = [f"evaluate_{target}/perplexity/text.txt" for target in ("dense", "pruned", "recovered")]
+    lines = [line.split() for line in first.splitlines()]
+    assert [line[:2] for line in lines] == [[s, "run"] for s in ("calibrate", "merge", "recover", dense, *scored)]
+    assert len(others) == len(multirun)
+    for other in others:  # another seed, other samples; what both have is said once
+        shared, *lines = other.splitlines()
+        assert shared == f"as #0: merge, {dense}"
+        assert [line.split()[:2] for line in lines] == [[s, "run"] for s in ("calibrate", "recover", *scored)]
+        assert lines[0].split()[2] != first.split()[2]
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
@@ -309,6 +314,14 @@ def test_failing_job_of_a_sweep_is_a_failed_row_and_the_others_finish(base, tmp_
     errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "0.9 of 6 layers leaves 1" in errors[0]
+    jobs = [line.partition("  ")[2] for line in outcome.err.splitlines() if "  job " in line]
+    assert [line.partition("; about")[0] for line in jobs] == [
+        f"job {number} of 3: pruning_ratio.ratio={ratio}" for number, ratio in ((1, 0.2), (2, 0.9), (3, 0.4))
+    ]
+    assert ["; about" in line for line in jobs] == [False, True, True]
+    assert "Launching" not in outcome.err
+    last = outcome.out.rpartition("\nslm: 3 jobs, 2 done, 1 FAILED\n")[2]  # the study's own table, at the end
+    assert "FAILED: pruning_ratio" in last or "FAILED: " in last
     (sweep,) = (tmp_path / "out" / "sweeps" / "slm").iterdir()
     table = (sweep / "summary.md").read_text()
     assert "3 jobs, 2 done, 1 FAILED" in table

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from slm_pipeline.engine.blocks import BlockRunner, batches
 from slm_pipeline.engine.keep_sets import keep_set_losses
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.show.progress import ProgressBar
 from slm_pipeline.show.tables import Table
 from slm_pipeline.surgery.apply import planned_blocks
 from slm_pipeline.surgery.plan import Plan
@@ -62,7 +62,7 @@ def measure(view: ModelView, input_ids: Tensor, plans: Sequence[Plan] = ()) -> t
     keep_sets = evenly_spaced(view.num_layers)
     spaced: list[Tensor] = []
     planned: list[list[Tensor]] = [[] for _ in stacks]
-    for batch in tqdm(batches(input_ids.to(view.device), _SAMPLE_TOKENS), desc="dynamic skip", disable=None):
+    for batch in ProgressBar(batches(input_ids.to(view.device), _SAMPLE_TOKENS), desc="dynamic skip"):
         runner = BlockRunner(view, batch)
         spaced.append(keep_set_losses(runner, keep_sets, batch).cpu())
         for stack, found in zip(stacks, planned, strict=True):

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from slm_pipeline.engine.blocks import BlockRunner, batches
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.show.progress import ProgressBar
 from slm_pipeline.show.tables import Table
 from slm_pipeline.surgery.block import Block
 
@@ -132,7 +132,7 @@ def measure(
     sums = {name: [[0.0] * len(ways) for ways in of_range] for name, of_range in planned.items()}
     groups = batches(input_ids.to(view.device), _SAMPLE_TOKENS)
     total = len(groups) * sum(len(ways) for of_range in planned.values() for ways in of_range)
-    with tqdm(total=total, desc="painters", disable=None) as progress:
+    with ProgressBar(total=total, desc="painters") as progress:
         for batch in groups:
             runner = BlockRunner(view, batch)
             dense += runner.loss(runner.states[-1], batch)

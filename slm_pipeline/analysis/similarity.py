@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from slm_pipeline.analysis.cka import LEAST_ROWS, MinibatchCKA
 from slm_pipeline.analysis.patches import agreement, contrast, patches, windows_in_patches
@@ -33,6 +32,7 @@ from slm_pipeline.engine.blocks import entering_and_leaving
 from slm_pipeline.engine.statistics import MAX_BATCH_TOKENS, check_finite
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation import zero_shot
+from slm_pipeline.show.progress import ProgressBar
 from slm_pipeline.show.tables import Table
 from slm_pipeline.surgery.plan import Plan, merged_windows
 
@@ -127,7 +127,7 @@ def measure(view: ModelView, text: Text, settings: Settings) -> tuple[dict[str, 
     chosen = {name: TOKEN_METRICS[name].measure for name in settings.metrics if name in TOKEN_METRICS}
     sums = {name: torch.zeros(size, size, dtype=torch.float64) for name in chosen}
     alignment = MinibatchCKA(settings.minibatch, settings.estimator, settings.kernel, settings.bandwidth_factor)
-    for batch in tqdm(list(_batches(text.sequences)), desc=f"similarity on {text.name}", disable=None):
+    for batch in ProgressBar(list(_batches(text.sequences)), desc=f"similarity on {text.name}"):
         states, real = residual_states(view, batch)
         check_finite(states, text.name)
         for name, of_tokens in chosen.items():

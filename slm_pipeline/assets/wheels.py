@@ -17,10 +17,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from slm_pipeline.assets.cache import cache_dir, make_once
 from slm_pipeline.errors import UserError
+from slm_pipeline.show.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 
@@ -150,5 +149,5 @@ def check_sha256(file: Path, expected: str) -> None:
 def _unpack(file: Path, patterns: tuple[str, ...], folder: Path) -> None:
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
-        for name in tqdm(names, desc=f"unpacking {file.name}", unit="file", disable=None):
+        for name in ProgressBar(names, desc=f"unpacking {file.name}", unit="file"):
             archive.extract(name, folder)

@@ -147,7 +147,8 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 output_dir=folder, max_steps=options.num_steps(self.rows), learning_rate=options.learning_rate,
-                warmup_steps=options.warmup_steps, per_device_train_batch_size=options.micro_batch_size,
+                warmup_steps=options.warmup(options.num_steps(self.rows)),
+                per_device_train_batch_size=options.micro_batch_size,
                 gradient_accumulation_steps=options.batch_size // options.micro_batch_size,
                 bf16=options.dtype == "bfloat16", use_cpu=model.device.type == "cpu", seed=seed, data_seed=seed,
                 logging_steps=options.logging_steps, save_strategy="no", report_to="none", disable_tqdm=True,

@@ -14,7 +14,6 @@ from slm_pipeline.cli import errors_in_one_line
 from slm_pipeline.config import plugins
 from slm_pipeline.errors import UserError
 from slm_pipeline.jobs.job import check_output_root
-from slm_pipeline.report import documents
 from slm_pipeline.report.analyses import read_analyses
 from slm_pipeline.report.study import read_study
 from slm_pipeline.report.write import FORMATS, write_report
@@ -60,7 +59,7 @@ def main() -> None:
         out = given.out or _default_out(given.directories, [run.path for run in study.runs])
         check_output_root(str(out), option="--out")
         written = write_report(study, out, given.format, read_analyses(*given.directories))
-        print(documents.text(study))
+        print(written.text)
         for path in written.files:
             print(f"wrote {path}")
 

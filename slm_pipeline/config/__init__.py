@@ -76,6 +76,7 @@ class CalibrationConfig:
     seq_len: Tokens = 128
     sampling: str = "random"  # random | contiguous
     seed: Seed = 1234
+    bos: bool | None = None  # each sample begins with the BOS token, one of seq_len; null: where the model needs it
 
 
 @dataclass

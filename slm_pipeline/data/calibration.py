@@ -6,12 +6,10 @@ import hashlib
 import logging
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 from slm_pipeline.assets import texts
 from slm_pipeline.config import CalibrationConfig
@@ -20,6 +18,7 @@ from slm_pipeline.data.files import check_text, read_text
 from slm_pipeline.data.tokens import text_tokens, tokenized
 from slm_pipeline.errors import UserError
 from slm_pipeline.machine import memory
+from slm_pipeline.show.progress import ProgressBar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,22 +113,34 @@ class Calibration:
             "seq_len": self.options.seq_len,
             "sampling": self.options.sampling,
             "seed": self.options.seed if self.options.sampling == "random" else None,
+            **({"bos": True} if self.options.bos else {}),
         }
 
     def sample(self, tokenizer: Any) -> Samples:
-        """Cut ``num_samples`` pieces of ``seq_len`` tokens.
+        """Cut ``num_samples`` pieces of ``seq_len`` tokens; with ``bos`` the first of each is BOS.
 
         ``contiguous``: the text as it is, tokenised without special tokens, its first num_samples x seq_len tokens cut
         in order. ``random``: of a data set, rows drawn at random, each tokenised with special tokens and used once if
-        it has at least seq_len tokens, then a random slice of it (so BOS is there only in a slice that starts at 0); of
+        it has at least seq_len tokens, then a random slice of it (so without ``bos`` BOS is there only in a slice that
+        starts at 0, if the tokenizer puts it there); of
         one long text, uniform start offsets, of tokens; of a text above `LONGEST` characters, from which the samples
         take little, of characters, so that only what is near them is tokenised, with a log line. The bundled passages
         are short: if too few of them are long enough, they are joined to one long text, with a log line.
 
         Raises:
-            UserError: the text is shorter than the samples need.
+            UserError: the text is shorter than the samples need, or the tokenizer has no BOS token.
         """
-        config = self.options
+        if not self.options.bos:
+            return self._cut(tokenizer, self.options)
+        if tokenizer.bos_token_id is None:
+            raise UserError("calibration.bos=true: the model's tokenizer has no BOS token")
+        if self.options.seq_len < 2:
+            raise UserError("calibration.seq_len=1 leaves no token of the text after BOS; it must be at least 2")
+        cut = self._cut(tokenizer, replace(self.options, seq_len=self.options.seq_len - 1))
+        pieces = [[tokenizer.bos_token_id, *piece] for piece in cut.input_ids.tolist()]
+        return _samples(pieces, cut.ids, cut.mode)
+
+    def _cut(self, tokenizer: Any, config: CalibrationConfig) -> Samples:
         if config.source == "text_file":
             text = self._text()
             rows: Sequence[str] = []
@@ -270,7 +281,7 @@ def _near_characters(text: str, tokenizer: Any, config: CalibrationConfig) -> Sa
     pieces: list[list[int]] = []
     ids: list[dict[str, int]] = []
     tries = 100 + 10 * config.num_samples
-    with tqdm(total=config.num_samples, desc="calibration samples", disable=None) as progress:
+    with ProgressBar(total=config.num_samples, desc="calibration samples") as progress:
         for start in (generator.randrange(len(text)) for _ in range(tries)):
             begin = max(0, start - 256)  # the first token is one that it would be within the text
             before = len(text_tokens(tokenizer, text[begin:start]))
@@ -293,7 +304,7 @@ def _documents(rows: Sequence[str], tokenizer: Any, config: CalibrationConfig) -
     pieces: list[list[int]] = []
     ids: list[dict[str, int]] = []
     tried: set[int] = set()
-    with tqdm(total=config.num_samples, desc="calibration samples", disable=None) as progress:
+    with ProgressBar(total=config.num_samples, desc="calibration samples") as progress:
         while len(pieces) < config.num_samples:
             if len(tried) == len(rows):
                 raise _TooFewDocuments(
@@ -305,7 +316,7 @@ def _documents(rows: Sequence[str], tokenizer: Any, config: CalibrationConfig) -
                 continue
             tried.add(row)
             check_text(rows[row], f"calibration={config.source}: row {row + 1}", empty=True)
-            token_ids = tokenized(tokenizer, rows[row], special=True)
+            token_ids = tokenized(tokenizer, rows[row], special=not config.bos)
             if len(token_ids) < config.seq_len:
                 continue
             start = generator.randrange(len(token_ids) - config.seq_len + 1)

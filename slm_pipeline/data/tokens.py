@@ -7,10 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from slm_pipeline.data.examples import Example
 from slm_pipeline.errors import UserError, refused_in_one_line
+from slm_pipeline.show.progress import ProgressBar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +65,7 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, needed: int | Non
     _announce(len(text))
     ids = []
     start = 0
-    with tqdm(total=len(text), desc="tokenize", unit="char", disable=None if len(text) > PIECE else True) as progress:
+    with ProgressBar(total=len(text), desc="tokenize", unit="char", disable=len(text) <= PIECE) as progress:
         while start < len(text):
             end = _cut(tokenizer, text, start + PIECE, len(text), alone=True)
             ids += tokenized(tokenizer, text[start:end], special=False)
@@ -171,7 +170,7 @@ def tokenize_examples(
     """
     rows_of = [
         tokenize_example(tokenizer, example, cutoff_len, completion_only=completion_only)
-        for example in tqdm(examples, "tokenize", disable=None)
+        for example in ProgressBar(examples, "tokenize")
     ]
     if dropped := rows_of.count([]):
         log.warning("%d of %d examples dropped: no output within cutoff_len=%d", dropped, len(rows_of), cutoff_len)
@@ -190,7 +189,7 @@ def check_tokens(
         UserError: none does, or there is none, or as `tokenize_example`.
     """
     if chats := [example for example in examples if "messages" in example]:
-        for chat in tqdm(chats, "check chats", disable=None):
+        for chat in ProgressBar(chats, "check chats"):
             _pieces(tokenizer, chat, completion_only)
     for example in examples:
         begun = {**example, "text": example["text"][: 8 * cutoff_len + 4096]} if "text" in example else example

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.show.progress import ProgressBar
 
 
 def of_parameters(
@@ -70,7 +70,7 @@ def of_gates(
                 before = gate(view.num_units(layer, part), of_samples)
                 hooks.append(view.output(layer, part).register_forward_pre_hook(before))
         try:
-            for sample in tqdm(input_ids, desc="gradients", disable=None):
+            for sample in ProgressBar(input_ids, desc="gradients"):
                 _loss(view, sample[None]).backward()
         finally:
             for handle in hooks:

@@ -10,11 +10,11 @@ import math
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from slm_pipeline.engine.blocks import BlockRunner, batches
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.show.progress import ProgressBar
 
 _MAX_BATCH_TOKENS = 2048
 _ENTROPY_NEIGHBORS = 50
@@ -33,9 +33,7 @@ def output_clouds(view: ModelView, input_ids: Tensor, num_points: int) -> Tensor
     chosen[(2 * torch.arange(num_points) + 1) * input_ids.numel() // (2 * num_points)] = True
     masks = batches(chosen.view(input_ids.shape), _MAX_BATCH_TOKENS)
     taken = []
-    for batch, mask in zip(
-        tqdm(batches(input_ids, _MAX_BATCH_TOKENS), desc="states", disable=None), masks, strict=True
-    ):
+    for batch, mask in zip(ProgressBar(batches(input_ids, _MAX_BATCH_TOKENS), desc="states"), masks, strict=True):
         states = BlockRunner(view, batch).states[1:]
         taken.append(torch.stack([state[mask.to(state.device)].cpu() for state in states]))
     return torch.cat(taken, dim=1)
@@ -113,7 +111,7 @@ def similarities(embeddings: list[Tensor], num_neighbors: int) -> Tensor:
         entropy(max_norm_distances(ranked), num_coordinates, min(_ENTROPY_NEIGHBORS, num_points - 1))
         for ranked in embeddings
     ]
-    for i in tqdm(range(depth), desc="similarities", unit="layer", disable=None):
+    for i in ProgressBar(range(depth), desc="similarities", unit="layer"):
         own = max_norm_distances(embeddings[i])
         for j in range(i, depth):
             information = mutual_information(own, max_norm_distances(embeddings[j]), num_neighbors)

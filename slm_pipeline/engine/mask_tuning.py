@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from slm_pipeline.engine.blocks import BlockRunner, batches
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.show.progress import ProgressBar
 from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.ops.base import SUBLAYERS
 
@@ -54,7 +54,7 @@ def tune(
     narrow = dense
     for runner in runners:
         runner.states.clear()  # the dense model's are made again, layer by layer
-    for layer in tqdm(range(view.num_layers), desc="tuning of masks", disable=None):
+    for layer in ProgressBar(range(view.num_layers), desc="tuning of masks"):
         whole = [
             _run(runner, Block(layer), state)._replace(inputs={}) for runner, state in zip(runners, dense, strict=True)
         ]

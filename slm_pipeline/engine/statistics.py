@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from slm_pipeline.engine.blocks import BlockRunner, batches
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.show.progress import ProgressBar
 
 MAX_BATCH_TOKENS = 2048  # the states of all layers are in memory for one batch, in float32
 
@@ -97,7 +97,7 @@ def collect(
             hooks.append(view.mlp_output(layer).register_forward_pre_hook(mlp[layer].observe))
     cosine, angle, angle_last = (torch.zeros(depth + 1, depth + 1, dtype=torch.float64) for _ in range(3))
     try:
-        for batch in tqdm(batches(input_ids, MAX_BATCH_TOKENS), desc="calibration pass", disable=None):
+        for batch in ProgressBar(batches(input_ids, MAX_BATCH_TOKENS), desc="calibration pass"):
             states = BlockRunner(view, batch).states
             check_finite(states)
             if observe is not None:

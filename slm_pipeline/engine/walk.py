@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from slm_pipeline.engine.blocks import BlockRunner, batches, rows_at_once
 from slm_pipeline.engine.criteria import CRITERIA, Sums
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.show.progress import ProgressBar
 from slm_pipeline.surgery.block import Block
 
 _TEXT_TOKENS = 2048  # of the text, walked at once by all candidates
@@ -145,7 +145,7 @@ class RemovalWalk:
             UserError: no candidate has a finite value.
         """
         left = list(candidates)
-        for _ in tqdm(range(num_rounds), desc="removals", disable=None):
+        for _ in ProgressBar(range(num_rounds), desc="removals"):
             losses = self.losses_of_contenders(left, shortlist=shortlist)
             check_some_finite(losses.values())
             best = min(losses, key=lambda candidate: losses[candidate])
@@ -177,7 +177,7 @@ class RemovalWalk:
                 room, so that a second measurement need not walk again.
         """
         sums = sums or self._criterion.sums
-        for index in tqdm(numbers, desc="candidates", unit="batch", disable=None, leave=False):
+        for index in ProgressBar(numbers, desc="candidates", unit="batch", leave=False):
             walking = [candidate for candidate, total in totals.items() if total <= limit * self._num_terms]
             states = {c: state for c, state in (known or {}).get(index, {}).items() if c in walking}
             states |= self._walk(index, [candidate for candidate in walking if candidate not in states])

@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from tqdm import tqdm
-
 from slm_pipeline.config.ranges import BatchSize, Count, CountOrZero, Text, Tokens
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.measure import Measure, Scored
 from slm_pipeline.machine import gpus, memory
 from slm_pipeline.models.context import Context
 from slm_pipeline.results.number import Number
+from slm_pipeline.show.progress import ProgressBar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -146,7 +145,7 @@ def efficiency(
     model.eval()
     generate: Any = model.generate
 
-    def run(number: int, progress: tqdm) -> tuple[list[float], Any]:
+    def run(number: int, progress: ProgressBar) -> tuple[list[float], Any]:
         """Seconds of each of so many calls, and what the last one gave."""
         seconds, output = [], None
         for _ in range(number):
@@ -166,7 +165,7 @@ def efficiency(
             progress.update()
         return seconds, output
 
-    with torch.inference_mode(), tqdm(total=num_runs, desc="generation speed", disable=None) as progress:
+    with torch.inference_mode(), ProgressBar(total=num_runs, desc="generation speed") as progress:
         run(num_warmup, progress)
         with memory.measured() as peak:
             latencies, output = run(num_runs - num_warmup, progress)

@@ -114,6 +114,11 @@ class Evaluation:
             for part in measure.parts():
                 self._identities[measure.label(part)] = measure.identity(part, context)
 
+    def warnings(self, context: Context) -> list[str]:
+        """What may not be as meant although it can be measured."""
+        measures = self.active if "evaluate" in context.config.stages else []
+        return [warning for measure in measures for warning in measure.warnings(context)]
+
     def identity(self) -> dict[str, Any]:
         """What each part's numbers depend on, by its label; known once it is checked."""
         return self._identities

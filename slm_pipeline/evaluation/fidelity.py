@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
-from tqdm import tqdm
 
 from slm_pipeline.config.ranges import BatchSize, Count, FilePath, Range
 from slm_pipeline.data.corpora import corpus_documents, corpus_fingerprint, corpus_labels
@@ -22,6 +21,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.measure import Measure, Scored
 from slm_pipeline.models.context import Context
 from slm_pipeline.results.number import PERCENT, Number
+from slm_pipeline.show.progress import ProgressBar
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +42,8 @@ class Fidelity(Measure):
     """Agreement with the dense model on each corpus, a part each. See `fidelity` and `corpus_documents`."""
 
     corpora: list[FilePath] = field(default_factory=list)  # bundled | wikitext2 | c4 | ptb | a text file
-    window: Annotated[int, Range(at_least=2, at_most=2**20)] = 1024  # tokens
-    bos: bool = False  # put the BOS token before every window
+    window: Annotated[int, Range(at_least=2, at_most=2**20)] = 2048  # tokens
+    bos: bool | None = None  # put the BOS token before every window; null: where the model needs it
     max_tokens: Count | None = None  # null: the whole text
     batch_size: BatchSize = 4
 
@@ -64,17 +64,25 @@ class Fidelity(Measure):
         if self.bos and context.source.special_tokens is not None and "bos" not in context.source.special_tokens:
             raise UserError(f"evaluation.fidelity.bos=true: the tokenizer of {context.source.name} has no BOS token")
 
+    def warnings(self, context: Context) -> list[str]:
+        return context.source.lacks_bos(self.bos, "evaluation.fidelity.bos")
+
     def lengths(self) -> dict[str, int]:
         return {"evaluation.fidelity.window": self.window}
 
     def identity(self, part: str, context: Context) -> dict[str, Any]:
-        return {**self.settings("corpora"), "text": corpus_fingerprint(part, context.data_dir, OPTION)}
+        return {
+            **self.settings("corpora"),
+            "bos": context.source.puts_bos(self.bos),
+            "text": corpus_fingerprint(part, context.data_dir, OPTION),
+        }
 
     def preflight(self, part: str, tokenizer: PreTrainedTokenizerBase, context: Context) -> None:
-        if self.bos and tokenizer.bos_token_id is None:
+        bos = context.source.puts_bos(self.bos)
+        if bos and tokenizer.bos_token_id is None:
             raise UserError("evaluation.fidelity.bos=true: the model's tokenizer has no BOS token")
         documents, _ = self._documents(part, tokenizer, context, most=self.window)
-        if all(len(ids) + self.bos < 2 for ids in documents):
+        if all(len(ids) + bos < 2 for ids in documents):
             raise UserError(f"{OPTION}={part}: no document has a token to predict")
 
     def run(self, part: str, scored: Scored, context: Context) -> dict[str, Any]:
@@ -84,7 +92,7 @@ class Fidelity(Measure):
             scored.dense,
             documents,
             window=self.window,
-            bos_token_id=scored.tokenizer.bos_token_id if self.bos else None,
+            bos_token_id=scored.tokenizer.bos_token_id if context.source.puts_bos(self.bos) else None,
             batch_size=self.batch_size,
             label=Path(part).stem,
         )
@@ -168,7 +176,7 @@ def fidelity(
     divergences: dict[int, list[np.ndarray]] = {number: [] for number, _ in windows}
     agreements = dict.fromkeys(divergences, 0)
     windows.sort(key=lambda entry: -len(entry[1]))  # little to fill up, and memory runs out at once or never
-    with torch.inference_mode(), tqdm(total=len(windows), desc=f"fidelity on {label}", disable=None) as progress:
+    with torch.inference_mode(), ProgressBar(total=len(windows), desc=f"fidelity on {label}") as progress:
         for first in range(0, len(windows), batch_size):
             batch = windows[first : first + batch_size]
             rows = [piece if bos_token_id is None else _after(bos_token_id, piece) for _, piece in batch]

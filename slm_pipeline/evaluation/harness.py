@@ -14,40 +14,43 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline.errors import UserError
+from slm_pipeline.show.progress import ProgressBar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
-
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Undo what lm-eval does to logging (its issue 2102); no bars of its and of datasets where stderr is no terminal.
+    """Undo what lm-eval does to logging (its issue 2102); our bars in the place of its, and none of datasets.
 
     Inside, lm-eval says nothing below an error: it warns that a loaded model is not a path, and of its own task files.
     What it prints goes to stderr. Templates are compiled once, not for each of some 60,000 prompts and answers as
     lm-eval does. Not to be nested.
     """
     import datasets
-    from tqdm import tqdm
 
     loggers = [logging.getLogger(), logging.getLogger("lm_eval")]
     before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
-    from lm_eval.api import task as prompts  # lm_eval sets its level
+    from lm_eval.api import model as requests  # lm_eval sets its level
+    from lm_eval.api import task as prompts
+    from lm_eval.models import huggingface as models
     from lm_eval.utils import env as templates
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    silent = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    silent = not datasets.are_progress_bars_disabled()
     if silent:
         datasets.disable_progress_bars()
     templates.from_string = functools.cache(templates.from_string)
-    prompts.tqdm = functools.partial(tqdm, disable=None)
+    bars = {module: module.tqdm for module in (prompts, requests, models)}
+    for module in bars:
+        module.tqdm = ProgressBar
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        prompts.tqdm = tqdm
+        for module, bar in bars.items():
+            module.tqdm = bar
         del templates.from_string  # back to the class's own
         for logger, handlers, level, propagate in before:
             logger.handlers[:] = handlers
@@ -61,11 +64,7 @@ def wrapped(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_si
     """The model as lm-eval's ``HFLM``; the tokenizer is copied, as lm-eval gives it a padding token."""
     from lm_eval.models.huggingface import HFLM
 
-    made = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-    silent = not sys.stderr.isatty()
-    for request in _REQUESTS:
-        setattr(made, request, functools.partial(getattr(made, request), disable_tqdm=silent))
-    return made
+    return HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
 
 def evaluated(model: Any, loaded: Any, what: str, option: str, **options: Any) -> dict[str, Any]:

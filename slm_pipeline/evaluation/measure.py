@@ -72,6 +72,10 @@ class Measure(ABC):
     def check(self, context: Context) -> None:  # noqa: B027  # most have no more to say than their ranges
         """Raise `UserError` for what is wrong and can be known without a tokenizer or a model."""
 
+    def warnings(self, context: Context) -> list[str]:
+        """What may not be as meant although it can be measured."""
+        return []
+
     def lengths(self) -> dict[str, int]:
         """Option -> tokens in a row that it gives the model, for those that have to fit its positions."""
         return {}

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from tqdm import tqdm
-
 from slm_pipeline.config.ranges import BatchSize, Count, FilePath, Range, Tokens
 from slm_pipeline.data.corpora import corpus_fingerprint, corpus_labels, corpus_tokens
 from slm_pipeline.data.overlap import word_passages
@@ -23,6 +21,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.measure import Measure, Scored
 from slm_pipeline.models.context import Context
 from slm_pipeline.results.number import Number
+from slm_pipeline.show.progress import ProgressBar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,9 +39,9 @@ class Perplexity(Measure):
     """Perplexity of each corpus, a part each. Options: see `perplexity` and `corpus_tokens`."""
 
     corpora: list[FilePath] = field(default_factory=list)  # bundled | wikitext2 | c4 | ptb | a text file
-    window: Annotated[int, Range(at_least=2, at_most=2**20)] = 1024  # tokens
+    window: Annotated[int, Range(at_least=2, at_most=2**20)] = 2048  # tokens
     stride: Tokens | None = None  # null: windows do not overlap; else only a window's last `stride` tokens are scored
-    bos: bool = False  # put the BOS token before every window
+    bos: bool | None = None  # put the BOS token before every window; null: where the model needs it
     max_tokens: Count | None = None  # null: the whole text
     batch_size: BatchSize = 4
 
@@ -65,17 +64,25 @@ class Perplexity(Measure):
         if self.bos and context.source.special_tokens is not None and "bos" not in context.source.special_tokens:
             raise UserError(f"evaluation.perplexity.bos=true: the tokenizer of {context.source.name} has no BOS token")
 
+    def warnings(self, context: Context) -> list[str]:
+        return context.source.lacks_bos(self.bos, "evaluation.perplexity.bos")
+
     def lengths(self) -> dict[str, int]:
         return {"evaluation.perplexity.window": self.window}
 
     def identity(self, part: str, context: Context) -> dict[str, Any]:
-        return {**self.settings("corpora"), "text": corpus_fingerprint(part, context.data_dir)}
+        return {
+            **self.settings("corpora"),
+            "bos": context.source.puts_bos(self.bos),
+            "text": corpus_fingerprint(part, context.data_dir),
+        }
 
     def preflight(self, part: str, tokenizer: PreTrainedTokenizerBase, context: Context) -> None:
-        if self.bos and tokenizer.bos_token_id is None:
+        bos = context.source.puts_bos(self.bos)
+        if bos and tokenizer.bos_token_id is None:
             raise UserError("evaluation.perplexity.bos=true: the model's tokenizer has no BOS token")
         ids, _ = corpus_tokens(tokenizer, part, window=self.window, max_tokens=self.window, data_dir=context.data_dir)
-        _check_length(len(ids), self.window - self.bos, Path(part).stem, self.window)
+        _check_length(len(ids), self.window - bos, Path(part).stem, self.window)
 
     def run(self, part: str, scored: Scored, context: Context) -> dict[str, Any]:
         input_ids, about = self._tokens(part, scored.tokenizer, context)
@@ -84,7 +91,7 @@ class Perplexity(Measure):
             input_ids,
             window=self.window,
             stride=self.stride,
-            bos_token_id=scored.tokenizer.bos_token_id if self.bos else None,
+            bos_token_id=scored.tokenizer.bos_token_id if context.source.puts_bos(self.bos) else None,
             batch_size=self.batch_size,
             max_tokens=self.max_tokens,
             label=Path(part).stem,
@@ -153,7 +160,7 @@ def perplexity(
     spans = _spans(len(ids), capacity, stride)
     model.eval()
     total, num_tokens = 0.0, 0
-    with torch.inference_mode(), tqdm(total=len(spans), desc=f"perplexity of {label}", disable=None) as progress:
+    with torch.inference_mode(), ProgressBar(total=len(spans), desc=f"perplexity of {label}") as progress:
         for first in range(0, len(spans), batch_size):
             for batch in _equal_lengths(spans[first : first + batch_size]):
                 rows = torch.stack([ids[start:end] for start, end, _ in batch])

@@ -129,7 +129,9 @@ class ZeroShot(Measure):
             math.sqrt(sum(error**2 for error in known)) / len(known) if known and len(known) == len(errors) else None
         )
         mean = average({task: result["score"] for task, result in found.items()})
-        return [Number("average", mean, PERCENT, error, True, {"tasks": list(found)})]
+        limits = {result["limit"] for result in found.values()}
+        measured = {"tasks": list(found), "limit": limits.pop() if len(limits) == 1 else None}
+        return [Number("average", mean, PERCENT, error, True, measured)]
 
     def names_of_totals(self) -> list[str]:
         return ["average"]

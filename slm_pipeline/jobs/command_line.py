@@ -169,16 +169,22 @@ def _check_not_a_study(composed: DictConfig, overrides: Sequence[Override]) -> N
 
 def _describe_study(composed: DictConfig, arguments: Namespace, loader: ConfigLoader) -> None:
     """Print each job of a multirun and what it would do; `UserError` if one would fail."""
-    from slm_pipeline.jobs.steps import describe_plan
+    from slm_pipeline.jobs.steps import describe_plan, plan
 
     here = composed.hydra.runtime.choices["hydra/launcher"] != "slurm"
     if study.is_search(composed):
         print(_describe_search(composed), flush=True)
     failures = 0
-    for number, overrides in enumerate(study.jobs(composed, arguments.overrides, loader)):
-        print(f"#{number} {' '.join(overrides)}", flush=True)
+    said: dict[Path, str] = {}
+    listed = study.jobs(composed, arguments.overrides, loader)
+    for number, overrides in enumerate(listed):
+        print(f"#{number} {study.own(overrides, listed)}".rstrip(), flush=True)
         try:
-            print(describe_plan(_job(composed_of(arguments, overrides), overrides, runs_here=here)), flush=True)
+            job = _job(composed_of(arguments, overrides), overrides, runs_here=here)
+            print(describe_plan(job, said), flush=True)
+            for _, artifact in plan(job):
+                if artifact is not None:
+                    said.setdefault(artifact.path, f"#{number}")
         except UserError as error:
             failures += 1
             print(f"would fail: {error}", flush=True)
@@ -186,7 +192,7 @@ def _describe_study(composed: DictConfig, arguments: Namespace, loader: ConfigLo
             failures += 1
             print(f"would fail: {config.one_line(error)}", flush=True)
     if failures:
-        raise UserError(f"{failures} of {number + 1} jobs would fail, see above")
+        raise UserError(f"{failures} of {len(listed)} jobs would fail, see above")
 
 
 def compose_job(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,6 +136,10 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
     source = describe(config.model)
     if runs_here:
         gpus.check_device(config.model.device, len(gpus.visible()))
+    warnings = [*source.warnings, *source.lacks_bos(config.calibration.bos, "calibration.bos")]
+    config = replace(config, calibration=_with_bos(config.calibration, source))
+    if repair is not None:
+        repair.calibration = _with_bos(repair.calibration, source)
     context = Context(config, source, command)
     ratio = PruningRatio(config.pruning_ratio, method)
     threshold = Threshold(config.threshold, ratio, config.model)
@@ -149,12 +153,12 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
         identities["repair"] = repair.identity(context.data_dir)
     if recovery is not None and {"recover", "evaluate"}.intersection(config.stages):
         identities["recovery"] = recovery.identity(context.data_dir)
-    warnings = (
-        *source.warnings,
+    warnings += [
+        *evaluation.warnings(context),
         *_check_positions(config, source, repair, recovery, evaluation),
         *_unused_options(config),
         *threshold.unused(),
-    )
+    ]
     objective.check(config.objective, numbers_to_come(config, repair, recovery, evaluation))
     check_tracker(config.tracker)
     job = Job(
@@ -169,11 +173,16 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
         recovery,
         evaluation,
         identities=identities,
-        warnings=warnings,
+        warnings=tuple(warnings),
     )
     if recovery is not None:
         recovery.check(source, job.num_layers)
     return job
+
+
+def _with_bos(calibration: CalibrationConfig, source: ModelSource) -> CalibrationConfig:
+    """The options with the model's own wish for a BOS token in the place of null."""
+    return replace(calibration, bos=source.puts_bos(calibration.bos))
 
 
 def _unused_options(config: Config) -> list[str]:

@@ -33,6 +33,7 @@ from slm_pipeline.results.of_run import numbers_of
 from slm_pipeline.store import run_folder, users
 from slm_pipeline.store.artifact import Artifact, check_store
 from slm_pipeline.store.files import is_held, write_json, write_text
+from slm_pipeline.store.heard import Heard
 
 log = logging.getLogger(__name__)
 
@@ -49,16 +50,21 @@ def run_job(composed: DictConfig, words: Sequence[str]) -> float | None:
     Returns:
         The job's objective, for a sweeper that searches.
     """
+    with Heard() as heard:
+        return _run_job(composed, words, heard.messages)
+
+
+def _run_job(composed: DictConfig, words: Sequence[str], warnings: list[str]) -> float | None:
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
     multirun = hydra.mode == RunMode.MULTIRUN
     command = shlex.join(["slm", *(hydra.overrides.task if multirun else words)])
     if multirun and hydra.runtime.choices["hydra/launcher"] == "gpus":
         gpus.take_one(hydra.launcher.n_jobs)
-    warnings = _WarningCollector()
-    logging.getLogger("slm_pipeline").addHandler(warnings)
     try:
         signals.raise_if_heard()
+        if multirun and not composed.dry_run:
+            log.info("%s", study.place(hydra))
         config = to_config(composed)
         job = prepare(config, command)
         if config.dry_run:
@@ -82,7 +88,7 @@ def run_job(composed: DictConfig, words: Sequence[str]) -> float | None:
             job_type=config.stages[-1] if config.stages else "none",
         ) as tracker:
             try:
-                found = execute(job, run_dir, tracker, warnings.messages)
+                found = execute(job, run_dir, tracker, warnings)
             finally:
                 job.loaded.release()  # an error keeps hold of the job
         return objective.value(config.objective, numbers_of(found))
@@ -98,7 +104,6 @@ def run_job(composed: DictConfig, words: Sequence[str]) -> float | None:
             log.debug("where it came from", exc_info=error)
         raise
     finally:
-        logging.getLogger("slm_pipeline").removeHandler(warnings)
         if multirun and not composed.dry_run and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
             write_summary_so_far(Path(hydra.sweep.dir))
 
@@ -136,7 +141,6 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
         users.note_path(path, run_dir)
     results: dict[str, Artifact] = {}
     reused: dict[str, bool] = {}
-    said: set[str] = set()
     waiting = steps(job)
     while waiting:
         signals.raise_if_heard()
@@ -152,12 +156,16 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
                 results = {name: result for name, result in results.items() if result.intact}
                 waiting = [step for step in steps(job) if step.stage.name not in results]  # what is damaged, again
                 continue
-            reused[stage.name] = _produce(step, artifact, job, results, tracker, said) and reused.get(stage.name, True)
+            reused[stage.name] = _produce(step, artifact, job, results, tracker, warnings) and reused.get(
+                stage.name, True
+            )
             _link(run_dir / stage.folder, artifact.path)
             with only_warned_about(f"{stage.name}: its numbers were not logged"):
                 stage.publish(artifact, tracker, reused=reused[stage.name])
         if artifact.done:
             results[stage.name] = artifact
+            if not step.selected:
+                _say(artifact.record().get("warnings", []), warnings)
     signals.raise_if_heard()
     done = [step.stage for step in steps(job) if step.stage.name in reused]
     ran = {stage.name: results[stage.name] for stage in done}
@@ -185,12 +193,12 @@ def _next(waiting: list[Step], job: Job, results: Mapping[str, Artifact]) -> tup
 
 
 def _produce(
-    step: Step, artifact: Artifact, job: Job, results: Mapping[str, Artifact], tracker: Tracker, said: set[str]
+    step: Step, artifact: Artifact, job: Job, results: Mapping[str, Artifact], tracker: Tracker, said: list[str]
 ) -> bool:
     """Make the stage's result, or reuse it; whether it was reused.
 
     Args:
-        said: warnings about reused results that need not be said again; filled.
+        said: warnings of this run, which need not be said again; whoever hears them adds to it.
     """
     stage = step.stage
     if not isinstance(stage, Evaluate):
@@ -205,16 +213,20 @@ def _produce(
             force=step.forced,
         )
     if was_reused:
-        for line in _made_otherwise(stage, record, job):
-            if line not in said:
-                said.add(line)
-                log.warning("%s", line)
+        _say([*_made_otherwise(stage, record, job), *record.get("warnings", [])], said)
         log.info("%s: reused, %s", stage.name, artifact.path)
     else:
         log.info("%s: done in %.1f s, %s", stage.name, time.monotonic() - started, artifact.path)
         if not isinstance(stage, Evaluate):  # it leaves a model for the next
             memory.free()  # looks at every object there is: not after a stage that made none
     return was_reused
+
+
+def _say(lines: Sequence[str], said: Sequence[str]) -> None:
+    """Warn of what is known of a result that is reused, unless this run has said so."""
+    for line in lines:
+        if line not in said:
+            log.warning("%s", line)
 
 
 @contextmanager
@@ -269,19 +281,3 @@ def _write_failure(run_dir: Path, failure: dict[str, Any]) -> None:
         write_json(run_dir / "failure.json", failure)
     except OSError as error:  # the disk may be full: the first error is the one to show
         log.warning("cannot write %s: %s", run_dir / "failure.json", error)
-
-
-class _WarningCollector(logging.Handler):
-    """Keeps this package's warnings for the summary."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            message = record.getMessage()
-        except (TypeError, ValueError):
-            return  # the other handlers say so
-        if record.levelno == logging.WARNING and message not in self.messages:
-            self.messages.append(message)

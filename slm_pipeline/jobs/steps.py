@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.jobs.job import Job
@@ -79,10 +80,22 @@ def artifact_of(stage: Stage, job: Job, known: Mapping[str, Artifact]) -> Artifa
     return Artifact(job.store, stage.stage, identity) if identity is not None else None
 
 
-def describe_plan(job: Job) -> str:
-    """One line for each selected stage: run or reuse, and its folder; then what is worth a warning."""
+def describe_plan(job: Job, said: dict[Path, str] | None = None) -> str:
+    """One line for each selected stage: run or reuse, and its folder; then what is worth a warning.
+
+    Args:
+        said: results that were described before, with what to call the job that has them; their stages are named in one
+            line. Not filled.
+    """
     lines = []
     planned = [(step, artifact) for step, artifact in plan(job) if step.selected]
+    shared: dict[str, list[str]] = {}
+    for step, artifact in planned:
+        if artifact is not None and artifact.path in (said or {}):
+            shared.setdefault((said or {})[artifact.path], []).append(step.stage.name)
+    of_others = {name for names in shared.values() for name in names}
+    planned = [(step, artifact) for step, artifact in planned if step.stage.name not in of_others]
+    lines += [f"as {job_name}: {', '.join(names)}" for job_name, names in shared.items()]
     width = max([20, *(len(step.stage.name) for step, _ in planned)])
     for step, artifact in planned:
         if artifact is None:

@@ -14,8 +14,9 @@ import os
 import random
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from slm_pipeline.config import COMPOSITION_ERRORS, TrackerConfig, one_line
 from slm_pipeline.config.overrides import check_group, check_number_of_jobs, first_value
 from slm_pipeline.errors import UserError, only_warned_about
+from slm_pipeline.show.numerals import duration
 from slm_pipeline.store import run_folder
 from slm_pipeline.store.files import LONGEST_NAME, is_held, write_json, write_text
 from slm_pipeline.store.run_folder import RUNNING, STARTING, STUDY
@@ -67,6 +69,44 @@ def jobs(composed: DictConfig, overrides: Sequence[str], loader: ConfigLoader) -
     return found
 
 
+def own(overrides: Sequence[str], of_all: Sequence[Sequence[str]]) -> str:
+    """The overrides of a job that not all jobs have; all of them of a single job."""
+    shared = set(of_all[0]).intersection(*of_all) if len(of_all) > 1 else set()
+    return " ".join(word for word in overrides if word not in shared)
+
+
+def place(hydra: Any) -> str:
+    """``job 3 of 8: method=laco; about 12 min left``: where a job stands in its study, as it starts.
+
+    The time is that of the jobs which have ended, on average: the first ones, which make what all share, make it too
+    long.
+
+    Args:
+        hydra: Hydra's own part of the job's configuration.
+    """
+    directory, overrides = Path(hydra.sweep.dir), list(hydra.overrides.task)
+    begun = run_folder.study_of(directory) or {}
+    number = f"job {int(hydra.job.num) + 1}"
+    if begun.get("jobs") is None:  # a search
+        trials = hydra.sweeper.get("n_trials")
+        swept = {key.lstrip("+") for key in hydra.sweeper.get("params") or {}}
+        words = [word for word in overrides if word.lstrip("+").partition("=")[0] in swept]
+        return f"{number}{f' of {trials}' if trials else ''}: {' '.join(words or overrides)}"
+    total = len(begun["jobs"])
+    since = (directory / STUDY).stat().st_mtime
+    ended = sum(_ended_after(directory / name, since) for name in begun["folders"])
+    left = f"; about {duration((time.time() - since) / ended * (total - ended))} left" if ended else ""
+    return f"{number} of {total}: {own(overrides, begun['jobs'])}".rstrip(": ") + left
+
+
+def _ended_after(run_dir: Path, since: float) -> bool:
+    for name in (run_folder.SUMMARY, run_folder.FAILURE):
+        with suppress(OSError):
+            if (run_dir / name).stat().st_mtime >= since:
+                return True
+    return False
+
+
 def folder(composed: DictConfig, key: str) -> Path:
     """The folder that ``hydra.run.dir`` or ``hydra.sweep.dir`` names."""
     HydraConfig.instance().set_config(composed)  # for ${hydra:...}
@@ -94,13 +134,11 @@ def folders(composed: DictConfig, listed: Sequence[Sequence[str]], loader: Confi
 
 def check_composed(composed: DictConfig, listed: Sequence[Sequence[str]], loader: ConfigLoader) -> None:
     """Raise `UserError` for the first job that Hydra cannot compose: it would refuse the whole study for it."""
-    of_all = set(listed[0]).intersection(*listed) if len(listed) > 1 else set()
     for number, overrides in enumerate(listed):
         try:
             loader.load_sweep_config(composed, list(overrides))
         except (*COMPOSITION_ERRORS, ValueError, OverflowError, RecursionError) as error:
-            own = " ".join(word for word in overrides if word not in of_all)
-            raise UserError(f"job {number} of {len(listed)}, {own}: {one_line(error)}") from error
+            raise UserError(f"job {number} of {len(listed)}, {own(overrides, listed)}: {one_line(error)}") from error
 
 
 def check_folders(composed: DictConfig, listed: Sequence[Sequence[str]], loader: ConfigLoader) -> None:
@@ -225,6 +263,7 @@ def _report(study: _Begun) -> None:
     from slm_pipeline.report.write import write_study
 
     written = write_study(study.directory)
+    print(written.text, flush=True)
     log.info("the study's report: %s", study.directory / "report.html")
     if study.tracker.kind != "wandb":
         return

@@ -77,6 +77,7 @@ def build(
             "reused": reused[name],
             "peak_memory_gb": record["peak_memory_gb"],
             "path": str(results[name].path),
+            **({"warnings": record["warnings"]} if record.get("warnings") else {}),
         }
         for name, record in records.items()
     }

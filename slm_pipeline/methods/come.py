@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from tqdm import tqdm
-
 from slm_pipeline.config.ranges import Range, UpToOne
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, ProtectsEnds, PruningProblem
 from slm_pipeline.methods.target import Layers
+from slm_pipeline.show.progress import ProgressBar
 from slm_pipeline.surgery.concatenate import concatenate
 from slm_pipeline.surgery.ops.merge import Merge
 from slm_pipeline.surgery.plan import Plan
@@ -107,7 +106,7 @@ class Come(ProtectsEnds):
         ops: list[Merge] = []
         tensors: dict[str, Any] = {}
         steps: list[dict[str, Any]] = []
-        with tqdm(total=problem.target.remove, desc=self.name, unit="layer", disable=None) as progress:
+        with ProgressBar(total=problem.target.remove, desc=self.name, unit="layer") as progress:
             while (left := problem.target.remove - (problem.view.num_layers - len(groups))) > 0:
                 length = min(self.run_length, left + 1)
                 stack.renew()

@@ -83,13 +83,12 @@ class LayerwiseRemoval(WidthRemoval):
         Args:
             corrected: what lies above is given the outputs of what is left by the first number; else the dense model's.
         """
-        from tqdm import tqdm
-
         from slm_pipeline.engine.layerwise import Stream
+        from slm_pipeline.show.progress import ProgressBar
 
         stream = Stream(problem.view, problem.input_ids)
         last = max((layer for layer, _ in numbers), default=-1)
-        for layer in tqdm(range(last + 1), desc="layers", disable=None):
+        for layer in ProgressBar(range(last + 1), desc="layers"):
             block = Block(layer)
             for part in SUBLAYERS:
                 if (layer, part) in numbers:

@@ -155,7 +155,8 @@ class ReplaceMe(AngularDistance):
 
     def _most_alike(self, problem: PruningProblem, removed: list[int]) -> Tensor:
         import torch
-        from tqdm import tqdm
+
+        from slm_pipeline.show.progress import ProgressBar
 
         kept: list[tuple[Tensor, ...]] = []
         for output, before, after in self._rows(problem, removed):
@@ -166,7 +167,7 @@ class ReplaceMe(AngularDistance):
         transform = torch.eye(outputs.shape[1], device=outputs.device, requires_grad=True)
         optimizer = torch.optim.Adam([transform], lr=self.learning_rate)
         generator = torch.Generator().manual_seed(0)
-        for _ in tqdm(range(self.num_epochs), desc="replaceme", unit="epoch", disable=None):
+        for _ in ProgressBar(range(self.num_epochs), desc="replaceme", unit="epoch"):
             for chosen in torch.randperm(len(outputs), generator=generator).split(self.batch_tokens):
                 chosen = chosen.to(outputs.device)
                 with torch.enable_grad():

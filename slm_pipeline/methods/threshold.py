@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from tqdm import tqdm
-
 from slm_pipeline.config import plugins
 from slm_pipeline.engine.similarities import SIMILARITIES
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import Method, PruningProblem
 from slm_pipeline.methods.target import Floor, Layers
+from slm_pipeline.show.progress import ProgressBar
 from slm_pipeline.surgery.merge_rules import RULES
 from slm_pipeline.surgery.ops.merge import Merge
 from slm_pipeline.surgery.plan import Plan
@@ -44,7 +43,7 @@ class Search:
     """
 
     threshold: float
-    progress: tqdm | None = field(default=None, repr=False)
+    progress: ProgressBar | None = field(default=None, repr=False)
     windows: list[Window] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     num_removed: int = 0
@@ -127,7 +126,7 @@ class ThresholdMerging(Method):
             similarity = StackSimilarity(problem.view, problem.input_ids, self.merge_rule, self.similarity, memo)
             one_pass = self.one_pass(similarity, num_layers)
             if isinstance(problem.target, Floor):
-                with tqdm(total=one_pass.length, desc=f"{self.name} search", unit="window", disable=None) as progress:
+                with ProgressBar(total=one_pass.length, desc=f"{self.name} search", unit="window") as progress:
                     chosen = Search(problem.target.similarity, progress)
                     one_pass(chosen, None)
                 searches, exact = [chosen], True
@@ -167,7 +166,7 @@ def find_threshold(
     """
     searches: dict[int, Search] = {}
     count = 100 if exhaustive else 7 + refine
-    with tqdm(total=count * one_pass.length, desc="threshold search", unit="window", disable=None) as progress:
+    with ProgressBar(total=count * one_pass.length, desc="threshold search", unit="window") as progress:
 
         def reaches(hundredths: int) -> bool:
             if hundredths not in searches:

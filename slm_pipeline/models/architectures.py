@@ -46,6 +46,7 @@ class Architecture:
     head_dim_is_free: bool = True  # config.json may say how wide a head is; else it is hidden_size / number of heads
     heads_divide_hidden: bool = False  # its configuration takes only numbers of heads that divide hidden_size
     learned_positions: bool = False  # a table with max_position_embeddings rows: there is no position after the last
+    needs_bos: bool = False  # without the BOS token before a text its predictions are far off
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -63,12 +64,13 @@ class Architecture:
 
 
 _LLAMA = Architecture()
-_SANDWICH_NORMS = Architecture(
+_GEMMA_2 = Architecture(
     heads_divide_hidden=True,
     attention_norms=("input_layernorm", "post_attention_layernorm"),
     mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
     gain_offset=1.0,
     output_norms=True,
+    needs_bos=True,
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -77,9 +79,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "phi3": replace(_LLAMA, attention_inputs=("self_attn.qkv_proj",), mlp_inputs=("mlp.gate_up_proj",)),
-    "gemma": replace(_LLAMA, gain_offset=1.0),
-    "gemma2": _SANDWICH_NORMS,
-    "gemma3_text": _SANDWICH_NORMS,
+    "gemma": replace(_LLAMA, gain_offset=1.0, needs_bos=True),
+    "gemma2": _GEMMA_2,
+    "gemma3_text": _GEMMA_2,
     "olmo2": Architecture(
         attention_norms=("post_attention_layernorm",),
         mlp_norms=("post_feedforward_layernorm",),

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 from transformers.utils import find_adapter_config_file
+from transformers.utils import logging as transformers_logging
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.models import fault_words
+from slm_pipeline.show.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +35,10 @@ def load_checked(model_class: Any, place: Path | str, **options: Any) -> Any:
     transformers_log = logging.getLogger("transformers.modeling_utils")
     transformers_log.addFilter(_is_no_load_report)  # said below, in a line
     try:
-        model, found = model_class.from_pretrained(
-            place, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        with _our_bars():
+            model, found = model_class.from_pretrained(
+                place, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
     finally:
         transformers_log.removeFilter(_is_no_load_report)
     problems = [fault_words.lacking(sorted(found["missing_keys"]))] if found["missing_keys"] else []
@@ -50,6 +56,18 @@ def load_checked(model_class: Any, place: Path | str, **options: Any) -> Any:
 def _is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite: least and greatest are NaN if any is; some 20 GB/s on a processor."""
     return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.detach().aminmax())
+
+
+@contextmanager
+def _our_bars() -> Iterator[None]:
+    """A bar of ours in the place of transformers', which leaves each one on the terminal."""
+    module: Any = transformers_logging
+    theirs = module.tqdm_lib
+    module.tqdm_lib = SimpleNamespace(tqdm=ProgressBar)
+    try:
+        yield
+    finally:
+        module.tqdm_lib = theirs
 
 
 def _is_no_load_report(record: logging.LogRecord) -> bool:

@@ -54,6 +54,19 @@ class ModelSource:
     def architecture(self) -> Architecture:
         return architectures.find({"model_type": self.model_type})
 
+    def puts_bos(self, asked: bool | None) -> bool:
+        """Whether the BOS token stands before a text: as asked, else where the model needs it and has one."""
+        if asked is not None:
+            return asked
+        return self.architecture.needs_bos and (self.special_tokens is None or "bos" in self.special_tokens)
+
+    def lacks_bos(self, asked: bool | None, option: str) -> list[str]:
+        """A warning if ``option`` keeps from the model the BOS token that it needs."""
+        if not self.architecture.needs_bos or self.puts_bos(asked):
+            return []
+        why = f"{option}=false" if asked is False else f"the tokenizer of {self.name} has no BOS token"
+        return [f"{why}: a {self.model_type} model predicts a text without BOS far worse; {option}=null puts it there"]
+
 
 def describe(config: ModelConfig) -> ModelSource:
     """Check a model's options and find its fingerprint and depth, without loading weights.

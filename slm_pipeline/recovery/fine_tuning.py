@@ -62,7 +62,7 @@ class FineTuning(Recovery):
     early_stopping: Count | None = None  # validations in a row without a better loss that end the training
     batch_size: BatchSize = 64  # examples per optimizer step
     micro_batch_size: BatchSize = 4  # examples at a time in each process
-    warmup_steps: CountOrZero = 100
+    warmup_steps: CountOrZero = 100  # see `warmup`
     cutoff_len: Tokens = 256
     packing: bool = False  # several examples in a row, none sees another; a packed row then counts as one example
     completion_only: bool = True  # loss on outputs and on the assistant's turns only; else on prompts too
@@ -89,10 +89,6 @@ class FineTuning(Recovery):
             raise UserError(
                 f"recovery.final_learning_rate={self.final_learning_rate} needs recovery.schedule=cosine,"
                 f" not {self.schedule}"
-            )
-        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
-            raise UserError(
-                f"recovery.warmup_steps={self.warmup_steps} is not below recovery.max_steps={self.max_steps}"
             )
         if self.batch_size % self.micro_batch_size:
             raise UserError(
@@ -202,6 +198,10 @@ class FineTuning(Recovery):
             tokens_per_epoch = sum(len(row["input_ids"]) for row in train)
             limits.append(max(1, round(self.budget_tokens * steps_per_epoch / tokens_per_epoch)))
         return min(limits)
+
+    def warmup(self, num_steps: int) -> int:
+        """Steps until the learning rate is whole: ``warmup_steps``; of a training with no more than these, a tenth."""
+        return self.warmup_steps if self.warmup_steps < num_steps else num_steps // 10
 
     def train_modules(self, problem: RecoveryProblem, modules: Iterable[nn.Module]) -> RecoveryResult:
         """Train these parts of the pruned model, and nothing else, on the language-model loss."""

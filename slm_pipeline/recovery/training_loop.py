@@ -107,10 +107,10 @@ def _train(
             return checkpoint, progress
     begin, end = (round(share * options.num_steps(train)) for share in (phase.begin, phase.end))
     num_steps = max(1, end - begin)
-    if options.warmup_steps >= num_steps:
+    if (warmup := options.warmup(num_steps)) != options.warmup_steps:
         logger.warning(
-            "recovery.warmup_steps=%d is not below the %d steps of training: the learning rate never reaches %g",
-            options.warmup_steps, num_steps, options.learning_rate,
+            "recovery.warmup_steps=%d is cut to %d: the training has %d steps",
+            options.warmup_steps, warmup, num_steps,
         )  # fmt: skip
     use_cache = model.config.use_cache  # the Trainer turns it off, for good
     arguments = training_arguments(options, folder, num_steps, problem.seed, use_cpu=model.device.type == "cpu")

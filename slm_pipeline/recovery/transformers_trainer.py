@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
 
 from slm_pipeline.data.batches import blank, num_tokens
@@ -21,6 +19,7 @@ from slm_pipeline.recovery import collective, sharding
 from slm_pipeline.recovery.checkpoints import load_trained, save_trained
 from slm_pipeline.recovery.fine_tuning import FineTuning
 from slm_pipeline.recovery.watch import Watch
+from slm_pipeline.show.progress import ProgressBar
 
 SCHEDULER = "scheduler.pt"
 _SCHEDULES = {"linear": "linear", "cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}
@@ -35,7 +34,7 @@ def training_arguments(
         output_dir=str(folder.absolute()),
         max_steps=num_steps,
         learning_rate=options.learning_rate,
-        warmup_steps=options.warmup_steps,
+        warmup_steps=options.warmup(num_steps),
         lr_scheduler_type=_SCHEDULES[options.schedule],
         lr_scheduler_kwargs=floor,
         weight_decay=options.weight_decay,
@@ -59,7 +58,7 @@ def training_arguments(
         logging_nan_inf_filter=False,  # it would hide what Watch stops at
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=True,  # Watch has a bar of ours
         report_to="none",
     )
     if not use_cpu:
@@ -157,7 +156,7 @@ class RecoveryTrainer(Trainer):
         rows: Any = self.eval_dataset
         batches = DataLoader(rows, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
         total, num_labels = 0.0, 0
-        for batch in tqdm(batches, desc="validation", disable=True if collective.rank() else None, leave=False):
+        for batch in ProgressBar(batches, desc="validation", disable=collective.rank() > 0, leave=False):
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.model(**batch)["loss"]

@@ -21,6 +21,7 @@ from slm_pipeline.recovery.checkpoints import Progress, mark_complete
 from slm_pipeline.recovery.fine_tuning import FineTuning
 from slm_pipeline.recovery.loss_module import LossModule
 from slm_pipeline.recovery.phase import Phase
+from slm_pipeline.show.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,13 @@ class Watch(TrainerCallback):
         self.start = time.monotonic() - self.progress.seconds
         self.first_step = state.global_step
         self.first_second = self.progress.seconds
+        self.bar = ProgressBar(
+            desc="training",
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            disable=collective.rank() > 0,
+        )
         for row in state.log_history:  # of an earlier attempt: this one's curve begins where that one's did
             self._pass_on(row, int(row["step"]))
 
@@ -90,7 +98,11 @@ class Watch(TrainerCallback):
         self.progress.num_tokens += int(num_tokens)
         self.progress.num_label_tokens += int(num_labels)
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar.close()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar.update()
         self.progress.seconds = collective.of_first(time.monotonic() - self.start, args.device)
         if self.progress.seconds >= self.max_seconds:
             logger.info(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from slm_pipeline.report import winners
 from slm_pipeline.report.study import Study
 from slm_pipeline.show.tables import Lines, Table, code, csv_text, latex_escaped, markdown_escaped, wrapped
+
+MOST_RUNS = 40  # that a terminal shows one by one
 
 
 def markdown(study: Study) -> str:
@@ -15,7 +19,10 @@ def markdown(study: Study) -> str:
     columns = study.shown_columns()
     shared = [f"All jobs: {code(' '.join(study.shared()))}\n"] if study.shared() else []
     remarks = (f"{markdown_escaped(line)}\n" for line in study.remarks())
-    parts = [title, *shared, *remarks, study.table(columns).markdown()]
+    parts = [title, *shared, *remarks]
+    if best := winners.table(study):
+        parts += [f"## {markdown_escaped(winners.title(study))}\n", best.markdown(), "## Runs\n"]
+    parts.append(study.table(columns).markdown())
     if averages := study.averages(study.shown_columns(costs=False)):
         parts += [f"## {markdown_escaped(study.averages_title())}\n", averages.markdown()]
     if measured := study.measured():
@@ -28,8 +35,14 @@ def text(study: Study) -> str:
     columns = study.shown_columns()
     title = [study.question] if study.question else []
     shared = [f"All jobs: {' '.join(study.shared())}"] if study.shared() else []
-    remarks = [*shared, *(line.replace("; the best is bold", "") for line in study.remarks())]
-    parts = ["".join(wrapped(line, "") for line in (*title, study.counts(), *remarks)), study.table(columns).text()]
+    remarks = [*shared, *(line for line in study.remarks() if not line.startswith("Bold"))]
+    parts = ["".join(wrapped(line, "") for line in (*title, study.counts(), *remarks))]
+    if best := winners.table(study):
+        parts.append(f"{winners.title(study)}\n{best.text()}")
+    runs = study.table(columns)
+    left = len(runs.rows) - MOST_RUNS
+    more = f"  and {left} more, in summary.md and report.html\n" if left > 0 else ""
+    parts.append(("Runs\n" if best else "") + replace(runs, rows=runs.rows[:MOST_RUNS]).text() + more)
     if averages := study.averages(study.shown_columns(costs=False)):
         parts.append(f"{study.averages_title()}\n{averages.text()}")
     if measured := study.measured():

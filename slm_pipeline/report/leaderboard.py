@@ -1,38 +1,43 @@
-"""Who is best at each size: the last model of every run, whatever made it, beside those that are as large."""
+"""Who is best at each size: the last model of every run, whatever made it, beside those that are as large.
+
+`slm_pipeline.report.winners` compares runs by the study's metric, in a study of one question. Here many studies meet, of
+several models, recovered and not: each dense model and way of measuring has a board of its own.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from slm_pipeline.config import TARGETS
-from slm_pipeline.report.study import Study, mean_and_deviation, text_of
+from slm_pipeline.report.runs import text_of
+from slm_pipeline.report.study import Study
+from slm_pipeline.report.winners import Choice, choice_of, winners
 from slm_pipeline.results.number import Number, parted
 from slm_pipeline.results.of_run import parameters_at_work
+from slm_pipeline.results.settings import settings
 
 STEP = 5  # percent of the dense model's parameters: runs whose share rounds to the same multiple are of one size
 PLACES = 3  # shown of each size
-_SURE = 1.96  # standard errors: 95 % of a normal distribution
 
 
 @dataclass(frozen=True)
 class Place:
-    """Runs that differ in seeds alone.
+    """Runs that differ in seeds alone; ``ties``: noise does not tell them from the best of their size."""
 
-    Attributes:
-        runs: their indices in the study.
-        number: the mean; its error is the standard deviation over the runs, of one run that of its number.
-        removed: percent of the dense model's parameters that do no work any more, mean over the runs.
-        ties: whether it differs from the best of its size by less than what is sure at 95 %.
-    """
+    choice: Choice
+    ties: bool
 
-    runs: Sequence[int]
-    number: Number
-    removed: float
-    ties: bool = False
+
+@dataclass(frozen=True)
+class Size:
+    """The runs that lost about so many percent of the parameters, best first; ``on_front``: no smaller is as good."""
+
+    removed: int
+    places: list[Place]
+    on_front: bool
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,13 @@ class Board:
         model: the dense model.
         quantity: what they are compared by.
         how: how it was measured, in words; empty if unknown.
-        sizes: percent removed, a multiple of `STEP` -> the best runs, best first; the smallest cut first.
+        sizes: the smallest cut first.
     """
 
     model: str
     quantity: str
     how: str
-    sizes: dict[int, list[Place]]
+    sizes: list[Size]
 
 
 def outcome(study: Study, run: int) -> Number | None:
@@ -57,75 +62,64 @@ def outcome(study: Study, run: int) -> Number | None:
     found = study.numbers[run]
     if study.metric is None or study.metric in found:
         return found.get(study.metric or "")
-    target, quantity = parted(study.metric)
+    target, quantity = parted(_plain(study.metric))
     names = [f"{other}/{quantity}" for other in reversed(TARGETS) if target and other != "dense"]
-    return next((found[name] for name in names if name in found), None)
+    return next((number for name in names for key, number in found.items() if _plain(key) == name), None)
 
 
 def leaderboards(study: Study) -> list[Board]:
-    """A board for each dense model and way of measuring, that of most runs first; none without a metric of a model."""
-    target, quantity = parted(study.metric or "")
+    """A board for each dense model and way of measuring, that of most choices first; none without a model's metric."""
+    target, quantity = parted(_plain(study.metric or ""))
     if not target or target == "dense":
         return []
-    boards: dict[tuple[str, str], dict[int, list[Place]]] = {}
-    hows: dict[tuple[str, str], str] = {}
-    for key, place in _places(study):
-        hows[key] = str(place.number.measured.get("how", ""))
-        boards.setdefault(key, {}).setdefault(STEP * round(place.removed / STEP), []).append(place)
-    found = [
-        Board(model, quantity, hows[model, how], {size: _ranked(sizes[size]) for size in sorted(sizes)})
-        for (model, how), sizes in boards.items()
-    ]
-    return sorted(found, key=lambda board: -sum(len(place.runs) for size in board.sizes.values() for place in size))
+    boards: dict[tuple[str, str], list[Choice]] = {}
+    for key, choice in _choices(study):
+        boards.setdefault(key, []).append(choice)
+    found = []
+    for (model, _), choices in sorted(boards.items(), key=lambda item: -len(item[1])):
+        how = str(next((study.numbers[c.runs[0]][c.metric.key].measured.get("how", "") for c in choices), ""))
+        found.append(Board(model, quantity, how, _sizes(choices, bool(choices[0].metric.higher_is_better))))
+    return found
 
 
-def label(study: Study, place: Place) -> str:
+def label(study: Study, choice: Choice) -> str:
     """What its runs were told, as far as runs differ in that; a single job's folder where they differ in nothing."""
-    run = study.runs[place.runs[0]]
-    told = [
-        name for name in study.varied if name not in ("name", "model") and run.option(name) not in (None, "", "none")
-    ]
+    run = study.runs[choice.runs[0]]
+    told = [name for name in study.varied if name not in ("name", "model")]
+    told = [name for name in told if run.option(name) not in (None, "", "none")]
     words = [text_of(run.option(name)) if "." not in name else f"{name}={text_of(run.option(name))}" for name in told]
     return ", ".join(words) or f"job {run.job}"
 
 
-def _places(study: Study) -> Iterator[tuple[tuple[str, str], Place]]:
-    """Each with the dense model, and how its number was measured, as JSON."""
-    for members in study.groups(study.varied).values():
-        alike: dict[tuple[str, str, str], list[tuple[int, Number]]] = {}
+def _plain(key: str) -> str:
+    """A key without the settings that tell it from others of its name."""
+    return key.partition("[")[0]
+
+
+def _choices(study: Study) -> Iterator[tuple[tuple[str, str], Choice]]:
+    """Each with the dense model and, as JSON, how its number was measured; its size is the percent left, in steps."""
+    for values, members in study.groups(study.varied).items():
+        alike: dict[tuple[str, str, str], list[tuple[int, Number, float | None]]] = {}
         for i in members:
             number, summary = outcome(study, i), study.runs[i].summary or {}
-            if number is None or not summary.get("parameters") or not (study.newest[i] and study.within_budget[i]):
-                continue
-            measured = json.dumps(dict(number.measured), sort_keys=True, default=str)
-            alike.setdefault((str(summary.get("model", "")), measured, number.target), []).append((i, number))
-        for (model, measured, _), found in alike.items():
-            runs, numbers = [i for i, _ in found], [number for _, number in found]
-            mean, deviation = mean_and_deviation([number.value for number in numbers])
-            number = replace(numbers[0], value=mean, stderr=deviation if len(numbers) > 1 else numbers[0].stderr)
-            yield (model, measured), Place(runs, number, statistics.fmean(_removed(study, i) for i in runs))
+            counts = study.newest[i] and study.within_budget[i] and "parameters" in summary
+            if number is not None and counts and math.isfinite(number.value):
+                left = 100 * parameters_at_work(summary) / summary["parameters"]["dense"]
+                way = json.dumps(settings(number), sort_keys=True, default=str)
+                alike.setdefault((str(summary.get("model", "")), way, number.target), []).append((i, number, left))
+        for (model, way, _), found in alike.items():
+            choice = choice_of(values, found)
+            yield (model, way), replace(choice, size=float(STEP * round((choice.size or 0.0) / STEP)))
 
 
-def _removed(study: Study, run: int) -> float:
-    summary = study.runs[run].summary or {}
-    return 100 * (1 - parameters_at_work(summary) / summary["parameters"]["dense"])
-
-
-def _ranked(places: Sequence[Place]) -> list[Place]:
-    sign = -1 if places[0].number.higher_is_better else 1
-    ordered = sorted(places, key=lambda place: sign * place.number.value)
-    best = ordered[0]
-    return [best, *(replace(place, ties=_alike(best, place)) for place in ordered[1:])]
-
-
-def _alike(one: Place, other: Place) -> bool:
-    if one.number.value == other.number.value:
-        return True
-    errors = [_error_of_mean(place) for place in (one, other)]
-    if any(error is None for error in errors):
-        return False
-    return abs(one.number.value - other.number.value) <= _SURE * math.hypot(*(error or 0.0 for error in errors))
-
-
-def _error_of_mean(place: Place) -> float | None:
-    return None if place.number.stderr is None else place.number.stderr / math.sqrt(len(place.runs))
+def _sizes(choices: list[Choice], higher_is_better: bool) -> list[Size]:
+    sign = -1 if higher_is_better else 1
+    sizes = []
+    for winner in winners(choices, higher_is_better=higher_is_better):
+        same = [choice for choice in choices if choice.size == winner.best.size]
+        tied = {choice.runs for choice in winner.tied}
+        places = [
+            Place(choice, choice.runs in tied) for choice in sorted(same, key=lambda one: sign * one.metric.value)
+        ]
+        sizes.append(Size(round(100 - (winner.best.size or 0.0)), places, winner.on_front))
+    return sizes

@@ -20,8 +20,8 @@ from slm_pipeline.report import damage
 from slm_pipeline.report.analyses import Analysis
 from slm_pipeline.report.leaderboard import PLACES, STEP, Board, label, leaderboards, outcome
 from slm_pipeline.report.plots import Picture
-from slm_pipeline.report.runs import Run
-from slm_pipeline.report.study import Study, text_of
+from slm_pipeline.report.runs import Run, text_of
+from slm_pipeline.report.study import Study
 from slm_pipeline.results.measurement import small_limit
 from slm_pipeline.results.number import Number, parted
 from slm_pipeline.results.of_run import parameters_at_work
@@ -96,7 +96,7 @@ def html(study: Study, pictures: Sequence[Picture], analyses: Sequence[Analysis]
         title=study.question or study.name,
         counts=study.counts(),
         cautions=[_sign(line) for line in small_limit(run.summary for run in study.runs if run.summary)],
-        facts=[] if sum(len(board.sizes) for board in boards) > 1 else _facts(study),
+        facts=_facts(study),
         boards=[_board(study, board, several=len(boards) > 1) for board in boards if _tells(board)],
         columns=columns,
         groups=_groups(columns),
@@ -159,18 +159,21 @@ def _day(seconds: float) -> str:
 
 
 def _facts(study: Study) -> list[tuple[str, str, str]]:
-    """The best run in large print."""
-    if not study.best_runs or study.metric is None:
+    """The best run in large print, unless sizes differ: then there is none."""
+    if len(study.winners) != 1 or study.metric is None:
         return []
-    best = min(study.best_runs)
-    run, metric = study.runs[best], study.numbers[best][study.metric]
+    winner = study.winners[0]
+    best = winner.best.runs[0]
+    run, metric = study.runs[best], winner.best.metric
     dense = study.dense.get(f"dense/{metric.quantity}")
     direction = "highest" if metric.higher_is_better else "lowest"
     facts = []
     if len(study.runs) > 1:
         told = [name for name in study.varied if run.option(name) not in (None, "")]
         options = ", ".join(f"{name} {text_of(run.option(name))}" for name in told[:_MOST_OPTIONS])
-        facts.append(("Best run", options or f"job {run.job}", f"job {run.job}"))
+        jobs = job_of(study, winner.best.runs)
+        tied = f"; {len(winner.tied)} more that noise does not tell from it" if winner.tied else ""
+        facts.append(("Best run", options or f"job {run.job}", f"job {jobs}{tied}"))
     compared = direction if dense is None else f"dense model {dense.shown(dense.value)}"
     facts.append((study.metric, _sign(str(metric)), compared))
     summary = run.summary or {}
@@ -187,36 +190,40 @@ def _facts(study: Study) -> list[tuple[str, str, str]]:
 
 def _tells(board: Board) -> bool:
     """Whether there is anything to choose from."""
-    return sum(len(places) for places in board.sizes.values()) > 1
+    return sum(len(size.places) for size in board.sizes) > 1
 
 
 def _board(study: Study, board: Board, *, several: bool) -> dict[str, Any]:
     title = f"Best at each size: {board.quantity}" + (f", {board.model}" if several else "")
-    kind = next(iter(board.sizes.values()))[0].number
+    kind = board.sizes[0].places[0].choice.metric
     direction = f"{kind.direction} is better" if kind.direction else ""
-    ties = any(place.ties for places in board.sizes.values() for place in places[1:PLACES])
+    ties = any(place.ties for size in board.sizes for place in size.places[:PLACES])
+    behind = any(not size.on_front for size in board.sizes)
     note = "; ".join(
         filter(None, [
-            f"of the last model of each run; sizes to the nearest {STEP}% of the parameters", direction, board.how,
-            "\N{ALMOST EQUAL TO}: the difference from the best is within noise" if ties else "",
+            f"the last model of each run, sizes to the nearest {STEP}% of the parameters", direction, board.how,
+            "\N{ALMOST EQUAL TO}: noise does not tell it from the best" if ties else "",
+            "*: a smaller one is as good" if behind else "",
         ])
     )  # fmt: skip
     heads = ["size", "", board.quantity, "run", "model", "runs"]
     numbers = (False, False, True, False, False, True)
     rows = []
-    for size, places in board.sizes.items():
-        for rank, place in enumerate(places[:PLACES], 1):
-            number = place.number
-            value, error = _parts(number)
+    for size in board.sizes:
+        for rank, place in enumerate(size.places[:PLACES], 1):
+            choice, first = place.choice, rank == 1
+            value, error = _parts(choice.metric)
+            named = f"{size.removed}% less" if size.removed else "as many"
+            bold = " best" if (first or place.ties) and size.on_front else ""
             cells = [
-                _text(f"{size}% less" if rank == 1 and size else "as many" if rank == 1 else "", "size"),
+                _text((named if size.on_front else f"{named}*") if first else "", "size"),
                 _text("\N{ALMOST EQUAL TO}" if place.ties else f"{rank}.", "quiet"),
-                _text(value, "number best" if rank == 1 else "number", error),
-                _text(label(study, place), "wide best" if rank == 1 else "wide", job_of(study, place.runs)),
-                _text(number.target, "quiet"),
-                _text(str(len(place.runs)), "number"),
+                _text(value, f"number{bold}", error),
+                _text(label(study, choice), f"wide{bold}", job_of(study, choice.runs)),
+                _text(choice.metric.target, "quiet"),
+                _text(str(len(choice.runs)), "number"),
             ]
-            rows.append({"cells": cells, "first": rank == 1})
+            rows.append({"cells": cells, "first": first})
     table = {"heads": [{"text": t, "number": n} for t, n in zip(heads, numbers, strict=True)], "rows": rows}
     return {"title": title, "note": note, "table": table}
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from slm_pipeline.results.certainty import cautions, chance, within_noise
 from slm_pipeline.results.measurement import measurement, small_limit
 from slm_pipeline.results.number import Number, change
 from slm_pipeline.results.of_run import Summary, numbers_of, parameters_at_work
 from slm_pipeline.show.numerals import count
-from slm_pipeline.show.tables import Lines, Table, code_block, in_order, markdown_escaped, wrapped
+from slm_pipeline.show.tables import MARK, Lines, Table, code_block, in_order, markdown_escaped, wrapped
 from slm_pipeline.store.files import write_text
 from slm_pipeline.surgery.changes import Changes
 from slm_pipeline.surgery.plan import format_fit, format_groups
@@ -88,35 +89,78 @@ def _sections(summary: Summary, run_dir: Path, shown: Callable[[Path], str]) -> 
     """Title and content in reading order; empty where the run has nothing to say."""
     return {
         **_result_tables(summary),
-        "How it was measured": Lines([*measurement(summary), *small_limit([summary])]),
+        "How far the scores go": Lines([*cautions(numbers_of(summary)), *small_limit([summary])]),
+        "How it was measured": Lines(measurement(summary)),
         "Layers (braces: merged into one)": Lines(_layers(summary)),
         "Repair": Lines(_repair(summary)),
         "Recovery": Lines(_recovery(summary)),
         "Stages": _stage_table(summary, shown),
-        "Warnings": Lines(summary["warnings"]),
+        "Warnings": Lines(_warnings(summary)),
         "Files": Lines(_files(summary, run_dir, shown)),
     }
 
 
 def _result_tables(summary: Summary) -> dict[str, Table]:
-    """For each measure a table, by its title: a row for each model, and below it the standard errors."""
+    """By title: one table of what counts, then one for each measure of which that leaves much out."""
     numbers = [number for number in numbers_of(summary).values() if number.target]
     tables = {}
-    for measure in in_order(str(number.measured.get("measure", "")) for number in numbers):
-        own = [number for number in numbers if number.measured.get("measure", "") == measure]
-        title, head = _heads(measure, own)
-        rows = []
-        for target in in_order(number.target for number in own):
-            of = {number.quantity: number for number in own if number.target == target}
-            rows.append([target, *(of[key].shown(of[key].value) if key in of else "" for key in head)])
-            if any(number.stderr is not None for number in of.values()):
-                rows.append(["", *(_error(of.get(key)) for key in head)])
-        tables[title] = Table(["model", *head.values()], rows)
+    whole: list[str] = []
+    for measure in in_order(_measure(number) for number in numbers):
+        own = [number for number in numbers if _measure(number) == measure]
+        if len({number.quantity for number in own if number.detail}) > 1:
+            title, heads = _heads(measure, own)
+            tables[title + _marked(own)] = _table(own, heads)
+            whole += heads
+    first = [number for number in numbers if not number.detail]
+    if any(number.quantity not in whole for number in first):
+        return {"Results" + _marked(first): _table(first, _first_heads(first)), **tables}
     return tables
 
 
-def _error(number: Number | None) -> str:
-    return "" if number is None or number.stderr is None else f"+-{number.shown_error(number.stderr)}"
+def _measure(number: Number) -> str:
+    return str(number.measured.get("measure", ""))
+
+
+def _table(numbers: Sequence[Number], heads: Mapping[str, str]) -> Table:
+    """A row for each model, and below it how sure its numbers are; above them all what guessing scores.
+
+    Args:
+        heads: quantity -> head of column.
+    """
+    levels = {number.quantity: number.shown(level) for number in numbers if (level := chance(number)) is not None}
+    rows = [["chance", *(levels.get(key, "") for key in heads)]] if levels else []
+    dense = {number.quantity: number for number in numbers if number.target == "dense"}
+    for target in in_order(number.target for number in numbers):
+        of = {number.quantity: number for number in numbers if number.target == target}
+        shown = {key: number.shown(number.value) for key, number in of.items()}
+        marks = {key: MARK for key, number in of.items() if _is_noise(number, dense.get(key))}
+        rows.append([target, *(shown.get(key, "") + marks.get(key, "") for key in heads)])
+        if any(number.spread for number in of.values()):
+            rows.append(["", *(of[key].spread if key in of else "" for key in heads)])
+    return Table(["model", *heads.values()], rows)
+
+
+def _is_noise(number: Number, dense: Number | None) -> bool:
+    return number.target != "dense" and dense is not None and bool(within_noise(number, dense))
+
+
+def _marked(numbers: Sequence[Number]) -> str:
+    """The end of the title of a table in which a mark stands."""
+    dense = {number.quantity: number for number in numbers if number.target == "dense"}
+    some = any(_is_noise(number, dense.get(number.quantity)) for number in numbers)
+    return f"; {MARK} within noise of dense" if some else ""
+
+
+def _first_heads(numbers: Sequence[Number]) -> dict[str, str]:
+    """Quantity -> head of a column that stands among those of other measures."""
+    heads = {}
+    for number in numbers:
+        measure, part = _measure(number), str(number.measured.get("part", ""))
+        parts = {str(other.measured.get("part", "")) for other in numbers if _measure(other) == measure}
+        alone = part and len(parts) == 1  # a single text needs no name
+        name = number.quantity.replace(f"{measure}/{part}", measure, 1) if alone else number.quantity
+        heads[number.quantity] = f"{name.replace('/', ' ')}\n{_in_brackets(number, short=True)}"
+    return heads
 
 
 def _heads(measure: str, numbers: Sequence[Number]) -> tuple[str, dict[str, str]]:
@@ -129,7 +173,7 @@ def _heads(measure: str, numbers: Sequence[Number]) -> tuple[str, dict[str, str]
     heads = {}
     for key, number in kinds.items():
         name = names[key].removeprefix(f"{part}/") if part else names[key]
-        heads[key] = name if same else " ".join(filter(None, [name, _in_brackets(number, short=True)]))
+        heads[key] = name if same else "\n".join(filter(None, [name, _in_brackets(number, short=True)]))
     name = " ".join(filter(None, [measure.replace("_", "-"), part]))
     about = _in_brackets(next(iter(kinds.values()))) if same else ""
     return " ".join(filter(None, [name[:1].upper() + name[1:] or "Results", about])), heads
@@ -201,6 +245,15 @@ def _stage_table(summary: Summary, shown: Callable[[Path], str]) -> Table:
             ]
         )
     return Table(["stage", "seconds", "reused", "peak GB", "path"], rows)
+
+
+def _warnings(summary: Summary) -> list[str]:
+    """Each with the stage that it is about, if it is kept with one's result."""
+    lines = []
+    for warning in summary["warnings"]:
+        about = [name for name, stage in summary["stages"].items() if warning in stage.get("warnings", [])]
+        lines.append(f"{about[0]}: {warning}" if about else warning)
+    return lines
 
 
 def _files(summary: Summary, run_dir: Path, shown: Callable[[Path], str]) -> list[str]:

@@ -188,6 +188,11 @@ def _in_numbers(path: Path) -> list[tuple[int, str]]:
     return [(int(part) if part.isdecimal() else -1, part) for part in path.parts]
 
 
+def text_of(value: Value | None) -> str:
+    """An option's value for a table."""
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _value(given: Any) -> Value:
     """A number if it reads like one, else text; lists as on the command line, null as nothing."""
     if given is None or given == "null":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +12,14 @@ from typing import Any
 from slm_pipeline.config import TARGETS
 from slm_pipeline.errors import UserError
 from slm_pipeline.report import damage
-from slm_pipeline.report.runs import STATUSES, Run, Value, read_runs
+from slm_pipeline.report.runs import STATUSES, Run, Value, read_runs, text_of
+from slm_pipeline.report.winners import Winner, winners_of
 from slm_pipeline.results.before import key_of
+from slm_pipeline.results.certainty import chance
 from slm_pipeline.results.measurement import measurement, small_limit
 from slm_pipeline.results.number import Number, parted
-from slm_pipeline.results.of_run import numbers_of
+from slm_pipeline.results.of_run import numbers_of, ratio_missed
+from slm_pipeline.results.settings import told_apart
 from slm_pipeline.show.tables import Table, in_order
 
 # Options that change no number: where things go, and what a study says of itself.
@@ -41,8 +43,11 @@ class Study:
 
     @cached_property
     def numbers(self) -> list[dict[str, Number]]:
-        """For each run its numbers by key, which are the table's columns; empty unless it is done."""
-        return [numbers_of(run.summary) if run.summary else {} for run in self.runs]
+        """For each run its numbers by key, which are the table's columns; empty unless it is done.
+
+        A key says how a number was measured where not all runs have measured it alike: see `told_apart`.
+        """
+        return _numbers(self.runs)[0]
 
     @cached_property
     def kinds(self) -> dict[str, Number]:
@@ -114,14 +119,14 @@ class Study:
         ]
 
     @cached_property
-    def competing(self) -> list[float | None]:
-        """For each run its metric, if it can be the best: within the budget if there is one."""
-        return [self.value(i, self.metric) if within else None for i, within in enumerate(self.within_budget)]
+    def winners(self) -> list[Winner]:
+        """The best choice at each size, the largest first; none without a metric."""
+        return winners_of(self)
 
     @cached_property
     def best_runs(self) -> frozenset[int]:
-        """The runs with the best metric: none, one, or several that are equal."""
-        return self._best(self.competing)
+        """The runs of the best choices, and of those tied with them, at each size where no smaller one is as good."""
+        return frozenset(run for winner in self.winners if winner.on_front for run in winner.runs)
 
     def counts(self) -> str:
         """``ratio: 4 jobs, 2 done, 1 FAILED``."""
@@ -143,7 +148,16 @@ class Study:
             lines.append("Dense model: " + ", ".join(f"{n.quantity} {n.shown(n.value)}" for n in dense))
         if self.metric is not None and len(self.runs) > 1:
             direction = self.kinds[self.metric].direction or "lower"
-            lines.append(f"Metric: {self.metric}, {direction} is better; the best is bold")
+            levels = [level for found in self.numbers if (level := chance(found.get(self.metric))) is not None]
+            guessing = f", guessing scores {self.kinds[self.metric].shown(levels[0])}" if levels else ""
+            lines.append(f"Metric: {self.metric}, {direction} is better{guessing}")
+            tied = ", and what noise does not tell from it" if any(winner.tied for winner in self.winners) else ""
+            lines.append(f"Bold: the best{' of each size' if len(self.winners) > 1 else ''}{tied}")
+        missed: dict[str, list[str]] = {}
+        for run in self.runs:
+            if line := ratio_missed(run.summary or {}):
+                missed.setdefault(line, []).append(run.job)
+        lines += [f"{_jobs(jobs)}: {line}" for line, jobs in missed.items()]
         if not all(self.within_budget):
             done = [within for within, found in zip(self.within_budget, self.numbers, strict=True) if found]
             best = ", and one of them is the best" if any(done) else ""
@@ -211,9 +225,7 @@ class Study:
                 row.append(_shown_mean(numbers) if numbers else "")
             rows.append(row)
         head = [*self.varied, "runs done"]
-        means = [mean(self.competing[i] for i in groups[values]) for values in order]
-        competing = [all(self.within_budget[i] for i in groups[values]) for values in order]
-        best = self._best([value if may else None for value, may in zip(means, competing, strict=True)])
+        best = frozenset(i for i, values in enumerate(order) if self.best_runs.intersection(groups[values]))
         return Table([*head, *columns], rows, self._bold(columns, len(head), best, len(rows)))
 
     def averages_title(self) -> str:
@@ -221,14 +233,6 @@ class Study:
         left_out = self.newest.count(False)
         title = f"Averaged over {' and '.join(self.repeated)}: mean +- standard deviation of the runs that are done"
         return f"{title}; {left_out} other runs of the same jobs left out" if left_out else title
-
-    def _best(self, values: Sequence[float | None]) -> frozenset[int]:
-        """Where the best of the metric's values stand."""
-        known = [value for value in values if value is not None and math.isfinite(value)]
-        if not known or self.metric is None:
-            return frozenset()
-        best = max(known) if self.is_higher_better(self.metric) else min(known)
-        return frozenset(i for i, value in enumerate(values) if value == best)
 
     def _bold(
         self, columns: Sequence[str], offset: int, best: frozenset[int], num_rows: int
@@ -269,13 +273,24 @@ def read_study(
     runs = read_runs(*directories)
     options = _differing(runs)
     declared = _declared(runs)
-    kinds = {name: number for run in runs if run.summary for name, number in numbers_of(run.summary).items()}
+    numbers, before = _numbers(runs)
+    kinds = {name: number for of_run in numbers for name, number in of_run.items()}
     found = list(kinds)
     notes: list[str] = []
+
+    def of_most(name: str) -> str:
+        """Of a key that was measured in several ways, the one of most runs."""
+        ways = [way for way, key in before.items() if key == before.get(name, name)]
+        if not ways:
+            return name
+        chosen = max(ways, key=lambda way: sum(way in of_run for of_run in numbers))
+        notes.append(f"{before[chosen]} was measured in {len(ways)} ways, which do not compare: {', '.join(ways)}")
+        return chosen
 
     def column(key: str, given: str | None, or_option: bool = False) -> str | None:
         wanted = given or declared.get(key)
         wanted = wanted if wanted is None or wanted in found else key_of(wanted)
+        wanted = of_most(str(wanted)) if wanted in before.values() else wanted
         if wanted is None or not found and not given:
             return None
         if wanted in found or (or_option and any(run.option(wanted) is not None for run in runs)):
@@ -299,18 +314,21 @@ def read_study(
         notes.append(message)
         series = [name for name in series if name not in unknown]
     chosen_sort = column("sort_by", sort_by, or_option=True)
+    chosen_metric = column("metric", metric)
+    if chosen_metric is None and (default := usual_metric(found)) is not None:
+        chosen_metric = of_most(default)
     names = in_order(str(run.config["name"]) for run in runs if run.config.get("name"))
     return Study(
         name=", ".join(names) or ", ".join(directory.resolve().name for directory in directories),
         question=declared.get("question"),
-        runs=_sorted(runs, chosen_sort, kinds),
+        runs=_sorted(runs, chosen_sort, numbers),
         options=options,
-        metric=column("metric", metric) or usual_metric(found),
+        metric=chosen_metric,
         x=column("x", x, or_option=True) or usual_size(runs),
         series=series,
         sort_by=chosen_sort,
         chosen=columns,
-        notes=notes,
+        notes=in_order(notes),
     )
 
 
@@ -344,19 +362,24 @@ def _group(override: str) -> str:
     return override.lstrip("+~").partition("=")[0].partition(".")[0]
 
 
-def _sorted(runs: list[Run], sort_by: str | None, kinds: Mapping[str, Number]) -> list[Run]:
+def _numbers(runs: Sequence[Run]) -> tuple[list[dict[str, Number]], dict[str, str]]:
+    return told_apart([numbers_of(run.summary) if run.summary else {} for run in runs])
+
+
+def _sorted(runs: list[Run], sort_by: str | None, numbers: Sequence[Mapping[str, Number]]) -> list[Run]:
     if sort_by is None:
         return runs
-    sign = -1 if sort_by in kinds and kinds[sort_by].higher_is_better else 1
+    known = [of_run[sort_by] for of_run in numbers if sort_by in of_run]
+    sign = -1 if known and known[0].higher_is_better else 1
 
-    def key(run: Run) -> tuple[Any, ...]:
-        if sort_by in kinds:
-            number = numbers_of(run.summary).get(sort_by) if run.summary else None
+    def key(i: int) -> tuple[Any, ...]:
+        if known:
+            number = numbers[i].get(sort_by)
             return (number is None, 0 if number is None else sign * number.value)
-        option = run.option(sort_by)
+        option = runs[i].option(sort_by)
         return (option is None, isinstance(option, str), option or 0)
 
-    return sorted(runs, key=key)
+    return [runs[i] for i in sorted(range(len(runs)), key=key)]
 
 
 def usual_metric(columns: Sequence[str], *, score: bool = False) -> str | None:
@@ -387,12 +410,7 @@ def mean_and_deviation(numbers: Sequence[float]) -> tuple[float, float | None]:
 def _shown_mean(numbers: Sequence[Number]) -> str:
     mean, deviation = mean_and_deviation([number.value for number in numbers])
     shown = None if numbers[0].is_count and not deviation else deviation
-    return str(replace(numbers[0], value=mean, stderr=shown))
-
-
-def text_of(value: Value | None) -> str:
-    """An option's value for a table."""
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return str(replace(numbers[0], value=mean, stderr=shown, measured={}))  # no interval of one sample
 
 
 def _jobs(jobs: Sequence[str]) -> str:

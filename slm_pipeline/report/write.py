@@ -28,6 +28,7 @@ class Written:
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]  # for each run its values, None where there is none
     files: Sequence[Path]  # the pictures too
+    text: str  # for the terminal
 
     @property
     def pictures(self) -> list[Path]:
@@ -89,7 +90,7 @@ def write_report(
         pictures = [*plots.draw(study, out / "plots"), *per_run.draw(study, out / "plots")]
         files.append(_write(out / "report.html", page.html(study, pictures, analyses)))
         files += [path for picture in pictures for path in picture.files]
-    return Written(columns, rows, files)
+    return Written(columns, rows, files, documents.text(study))
 
 
 def _write(file: Path, text: str) -> Path:

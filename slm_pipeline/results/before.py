@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ _COLUMNS = {"layers": "num_layers", "plan seconds": "plan_seconds", "tokens": "r
 _COLUMNS |= {"recovery seconds": "recovery/seconds", "recovery GB": "recovery/peak_memory_gb"}
 _OF_EFFICIENCY = {"tokens per second": "tokens_per_second", "latency seconds": "latency_seconds"}
 _OF_EFFICIENCY |= {"weights GB": "weights_gb", "peak GB": "peak_memory_gb"}
+
+_OF_PERPLEXITY = ("split", "sha256", "window", "stride", "bos", "max_tokens", "num_tokens", "batch_size")
+_OF_TASKS = ("metric", "num_examples", "limit", "batch_size", "lm_eval_version", "task_version")
 
 
 def key_of(column: str) -> str:
@@ -42,7 +45,12 @@ def measured(summary: Mapping[str, Any]) -> list[Number]:
         perplexities = metrics.get("perplexity", {})
         for corpus, label in _labels(perplexities).items():
             said = perplexities[corpus]
-            about = {"measure": "perplexity", "part": corpus, "how": _perplexity(said)}
+            about: dict[str, Any] = {
+                "measure": "perplexity",
+                "part": corpus,
+                "how": _perplexity(said),
+                **_known(said, _OF_PERPLEXITY),
+            }
             number = Number(label, said["perplexity"], "perplexity", None, False, about)
             found.append(number.below(target, "perplexity"))
         found += _efficiency(target, summary.get("efficiency", {}).get(target, {}))
@@ -51,8 +59,10 @@ def measured(summary: Mapping[str, Any]) -> list[Number]:
             errors["average"] = math.sqrt(sum(error**2 for error in errors.values())) / len(errors)
         for task, score in metrics.get("zero_shot", {}).items():
             about = {"measure": "zero_shot", "part": task}
+            if task == "average":
+                about = {"measure": "zero_shot", "tasks": [one for one in metrics["zero_shot"] if one != task]}
             if task in details:
-                about |= {"how": _zero_shot(details[task]), **details[task]}
+                about |= {"how": _zero_shot(details[task]), **_known(details[task], _OF_TASKS)}
             number = Number(task, score, PERCENT, errors.get(task), True, about, detail=task != "average")
             found.append(number.below(target))
     return found
@@ -77,6 +87,10 @@ def _labels(corpora: Iterable[str]) -> dict[str, str]:
     names = {corpus: Path(corpus).name for corpus in corpora}
     counts = Counter(names.values())
     return {corpus: name if counts[name] == 1 else corpus for corpus, name in names.items()}
+
+
+def _known(said: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: said[name] for name in names if name in said}
 
 
 def _zero_shot(said: Mapping[str, Any]) -> str:

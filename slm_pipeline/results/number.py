@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,7 @@ from slm_pipeline.config import TARGETS
 from slm_pipeline.show.numerals import count
 
 PERCENT = "%"
+FEW = 5  # so few right or wrong answers that a standard error misleads: 0 of 20 is no proof of 0
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,26 @@ class Number:
         names = ("value", "unit", "stderr", "higher_is_better", "measured", "detail", "cost")
         return cls(key, **{name: said[name] for name in names if name in said})
 
+    @property
+    def sample(self) -> int | None:
+        """Of how many examples it is the share in percent; None if it is no such share."""
+        examples = self.measured.get("num_examples")
+        return int(examples) if self.is_score and isinstance(examples, int) and 0 <= self.value <= 100 else None
+
     def __str__(self) -> str:
         """As people read it, with its error if there is one."""
         text = self.shown(self.value)
-        return text if self.stderr is None else f"{text} +-{self.shown_error(self.stderr)}"
+        return f"{text} {self.spread}" if self.spread else text
+
+    @property
+    def spread(self) -> str:
+        """``+-1.2``, one standard error; near 0 and 100 % Wilson's interval instead, ``0.0-4.8``; empty if unknown."""
+        if self.stderr is None:
+            return ""
+        if self.sample is not None and min(self.value, 100 - self.value) * self.sample / 100 < FEW:
+            low, high = wilson(self.value, self.sample, 1.0)
+            return f"({self.shown(low)}-{self.shown(high)})"
+        return f"+-{self.shown_error(self.stderr)}"
 
     def shown(self, value: float) -> str:
         """A value of this kind as people read it."""
@@ -101,6 +119,20 @@ class Number:
 
 
 _COUNTED = ("layers", "parameters", "tokens")
+
+
+def wilson(percent: float, examples: int, errors: float) -> tuple[float, float]:
+    """Wilson's score interval of a share, in percent (J. Am. Stat. Assoc. 22, 1927).
+
+    Args:
+        percent: the share, in 0..100.
+        examples: of how many.
+        errors: standard errors to either side: 1 for 68 %, 1.96 for 95 %.
+    """
+    share, squared = percent / 100, errors**2
+    centre = (share + squared / (2 * examples)) / (1 + squared / examples)
+    half = errors / (1 + squared / examples) * math.sqrt(share * (1 - share) / examples + squared / (4 * examples**2))
+    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
 
 
 def change(counts: Mapping[str, int]) -> str:

@@ -67,3 +67,18 @@ def zeroed_parameters(summary: Summary) -> int:
 def parameters_at_work(summary: Summary) -> int:
     """Parameters of the pruned model: what ratios, columns and axes count, whatever else the checkpoint holds."""
     return int(summary["parameters"]["pruned"]) - zeroed_parameters(summary)
+
+
+def ratio_missed(summary: Summary) -> str | None:
+    """What was asked and what came of it, where the two are further apart than rounding to whole layers takes them."""
+    ratio, layers = summary.get("pruning_ratio") or {}, summary.get("num_layers")
+    asked, of = ratio.get("asked"), ratio.get("of")
+    if layers is None or not isinstance(asked, float) or of not in ("layers", "parameters"):
+        return None
+    got = ratio[f"got_{of}"]
+    if of == "layers" and layers["pruned"] == layers["dense"]:  # width: as many parameters as these layers have
+        return None
+    rounding = 0.5 / layers["dense"] if of == "layers" else 0.01
+    if abs(got - asked) <= rounding + 1e-4:
+        return None
+    return f"asked {100 * asked:.4g}% of the {of}, got {100 * got:.4g}%"

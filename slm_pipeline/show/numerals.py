@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 
+def duration(seconds: float) -> str:
+    """A stretch of time, as people say it: 40 s, 12 min, 3.5 h, 2.1 days."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
 def count(number: int) -> str:
     """A number of parameters or tokens: 6.74B, 134.5M, or in full below a million."""
     if number >= 1e9:

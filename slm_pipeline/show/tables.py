@@ -13,11 +13,14 @@ from typing import Any
 from slm_pipeline.errors import printable
 
 WIDTH = 100  # columns of the text for the terminal
+MARK = "~"  # may stand behind a number: of two that may be the same
+_NUMBER = re.compile(r"[-+0-9]|\([0-9]")  # how one begins, or an interval
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. A column of numbers is set flush right.
+    """Cells as text. A column of numbers is set flush right. A head may have several lines, which only a terminal shows
+    one below the other.
 
     ``bold`` holds the (row, column) of the cells to be marked in Markdown and LaTeX.
     """
@@ -41,7 +44,14 @@ class Table:
 
     def text(self) -> str:
         """Aligned columns; those that do not fit in `WIDTH` follow below, the first column repeated."""
-        cells = [[printable(cell) for cell in row] for row in (self.columns, *self.rows)]
+        heads = [column.split("\n") for column in self.columns]
+        depth = max(map(len, heads))
+        above = [[*([""] * (depth - len(head))), *head] for head in heads]
+        cells = [[printable(cell) for cell in row] for row in (*zip(*above, strict=True), *self.rows)]
+        for column in range(len(self.columns)):  # digits stand below one another, marks hang over
+            if any(row[column].endswith(MARK) for row in cells):
+                for row in cells:
+                    row[column] += "" if row[column].endswith(MARK) else " "
         widths, right = self._widths(cells), self._flush_right()
         blocks: list[list[int]] = [[0]]
         for column in range(1, len(widths)):
@@ -79,7 +89,7 @@ class Table:
     def _flush_right(self) -> list[bool]:
         if not self.rows:
             return [False for _ in self.columns]
-        return [all(cell[0] in "+-0123456789" for cell in column if cell) for column in zip(*self.rows, strict=True)]
+        return [all(_NUMBER.match(cell) for cell in column if cell) for column in zip(*self.rows, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from slm_pipeline.machine import memory, provenance
 from slm_pipeline.store import checksums, users
 from slm_pipeline.store.checksums import digest
 from slm_pipeline.store.files import give_usual_modes, remove, write_json
+from slm_pipeline.store.heard import FILE, Heard, note
 from slm_pipeline.store.record import read_record, result_fault
 from slm_pipeline.store.unfinished import copy_complete, drop_incomplete
 
@@ -143,8 +144,17 @@ class Artifact:
             self.partial.mkdir()
             if not afresh:
                 copy_complete(self.path, self.partial)
+                if warnings := self._warnings_of_before():
+                    note(self.partial / FILE, warnings)
         write_json(self.partial / "identity.json", self.identity)
         drop_incomplete(self.partial)
+
+    def _warnings_of_before(self) -> list[str]:
+        """Of a result that is made again from what it has: they are of that too."""
+        try:
+            return list(self.record().get("warnings", []))
+        except UserError:
+            return []
 
     def _is_mine(self, partial: Path) -> bool:
         """Whether a folder holds unfinished work on this very result; a warning if there is something else."""
@@ -162,8 +172,10 @@ class Artifact:
 
     def _work(self, make: Callable[[Path], dict[str, Any]]) -> None:
         started, clock = datetime.now(timezone.utc), time.monotonic()
-        with memory.measured() as peak:  # a stage may make a result inside another's making
+        heard = Heard(self.partial / FILE)
+        with memory.measured() as peak, heard:  # a stage may make a result inside another's making
             result = make(self.partial)
+        (self.partial / FILE).unlink(missing_ok=True)
         record = {
             "format": STORE_FORMAT,
             "stage": self.stage,
@@ -174,6 +186,7 @@ class Artifact:
             "seconds": round(time.monotonic() - clock, 3),
             "peak_memory_gb": peak.gb,
             "provenance": provenance.collect(),
+            **({"warnings": heard.messages} if heard.messages else {}),
         }
         (self.partial / "stage.json").unlink(missing_ok=True)
         write_json(self.partial / "stage.json", checksums.sealed({**record, "files": checksums.describe(self.partial)}))

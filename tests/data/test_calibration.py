@@ -55,6 +55,26 @@ def test_contiguous_is_the_file_cut_in_order_newlines_kept(text_file):
     assert found.mode == "contiguous"
 
 
+@pytest.mark.parametrize("sampling", ["contiguous", "random"])
+def test_with_bos_each_sample_begins_with_it_and_is_as_long(text_file, sampling):
+    """19 tokens of the text in each; what samples are without it is not touched."""
+    tokenizer = byte_tokenizer()
+    asked = options(path=text_file, sampling=sampling, bos=True)
+    found = Calibration(asked, None).sample(tokenizer)
+    without = Calibration(options(path=text_file, sampling=sampling, seq_len=19), None).sample(tokenizer)
+    assert found.input_ids[:, 0].tolist() == 3 * [tokenizer.bos_token_id]
+    assert torch.equal(found.input_ids[:, 1:], without.input_ids)
+    assert (found.ids, found.mode) == (without.ids, without.mode)
+    assert found.fingerprint != without.fingerprint
+    identity = Calibration(asked, None).identity()
+    assert identity == {**Calibration(options(path=text_file, sampling=sampling), None).identity(), "bos": True}
+    with pytest.raises(UserError, match="calibration.seq_len=1 leaves no token of the text after BOS"):
+        Calibration(options(path=text_file, seq_len=1, bos=True), None).sample(tokenizer)
+    tokenizer.bos_token = None
+    with pytest.raises(UserError, match="calibration.bos=true: the model's tokenizer has no BOS token"):
+        Calibration(asked, None).sample(tokenizer)
+
+
 def test_contiguous_takes_the_whole_text_if_it_just_fits(text_file):
     size = len(TEXT.encode())
     whole = options(path=text_file, sampling="contiguous", num_samples=1, seq_len=size)

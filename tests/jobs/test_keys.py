@@ -164,6 +164,8 @@ TABLE = [
     Row("calibration.seq_len", 16, CALIBRATION),
     Row("calibration.sampling", "contiguous", CALIBRATION),
     Row("calibration.seed", 7, TEXT),
+    Row("calibration.bos", True, TEXT),
+    Row("calibration.bos", False, NOTHING),  # a Llama needs none
     Row("calibration.seed", 7, REPAIR, given={"calibration.sampling": "contiguous"}),
     #
     Row("method.merge_rule", "mean", MERGE),
@@ -195,6 +197,7 @@ TABLE = [
     Row("repair.calibration.seq_len", 16, REPAIR),
     Row("repair.calibration.sampling", "contiguous", REPAIR),
     Row("repair.calibration.seed", 7, REPAIR),
+    Row("repair.calibration.bos", True, REPAIR),
     #
     Row("recovery.source", "bundled", RECOVERY, along={"recovery.path": None}),
     Row("recovery.path", "other.json", RECOVERY),
@@ -246,6 +249,7 @@ TABLE = [
     Row("evaluation.perplexity.window", 32, scores(PERPLEXITY)),
     Row("evaluation.perplexity.stride", 16, scores(PERPLEXITY)),
     Row("evaluation.perplexity.bos", True, scores(PERPLEXITY)),
+    Row("evaluation.perplexity.bos", False, NOTHING),
     Row("evaluation.perplexity.max_tokens", 100, scores(PERPLEXITY)),
     Row("evaluation.perplexity.batch_size", 1, scores(PERPLEXITY)),
     Row("evaluation.fidelity.corpora", [], NOTHING),

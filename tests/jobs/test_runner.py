@@ -21,6 +21,7 @@ from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.evaluate import Evaluate
 from slm_pipeline.machine import gpus, provenance
 from slm_pipeline.store.artifact import Artifact
+from slm_pipeline.store.heard import Heard
 
 
 class Step(Stage):
@@ -190,24 +191,31 @@ def test_another_commit_is_named_where_the_version_is_the_same(monkeypatch, tmp_
     assert runner._made_otherwise(stage, {**older, "result": {}}, job) == ["merge: reused a result of slm_pipeline 1.0"]
 
 
-def test_each_warning_of_reuse_is_said_once_for_all_results_of_a_stage(tmp_path, monkeypatch, caplog):
+def test_each_warning_of_reuse_is_said_once_and_a_results_own_are_said_again(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "slm_pipeline")
-    job, said = job_of(tmp_path), set()
-    stages = [Step("a", stage="evaluate"), Step("b", stage="evaluate"), Step("c")]
+    job = job_of(tmp_path)
+
+    class Warns(Step):
+        def run(self, *_: Any, **__: Any) -> dict[str, Any]:
+            runner.log.warning("the guard failed")
+            return {}
+
+    stages = [Step("a", stage="evaluate"), Step("b", stage="evaluate"), Step("c"), Warns("d")]
 
     def produce() -> list[bool]:
         caplog.clear()
-        return [
-            runner._produce(
-                steps.Step(stage, True, False),
-                Artifact(tmp_path, stage.stage, stage.identity(job, {})),
-                job,
-                {},
-                None,
-                said,
-            )
-            for stage in stages
-        ]
+        with Heard() as heard:  # one run
+            return [
+                runner._produce(
+                    steps.Step(stage, True, False),
+                    Artifact(tmp_path, stage.stage, stage.identity(job, {})),
+                    job,
+                    {},
+                    None,
+                    heard.messages,
+                )
+                for stage in stages
+            ]
 
     def warnings() -> list[str]:
         return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -216,20 +224,19 @@ def test_each_warning_of_reuse_is_said_once_for_all_results_of_a_stage(tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(provenance, "collect", lambda: {"git_commit": None, "versions": older})
         patch.setattr(gpus, "in_words", lambda _: "H100")
-        assert produce() == [False, False, False]
-    assert warnings() == []
+        assert produce() == [False, False, False, False]
+    assert warnings() == ["the guard failed"]
     now = provenance.collect()
     monkeypatch.setattr(provenance, "collect", lambda: {**now, "git_commit": None})
-    assert produce() == [True, True, True]
+    assert produce() == [True, True, True, True]
     here = now["versions"]["torch"]
     assert warnings() == [
         f"evaluate: reused a result of torch 1.0; here is {here}",
         "evaluate: reused a result measured on H100; model.device=cpu is cpu here",
         f"merge: reused a result of torch 1.0; here is {here}",
         "merge: reused a result measured on H100; model.device=cpu is cpu here",
+        "the guard failed",  # kept with the result that it is about
     ]
-    assert produce() == [True, True, True]
-    assert warnings() == []
 
 
 def test_models_of_evaluations_are_let_go_before_any_other_stage(tmp_path):

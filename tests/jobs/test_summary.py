@@ -149,7 +149,7 @@ def test_totals_and_costs_stand_behind_the_parts(built):
     ]  # fmt: skip
     assert numbers["dense/average"]["value"] == 60.0
     assert numbers["dense/average"]["stderr"] == 2.5  # sqrt(3^2 + 4^2) / 2
-    assert numbers["dense/average"]["measured"] == {"measure": "zero_shot", "tasks": ["piqa", "boolq"]}
+    assert numbers["dense/average"]["measured"] == {"measure": "zero_shot", "tasks": ["piqa", "boolq"], "limit": None}
     assert numbers["dense/efficiency/latency_seconds"]["stderr"] == pytest.approx(0.1)  # 0.3 / sqrt(10 - 1)
     assert numbers["seconds"]["value"] == 3 * 2.5  # what was reused took nothing
     assert numbers["seconds"]["cost"] is True

@@ -178,9 +178,12 @@ def test_number_of_steps():
     assert Lora(**options, budget_tokens=1).num_steps(rows) == 1
 
 
-def test_a_warm_up_longer_than_the_training_is_warned_about(folder, tmp_path, caplog):
-    run_lora(folder, tmp_path, max_steps=None, num_epochs=0.2, warmup_steps=100)
-    assert "recovery.warmup_steps=100 is not below the 1 steps of training" in caplog.text
+def test_a_warm_up_as_long_as_the_training_is_cut_to_a_tenth(folder, tmp_path, caplog):
+    """Of one step: none, so that it trains at the whole learning rate."""
+    assert [Lora(warmup_steps=100).warmup(steps) for steps in (3, 99, 100, 101, 2000)] == [0, 9, 10, 100, 100]
+    result = run_lora(folder, tmp_path, max_steps=1, warmup_steps=100, logging_steps=1)
+    assert "recovery.warmup_steps=100 is cut to 0: the training has 1 steps" in caplog.text
+    assert [row["learning_rate"] for row in result.curve if "learning_rate" in row] == [LORA_OPTIONS["learning_rate"]]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +196,6 @@ def test_a_warm_up_longer_than_the_training_is_warned_about(folder, tmp_path, ca
         ({"learning_rate": 0.0}, "recovery.learning_rate=0.0 must be above 0"),
         ({"max_minutes": float("inf")}, "recovery.max_minutes=inf must be a finite number above 0"),
         ({"batch_size": 6, "micro_batch_size": 4}, "recovery.micro_batch_size=4 must divide recovery.batch_size=6"),
-        ({"max_steps": 2}, "recovery.warmup_steps=2 is not below recovery.max_steps=2"),
         ({"warmup_steps": -1}, "recovery.warmup_steps=-1 must be at least 0"),
         ({"validation_size": 0}, "recovery.validation_size=0 must be at least 1"),
         ({"target_modules": []}, r"recovery.target_modules=\[\] trains nothing"),

@@ -30,8 +30,8 @@ def write(folder: Path, job: int, method: str, removed: float, value: float, see
 
 def shown(study: Study, board: Board) -> dict[int, list[tuple[str, float, bool]]]:
     return {
-        size: [(label(study, place), round(place.number.value, 3), place.ties) for place in places]
-        for size, places in board.sizes.items()
+        size.removed: [(label(study, one.choice), round(one.choice.metric.value, 3), one.ties) for one in size.places]
+        for size in board.sizes
     }
 
 
@@ -53,14 +53,14 @@ def test_each_size_has_its_best_with_the_last_model_of_every_run(tmp_path):
 
 
 def test_seeds_are_one_place_and_what_is_within_noise_ties(tmp_path):
-    """Means 21 and 23 with standard errors 1 and 1: 2 < 1.96 sqrt(2); 30 with 0.5: 9 > 1.96 sqrt(1.25)."""
-    for seed, (slm, laco, mka) in enumerate([(20.0, 22.0, 29.5), (22.0, 24.0, 30.5)]):
+    """Means 21 and 23 +-1.41 of two each; 300 is far from both even by Student's t for one degree of freedom."""
+    for seed, (slm, laco, mka) in enumerate([(20.0, 22.0, 299.5), (22.0, 24.0, 300.5)]):
         for method, value in (("slm", slm), ("laco", laco), ("mka", mka)):
             write(tmp_path, 3 * seed + ("slm", "laco", "mka").index(method), method, 20.0, value, seed)
     study = read_study(tmp_path / "s")
     (board,) = leaderboards(study)
-    assert shown(study, board) == {20: [("slm", 21.0, False), ("laco", 23.0, True), ("mka", 30.0, False)]}
-    assert [len(place.runs) for place in board.sizes[20]] == [2, 2, 2]
+    assert shown(study, board) == {20: [("slm", 21.0, False), ("laco", 23.0, True), ("mka", 300.0, False)]}
+    assert [len(place.choice.runs) for place in board.sizes[0].places] == [2, 2, 2]
 
 
 def test_other_models_and_other_ways_of_measuring_have_boards_of_their_own(tmp_path):
@@ -74,7 +74,7 @@ def test_other_models_and_other_ways_of_measuring_have_boards_of_their_own(tmp_p
         ("large", False),
         ("tiny", True),
     ]
-    assert [len(board.sizes[20]) for board in boards] == [2, 1, 1]
+    assert [len(board.sizes[0].places) for board in boards] == [2, 1, 1]
 
 
 def test_a_run_over_its_budget_competes_with_nobody(tmp_path):

@@ -15,19 +15,27 @@ def test_text_holds_the_run_in_lines_that_fit_a_terminal(tmp_path, summary, monk
     (tmp_path / "run" / "wandb" / "offline-run-1").mkdir(parents=True)
     (tmp_path / "run" / "plan.json").write_text("{}")
     text = write_summary_md(tmp_path / "run", summary)
-    assert text.splitlines()[:16] == [
+    assert text.splitlines()[:24] == [
         "first: smollm2_135m, slm, threshold 0.81, seed 7",
         "layers 30 -> 24 (-20.0%), parameters 134.5M -> 113.3M (-15.8%)",
         "",
-        "Perplexity (lower is better)",
-        "  model    bundled",
-        "  dense      15.23",
-        "  pruned  1.23e+05",
+        "Results",
+        "          perplexity      average",
+        "  model      (lower)  (%, higher)",
+        "  chance                     50.0",
+        "  dense        15.23         65.0",
+        "                            +-6.4",
+        "  pruned    1.23e+05",
         "",
         "Zero-shot (%, higher is better)",
-        "  model   boolq   piqa  average",
-        "  dense    60.0   70.0     65.0",
-        "         +-11.2  +-6.0    +-6.4",
+        "  model    boolq   piqa  average",
+        "  chance    50.0   50.0     50.0",
+        "  dense     60.0   70.0     65.0",
+        "          +-11.2  +-6.0    +-6.4",
+        "",
+        "How far the scores go",
+        "  20 examples a task: +-11 points (one standard error) on a score; use evaluation=zero_shot for real",
+        "    numbers",
         "",
         "How it was measured",
         "  perplexity bundled: 8184 tokens scored, windows of 1024 tokens, not overlapping, no BOS",
@@ -50,7 +58,7 @@ def test_markdown_has_the_same_and_the_details(tmp_path, summary):
     write_summary_md(tmp_path, summary)
     markdown = (tmp_path / "summary.md").read_text()
     assert markdown.startswith("# first: smollm2_135m, slm, threshold 0.81, seed 7\n\nlayers 30 -> 24 (-20.0%)")
-    assert "| dense |   60.0 |  70.0 |    65.0 |\n" in markdown
+    assert "| dense  |   60.0 |  70.0 |    65.0 |\n" in markdown
     assert "| dense  | boolq              |     60 |    11.2 | %          |\n" in markdown
     assert f"```bash\n{summary['command']}\n```\n" in markdown
     assert f"- checkpoint: {tmp_path}/m/model\n" in markdown
@@ -89,6 +97,38 @@ def test_settings_that_differ_are_said_for_each_model(tmp_path, summary):
     assert "dense: perplexity bundled: 8184 tokens scored, windows of 1024 tokens, not overlapping, no BOS" in text
     scored = "windows of 1024 tokens, the last 512 tokens of each scored, BOS before each"
     assert f"pruned: perplexity bundled: test split, 8184 tokens scored, {scored}" in " ".join(text.split())
+
+
+def test_a_score_that_may_be_the_dense_models_is_marked_and_none_at_0_is_no_certainty(tmp_path, summary):
+    """60 +-11.2 and 75 are alike, 70 and none of twenty are not; the whole of fidelity stands beside the average."""
+    scores = {"boolq": 75.0, "piqa": 0.0, "average": 37.5}
+    summary["metrics"]["pruned"]["zero_shot"] = scores
+    summary["details"]["evaluate_pruned"] = {"zero_shot": {"boolq": task(75.0, 9.9), "piqa": task(0.0, 0.0)}}
+    summary = with_numbers(summary)
+    kl = {"value": 6.66, "unit": "nats/token", "stderr": 0.271, "higher_is_better": False}
+    summary["numbers"]["pruned/fidelity/bundled/kl"] = {**kl, "measured": {"measure": "fidelity", "part": "bundled"}}
+    text = write_summary_md(tmp_path, summary)
+    tables = text.partition("\n\n")[2].partition("How far")[0]
+    assert tables.splitlines() == [
+        "Results",
+        "          perplexity      average          fidelity kl",
+        "  model      (lower)  (%, higher)  (nats/token, lower)",
+        "  chance                     50.0",
+        "  dense        15.23         65.0",
+        "                            +-6.4",
+        "  pruned    1.23e+05         37.5                 6.66",
+        "                            +-5.0              +-0.271",
+        "",
+        "Zero-shot (%, higher is better); ~ within noise of dense",
+        "  model    boolq        piqa  average",
+        "  chance    50.0        50.0     50.0",
+        "  dense     60.0        70.0     65.0",
+        "          +-11.2       +-6.0    +-6.4",
+        "  pruned    75.0~        0.0     37.5",
+        "           +-9.9   (0.0-4.8)    +-5.0",
+        "",
+    ]
+    assert "average of pruned: within noise no better than guessing, 50.0\n" in text
 
 
 def test_what_was_not_run_is_absent(tmp_path, summary):
@@ -133,7 +173,7 @@ def test_a_repair_says_what_it_won_and_what_the_plan_did_not_do(tmp_path, summar
 def test_unknown_standard_errors_are_left_out(tmp_path, summary):
     summary["details"]["evaluate_dense"]["zero_shot"]["piqa"]["stderr"] = None
     lines = write_summary_md(tmp_path, summary).splitlines()
-    assert lines[lines.index("  dense    60.0  70.0     65.0") + 1] == "         +-11.2"
+    assert lines[lines.index("  dense     60.0  70.0     65.0") + 1] == "          +-11.2"
     assert "| dense  | piqa               |     70 |        | %          |" in (tmp_path / "summary.md").read_text()
 
 
@@ -179,8 +219,15 @@ def test_efficiency_has_a_row_for_each_model(tmp_path, summary):
         for target, (s, n) in speeds.items()
     }
     text = write_summary_md(tmp_path, summary)
-    assert ("Efficiency\n  model   tokens_per_second (tokens/s, higher)  latency_seconds (seconds, lower)") in text
+    assert "Efficiency\n           tokens_per_second   latency_seconds   weights_gb\n" in text
+    assert "  model   (tokens/s, higher)  (seconds, lower)  (GB, lower)\n" in text
     assert "efficiency: cpu, float32, batch size 1, 128 new tokens, mean of 20 runs after 10 to warm up\n" in text
+
+
+def test_a_warning_says_which_stage_it_is_about(tmp_path, summary):
+    summary["warnings"] = ["of the job", "the guard failed"]
+    summary["stages"]["merge"]["warnings"] = ["the guard failed"]
+    assert "Warnings\n  of the job\n  merge: the guard failed\n" in write_summary_md(tmp_path, summary)
 
 
 def test_names_cannot_be_markup(tmp_path, summary):

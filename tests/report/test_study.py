@@ -29,7 +29,7 @@ def test_a_study_has_a_row_for_each_job_and_says_shared_things_once(sweep):
     assert text.startswith("# ratio: 4 jobs, 2 done, 1 FAILED, 1 interrupted\n")
     assert "All jobs: `model=tiny`\n" in text
     assert "Dense model: perplexity/bundled 15.23, average 65.0\n" in text
-    assert "Metric: pruned/perplexity/bundled, lower is better; the best is bold\n" in text
+    assert "Metric: pruned/perplexity/bundled, lower is better\n\nBold: the best\n" in text
     numbers = ["num_layers", "parameters", "pruned/perplexity/bundled", "pruned/average", "seconds"]
     assert cells(text) == [
         ["job", "pruning_ratio", *numbers, "status"],
@@ -100,13 +100,17 @@ def test_seeds_are_averaged_and_the_failed_one_is_counted(seeds):
     assert (study.options, study.repeated, study.varied) == (["method", "seed"], ["seed"], ["method"])
     text = documents.markdown(study)
     assert text.startswith("# How sure is it?\n\nseeds: 6 jobs, 5 done, 1 FAILED\n")
-    assert [row[3] for row in cells(text)[1:]] == ["24", "24", "", "20", "20", "20"]
+    assert cells(text) == [
+        ["parameters", "method", "runs", "pruned/perplexity/bundled", "note"],
+        ["100.0M", "slm", "2", "23.00 +-4.24", "tied with laco"],
+    ]
+    assert [row[3] for row in cells(text, 1)[1:]] == ["24", "24", "", "20", "20", "20"]
     assert "## Averaged over seed: mean +- standard deviation of the runs that are done\n" in text
     deviation = math.sqrt((4 + 1 + 9) / 2)  # of 30, 31, 35 around 32
-    assert cells(text, 1) == [
+    assert cells(text, 2) == [
         ["method", "runs done", "num_layers", "parameters", "pruned/perplexity/bundled", "pruned/average"],
         ["slm", "2 of 3", "24", "100.0M", "**23.00 +-4.24**", "55.0 +-0.0"],
-        ["laco", "3 of 3", "20", "100.0M", f"32.00 +-{deviation:.2f}", "55.0 +-0.0"],
+        ["laco", "3 of 3", "20", "100.0M", f"**32.00 +-{deviation:.2f}**", "55.0 +-0.0"],
     ]
 
 
@@ -142,20 +146,33 @@ def test_settings_that_hold_for_some_jobs_name_them(tmp_path):
         if job == 1:
             result["metrics"]["pruned"]["perplexity"]["bundled"]["window"] = 2048
         write_run(tmp_path / "s" / str(job), [f"seed={job}"], result)
-    lines = read_study(tmp_path / "s").measured()
+    study = read_study(tmp_path / "s")
+    ways = [f"pruned/perplexity/bundled[window={window}]" for window in (1024, 2048)]
+    assert study.metric == ways[0]  # that of most runs
+    assert [name for name in study.columns if "perplexity" in name] == ["dense/perplexity/bundled", *ways]
+    assert [study.value(run, ways[1]) for run in range(3)] == [None, 20.0, None]
+    assert study.best_runs == {0, 2}  # what was measured otherwise does not compete
+    assert study.notes == [f"pruned/perplexity/bundled was measured in 2 ways, which do not compare: {', '.join(ways)}"]
+    assert read_study(tmp_path / "s", metric=ways[1], sort_by="pruned/perplexity/bundled").metric == ways[1]
+    lines = study.measured()
     assert "jobs 0, 2: perplexity bundled: 8184 tokens scored, windows of 1024 tokens, not overlapping, no BOS" in lines
     assert "zero-shot boolq, piqa: lm-eval 0.4.13, the first 20 examples of each task, batch size 16" in lines
 
 
-def test_ties_for_the_best_are_all_bold_and_a_score_is_best_when_high(sweep):
+def test_ties_for_the_best_are_all_bold_and_a_score_is_best_when_high(sweep, tmp_path):
+    """50 and 40 of +-4.0 each are 10 apart, less than 1.96 x 5.66 = 11.1; 50 and 38 are told apart."""
     study = read_study(sweep, metric="pruned/boolq")
-    assert study.best_runs == {0}
+    assert study.best_runs == {0, 2}
     assert "pruned/boolq" in study.shown_columns()  # though it is a detail
     text = documents.markdown(study)
+    assert "Metric: pruned/boolq, higher is better, guessing scores 50.0\n" in text
+    assert "Bold: the best, and what noise does not tell from it\n" in text
     assert "**50.0 +-4.0**" in text
-    assert "**40.0" not in text
+    assert "**40.0 +-4.0**" in text
+    write_run(tmp_path / "ratio" / "11", ["pruning_ratio=r11"], finished(tmp_path, 24, 20.0, boolq=38.0))
+    assert read_study(sweep, metric="pruned/boolq").best_runs == {0, 2}
     tied = documents.markdown(read_study(sweep, metric="seconds"))
-    assert [row[6] for row in cells(tied)[1:]] == ["**42.0**", "", "**42.0**", ""]
+    assert [row[6] for row in cells(tied, 1)[1:]] == ["**42.0**", "", "**42.0**", "", "**42.0**"]
 
 
 def test_where_things_go_is_nothing_that_runs_share_or_differ_in(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import multiprocessing
 import os
 import subprocess
@@ -140,6 +141,37 @@ def test_stopped_between_the_last_write_and_the_rename(tmp_path, monkeypatch):
     assert not result.done
     assert result.produce(make_nothing)[1] is False
     assert result.done
+
+
+def test_warnings_are_kept_with_the_result_through_interruptions_and_further_makings(tmp_path):
+    """Each once, in the order in which they were said; those of before go when everything is made anew."""
+    found = artifact(tmp_path)
+    log = logging.getLogger("slm_pipeline.somewhere")
+
+    def killed(folder: Path) -> dict:
+        log.warning("the text is %s", "short")
+        raise KeyboardInterrupt
+
+    def make(folder: Path) -> dict:
+        log.warning("the loss rose")
+        log.info("not this")
+        log.warning("the text is short")
+        note_complete(folder)
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        found.produce(killed)
+    with (found.partial / "warnings.jsonl").open("a") as file:
+        file.write('"torn')
+    log.warning("of nobody")
+    record, _ = found.produce(make)
+    assert record["warnings"] == ["the text is short", "the loss rose"]
+    assert sorted(path.name for path in found.path.iterdir()) == ["complete.json", "identity.json", "stage.json"]
+    assert found.produce(make)[0]["warnings"] == record["warnings"]  # reused
+    more, _ = found.produce(lambda folder: log.warning("more") or {}, is_whole=lambda: False)
+    assert more["warnings"] == ["the text is short", "the loss rose", "more"]
+    afresh, _ = found.produce(lambda folder: {}, force=True)
+    assert "warnings" not in afresh
 
 
 def test_force_keeps_the_old_result_until_the_new_one_is_complete(tmp_path):

@@ -23,8 +23,9 @@ from slm_pipeline.store.unfinished import note_complete
 from slm_pipeline.surgery.changes import Changes
 
 # 2: checkpoints hold what trains alone, zeroed sublayers stay zero; 3: padding on the right; 4: the steps of a training
-# in parts add up; 5: losses on logits have names of their own; 6: checkpoints that transformers 4 reads alike
-VERSION = 6
+# in parts add up; 5: losses on logits have names of their own; 6: checkpoints that transformers 4 reads alike;
+# 7: a warm-up as long as the training is cut
+VERSION = 7
 NOT_KEPT = ("checkpoints", "identity.json", "complete.json")
 
 
