@@ -1,6 +1,6 @@
 """Who is best at each size: the last model of every run, whatever made it, beside those that are as large.
 
-`slm_pipeline.report.winners` compares runs by the study's metric, in a study of one question. Here many studies meet, of
+`slm_pipeline.report.winners` compares runs by the metric of a study, which has one question. Here many studies meet, of
 several models, recovered and not: each dense model and way of measuring has a board of its own.
 """
 
