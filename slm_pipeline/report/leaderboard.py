@@ -85,7 +85,7 @@ def leaderboards(study: Study) -> list[Board]:
 def label(study: Study, choice: Choice) -> str:
     """What its runs were told, as far as runs differ in that; a single job's folder where they differ in nothing."""
     run = study.runs[choice.runs[0]]
-    told = [name for name in study.varied if name not in ("name", "model")]
+    told = [name for name in study.varied if name not in ("name", "model", "stages")]
     told = [name for name in told if run.option(name) not in (None, "", "none")]
     words = [text_of(run.option(name)) if "." not in name else f"{name}={text_of(run.option(name))}" for name in told]
     return ", ".join(words) or f"job {run.job}"

@@ -23,7 +23,7 @@ const test = (word) => {
     return { "<": found < number, "<=": found <= number, ">": found > number, ">=": found >= number }[sign];
   };
 };
-for (const run of runs) run.text = (run.rows[0].textContent + (run.querySelector(".reason")?.textContent ?? "")).toLowerCase();
+for (const run of runs) run.text = (run.rows[0].textContent + value(run, 0) + (run.querySelector(".reason")?.textContent ?? "")).toLowerCase();
 
 const arrange = () => {
   const tests = filter.value.toLowerCase().split(/\s+/).filter(Boolean).map(test);

@@ -9,6 +9,7 @@ import base64
 import datetime
 import hashlib
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ _MOST_OPTIONS = 5  # shown from the start where there are more columns than that
 _FILTERS = 5  # choices above the table, each of an option with at most so many values:
 _VALUES = 12
 _TELLING = ("model", "method", "pruning_ratio", "repair", "recovery", "threshold.value")  # options that people look for
+_TIME = re.compile(r"\d{4}-(\d\d-\d\d)_(\d\d-\d\d-\d\d)(?:-\d+)?")  # of a folder, as conf/config.yaml has it
 _PACKAGES = ("slm_pipeline", "python", "torch", "transformers", "peft", "lm_eval")
 _SHAPE = {"versions?": {str: damage.text}, "device?": damage.text, "git_commit?": damage.maybe(damage.text)}
 
@@ -83,6 +85,7 @@ def html(study: Study, pictures: Sequence[Picture], analyses: Sequence[Analysis]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     columns = _columns(study)
     boards = leaderboards(study)
+    cautions = small_limit(run.summary for run in study.runs if run.summary)
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, finalize=_for_people,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -95,7 +98,7 @@ def html(study: Study, pictures: Sequence[Picture], analyses: Sequence[Analysis]
         script=Markup(script),
         title=study.question or study.name,
         counts=study.counts(),
-        cautions=[_sign(line) for line in small_limit(run.summary for run in study.runs if run.summary)],
+        cautions=[_sign(line) for line in cautions],
         facts=_facts(study),
         boards=[_board(study, board, several=len(boards) > 1) for board in boards if _tells(board)],
         columns=columns,
@@ -103,7 +106,7 @@ def html(study: Study, pictures: Sequence[Picture], analyses: Sequence[Analysis]
         has_metric=study.metric is not None,
         choices=_choices(study, columns),
         menu=_menu(columns),
-        rows=[_row(study, i, columns) for i in range(len(study.runs))],
+        rows=[_row(study, i, columns, name) for i, name in enumerate(short_jobs([run.job for run in study.runs]))],
         averages={"title": _sign(study.averages_title()), "table": _readable(averages)}
         if averages and repeated
         else None,
@@ -114,7 +117,7 @@ def html(study: Study, pictures: Sequence[Picture], analyses: Sequence[Analysis]
         ],
         notes=[
             ("About these runs", [*_shared(study), *map(_sign, study.remarks())]),
-            ("How it was measured", [_sign(line) for line in study.measured()]),
+            ("How it was measured", [_sign(line) for line in study.measured() if line not in cautions]),
             ("Made with", made_with(study.runs)),
         ],
         version=slm_pipeline.__version__,
@@ -229,9 +232,9 @@ def _board(study: Study, board: Board, *, several: bool) -> dict[str, Any]:
 
 
 def job_of(study: Study, runs: Sequence[int]) -> str:
-    """The folder of the first, and how many more."""
+    """What the first is called, and how many more there are."""
     more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
-    return f"{study.runs[runs[0]].job}{more}"
+    return f"{short_jobs([run.job for run in study.runs])[runs[0]]}{more}"
 
 
 def _text(text: str, classes: str = "", small: str = "") -> dict[str, str]:
@@ -332,12 +335,31 @@ def _choices(study: Study, columns: Sequence[_Column]) -> list[dict[str, Any]]:
     return found
 
 
-def _row(study: Study, i: int, columns: Sequence[_Column]) -> dict[str, Any]:
+def short_jobs(jobs: Sequence[str]) -> list[str]:
+    """What to call jobs in little room: ``sweeps/ratios/2026-11-27_00-34-11-102122/3`` is ``ratios/3``.
+
+    Those that would be called alike have the time too, and if that does not help their whole name.
+    """
+    short, timed = [], []
+    for job in jobs:
+        parts = [part for part in job.split("/") if not _TIME.fullmatch(part)]
+        kept = parts[1:] if len(parts) > 1 and parts[0] in ("runs", "sweeps") else parts
+        times = [
+            f"{found[1]} {found[2].replace('-', ':')}" for part in job.split("/") if (found := _TIME.fullmatch(part))
+        ]
+        short.append("/".join(kept) or job)
+        timed.append(" ".join([short[-1], *times]))
+    called = [two if short.count(one) > 1 else one for one, two in zip(short, timed, strict=True)]
+    return [name if called.count(name) == 1 else job for name, job in zip(called, jobs, strict=True)]
+
+
+def _row(study: Study, i: int, columns: Sequence[_Column], name: str) -> dict[str, Any]:
     run = study.runs[i]
     best = i in study.best_runs and len(study.runs) > 1
     cells = [_cell(study, i, column, best=best) for column in columns[1:]]
     return {
         "job": run.job,
+        "name": name,
         "status": run.status,
         "failed": run.status in ("FAILED", "unreadable"),
         "best": best,

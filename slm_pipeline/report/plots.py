@@ -212,7 +212,11 @@ def _note(study: Study, column: str, members: Sequence[Sequence[int]], x: str | 
     words = []
     drawn = {i for runs in members for i in runs}
     if any(len(runs) > 1 for runs in members):
-        over = [name for name in study.options if name not in (x, *study.series)]
+        over = [
+            name
+            for name in study.options
+            if any(len({study.runs[i].option(name) for i in runs}) > 1 for runs in members)
+        ]
         words.append(f"points: mean over {', '.join(over)}; bars: standard deviation")
         if any(len(runs) == 1 and _is_uncertain(study, column, runs[0]) for runs in members):
             words[-1] += ", one standard error where there is one run"

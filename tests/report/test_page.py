@@ -12,7 +12,7 @@ import pytest
 from browser import Browser
 from studies import finished, perplexity, write_run
 
-from slm_pipeline.report.page import html, made_with
+from slm_pipeline.report.page import html, made_with, short_jobs
 from slm_pipeline.report.study import read_study
 from slm_pipeline.report.write import write_study
 
@@ -195,6 +195,19 @@ def test_the_page_says_when_with_what_and_on_what_its_numbers_were_made(tmp_path
         "slm_pipeline 0.1.0, torch 2.12.0 (1 of 4 runs)",
     ]
     assert "<li>results from 1970-01-02 to 1970-01-04</li>" in html(study, [])
+
+
+def test_jobs_are_called_by_what_tells_them_apart():
+    jobs = [
+        "sweeps/ratios/2026-11-27_00-34-11-102122/3", "sweeps/ratios/2026-11-27_00-34-11-102122/4",
+        "runs/slm/2026-11-27_00-34-11-102122", "runs/slm/2026-11-28_10-00-00-000001",
+        "a/2026-11-27_00-34-11-102122", "b/a/2026-11-27_00-34-11-999999", "2026-11-27_00-34-11-102122",
+    ]  # fmt: skip
+    assert short_jobs(jobs) == [
+        "ratios/3", "ratios/4", "slm 11-27 00:34:11", "slm 11-28 10:00:00", "a", "b/a", "2026-11-27_00-34-11-102122",
+    ]  # fmt: skip
+    same = ["runs/slm/2026-11-27_00-34-11-1", "runs/slm/2026-11-27_00-34-11-2"]
+    assert short_jobs(same) == same
 
 
 def test_what_does_not_apply_or_was_not_measured_has_a_look_of_its_own(tmp_path):
