@@ -2,6 +2,7 @@
 
 slm-report outputs/sweeps/thresholds/TIME
 slm-report outputs/sweeps/ratios/TIME outputs/sweeps/methods/TIME --x layers --series method --out report
+slm-report outputs                                  all there is: the best at each size of each model
 slm-report outputs/runs --sort-by "average recovered" --format csv
 """
 

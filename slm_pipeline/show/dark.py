@@ -17,11 +17,12 @@ def with_dark_colors(svg: str) -> str:
 
     Its paper becomes the page's, its greys are turned round, and a colour that is too dark becomes lighter.
     """
-    colors = sorted({found.lower() for found in re.findall(r"(?:fill|stroke): (#[0-9a-fA-F]{6})\b", svg)})
+    colors = sorted({found.lower() for found in re.findall(r'(?:fill|stroke)(?:: |=")(#[0-9a-fA-F]{6})\b', svg)})
     rules = ["svg { fill: " + dark("#000000") + " }"]  # text has no colour of its own
     for color in colors:
         for kind in ("fill", "stroke"):
-            rules.append(f'[style*="{kind}: {color}" i] {{ {kind}: {dark(color)} !important }}')
+            named = f'[style*="{kind}: {color}" i], [{kind}="{color}" i]'  # the latter in hatches
+            rules.append(f"{named} {{ {kind}: {dark(color)} !important }}")
     style = f"<style>@media (prefers-color-scheme: dark) {{ {' '.join(rules)} }}</style>"
     head, tag, rest = svg.partition("<defs>")
     return f"{head}{style}{tag}{rest}"
