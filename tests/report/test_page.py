@@ -12,7 +12,9 @@ import pytest
 from browser import Browser
 from studies import finished, perplexity, write_run
 
-from slm_pipeline.report.page import html, made_with, short_jobs
+from slm_pipeline.report.page import html
+from slm_pipeline.report.plots import Picture
+from slm_pipeline.report.runs_table import made_with, short_jobs
 from slm_pipeline.report.study import read_study
 from slm_pipeline.report.write import write_study
 
@@ -195,6 +197,15 @@ def test_the_page_says_when_with_what_and_on_what_its_numbers_were_made(tmp_path
         "slm_pipeline 0.1.0, torch 2.12.0 (1 of 4 runs)",
     ]
     assert "<li>results from 1970-01-02 to 1970-01-04</li>" in html(study, [])
+
+
+def test_a_picture_that_is_gone_or_has_no_svg_does_not_cost_the_page(sweep, tmp_path, caplog):
+    (tmp_path / "drawn.png").write_bytes(b"\x89PNG")
+    pictures = [Picture("gone", [tmp_path / "gone.png", tmp_path / "gone.svg"]), Picture("empty", [])]
+    page = html(read_study(sweep), [*pictures, Picture("drawn", [tmp_path / "drawn.png"])])
+    assert re.findall(r'<img alt="(\w+)" src="data:image/(\w+)', page) == [("drawn", "png")]
+    assert "no picture gone on the page: FileNotFoundError" in caplog.text
+    assert "no picture empty on the page: ValueError" in caplog.text
 
 
 def test_jobs_are_called_by_what_tells_them_apart():
