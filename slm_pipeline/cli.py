@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -22,12 +23,14 @@ from hydra.main import get_args_parser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from slm_pipeline import config
+from slm_pipeline import __version__, config
 from slm_pipeline.config import COMPOSITION_ERRORS, help_page
 from slm_pipeline.errors import Terminated, UserError, printable
 from slm_pipeline.jobs import study
 from slm_pipeline.jobs.command_line import check_command_line, run_inside_hydra, set_environment, use_plugins
 from slm_pipeline.machine import signals
+
+VERSION = f"slm_pipeline {__version__}"
 
 _error_of_single_run: list[UserError] = []
 
@@ -49,16 +52,20 @@ def main() -> None:
     """Console entry point. Exit status 0, 2 for a user's error (one ``error:`` line), 1 for anything else."""
     be_heard_or_not()
     set_environment()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries among themselves: nothing a user can do
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach us instead of being printed by Hydra
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
-    if {"--help", "-h"} & set(sys.argv[1:]):
+    if "--version" in sys.argv[1:]:
+        print(VERSION)
+        return
+    arguments = _read_command_line()
+    if arguments.help:
         with errors_in_one_line():
-            use_plugins(sys.argv[1:])
-            print(help_page.text(), flush=True)
+            use_plugins(arguments.overrides)
+            print(help_page.text(arguments.config_dir), flush=True)
         return
     with errors_in_one_line():
-        arguments = get_args_parser().parse_args()
         use_plugins(arguments.overrides)
         if not _only_asks_hydra(arguments) and check_command_line(arguments):
             return
@@ -66,6 +73,20 @@ def main() -> None:
             _hydra_main()
         if _error_of_single_run:
             raise _error_of_single_run.pop()
+
+
+def _read_command_line() -> Namespace:
+    """The flags, wherever they stand among the overrides. Hydra wants them side by side: so they are from now on."""
+    arguments = get_args_parser().parse_intermixed_args()
+    waiting = list(arguments.overrides)
+    flags = []
+    for word in sys.argv[1:]:
+        if waiting and word == waiting[0]:
+            waiting.pop(0)
+        else:
+            flags.append(word)
+    sys.argv[1:] = [*flags, *arguments.overrides]
+    return arguments
 
 
 @contextmanager

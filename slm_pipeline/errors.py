@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import pickle
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
@@ -20,6 +21,12 @@ class UserError(Exception):
     The message is one line that says what is wrong, the value, and what is allowed. The console entry points
     print it as ``error: <message>`` and exit with status 2; in a multirun the job becomes a FAILED row.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean slm?)`` with those of ``known`` that a name is nearly; empty if it is none."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f" (did you mean {', '.join(near)}?)" if near else ""
 
 
 def portable(error: BaseException) -> BaseException:

@@ -301,8 +301,8 @@ def test_dry_run_says_what_would_run_and_leaves_nothing(multirun, base, tmp_path
     assert len(others) == len(multirun)
     for other in others:  # another seed, other samples; what both have is said once
         shared, *lines = other.splitlines()
-        assert shared == f"as #0: merge, {dense}"
-        assert [line.split()[:2] for line in lines] == [[s, "run"] for s in ("calibrate", "recover", *scored)]
+        assert shared == f"as #0: {dense}"
+        assert [line.split()[:2] for line in lines] == [[s, "run"] for s in ("calibrate", "merge", "recover", *scored)]
         assert lines[0].split()[2] != first.split()[2]
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
@@ -559,3 +559,35 @@ def test_what_no_stream_can_show_is_spelt_out(monkeypatch):
         monkeypatch.setattr(sys, stream, None)  # as after `>&-`
     cli.be_heard_or_not()
     print("nobody hears")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["-m", "seed=1,2", "dry_run=true"], ["seed=1,2", "-m", "dry_run=true"], ["seed=1,2", "dry_run=true", "-m"]],
+)
+def test_flags_may_stand_anywhere(words, base):
+    outcome = run_slm(*base, *words)
+    assert outcome.status == 0, outcome.err
+    assert [line for line in outcome.out.splitlines() if line.startswith("#")] == ["#0 seed=1", "#1 seed=2"]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("methd=slm", "Could not override 'methd' (did you mean method?)"),
+        ("modl.num_layers=3", "Could not override 'modl.num_layers' (did you mean model.num_layers"),
+        ("method=smlm", "Could not find 'method/smlm' (did you mean slm?)"),
+        ("method.protect_fist=1", "(did you mean protect_first?)"),
+        ("evaluation.tasks=[piqaa]", "no zero-shot task 'piqaa' (did you mean piqa?)"),
+        ("pruning_ratio=0.2", "; any other ratio: pruning_ratio.ratio=0.2\n"),
+        ("pruning_ratio=r40", "Could not find 'pruning_ratio/r40' (any other ratio: pruning_ratio.ratio=0.4)"),
+        (
+            "pruning_ratio=24",
+            "pruning_ratio.ratio=0.24; for 24 layers left pruning_ratio=layers pruning_ratio.num_layers=24",
+        ),
+    ],
+)
+def test_what_is_nearly_right_is_answered_with_what_is(word, said, base):
+    outcome = run_slm(*base, word)
+    assert outcome.status == 2
+    assert said in outcome.err

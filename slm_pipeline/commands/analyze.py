@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_pipeline.analysis.options import PREFIX, DynamicSkip, Options, Painters, Similarity, help_page, read
 from slm_pipeline.analysis.token_metrics import TOKEN_METRICS
-from slm_pipeline.cli import errors_in_one_line
+from slm_pipeline.cli import VERSION, errors_in_one_line
 from slm_pipeline.config import CalibrationConfig
 from slm_pipeline.config.overrides import parse_overrides
 from slm_pipeline.data import calibration, corpora
@@ -348,6 +348,9 @@ def main() -> None:
     if name in ("", "-h", "--help"):
         print(__doc__)
         sys.exit(0 if name else 2)
+    if name == "--version":
+        print(VERSION)
+        return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with errors_in_one_line():
         if name not in ANALYSES:

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slm_pipeline.cli import errors_in_one_line
+from slm_pipeline.cli import VERSION, errors_in_one_line
 from slm_pipeline.commands import bench_recovery, bench_sweep
 from slm_pipeline.errors import UserError
 from slm_pipeline.jobs import command_line
@@ -212,6 +212,9 @@ def main() -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(about or __doc__)
         sys.exit(0 if arguments else 2)
+    if "--version" in arguments:
+        print(VERSION)
+        return
     if run is None:
         print(f"error: unknown benchmark {arguments[0]!r}; there are: {', '.join(benchmarks)}", file=sys.stderr)
         sys.exit(2)

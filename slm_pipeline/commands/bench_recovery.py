@@ -146,7 +146,7 @@ class Bench:
         model: Any = get_peft_model(self._pruned(), adapters)
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
-                output_dir=folder, max_steps=options.num_steps(self.rows), learning_rate=options.learning_rate,
+                output_dir=folder, max_steps=options.num_steps(self.rows), learning_rate=options.peak_learning_rate,
                 warmup_steps=options.warmup(options.num_steps(self.rows)),
                 per_device_train_batch_size=options.micro_batch_size,
                 gradient_accumulation_steps=options.batch_size // options.micro_batch_size,

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from slm_pipeline.cli import errors_in_one_line
+from slm_pipeline.commands.arguments import parsed
 from slm_pipeline.errors import UserError
 from slm_pipeline.export import exported
 from slm_pipeline.export.exported import WHICH
@@ -30,7 +31,7 @@ TYPES = ("f16", "q8_0", "q4_0")
 
 def main() -> None:
     """Console entry point."""
-    given = _parser().parse_args()
+    given = parsed(_parser())
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
     with errors_in_one_line():

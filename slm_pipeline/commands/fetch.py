@@ -6,13 +6,14 @@ import argparse
 import logging
 
 from slm_pipeline.cli import errors_in_one_line
+from slm_pipeline.commands.arguments import parsed
 from slm_pipeline.data.tasks import bundled_task_files
 from slm_pipeline.models.bundled import model_dir
 
 
 def main() -> None:
     """Console entry point."""
-    argparse.ArgumentParser(prog="slm-fetch", description=__doc__).parse_args()
+    parsed(argparse.ArgumentParser(prog="slm-fetch", description=__doc__))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with errors_in_one_line():
         model_dir("smollm2_135m")

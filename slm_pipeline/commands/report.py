@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from slm_pipeline.cli import errors_in_one_line
+from slm_pipeline.commands.arguments import parsed
 from slm_pipeline.config import plugins
 from slm_pipeline.errors import UserError
 from slm_pipeline.jobs.job import check_output_root
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="default: DIR; for one run DIR/report; for several DIRs ./report"
     )
-    given = parser.parse_args()
+    given = parsed(parser)
     with errors_in_one_line():
         if unknown := [name for name in given.format if name not in FORMATS]:
             raise UserError(f"--format: {unknown[0]!r} is not one of {', '.join(FORMATS)}")

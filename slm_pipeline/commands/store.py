@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from slm_pipeline.cli import errors_in_one_line
+from slm_pipeline.commands.arguments import parsed
 from slm_pipeline.config import STAGES
 from slm_pipeline.errors import UserError
 from slm_pipeline.results.number import Number
@@ -163,19 +164,43 @@ def verify(entries: Sequence[Entry]) -> bool:
     return not damaged
 
 
-def _line(entry: Entry) -> str:
+def _line(entry: Entry, models: Mapping[str, str]) -> str:
     return (
         f"{entry.stage:<10} {entry.path.name:<24} {_size(entry.num_bytes):>9} {entry.age_days:>6.1f} d"
-        f" {len(entry.use.runs):>5} runs  {_said(entry.record) if entry.state == 'finished' else entry.state}"
+        f" {len(entry.use.runs):>5} runs  {_said(entry.record, models) if entry.state == 'finished' else entry.state}"
     )
 
 
-def _said(record: dict[str, Any]) -> str:
-    """Which method, repair or recovery made a result, if one did, and what it is."""
+def models_of(entries: Sequence[Entry]) -> dict[str, str]:
+    """What the results call a model -> what it is, in words, as far as the store knows what made it."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        identity, result = _identity(entry.record), entry.record.get("result", {})
+        if isinstance(dense := identity.get("model"), str):
+            found[dense] = "dense"
+        made_by = next((identity[group] for group in ("recovery", "repair", "method") if group in identity), None)
+        if isinstance(made_by, str):
+            layers = result.get("num_layers", {}).get("pruned") if isinstance(result.get("num_layers"), dict) else None
+            words = f"{made_by}, {layers} layers" if layers is not None else made_by
+            if "checkpoint" in result:
+                found.setdefault(str(result["checkpoint"]), words)
+            found[f"recovered:{entry.path.name}"] = words
+    return found
+
+
+def _identity(record: dict[str, Any]) -> dict[str, Any]:
     identity = record.get("identity")
-    found = identity if isinstance(identity, dict) else {}
+    return identity if isinstance(identity, dict) else {}
+
+
+def _said(record: dict[str, Any], models: Mapping[str, str]) -> str:
+    """What made a result, of which model, and what it is."""
+    found = _identity(record)
     made_by = next((found[group] for group in ("recovery", "repair", "method") if group in found), None)
-    return ": ".join(filter(None, [made_by if isinstance(made_by, str) else "", _about(record)]))
+    scored = models.get(str(found["checkpoint"])) if "checkpoint" in found else None
+    after = f"after {scored}" if made_by and scored else scored if "measure" in found else None
+    who = " ".join(filter(None, [made_by if isinstance(made_by, str) else "", after]))
+    return ": ".join(filter(None, [who, _about(record)]))
 
 
 def _about(record: dict[str, Any]) -> str:
@@ -218,7 +243,7 @@ def main() -> None:
     parser.add_argument("--gone", action="store_true", help="clean: runs whose folders are not there were deleted")
     parser.add_argument("--unrecorded", action="store_true", help="clean: also what no run has noted that it uses")
     parser.add_argument("--yes", action="store_true", help="clean: remove; without it, only say what would be removed")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     with errors_in_one_line():
         if not (arguments.output_dir / "store").is_dir():
             raise UserError(f"{arguments.output_dir} holds no store; name another with --output-dir")
@@ -230,15 +255,17 @@ def main() -> None:
         entries = [entry for entry in found if arguments.stage in (None, entry.stage)]
         if arguments.command == "verify":
             sys.exit(0 if verify(entries) and not faults else 1)
+        models = models_of(found)
         if arguments.command == "list":
+            print(f"{'stage':<10} {'key':<24} {'size':>9} {'age':>8} {'used by':>10}  what it is")
             for entry in entries:
-                print(_line(entry))
+                print(_line(entry, models))
             print(f"{len(entries)} results, {_size(sum(entry.num_bytes for entry in entries))}")
         else:
-            _clean(entries, users, arguments)
+            _clean(entries, users, arguments, models)
 
 
-def _clean(entries: list[Entry], users: Users, arguments: argparse.Namespace) -> None:
+def _clean(entries: list[Entry], users: Users, arguments: argparse.Namespace, models: Mapping[str, str]) -> None:
     proofs = {"gone": arguments.gone, "unrecorded": arguments.unrecorded}
     unused = []
     for entry in (entry for entry in entries if entry.age_days >= arguments.older_than):
@@ -246,13 +273,13 @@ def _clean(entries: list[Entry], users: Users, arguments: argparse.Namespace) ->
         if reason is None:
             unused.append(entry)
         elif not entry.use.runs:
-            print(f"{_line(entry)}\n    stays: {reason}")
+            print(f"{_line(entry, models)}\n    stays: {reason}")
     if arguments.yes:
         unused = clean(unused, users, **proofs)
         users.forget({entry.name for entry in unused})
         sweep(arguments.output_dir / "store")
     for entry in unused:
-        print(_line(entry))
+        print(_line(entry, models))
     total = _size(sum(entry.num_bytes for entry in unused))
     if arguments.yes:
         print(f"removed {len(unused)} results, {total}")

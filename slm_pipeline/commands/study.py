@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slm_pipeline.cli import errors_in_one_line
+from slm_pipeline.commands.arguments import parsed
 from slm_pipeline.errors import UserError
 from slm_pipeline.report.runs import STATUSES, Run, read_runs
 from slm_pipeline.show.tables import Table
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("command", choices=["status"])
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="a study, or a folder with some below")
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="again every so often, until no job is left")
-    given = parser.parse_args()
+    given = parsed(parser)
     with errors_in_one_line():
         if given.watch is not None and not given.watch > 0:
             raise UserError(f"--watch={given.watch:g} must be a positive number of seconds")

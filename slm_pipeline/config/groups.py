@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from slm_pipeline.config import COMPOSITION_ERRORS, PLUG_INS, Config, EvaluationConfig, checked, plugins, ranges
 from slm_pipeline.config.folders import CONF_DIR, SWEEPS_ROOT
-from slm_pipeline.errors import UserError
+from slm_pipeline.errors import UserError, did_you_mean
 
 # What options are derived from. By name: these modules stand above this one.
 _BASES = {
@@ -135,9 +135,7 @@ def _lacks(name: str, group: str, key: str, options: Any) -> str:
     if others := _options_with(group, plugins.in_use()).get(name):
         message += f", only for {group}={', '.join(others)}"
     names = [option.name for option in fields(options)]
-    if near := difflib.get_close_matches(str(name), names):
-        message += f" (did you mean {', '.join(near)}?)"
-    return f"{message}; {group}={options.name} has: {', '.join(names)}"
+    return f"{message}{did_you_mean(str(name), names)}; {group}={options.name} has: {', '.join(names)}"
 
 
 def option_files(group: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -37,29 +38,44 @@ Running the same command again reuses every stage that is done and continues wha
 
 _FURTHER = """\
 More: slm --cfg job prints the whole configuration, slm --cfg job -p method one group of it;
-eval "$(slm -sc install=bash)" switches tab completion on; slm --hydra-help shows Hydra's own flags."""
+eval "$(slm -sc install=bash)" switches tab completion on, with zsh or fish in the place of bash those shells';
+slm --config-dir FOLDER adds options of your own; slm --hydra-help shows Hydra's own flags."""
 
 
-def text() -> str:
-    """Introduction, every group with its options, the keys of the top level."""
+def text(config_dir: str | None = None) -> str:
+    """Introduction, every group with its options, the keys of the top level.
+
+    Args:
+        config_dir: a folder with options of the user's own, as ``--config-dir``. Studies of the user's own are those in
+            ./sweeps.
+    """
     parts = [_INTRODUCTION]
+    own = [] if config_dir is None else [Path(config_dir)]
     for group in _GROUPS:
-        parts.append(f"{group}=\n" + "\n".join(_option_lines(group)))
-    parts.append("sweeps=   (with -m)\n" + "\n".join(_option_lines("sweeps")))
+        parts.append(f"{group}=\n" + "\n".join(_option_lines(group, own)))
+    parts.append("sweeps=   (with -m)\n" + "\n".join(_option_lines("sweeps", [Path(), *own])))
     parts.append(
         "hydra/launcher=   (with -m; also joblib, and basic: one after another)\n"
-        + "\n".join(_option_lines("hydra/launcher"))
+        + "\n".join(_option_lines("hydra/launcher", own))
     )
     parts.append("keys of the top level\n" + "\n".join(_key_lines()))
     parts.append(_FURTHER)
     return "\n\n".join(parts)
 
 
-def _option_lines(group: str) -> list[str]:
-    """Each option with the first comment of its file, and of a plugin's its package."""
+def _option_lines(group: str, own: Sequence[Path]) -> list[str]:
+    """Each option with the first comment of its file; of a plugin's its package, of the user's own its file.
+
+    Args:
+        own: folders of the user's in which the group may have options; the first that has one of a name counts.
+    """
     owners = {file: f" ({plugin.name})" for plugin in plugins.in_use() for file in plugin.options(group)}
-    files = groups.option_files(group)
-    return [f"  {file.stem:<20} {_first_comment(file)}{owners.get(file, '')}" for file in files]
+    files = {file.stem: file for file in groups.option_files(group)}
+    for folder in reversed(own):
+        for file in sorted((folder / group).glob("*.yaml")):
+            files[file.stem] = file
+            owners[file] = f" ({file})"
+    return [f"  {name:<20} {_first_comment(file)}{owners.get(file, '')}" for name, file in sorted(files.items())]
 
 
 def _first_comment(file: Path) -> str:

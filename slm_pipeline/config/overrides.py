@@ -106,7 +106,21 @@ def check_group(item: Override) -> None:
             )
         if not isinstance(value, str) or not value:
             names = ", ".join(file.stem for file in groups.option_files(group))
-            raise UserError(f"{item.input_line}: {group} is a group, choose one of its options: {names}")
+            of_ones_own = f"; {hint}" if (hint := other_ratio(group, value)) else ""
+            raise UserError(f"{item.input_line}: {group} is a group, choose one of its options: {names}{of_ones_own}")
+
+
+def other_ratio(group: str, value: Any) -> str:
+    """How a pruning ratio that is no option is asked for: 0.2, 40 or r40; empty where nothing of that kind was."""
+    found = re.fullmatch(r"r?(\d+(?:\.\d+)?)", str(value)) if group == "pruning_ratio" else None
+    if found is None or not (number := float(found[1])) < 100 or not number:
+        return ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        layers = f"; for {value} layers left pruning_ratio=layers pruning_ratio.num_layers={value}"
+    else:
+        layers = ""
+    ratio = number if number < 1 and not isinstance(value, int) else number / 100
+    return f"any other ratio: pruning_ratio.ratio={ratio:g}{layers}"
 
 
 def check_added_measures(before: Any, after: Any) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine import network
 from slm_pipeline.store.checksums import digest
 
 MAX_HASHED = 1 << 26  # bytes of a folder that are read to tell it from another; below that: all
@@ -71,14 +72,17 @@ def commit(repo: str, option: str, instead: str, *, revision: str = "main") -> s
     """
     if re.fullmatch("[0-9a-f]{40}", revision):
         return revision
-    from httpx import HTTPError
     from huggingface_hub import HfApi
 
     try:
+        if not network.hub_answers():
+            raise OSError(f"{network.hub()} does not answer")
         found = HfApi().dataset_info(repo, revision=revision, timeout=_TIMEOUT, expand=["sha"]).sha
         assert found is not None
         return found
-    except (OSError, ValueError, HTTPError) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError)) and not _of_the_network(error):
+            raise
         if cached := _prepared(repo) or _reference(repo, revision):
             return cached
         raise _unreachable(repo, option, instead, error) from error
@@ -108,6 +112,11 @@ def column(rows: Any, name: str, option: str) -> Any:
     if name not in rows.column_names:
         raise UserError(f"{option} has no column {name}; it has {', '.join(rows.column_names)}")
     return rows[name]
+
+
+def _of_the_network(error: Exception) -> bool:
+    """Whether it is one of httpx, under whichever name huggingface_hub has that; not all are an `OSError`."""
+    return type(error).__module__.startswith(("httpx", "httpcore"))
 
 
 def _prepared(repo: str) -> str | None:

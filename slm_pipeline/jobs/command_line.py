@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from slm_pipeline import config
@@ -29,9 +29,10 @@ from slm_pipeline.config.overrides import (
     check_added_measures,
     check_group,
     first_value,
+    other_ratio,
     parse_overrides,
 )
-from slm_pipeline.errors import UserError
+from slm_pipeline.errors import UserError, did_you_mean
 from slm_pipeline.jobs import study
 from slm_pipeline.machine import gpus
 from slm_pipeline.store import run_folder
@@ -241,8 +242,10 @@ def composed_of(arguments: Namespace, overrides: list[str]) -> DictConfig:
     try:
         composed = compose(arguments.config_name or "config", overrides=overrides, return_hydra_config=True)
     except COMPOSITION_ERRORS as error:
-        hint = _what_there_is(error) if isinstance(error, MissingConfigException) else ""
-        raise UserError(config.one_line(error) + hint) from error
+        message = config.one_line(error)
+        if isinstance(error, MissingConfigException):
+            raise UserError(_with_what_there_is(message, error)) from error
+        raise UserError(_with_the_nearest_key(message)) from error
     except YAMLError as error:
         raise UserError(f"a YAML file cannot be read: {' '.join(str(error).split())}") from error
     except (ValueError, OverflowError, RecursionError, AssertionError) as error:  # not all are Hydra's own
@@ -264,11 +267,35 @@ def composed_of(arguments: Namespace, overrides: list[str]) -> DictConfig:
     return composed
 
 
-def _what_there_is(error: MissingConfigException) -> str:
-    """The end of a message about an option that nobody has. Of several in a list Hydra itself does not say which."""
-    group = str(error.missing_cfg_file).rpartition("/")[0]
-    names = GlobalHydra.instance().config_loader().get_group_options(group) if error.options is None else []
-    return (f" Available options in {group!r}: {' '.join(names)}" if names else "") + plugins.without_options()
+def _with_what_there_is(message: str, error: MissingConfigException) -> str:
+    """A message about an option that nobody has, with the nearest ones, and all. Of several in a list Hydra itself does
+    not say which there are."""
+    group, _, name = str(error.missing_cfg_file).rpartition("/")
+    names = GlobalHydra.instance().config_loader().get_group_options(group)
+    ratio = other_ratio(group, name)
+    near = f" ({ratio})" if ratio else did_you_mean(name, names)
+    message = message.replace(f"'{group}/{name}'", f"'{group}/{name}'{near}", 1)
+    listed = f" Available options in {group!r}: {' '.join(names)}" if names and error.options is None else ""
+    return message + listed + plugins.without_options()
+
+
+def _with_the_nearest_key(message: str) -> str:
+    """A message about a key that nobody has, with those that it nearly is."""
+    found = re.match(r"Could not override '([\w.]+)'", message)
+    if found is None:
+        return message
+    key = found[1]
+    container: Any = OmegaConf.to_container(compose("config"), resolve=False)
+    near = did_you_mean(key, _keys(container)) or did_you_mean(key.rpartition(".")[2], _keys(container))
+    return f"{found[0]}{near}{message[found.end() :]}"
+
+
+def _keys(values: dict[str, Any], before: str = "") -> Iterator[str]:
+    """The whole names of all keys in a configuration."""
+    for name, value in values.items():
+        yield f"{before}{name}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{before}{name}.")
 
 
 def _describe_search(composed: DictConfig) -> str:

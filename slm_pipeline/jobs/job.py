@@ -140,6 +140,8 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
     config = replace(config, calibration=_with_bos(config.calibration, source))
     if repair is not None:
         repair.calibration = _with_bos(repair.calibration, source)
+    if isinstance(recovery, FineTuning):
+        recovery.choose_learning_rate(source.num_parameters)
     context = Context(config, source, command)
     ratio = PruningRatio(config.pruning_ratio, method)
     threshold = Threshold(config.threshold, ratio, config.model)

@@ -34,6 +34,7 @@ class BundledModel:
     model_type: str
     single_digits: bool
     max_positions: int | None = None  # tokens that it is made for
+    num_parameters: int | None = None
     repo: str | None = None  # the same model on the hub
     licence: str | None = None  # as the hub calls it
 
@@ -50,6 +51,7 @@ BUNDLED_MODELS: dict[str, BundledModel] = {
         repo="HuggingFaceTB/SmolLM2-135M-Instruct",
         licence="apache-2.0",
         max_positions=8192,
+        num_parameters=134_515_008,
     ),
     # Gemma 3 270M (base), quantised to Q4_K_M; Gemma Terms of Use, kept beside the weights.
     "gemma3_270m": BundledModel(
@@ -65,6 +67,7 @@ BUNDLED_MODELS: dict[str, BundledModel] = {
         repo="google/gemma-3-270m",
         licence="gemma",
         max_positions=32768,
+        num_parameters=268_098_176,
     ),
 }
 

@@ -35,7 +35,7 @@ def load_checked(model_class: Any, place: Path | str, **options: Any) -> Any:
     transformers_log = logging.getLogger("transformers.modeling_utils")
     transformers_log.addFilter(_is_no_load_report)  # said below, in a line
     try:
-        with _our_bars():
+        with our_bars():
             model, found = model_class.from_pretrained(
                 place, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
@@ -59,7 +59,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def _our_bars() -> Iterator[None]:
+def our_bars() -> Iterator[None]:
     """A bar of ours in the place of transformers', which leaves each one on the terminal."""
     module: Any = transformers_logging
     theirs = module.tqdm_lib

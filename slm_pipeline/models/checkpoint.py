@@ -16,6 +16,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.machine import memory
 from slm_pipeline.models import config_files, modeling_pruned
 from slm_pipeline.models.architectures import PRUNED
+from slm_pipeline.models.checked import our_bars
 from slm_pipeline.models.loading import load_checkpoint, load_tokenizer
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.store.files import give_usual_modes, write_json, write_text
@@ -45,7 +46,8 @@ def save(model: Any, tokenizer: Any, folder: Path, *, card: str, config: ModelCo
     view = ModelView(model)
     model.config.dtype = config.dtype
     model.config.tie_word_embeddings = view.ties_embeddings
-    model.save_pretrained(partial, max_shard_size=MAX_SHARD)
+    with our_bars():
+        model.save_pretrained(partial, max_shard_size=MAX_SHARD)
     if model.config.model_type.startswith(PRUNED):
         _add_modelling_file(partial)
         card = f"{card}\n\n{_HOW_TO_LOAD}\n"

@@ -241,3 +241,19 @@ def shown(value: Any) -> str:
     """A value as JSON, in at most 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def num_parameters(description: Mapping[str, Any]) -> int | None:
+    """About as many parameters as a model of this config.json has: those of its matrices; None if it lacks a size."""
+    architecture = architectures.find(description)
+    names = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", architecture.intermediate_size)
+    sizes = [description.get(name) for name in names]
+    if not all(is_size(size, MAX_SIZE) for size in sizes):
+        return None
+    hidden, layers, vocabulary, heads, neurons = (int(size or 0) for size in sizes)
+    width = int(description.get("head_dim") or hidden // heads)
+    groups = int(description.get("num_key_value_heads") or heads)
+    attention = 2 * hidden * width * (heads + groups)
+    feed_forward = hidden * neurons * len((*architecture.mlp_inputs, architecture.mlp_output))
+    embeddings = vocabulary * hidden * (1 if description.get("tie_word_embeddings") else 2)
+    return embeddings + layers * (attention + feed_forward)

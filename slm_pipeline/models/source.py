@@ -9,11 +9,11 @@ from pathlib import Path
 
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
-from slm_pipeline.machine import gpus, memory
+from slm_pipeline.machine import gpus, memory, network
 from slm_pipeline.models import architectures, folder
 from slm_pipeline.models.architectures import PRUNED, Architecture
 from slm_pipeline.models.bundled import BUNDLED_MODELS, model_fingerprint
-from slm_pipeline.models.description import check_description
+from slm_pipeline.models.description import check_description, num_parameters
 from slm_pipeline.models.json_files import read_json
 from slm_pipeline.store.checksums import digest
 
@@ -45,6 +45,7 @@ class ModelSource:
     special_tokens: frozenset[str] | None = None
     warnings: tuple[str, ...] = ()
     commit: str | None = None
+    num_parameters: int | None = None  # about; None if unknown
 
     @property
     def name(self) -> str:
@@ -97,7 +98,14 @@ def _bundled(config: ModelConfig) -> ModelSource:
         raise UserError(f"model.name={config.name!r} is not bundled; bundled: {', '.join(BUNDLED_MODELS)}")
     bundled = BUNDLED_MODELS[config.name]
     fingerprint = f"{model_fingerprint(config.name)}:{config.dtype}"
-    return ModelSource(config, fingerprint, bundled.num_layers, bundled.model_type, bundled.max_positions)
+    return ModelSource(
+        config,
+        fingerprint,
+        bundled.num_layers,
+        bundled.model_type,
+        bundled.max_positions,
+        num_parameters=bundled.num_parameters,
+    )
 
 
 def _hub(config: ModelConfig) -> ModelSource:
@@ -106,10 +114,11 @@ def _hub(config: ModelConfig) -> ModelSource:
 
     if not config.repo:
         raise UserError("model.source=hub needs model.repo=ORGANISATION/NAME")
+    there = network.hub_answers()
     try:
-        file = hf_hub_download(config.repo, "config.json", revision=config.revision)
+        file = hf_hub_download(config.repo, "config.json", revision=config.revision, local_files_only=not there)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0] if there else f"{network.hub()} does not answer"
         raise UserError(
             f"model.repo={config.repo!r} cannot be had from the hub and is not in its local cache ({reason});"
             " with a copy on disk use model=local model.path=FOLDER"
@@ -128,6 +137,7 @@ def _hub(config: ModelConfig) -> ModelSource:
         description["model_type"],
         description.get("max_position_embeddings"),
         commit=commit,
+        num_parameters=num_parameters(description),
     )
 
 
@@ -146,6 +156,7 @@ def _local(config: ModelConfig) -> ModelSource:
         found.description.get("max_position_embeddings"),
         found.special_tokens,
         found.warnings,
+        num_parameters=num_parameters(found.description),
     )
 
 
@@ -178,6 +189,7 @@ def _random(config: ModelConfig) -> ModelSource:
         config.architecture,
         RANDOM_POSITIONS if learned else None,
         frozenset(("bos", "eos", "pad")),
+        num_parameters=_matrices(config),
     )
 
 
@@ -186,10 +198,9 @@ def _check_size(config: ModelConfig) -> None:
 
     Counted are its matrices alone; a model that is made on a GPU goes through main memory when it is saved.
     """
-    hidden, heads = config.hidden_size or 0, config.num_heads or 1
-    keys_and_values = hidden // heads * (config.num_kv_heads or 0)
-    of_layer = 2 * hidden * (hidden + keys_and_values) + 2 * hidden * (config.intermediate_size or 0)
+    hidden = config.hidden_size or 0
     embedding = hidden * (config.vocab_size or 0)
+    of_layer = (_matrices(config) - embedding) // (config.num_layers or 1)
     num_bytes, there = (4 if config.dtype == "float32" else 2), memory.of_machine()
     needed = num_bytes * (embedding + of_layer * (config.num_layers or 0))
     if needed <= there:
@@ -201,6 +212,14 @@ def _check_size(config: ModelConfig) -> None:
         f" model.intermediate_size={config.intermediate_size} and model.vocab_size={config.vocab_size} takes"
         f" {needed / 1e9:.0f} GB and this machine has {there / 1e9:.0f} GB; {advice}"
     )
+
+
+def _matrices(config: ModelConfig) -> int:
+    """Parameters in the matrices of a random model, at least."""
+    hidden, heads = config.hidden_size or 0, config.num_heads or 1
+    keys_and_values = hidden // heads * (config.num_kv_heads or 0)
+    of_layer = 2 * hidden * (hidden + keys_and_values) + 2 * hidden * (config.intermediate_size or 0)
+    return hidden * (config.vocab_size or 0) + of_layer * (config.num_layers or 0)
 
 
 def drawn_on(config: ModelConfig) -> str:

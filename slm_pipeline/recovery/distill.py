@@ -54,6 +54,7 @@ class Distill(FineTuning):
     order: str = "joint"  # joint (all layers on one forward pass of the teacher) | blocks (one after the other)
     logit_share: Share = 0.0  # of the budget, at the end, for the whole model's next-token distribution
 
+    learning_rates: ClassVar[tuple[float, float]] = (2e-3, 2e-4)  # the latter is LLM-Streamline's; none is published
     gap: ClassVar[str] = "above"  # in `spans`: which kept layer stands for dropped ones
     name: ClassVar[str] = "distill"
 

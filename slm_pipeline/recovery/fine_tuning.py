@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_pipeline.config.ranges import (
     BatchSize,
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from slm_pipeline.models.source import ModelSource
 
+LARGE = 1_000_000_000  # parameters of the dense model from which on published learning rates are the default
+
 
 @dataclass(kw_only=True)
 class FineTuning(Recovery):
@@ -39,9 +41,15 @@ class FineTuning(Recovery):
 
     The defaults are the settings of the SLM authors (LLM-Pruner's Alpaca recipe), for one GPU: AdamW, linear decay
     after the warm-up, gradients clipped to norm 1, loss on the output only, the checkpoint with the lowest validation
-    loss kept (where layers learn states: the last). Their data set is ``source=hub``. The learning rate is not theirs,
-    1e-4, but chosen in docs/recovery.md, on a small model.
+    loss kept (where layers learn states: the last). Their data set is ``source=hub``. Their learning rate, 1e-4, is
+    that of models of their size.
+
+    Attributes:
+        learning_rates: of dense models below `LARGE` parameters, chosen in docs/recovery.md on one of 135 million, and
+            of larger ones, published.
     """
+
+    learning_rates: ClassVar[tuple[float, float]] = (2e-3, 1e-4)
 
     source: str = "bundled"  # bundled | hub | file
     path: FilePath | None = None  # file: .json, .jsonl or .txt, or a folder of them: instructions, chats or texts
@@ -50,7 +58,7 @@ class FineTuning(Recovery):
     num_examples: Count | None = None  # examples to train on; None: all that validation leaves
     validation_size: Count = 2000  # examples held out
     split_seed: Seed = 42
-    learning_rate: Positive = 2e-3
+    learning_rate: Positive | None = None  # null: by the size of the dense model, see `learning_rates`
     schedule: str = "linear"  # linear | cosine | constant, all after a linear warm-up
     final_learning_rate: Share = 0.0  # cosine: where it ends, as a share of learning_rate
     weight_decay: NotNegative = 0.0
@@ -198,6 +206,18 @@ class FineTuning(Recovery):
             tokens_per_epoch = sum(len(row["input_ids"]) for row in train)
             limits.append(max(1, round(self.budget_tokens * steps_per_epoch / tokens_per_epoch)))
         return min(limits)
+
+    def choose_learning_rate(self, num_parameters: int | None) -> None:
+        """Settle on the usual learning rate for a dense model of so many parameters, if none was asked for. A model of
+        unknown size counts as large: too low a rate wastes time, too high a one the model."""
+        if self.learning_rate is None:
+            small, large = self.learning_rates
+            self.learning_rate = small if num_parameters is not None and num_parameters < LARGE else large
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate after the warm-up; that for small models where nobody has settled on one."""
+        return self.learning_rates[0] if self.learning_rate is None else self.learning_rate
 
     def warmup(self, num_steps: int) -> int:
         """Steps until the learning rate is whole: ``warmup_steps``; of a training with no more than these, a tenth."""

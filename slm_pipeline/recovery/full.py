@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from slm_pipeline.config.ranges import Positive
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult
 from slm_pipeline.recovery.fine_tuning import FineTuning
 
@@ -17,8 +16,7 @@ class Full(FineTuning):
     Weights, gradients and AdamW's two moments are float32: 16 bytes a parameter, beside the activations.
     """
 
-    learning_rate: Positive = 5e-4
-
+    learning_rates: ClassVar[tuple[float, float]] = (5e-4, 2e-5)  # the latter is Stanford Alpaca's
     name: ClassVar[str] = "full"
 
     def run(self, problem: RecoveryProblem) -> RecoveryResult:

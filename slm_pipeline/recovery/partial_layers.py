@@ -32,6 +32,7 @@ class PartialLayers(FineTuning):
     head: bool | None = None  # None: trained unless it is the embedding
     final_norm: bool = True
 
+    learning_rates: ClassVar[tuple[float, float]] = (2e-3, 1e-5)
     name: ClassVar[str] = "partial_layers"
 
     def __post_init__(self) -> None:

@@ -83,7 +83,7 @@ def fit(
     if metrics["eval_loss"] > metrics["initial_eval_loss"] and collective.count() == 1:  # else the parent says it
         logger.warning(
             "the recovery made the validation loss worse, from %.4f to %.4f: try a lower recovery.learning_rate than"
-            " %g, or more data", metrics["initial_eval_loss"], metrics["eval_loss"], options.learning_rate,
+            " %g, or more data", metrics["initial_eval_loss"], metrics["eval_loss"], options.peak_learning_rate,
         )  # fmt: skip
     sizes = {"trainable_parameters": trainable, "num_examples": len(train), "num_validation_examples": len(validation)}
     return Fit(curve, {**metrics, **sizes})

@@ -33,7 +33,7 @@ def training_arguments(
     arguments = TrainingArguments(
         output_dir=str(folder.absolute()),
         max_steps=num_steps,
-        learning_rate=options.learning_rate,
+        learning_rate=options.peak_learning_rate,
         warmup_steps=options.warmup(num_steps),
         lr_scheduler_type=_SCHEDULES[options.schedule],
         lr_scheduler_kwargs=floor,

@@ -57,7 +57,7 @@ class Watch(TrainerCallback):
         if not math.isfinite(value):
             raise UserError(
                 f"recovery: the {what} is {value} at step {self.phase.steps_before + step}; lower"
-                f" recovery.learning_rate ({self.options.learning_rate:g} now), or use bfloat16 or float32 for"
+                f" recovery.learning_rate ({self.options.peak_learning_rate:g} now), or use bfloat16 or float32 for"
                 " model.dtype if it is float16"
             )
 

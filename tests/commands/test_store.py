@@ -76,7 +76,8 @@ def left(output_dir: Path) -> set[str]:
 
 
 def test_list(output_dir, capsys):
-    lines = run(capsys, "list", "--output-dir", str(output_dir)).splitlines()
+    head, *lines = run(capsys, "list", "--output-dir", str(output_dir)).splitlines()
+    assert head.split() == ["stage", "key", "size", "age", "used", "by", "what", "it", "is"]
     assert [line.split()[1] for line in lines[:-1]] == ["bbbb", "cccc", "dddd.partial", "eeee", "aaaa"]  # largest first
     merged, unused, partial, scores, calibration = lines[:-1]
     assert "3.0 MB" in merged
@@ -89,6 +90,35 @@ def test_list(output_dir, capsys):
     assert scores.endswith("perplexity/notes.txt 15.23")
     assert calibration.endswith("bundled, 10 x 128 tokens")
     assert lines[-1].startswith("5 results, 5.0 MB")
+
+
+def test_list_says_of_which_model_a_number_is_and_what_was_trained(tmp_path, capsys):
+    numbers = RESULTS["evaluate"]
+    for stage, key, identity, result in (
+        ("merge", "a1", {"model": "m:float32", "method": "slm"}, {**RESULTS["merge"], "checkpoint": "c"}),
+        ("repair", "b1", {"model": "m:float32", "checkpoint": "c", "repair": "refit"}, {"checkpoint": "r"}),
+        ("recover", "c1", {"checkpoint": "r", "recovery": "lora"}, {}),
+        ("evaluate", "d1", {"checkpoint": "m:float32", "measure": "perplexity"}, numbers),
+        ("evaluate", "d2", {"checkpoint": "c", "measure": "perplexity"}, numbers),
+        ("evaluate", "d3", {"checkpoint": "r", "measure": "perplexity"}, numbers),
+        ("evaluate", "d4", {"checkpoint": "recovered:c1", "measure": "perplexity"}, numbers),
+        ("evaluate", "d5", {"checkpoint": "of another store", "measure": "perplexity"}, numbers),
+    ):
+        folder = add(tmp_path, stage, key, 5)
+        record = checksums.read_sealed(folder / "stage.json") | {"identity": identity, "result": result}
+        write_json(folder / "stage.json", checksums.sealed(record))
+    lines = run(capsys, "list", "--output-dir", str(tmp_path)).splitlines()[1:-1]
+    said = {line.split()[1]: line.partition(" runs  ")[2] for line in lines}
+    assert said == {
+        "a1": "slm: 30 -> 24 layers: 0-21 {22-24} 25-29",
+        "b1": "refit after slm, 24 layers",
+        "c1": "lora after refit",
+        "d1": "dense: perplexity/notes.txt 15.23",
+        "d2": "slm, 24 layers: perplexity/notes.txt 15.23",
+        "d3": "refit: perplexity/notes.txt 15.23",
+        "d4": "lora: perplexity/notes.txt 15.23",
+        "d5": "perplexity/notes.txt 15.23",
+    }
 
 
 def test_clean_only_says_what_it_would_remove(output_dir, capsys):
@@ -307,7 +337,7 @@ def test_verify_and_list_say_what_stops_every_job(output_dir, capsys):
 def test_a_run_counts_once_by_its_link_and_by_what_it_noted(output_dir, capsys, monkeypatch):
     use(output_dir, output_dir / "runs" / "slm" / "now", "calibrate/aaaa")
     monkeypatch.chdir(output_dir.parent)
-    (line,) = run(capsys, "list", "--output-dir", output_dir.name, "--stage", "calibrate").splitlines()[:-1]
+    _, line, _ = run(capsys, "list", "--output-dir", output_dir.name, "--stage", "calibrate").splitlines()
     assert " 1 runs " in line
 
 

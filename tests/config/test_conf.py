@@ -320,6 +320,19 @@ def test_help_lists_every_option_with_its_first_comment():
         assert f"\n  {key}=" in text
 
 
+def test_help_lists_what_is_the_users_own(tmp_path, monkeypatch):
+    """Studies in ./sweeps, which count before the shipped ones, and the options of --config-dir."""
+    monkeypatch.chdir(tmp_path)
+    for name, comment in (("sweeps/thresholds", "My thresholds."), ("mine/method/my_slm", "SLM as I like it.")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / f"{name}.yaml").write_text(f"# {comment}\nname: x\n")
+    lines = [" ".join(line.split()) for line in run_slm("--config-dir", "mine", "--help").out.splitlines()]
+    assert "thresholds My thresholds. (sweeps/thresholds.yaml)" in lines
+    assert len([line for line in lines if line.startswith("thresholds ")]) == 1
+    assert "my_slm SLM as I like it. (mine/method/my_slm.yaml)" in lines
+    assert "my_slm SLM" not in run_slm("--help").out
+
+
 NEW_METHOD = """
 from dataclasses import dataclass, field
 from typing import ClassVar

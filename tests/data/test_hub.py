@@ -22,6 +22,7 @@ FIRST, SECOND = "1" * 40, "2" * 40
 @pytest.fixture
 def caches(tmp_path, monkeypatch):
     """Empty caches of datasets and of the hub, which cannot be reached, in an empty working directory."""
+    monkeypatch.setattr("slm_pipeline.machine.network.hub_answers", lambda: False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "work").mkdir()
@@ -80,11 +81,31 @@ def test_the_hub_is_asked_first(caches, monkeypatch):
     class Found:
         sha = SECOND
 
+    monkeypatch.setattr("slm_pipeline.machine.network.hub_answers", lambda: True)
     prepared(caches, "allenai___c4", FIRST, age=1)
     asked = []
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda _, repo, **options: asked.append(repo) or Found())
     assert hub.commit("allenai/c4", "OPTION", "B") == SECOND
     assert asked == ["allenai/c4"]
+
+
+@pytest.mark.parametrize("library", ["httpx", "httpx2"])
+def test_a_connection_that_breaks_is_no_defect_under_whichever_name_httpx_goes(caches, monkeypatch, library):
+    class ConnectError(Exception):
+        pass
+
+    ConnectError.__module__ = library
+
+    def refuse(*_, **__):
+        raise ConnectError("connection reset")
+
+    monkeypatch.setattr("slm_pipeline.machine.network.hub_answers", lambda: True)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+    with pytest.raises(UserError, match=r"cannot be had from the hub or its cache \(connection reset\)"):
+        hub.commit("allenai/c4", "OPTION", "B")
+    ConnectError.__module__ = "mine"
+    with pytest.raises(ConnectError):
+        hub.commit("allenai/c4", "OPTION", "B")
 
 
 @pytest.mark.parametrize(

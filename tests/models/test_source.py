@@ -217,8 +217,13 @@ def test_unusable_options(options, message, monkeypatch):
         describe(ModelConfig(**{"name": "x", **options}))
 
 
-def test_hub_without_a_network_says_what_to_do_instead():
-    with pytest.raises(UserError, match="model.repo='nobody/nothing' cannot be had .* model=local model.path=FOLDER"):
+def test_hub_without_a_network_says_what_to_do_instead(monkeypatch):
+    """At once: huggingface_hub would try for half a minute."""
+    monkeypatch.setattr("slm_pipeline.machine.network.hub_answers", lambda: False)
+    said = (
+        r"model.repo='nobody/nothing' cannot be had .* \(https://huggingface.co does not answer\).* model.path=FOLDER"
+    )
+    with pytest.raises(UserError, match=said):
         describe(ModelConfig(name="x", source="hub", repo="nobody/nothing"))
 
 
@@ -228,6 +233,7 @@ def test_hub_model_is_known_by_its_commit(tmp_path, monkeypatch):
     snapshot.mkdir(parents=True)
     write_config(snapshot, {"model_type": "llama", "num_hidden_layers": 5, "max_position_embeddings": 64})
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(snapshot / "config.json"))
+    monkeypatch.setattr("slm_pipeline.machine.network.hub_answers", lambda: True)
     source = describe(ModelConfig(name="x", source="hub", repo="a/b"))
     assert (source.fingerprint, source.num_layers) == ("hub:a/b@0123abc:bfloat16", 5)
     assert source.max_positions == 64

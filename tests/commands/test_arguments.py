@@ -1,0 +1,38 @@
+"""What all commands answer: which version they are, and a shell that asks what may come next."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from importlib import import_module
+from unittest import mock
+
+import pytest
+from conftest import run_slm
+
+import slm_pipeline
+
+COMMANDS = ["analyze", "bench", "export", "fetch", "report", "store", "study"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_its_version(command, capsys):
+    main = import_module(f"slm_pipeline.commands.{command}").main
+    with mock.patch.object(sys, "argv", [f"slm-{command}", "--version"]), suppress(SystemExit):
+        main()
+    assert capsys.readouterr().out == f"slm_pipeline {slm_pipeline.__version__}\n"
+
+
+def test_slm_says_its_version_and_not_hydras():
+    assert run_slm("method=laco", "--version").out == f"slm_pipeline {slm_pipeline.__version__}\n"
+
+
+def test_a_shell_is_told_what_may_come_next(tmp_path):
+    """As the functions of ``register-python-argcomplete`` ask."""
+    line = "slm-store ver"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    asked["_ARGCOMPLETE_STDOUT_FILENAME"] = str(tmp_path / "words")
+    subprocess.run([sys.executable, "-m", "slm_pipeline.commands.store"], env={**os.environ, **asked}, check=True)
+    assert (tmp_path / "words").read_text().split() == ["verify"]
