@@ -260,7 +260,8 @@ NOTHING_LEFT = (
         ),
         (
             ["dynamic-skip", "calibration.wrong=1"],
-            "Could not override 'calibration.wrong'. See slm --cfg job for all keys."
+            "Could not override 'calibration.wrong' (did you mean calibration.bos, calibration, calibration.sampling?)."
+            " See slm --cfg job for all keys."
             " Key 'wrong' not in 'CalibrationConfig'",
         ),
     ],
