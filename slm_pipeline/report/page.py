@@ -159,7 +159,7 @@ def _board(study: Study, board: Board, *, several: bool) -> dict[str, Any]:
                 _text((named if size.on_front else f"{named}*") if first else "", "size"),
                 _text("\N{ALMOST EQUAL TO}" if place.ties else f"{rank}.", "quiet"),
                 _text(value, f"number{bold}", error),
-                _text(label(study, choice), f"wide{bold}", job_of(study, choice.runs)),
+                _text(label(study, choice), f"wide{bold}", f"job {job_of(study, choice.runs)}"),
                 _text(choice.metric.target, "quiet"),
                 _text(str(len(choice.runs)), "number"),
             ]

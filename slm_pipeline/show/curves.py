@@ -310,7 +310,7 @@ def _scales(axes: Axes, x: Axis, y: Axis) -> None:
 
 def _titles(figure: Figure, axes: Axes, title: str, note: str) -> None:
     """The small print stands below the title, for the legend stands below the axes."""
-    axes.set_title("\n".join(textwrap.wrap(note, 100)), loc="left", size=6.5, color=_NOTE)
+    axes.set_title("\n".join(textwrap.wrap(note, 88)), loc="left", size=6.5, color=_NOTE)
     figure.suptitle(title, x=0.01, ha="left", size=9)
 
 
