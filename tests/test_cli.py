@@ -577,7 +577,7 @@ def test_flags_may_stand_anywhere(words, base):
         ("methd=slm", "Could not override 'methd' (did you mean method?)"),
         ("modl.num_layers=3", "Could not override 'modl.num_layers' (did you mean model.num_layers"),
         ("method=smlm", "Could not find 'method/smlm' (did you mean slm?)"),
-        ("method.protect_fist=1", "(did you mean protect_first?)"),
+        ("method.protect_fist=1", "(did you mean protect_first"),
         ("evaluation.tasks=[piqaa]", "no zero-shot task 'piqaa' (did you mean piqa?)"),
         ("pruning_ratio=0.2", "; any other ratio: pruning_ratio.ratio=0.2\n"),
         ("pruning_ratio=r40", "Could not find 'pruning_ratio/r40' (any other ratio: pruning_ratio.ratio=0.4)"),

@@ -334,10 +334,10 @@ def test_a_measure_is_in_everything_that_a_run_leaves(study):
     assert {key: final[key] for key in values} == values
     assert {f"{key} stderr" for key in values} <= final.keys()
     table = (run / "summary.md").read_text()
-    assert "## Distinct (%, higher is better)" in table
+    assert "distinct pairs (%, higher)" in table
     assert "distinct: 12 tokens after each of 3 prompts" in table
     for value in values.values():
-        assert f"{value:.1f}" in table.partition("## Distinct")[2].partition("##")[0]
+        assert f"{value:.1f}" in table.partition("## Results")[2].partition("##")[0]
 
 
 def test_they_are_in_every_table_the_page_and_the_pictures(study):
@@ -376,7 +376,8 @@ def records(project: Path, stage: str) -> list[dict[str, Any]]:
 def test_the_store_names_the_package_and_its_code_in_the_keys_of_what_it_made(project, study):
     listed = command("slm_pipeline.commands.store", project, "list").stdout
     assert "every_third: 6 -> 4 layers: 0 2-3 5\n" in listed
-    assert listed.count("runs  louder\n") == listed.count("runs  halved\n") == 3
+    assert listed.count("runs  louder after halved\n") == 3
+    assert listed.count("runs  halved after every_third, 4 layers\n") == 3
     assert f"  distinct/pairs {number(summary_of(study / '0'), 'pruned'):.1f} +-" in listed
     (digest,) = {identity["plugins"]["stranger"] for identity in records(project, "recover")}
     assert len(digest) == 64

@@ -37,7 +37,6 @@ class ProgressBar(tqdm):
             options |= {
                 "bar_format": _BAR if _has_length(iterable, options) else None,
                 "dynamic_ncols": True,
-                "delay": 1,
             }
         else:  # looked at every second, and shown by `display`
             options |= {"mininterval": 1.0, "delay": AFTER}
