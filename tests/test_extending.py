@@ -470,14 +470,15 @@ def test_a_similarity_decides_a_search_and_its_code_is_in_key_and_memo(project):
 
 
 def test_a_metric_of_its_own_is_a_map_of_the_analysis(project):
-    words = ["similarity", *COMMON[:6], "calibration=text_file", "calibration.path=text.txt", "--metric", "same_sign"]
+    words = ["similarity", *COMMON[:6], "calibration=text_file", "calibration.path=text.txt"]
+    words += ["analysis.metrics=[same_sign]", "hydra.run.dir=found"]
     done = command("slm_pipeline.commands.analyze", project, *words, "calibration.num_samples=4")
     assert "share of features of one sign, from -1 to 1" in done.stdout
-    found = json.loads((project / "outputs/analysis/similarity/similarity.json").read_text())
+    found = json.loads((project / "found/similarity.json").read_text())
     matrix = found["maps"]["text_file"]["same_sign"]["matrix"]
     assert [row[i] for i, row in enumerate(matrix)] == pytest.approx([1.0] * 7)
     assert all(-1 <= value < 1 for i, row in enumerate(matrix) for value in row[:i])
-    assert (project / "outputs/analysis/similarity/same_sign.png").is_file()
+    assert (project / "found/same_sign.png").is_file()
 
 
 def test_without_its_plugin_an_option_is_none(project):

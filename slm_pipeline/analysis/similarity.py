@@ -99,7 +99,9 @@ def check_rows(text: Text, settings: Settings) -> None:
     lengths = sorted({len(sequence) for sequence in text.sequences})
     rows = sum(map(len, text.sequences)) if settings.features == "tokens" else len(text.sequences)
     if "cka" in settings.metrics and rows < settings.minibatch:
-        raise UserError(f"{text.name}: {rows} rows are fewer than --minibatch={settings.minibatch}; give it more text")
+        raise UserError(
+            f"{text.name}: {rows} rows are fewer than analysis.minibatch={settings.minibatch}; give it more text"
+        )
     if "cka" in settings.metrics and settings.features == "flattened" and len(lengths) > 1:
         raise UserError(
             f"{text.name}: --features=flattened needs texts of one length, these have {lengths[0]} to {lengths[-1]}"

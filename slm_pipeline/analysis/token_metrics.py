@@ -1,4 +1,4 @@
-"""What ``slm-analyze similarity --metric`` can compare two layers by, beside CKA: a number for each token, averaged.
+"""What ``slm-analyze similarity`` can compare two layers by, beside CKA: a number for each token, averaged.
 
 A plugin adds one when it is imported: ``TOKEN_METRICS["mine"] = TokenMetric("mine", "what it is, in words", measure)``.
 No torch in this module, which checks options.

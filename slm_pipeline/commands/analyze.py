@@ -1,28 +1,32 @@
 """``slm-analyze``: look at a model without changing it; writes numbers and a picture, never a checkpoint.
 
 slm-analyze dynamic-skip                                      how few layers would do, chosen for each sequence
-slm-analyze dynamic-skip model=llama2_7b --tolerance 0.01 --plan plan.json
-slm-analyze similarity --tasks all --plan plan.json           how alike layers are, and where a plan merged them
+slm-analyze dynamic-skip model=llama2_7b analysis.tolerance=0.01 analysis.plans=[plan.json]
+slm-analyze similarity analysis.tasks=all                     how alike layers are, on each text
 slm-analyze painters                                          middle layers skipped, repeated, reversed, in parallel
 
-slm-analyze ANALYSIS --help lists what an analysis takes; model and text are chosen as for slm.
+Options are written as for slm, and those of model and text are the same; slm-analyze ANALYSIS --help lists an
+analysis's own. Each result has a folder of its own, OUTPUT_DIR/analysis/ANALYSIS/MODEL/TIME or hydra.run.dir=FOLDER.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import datetime
 import logging
-import math
+import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from slm_pipeline.analysis.options import PREFIX, DynamicSkip, Options, Painters, Similarity, help_page, read
 from slm_pipeline.analysis.token_metrics import TOKEN_METRICS
 from slm_pipeline.cli import VERSION, errors_in_one_line
 from slm_pipeline.config import CalibrationConfig
+from slm_pipeline.config.overrides import parse_overrides
 from slm_pipeline.data import calibration, corpora
 from slm_pipeline.data.tasks import task_fingerprint, task_source
 from slm_pipeline.errors import UserError
@@ -38,42 +42,10 @@ if TYPE_CHECKING:
 _DEFAULTS = ["method=none", "recovery=none", "evaluation=none", "tracker=jsonl"]
 
 
-class _Parser(argparse.ArgumentParser):
-    """Options of one analysis, between Hydra's overrides. A mistake is a `UserError`."""
-
-    def __init__(self, analysis: str, description: str):
-        super().__init__(prog=f"slm-analyze {analysis}", description=description, allow_abbrev=False)
-        self.add_argument(
-            "overrides", nargs="*", metavar="OVERRIDE", help="as for slm: model=... calibration.seq_len=..."
-        )
-        self.add_argument(
-            "--out", type=Path, metavar="FOLDER", help=f"default: <output_dir>/analysis/{analysis.replace('-', '_')}"
-        )
-
-    def add_plans(self, what: str) -> None:
-        self.add_argument(
-            "--plan", type=Path, action="append", default=[], dest="plans", metavar="PATH", help=f"a plan.json {what}"
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def dynamic_skip(words: list[str]) -> None:
     """Write dynamic_skip.json, .png and .svg, print the table. ``words`` is the command line after the analysis."""
-    parser = _Parser(
-        "dynamic-skip",
-        "Loss of every sequence with 1, 2, ... evenly spaced layers, and the fewest that each sequence needs. "
-        "Default text: calibration.num_samples=32 calibration.seq_len=128.",
-    )
-    parser.add_argument(
-        "--tolerance", type=float, default=0.0, help="allowed increase of the loss, 0.01: 1%% (default 0)"
-    )
-    parser.add_plans("to compare with")
-    options = parser.parse_intermixed_args(words)
-    if not 0 <= options.tolerance < math.inf:
-        raise UserError(f"--tolerance={options.tolerance} must be a number of at least 0")
-    job, plans, out = _prepare("dynamic-skip", options, num_samples=32, predicts=True)
+    options, overrides = _read(DynamicSkip, "dynamic-skip", words)
+    job, plans, out = _prepare("dynamic-skip", overrides, options.plans, num_samples=32, predicts=True)
 
     from slm_pipeline.analysis import dynamic_skip as analysis
     from slm_pipeline.models.loading import load_dense
@@ -93,51 +65,18 @@ def dynamic_skip(words: list[str]) -> None:
 
 def similarity(words: list[str]) -> None:
     """Write similarity.json and pictures of each metric's maps, print the tables."""
-    parser = _Parser(
-        "similarity",
-        "How alike the outputs of every two layers are on each text, and the runs of alike layers (patches). "
-        "Default text: calibration.num_samples=64 calibration.seq_len=128.",
-    )
-    parser.add_argument(
-        "--metric", default="cosine,cka", metavar="NAMES", help="of cosine,cka (default: both), or a plugin's"
-    )
-    parser.add_argument("--estimator", default="unbiased", help="CKA: unbiased (default), biased or official")
-    parser.add_argument("--kernel", default="linear", help="CKA: linear (default) or rbf")
-    parser.add_argument("--bandwidth", type=float, default=1.0, help="rbf: so many median distances (default 1)")
-    parser.add_argument(
-        "--features", default="mean_pooled", help="CKA, what a row is: mean_pooled (default), tokens or flattened"
-    )
-    parser.add_argument("--minibatch", type=int, help="CKA: rows at a time (default 64; 256 tokens)")
-    parser.add_argument("--raw", action="store_true", help="CKA: do not scale each token's state to length 1 first")
-    parser.add_argument("--sources", metavar="NAMES", help="calibration sources (default: that of calibration=)")
-    parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE", help="one more text, a file")
-    parser.add_argument("--tasks", metavar="NAMES", help="zero-shot tasks (evaluation.data), or all")
-    parser.add_argument("--limit", type=int, default=64, help="the first so many examples of a task (default 64)")
-    parser.add_argument(
-        "--per-option",
-        action="store_true",
-        help="a text for each answer option, as lm-eval scores them and the paper measured; such rows are not"
-        " independent (default: a text for each example, with all its options)",
-    )
-    parser.add_argument("--max-tokens", type=int, default=512, help="examples are cut to so many (default 512)")
-    parser.add_argument("--num-patches", type=int, help="of each map (default: as many as fit it best)")
-    parser.add_plans("whose merged and dropped layers are drawn on the maps")
-    options = parser.parse_intermixed_args(words)
-    command_line.use_plugins(options.overrides)
-    metrics = _names("--metric", options.metric, (*TOKEN_METRICS, "cka"))
-    tasks = list(TASKS) if options.tasks == "all" else _names("--tasks", options.tasks, tuple(TASKS))
-    for option, least in (("limit", 1), ("max-tokens", 1), ("num-patches", 1)):
-        _at_least(options, option, least)
+    options, overrides = _read(Similarity, "similarity", words)
+    command_line.use_plugins(overrides)
+    metrics = _names("metrics", options.metrics, (*TOKEN_METRICS, "cka"))
+    tasks = list(TASKS) if options.tasks == ["all"] else _names("tasks", options.tasks, tuple(TASKS), some=False)
     of_cka = ("estimator", "kernel", "bandwidth", "features", "minibatch", "raw")
-    _refuse_idle(parser, options, of_cka, "--metric cka", idle="cka" not in metrics)
-    _refuse_idle(parser, options, ("bandwidth",), "--kernel rbf", idle=options.kernel != "rbf")
-    _refuse_idle(parser, options, ("limit", "per-option", "max-tokens"), "--tasks", idle=not tasks)
-    if not 0 < options.bandwidth < math.inf:
-        raise UserError(f"--bandwidth={options.bandwidth} must be a number above 0")
-    job, plans, out = _prepare("similarity", options, num_samples=64)
+    _refuse_idle(options, of_cka, "analysis.metrics=cka", idle="cka" not in metrics)
+    _refuse_idle(options, ("bandwidth",), "analysis.kernel=rbf", idle=options.kernel != "rbf")
+    _refuse_idle(options, ("limit", "per_option", "max_tokens"), "analysis.tasks", idle=not tasks)
+    job, plans, out = _prepare("similarity", overrides, options.plans, num_samples=64)
     depth = job.source.num_layers
     if depth and (options.num_patches or 1) > depth:
-        raise UserError(f"--num-patches={options.num_patches} must be in 1..{depth}, the model's layers")
+        raise UserError(f"analysis.num_patches={options.num_patches} must be in 1..{depth}, the model's layers")
     sources = _calibration_sources(options, job)
     for task in tasks:
         task_source(job.evaluation.options.data, task, job.data_dir)  # fetches what is bundled
@@ -149,14 +88,14 @@ def similarity(words: list[str]) -> None:
     from slm_pipeline.models.view import ModelView
     from slm_pipeline.show import heat_maps
 
-    _names("--estimator", options.estimator, cka.ESTIMATORS, one=True)
-    _names("--kernel", options.kernel, cka.KERNELS, one=True)
-    _names("--features", options.features, analysis.FEATURES, one=True)
-    _at_least(options, "minibatch", cka.LEAST_ROWS[options.estimator])
+    for name, allowed in (("estimator", cka.ESTIMATORS), ("kernel", cka.KERNELS), ("features", analysis.FEATURES)):
+        _names(name, [getattr(options, name)], allowed)
+    if options.minibatch is not None and options.minibatch < (least := cka.LEAST_ROWS[options.estimator]):
+        raise UserError(f"analysis.minibatch={options.minibatch} must be at least {least}")
     if options.estimator == "official" and (options.kernel == "rbf" or not options.raw):
         raise UserError(
-            "--estimator=official cuts HSIC to whole numbers, which leaves nothing of those below 1: add --raw, keep"
-            " --kernel linear"
+            "analysis.estimator=official cuts HSIC to whole numbers, which leaves nothing of those below 1: add"
+            " analysis.raw=true, keep analysis.kernel=linear"
         )
     settings = analysis.Settings(
         metrics=tuple(metrics),
@@ -207,30 +146,16 @@ def similarity(words: list[str]) -> None:
 
 def painters(words: list[str]) -> None:
     """Write painters.json, .png and .svg, print the table."""
-    parser = _Parser(
-        "painters",
-        "Loss when more and more of the middle layers are skipped, repeated, reversed, shuffled, swapped or run side"
-        " by side. Default text: calibration.num_samples=8 calibration.seq_len=128.",
-    )
-    parser.add_argument("--keep-ends", type=int, default=1, help="layers at each end that stay (default 1)")
-    parser.add_argument("--ranges", type=int, default=8, help="at most so many ranges of layers (default 8)")
-    parser.add_argument("--loops", type=int, default=3, help="of the looped parallel variant (default 3)")
-    parser.add_argument("--orders", type=int, default=3, help="random orders that are averaged (default 3)")
-    parser.add_argument(
-        "--corpus", metavar="NAME", help="a perplexity corpus (bundled, wikitext2, c4, ptb or a file) for the text"
-    )
-    options = parser.parse_intermixed_args(words)
-    for option, least in (("keep-ends", 0), ("ranges", 1), ("loops", 1), ("orders", 1)):
-        _at_least(options, option, least)
-    job, _, out = _prepare("painters", options, num_samples=8, predicts=True)
+    options, overrides = _read(Painters, "painters", words)
+    job, _, out = _prepare("painters", overrides, (), num_samples=8, predicts=True)
     depth = job.source.num_layers
     if depth and depth - 2 * options.keep_ends < 2:
-        raise UserError(f"--keep-ends={options.keep_ends} leaves fewer than 2 of {depth} layers in the middle")
+        raise UserError(f"analysis.keep_ends={options.keep_ends} leaves fewer than 2 of {depth} layers in the middle")
     if options.corpus:
         try:
             corpora.corpus_fingerprint(options.corpus, job.data_dir)
         except UserError as error:
-            raise UserError(str(error).replace("evaluation.perplexity.corpora", "--corpus")) from error
+            raise UserError(str(error).replace("evaluation.perplexity.corpora", "analysis.corpus")) from error
 
     from slm_pipeline.analysis import painters as analysis
     from slm_pipeline.models.loading import load_dense
@@ -261,8 +186,21 @@ def painters(words: list[str]) -> None:
     _print(f"{title}, {job.config.model.dtype}", analysis.report(found), written)
 
 
+def _read(options: type[Options], analysis: str, words: list[str]) -> tuple[Options, list[str]]:
+    """The analysis's own options, and the overrides that are left for the job."""
+    program = f"slm-analyze {analysis}"
+    if flag := next((word for word in words if word.startswith("-")), None):
+        name = flag.lstrip("-").partition("=")[0].replace("-", "_")
+        example = (
+            f"{PREFIX}{name}=..." if name in {one.name for one in dataclasses.fields(options)} else f"{PREFIX}NAME=..."
+        )
+        raise UserError(f"{flag}: options are written as for slm, {example}; see {program} --help")
+    own = [word for word in words if word.lstrip("+").startswith(PREFIX)]
+    return read(options, own, program), [word for word in words if word not in own]
+
+
 def _prepare(
-    analysis: str, options: argparse.Namespace, *, num_samples: int, predicts: bool = False
+    analysis: str, overrides: Sequence[str], plan_files: Sequence[str], *, num_samples: int, predicts: bool = False
 ) -> tuple[Job, dict[str, Plan], Path]:
     """The job, the plans by path, and the folder for the results, all checked.
 
@@ -270,27 +208,43 @@ def _prepare(
         num_samples: default of calibration.num_samples; of 128 tokens.
         predicts: whether the next token is predicted.
     """
-    plans = {str(path): Plan.read(path) for path in getattr(options, "plans", [])}
+    plans = {path: Plan.read(Path(path)) for path in plan_files}
     defaults = [*_DEFAULTS, f"calibration.num_samples={num_samples}", "calibration.seq_len=128"]
-    job = command_line.compose_job(["slm-analyze", analysis], options.overrides, defaults)
+    folder = "hydra.run.dir="
+    others = [word for word in overrides if not word.startswith(folder)]
+    job = command_line.compose_job(["slm-analyze", analysis], others, defaults)
     if predicts and job.config.calibration.seq_len < 2:
         raise UserError("calibration.seq_len=1 leaves no token to predict; it must be at least 2")
     for path, plan in plans.items():
         plan.check_model(job.source, path)
-    out = (options.out or Path(job.config.output_dir) / "analysis" / analysis.replace("-", "_")).expanduser()
-    check_output_root(str(out), option="--out")
+    given = [str(item.value()) for item in parse_overrides([word for word in overrides if word.startswith(folder)])]
+    out = Path(given[-1]).expanduser() if given else _new_folder(job, analysis)
+    check_output_root(str(out), option="hydra.run.dir")
+    if os.path.lexists(out / f"{_file(analysis)}.json"):
+        raise UserError(f"hydra.run.dir={given[-1]} has the result of another analysis; choose a new folder")
     return job, plans, out
 
 
-def _calibration_sources(options: argparse.Namespace, job: Job) -> dict[str, CalibrationConfig]:
+def _new_folder(job: Job, analysis: str) -> Path:
+    """``<output_dir>/analysis/<analysis>/<model>/<time>``"""
+    model = re.sub(r"[^\w.-]+", "_", job.source.name).strip("._-") or "model"
+    now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+    return Path(job.config.output_dir).expanduser() / "analysis" / _file(analysis) / model[:100] / now
+
+
+def _file(analysis: str) -> str:
+    return analysis.replace("-", "_")
+
+
+def _calibration_sources(options: Similarity, job: Job) -> dict[str, CalibrationConfig]:
     """The calibration texts that are asked for, by name, checked."""
     configured = job.config.calibration
-    names = _names("--sources", options.sources, calibration.SOURCES) or [configured.source]
+    names = _names("sources", options.sources, calibration.SOURCES, some=False) or [configured.source]
     found = {
         name: configured if name == configured.source else dataclasses.replace(configured, source=name, path=None)
         for name in names
     }
-    for file in map(str, options.text):
+    for file in options.texts:
         found[file] = dataclasses.replace(configured, source="text_file", path=file)
     for text in found.values():
         calibration.Calibration(text, job.data_dir).check(job)
@@ -318,35 +272,24 @@ def _corpus_windows(corpus: str, size: CalibrationConfig, tokenizer: Any, job: J
     )
     if len(tokens) < needed:
         raise UserError(
-            f"--corpus={corpus} has {len(tokens)} tokens; calibration.num_samples={size.num_samples} x"
+            f"analysis.corpus={corpus} has {len(tokens)} tokens; calibration.num_samples={size.num_samples} x"
             f" calibration.seq_len={size.seq_len} needs {needed}"
         )
     windows = tokens.view(size.num_samples, size.seq_len)
     return windows, {"corpus": corpus, **about, "num_samples": size.num_samples, "seq_len": size.seq_len}
 
 
-def _names(option: str, text: str | None, allowed: Sequence[str], *, one: bool = False) -> list[str]:
-    """The names in a list with commas, each once."""
-    names = list(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
-    wrong = [name for name in names if name not in allowed]
-    if wrong or (one and len(names) != 1) or (text is not None and not names):
-        raise UserError(f"{option}={text}: {'choose one' if one else 'choose'} of {', '.join(allowed)}")
-    return names
+def _names(option: str, given: Sequence[str], allowed: Sequence[str], *, some: bool = True) -> list[str]:
+    """The names, each once. ``some``: there must be one."""
+    if [name for name in given if name not in allowed] or (some and not given):
+        raise UserError(f"{PREFIX}{option}={','.join(given)}: choose of {', '.join(allowed)}")
+    return list(dict.fromkeys(given))
 
 
-def _at_least(options: argparse.Namespace, option: str, least: int) -> None:
-    value = getattr(options, option.replace("-", "_"))
-    if value is not None and value < least:
-        raise UserError(f"--{option}={value} must be at least {least}")
-
-
-def _refuse_idle(
-    parser: _Parser, options: argparse.Namespace, names: Sequence[str], needed: str, *, idle: bool
-) -> None:
+def _refuse_idle(options: Similarity, names: Sequence[str], needed: str, *, idle: bool) -> None:
     for name in names:
-        key = name.replace("-", "_")
-        if idle and getattr(options, key) != parser.get_default(key):
-            raise UserError(f"--{name} does nothing without {needed}")
+        if idle and getattr(options, name) != getattr(Similarity(), name):
+            raise UserError(f"{PREFIX}{name} does nothing without {needed}")
 
 
 def _header(analysis: str, words: Sequence[str], job: Job) -> dict[str, Any]:
@@ -362,10 +305,40 @@ def _print(title: str, report: str, written: Sequence[Path]) -> None:
     print(f"{title}\n\n{report}\nwritten: {', '.join(map(str, written))}")
 
 
-ANALYSES: dict[str, Callable[[list[str]], None]] = {
-    "dynamic-skip": dynamic_skip,
-    "similarity": similarity,
-    "painters": painters,
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """One that there is.
+
+    Attributes:
+        run: what does it, with the words of the command line behind its name.
+        options: the class of its own options.
+        about: what it shows, and its default text.
+    """
+
+    run: Callable[[list[str]], None]
+    options: type[Any]
+    about: str
+
+
+ANALYSES = {
+    "dynamic-skip": Analysis(
+        dynamic_skip,
+        DynamicSkip,
+        "Loss of every sequence with 1, 2, ... evenly spaced layers, and the fewest that each sequence needs.\n"
+        "Default text: calibration.num_samples=32 calibration.seq_len=128.",
+    ),
+    "similarity": Analysis(
+        similarity,
+        Similarity,
+        "How alike the outputs of every two layers are on each text, and the runs of alike layers (patches).\n"
+        "Default text: calibration.num_samples=64 calibration.seq_len=128.",
+    ),
+    "painters": Analysis(
+        painters,
+        Painters,
+        "Loss when more and more of the middle layers are skipped, repeated, reversed, shuffled, swapped or run side\n"
+        "by side. Default text: calibration.num_samples=8 calibration.seq_len=128.",
+    ),
 }
 
 
@@ -382,7 +355,12 @@ def main() -> None:
     with errors_in_one_line():
         if name not in ANALYSES:
             raise UserError(f"unknown analysis {name!r}; there is: {', '.join(ANALYSES)}")
-        ANALYSES[name](words)
+        analysis = ANALYSES[name]
+        if "-h" in words or "--help" in words:
+            print(f"{analysis.about}\n\n{help_page(analysis.options)}\n")
+            print("and all of slm's: model=... calibration=... seed=...")
+            return
+        analysis.run(words)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 slm-report outputs/sweeps/thresholds/TIME
 slm-report outputs/sweeps/ratios/TIME outputs/sweeps/methods/TIME --x layers --series method --out report
+slm-report outputs                                  all there is: the best at each size of each model
 slm-report outputs/runs --sort-by "average recovered" --format csv
 """
 
@@ -15,6 +16,7 @@ from slm_pipeline.commands.arguments import parsed
 from slm_pipeline.config import plugins
 from slm_pipeline.errors import UserError
 from slm_pipeline.jobs.job import check_output_root
+from slm_pipeline.report.analyses import read_analyses
 from slm_pipeline.report.study import read_study
 from slm_pipeline.report.write import FORMATS, write_report
 
@@ -58,7 +60,7 @@ def main() -> None:
         )
         out = given.out or _default_out(given.directories, [run.path for run in study.runs])
         check_output_root(str(out), option="--out")
-        written = write_report(study, out, given.format)
+        written = write_report(study, out, given.format, read_analyses(*given.directories))
         print(written.text)
         for path in written.files:
             print(f"wrote {path}")

@@ -113,9 +113,9 @@ class EvaluationConfig:
 class TrackerConfig:
     """Where metrics go; metrics.jsonl is always written."""
 
-    kind: str = "jsonl"  # jsonl | wandb
+    kind: str = "jsonl"  # jsonl | wandb | tensorboard | mlflow | trackio
     mode: str = "offline"  # wandb: offline | online
-    project: Annotated[str, Text(at_most=128, empty=False)] = "slm_pipeline"
+    project: Annotated[str, Text(at_most=128, empty=False)] = "slm_pipeline"  # wandb, mlflow, trackio
     entity: str | None = None
     tags: list[Annotated[str, Text(at_most=64, empty=False)]] = field(default_factory=list)
 

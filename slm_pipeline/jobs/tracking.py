@@ -1,4 +1,4 @@
-"""Where the metrics of a run go: always to ``metrics.jsonl`` in its folder, and to W&B when the tracker says so."""
+"""Where the metrics of a run go: always to ``metrics.jsonl`` in its folder, and to W&B or another service if asked."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+OTHERS = ("tensorboard", "mlflow", "trackio")  # in other_trackers.py
 _LONGEST_NAME = 128  # characters, as for all of W&B's limits
 _LONGEST_TAG = 64
 
@@ -209,6 +210,11 @@ def open_tracker(
         UserError: see `check_tracker`; or W&B refused to start the run.
     """
     mode = check_tracker(config)
+    if config.kind in OTHERS:
+        from slm_pipeline.jobs.other_trackers import Begun, OtherTracker, flat
+
+        all_tags = list(dict.fromkeys([*config.tags, *tags]))
+        return OtherTracker(config.kind, Begun(run_dir, config.project, name, group, all_tags, flat(run_config)))
     if mode == "disabled":
         return Tracker(run_dir)
     return WandbTracker(
@@ -232,13 +238,17 @@ def check_tracker(config: TrackerConfig) -> str:
         The W&B mode: ``"online"``, ``"offline"``, or ``"disabled"`` for metrics.jsonl alone.
 
     Raises:
-        UserError: an unknown kind or mode, wandb is not installed, or online tracking without an API key.
+        UserError: an unknown kind or mode, its package is not installed, or online tracking without an API key.
     """
-    if config.kind not in ("jsonl", "wandb"):
-        raise UserError(f"tracker.kind={config.kind!r} is not one of jsonl, wandb")
+    if config.kind not in (kinds := ("jsonl", "wandb", *OTHERS)):
+        raise UserError(f"tracker.kind={config.kind!r} is not one of {', '.join(kinds)}")
     if config.mode not in ("offline", "online"):
         raise UserError(f"tracker.mode={config.mode!r} is not one of offline, online")
-    if config.kind == "jsonl":
+    if config.kind in OTHERS:
+        from slm_pipeline.jobs import other_trackers
+
+        other_trackers.check(config.kind)
+    if config.kind != "wandb":
         return "disabled"
     mode = _mode(config.mode)
     option = "wandb" if config.mode == "online" else "wandb_offline"

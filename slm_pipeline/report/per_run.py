@@ -17,7 +17,7 @@ from slm_pipeline.report.runs import Run
 from slm_pipeline.report.study import Study, text_of
 from slm_pipeline.show import curves, pictures
 from slm_pipeline.show.curves import Trace, Training
-from slm_pipeline.show.looks import Look
+from slm_pipeline.show.looks import Look, told_apart
 from slm_pipeline.show.strips import Strip, layer_strips
 from slm_pipeline.surgery.changes import Changes
 
@@ -70,24 +70,33 @@ def _trainings(study: Study, folder: Path) -> Iterator[Picture]:
     if not found:
         return
     options = [name for name in study.varied if name != "recovery"]  # each recovery has a panel
-    distinct = _distinct(study, found, options)
-    looks = _looks(study, [i for _, i in distinct], options or ["recovery"])
+    panels: dict[str, dict[int, list[dict[str, float]]]] = {}
+    for i, rows in found.items():
+        panels.setdefault(_recovery(study.runs[i])["name"], {})[i] = rows
     trainings = []
-    for label, i in distinct:
-        recovery = (study.runs[i].summary or {}).get("recovery", {"name": "recovery"})
-        loss = recovery.get("loss", "nats per answer token")
-        for unit, rows in pictures.by_unit(found[i], loss).items():
-            trainings.append(Training(recovery["name"], unit, label, looks[i], rows))
+    for name, members in panels.items():
+        distinct = _distinct(study, members, options)
+        looks = _looks(study, [i for _, i in distinct], options or ["recovery"])
+        for label, i in distinct[:MOST]:
+            loss = _recovery(study.runs[i]).get("loss", "nats per answer token")
+            for unit, rows in pictures.by_unit(found[i], loss).items():
+                trainings.append(Training(name, unit, label, looks[i], rows))
     title = "training and validation loss"
     note = "thin: training, with markers: validation"
     files = curves.training_curves(trainings, folder / "training_loss", title=f"{study.name}: {title}", note=note)
     yield Picture(title, files)
 
 
+def _recovery(run: Run) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = (run.summary or {}).get("recovery", {"name": "recovery"})
+    return found
+
+
 def _looks(study: Study, runs: Sequence[int], options: Sequence[str]) -> dict[int, Look]:
+    """A look for each of the runs, no two alike."""
     keys = {i: tuple(text_of(study.runs[i].option(name)) for name in options) for i in runs}
     looks = series_looks(study, options, list(dict.fromkeys(keys.values())))
-    return {i: looks[key] for i, key in keys.items()}
+    return dict(zip(keys, told_apart([looks[key] for key in keys.values()]), strict=True))
 
 
 def training_rows(run: Run) -> list[dict[str, float]]:
@@ -107,18 +116,28 @@ def training_rows(run: Run) -> list[dict[str, float]]:
 
 
 def _distinct(study: Study, found: Mapping[int, Any], options: Sequence[str]) -> list[tuple[str, int]]:
-    """A label and the first run for each different content, named by those of the options that it goes with."""
+    """A label and the first run for each different content, named by as few of the options as tell them apart; where
+    these do not, by the jobs."""
     alike: dict[str, list[int]] = {}
     for i, content in found.items():
         alike.setdefault(json.dumps(content, sort_keys=True), []).append(i)
     values = [[[text_of(study.runs[i].option(name)) for name in options] for i in runs] for runs in alike.values()]
-    telling = [place for place in range(len(options)) if all(len({row[place] for row in rows}) == 1 for rows in values)]
-    labels = [label_of([*filter(None, (rows[0][place] for place in telling))]) for rows in values]
-    if len(set(labels)) < len(labels) or not all(labels):  # then by all that its runs differ in
-        each = [list(dict.fromkeys(label_of([*filter(None, row)]) for row in rows)) for rows in values]
-        labels = [" | ".join(names if len(names) <= 3 else [*names[:2], f"{len(names) - 2} more"]) for names in each]
+    labels: list[tuple[str, ...]] = [()] * len(values)
+    for place in range(len(options)):
+        if any(len({row[place] for row in rows}) > 1 for rows in values):
+            continue  # runs that differ in it have one content
+        longer = [(*label, rows[0][place]) for label, rows in zip(labels, values, strict=True)]
+        if len(set(longer)) > len(set(labels)):
+            labels = longer
+    if len(values) == 1:  # nothing to be told from: what all of its runs have
+        common = [column[0] for column in zip(*values[0], strict=True) if len(set(column)) == 1]
+        labels = [tuple(common[:2])]
+    names = [label_of([*filter(None, label)]) for label in labels]
     firsts = [runs[0] for runs in alike.values()]
-    return [(label or f"job {study.runs[first].job}", first) for label, first in zip(labels, firsts, strict=True)]
+    if len(set(names)) < len(names) or not all(names):
+        more = [f" and {len(runs) - 1} more" if len(runs) > 1 else "" for runs in alike.values()]
+        names = [f"job {study.runs[first].job}{also}" for first, also in zip(firsts, more, strict=True)]
+    return list(zip(names, firsts, strict=True))
 
 
 def _cut(distinct: Sequence[Any]) -> list[str]:

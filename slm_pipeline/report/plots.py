@@ -9,13 +9,13 @@ from pathlib import Path
 
 from slm_pipeline.errors import only_warned_about
 from slm_pipeline.report.runs import Value
-from slm_pipeline.report.study import Study, mean_and_deviation, text_of, usual_metric
+from slm_pipeline.report.study import Study, mean_and_deviation, text_of, usual_metric, usual_size
 from slm_pipeline.results.number import PERCENT, parted
 from slm_pipeline.results.of_run import zeroed_parameters
 from slm_pipeline.show import curves
 from slm_pipeline.show.canvas import spans_decades
 from slm_pipeline.show.curves import Axis, Curve, Point, pareto_front
-from slm_pipeline.show.looks import BLUE, Look, combined, looks_of
+from slm_pipeline.show.looks import BLUE, Look, combined, looks_of, told_apart
 
 _PLAIN = Look(BLUE, "o", "-")
 _LONGEST = 36  # characters of a value in a legend
@@ -51,10 +51,10 @@ def _metric(study: Study, folder: Path) -> Iterator[Picture]:
 
 
 def _layers(study: Study, folder: Path) -> Iterator[Picture]:
-    score = usual_metric(study.columns, score=True)
-    if score is not None and (score, "num_layers") != (study.metric, study.x):
-        title = f"{score} by num_layers"
-        if files := _against(study, score, "num_layers", folder / "score_by_layers", title):
+    score, size = usual_metric(study.columns, score=True), usual_size(study.runs)
+    if score is not None and size is not None and (score, size) != (study.metric, study.x):
+        title = f"{score} by {size}"
+        if files := _against(study, score, size, folder / "score_by_layers", title):
             yield Picture(title, files)
 
 
@@ -145,10 +145,11 @@ def _curves(study: Study, column: str, x: str) -> list[Curve]:
 def series_looks(
     study: Study, options: Sequence[str], keys: Sequence[tuple[Value, ...]]
 ) -> dict[tuple[Value, ...], Look]:
-    """A look for each combination of the options' values, in their order.
+    """A look for each combination of the options' values, in their order; no two alike.
 
     Of the options that differ the first decides the colour, the second the marker, the last of three the line; but the
-    method, if it is one of them, always decides the colour.
+    method, if it is one of them, always decides the colour. Combinations that this leaves alike, in a fourth option
+    say, keep the colour and get another marker.
     """
     if not options:
         return dict.fromkeys(keys, _PLAIN)
@@ -166,7 +167,8 @@ def series_looks(
     telling.sort(key=lambda place: options[place] != "method")
     if len(telling) == 1:
         return {key: tables[telling[0]][str(key[telling[0]])] for key in ordered}
-    return {key: combined(*(tables[place][str(key[place])] for place in telling[:3])) for key in ordered}
+    found = [combined(*(tables[place][str(key[place])] for place in telling[:3])) for key in ordered]
+    return dict(zip(ordered, told_apart(found), strict=True))
 
 
 def _point(study: Study, column: str, place: float, members: Sequence[int]) -> Point:
@@ -210,7 +212,11 @@ def _note(study: Study, column: str, members: Sequence[Sequence[int]], x: str | 
     words = []
     drawn = {i for runs in members for i in runs}
     if any(len(runs) > 1 for runs in members):
-        over = [name for name in study.options if name not in (x, *study.series)]
+        over = [
+            name
+            for name in study.options
+            if any(len({study.runs[i].option(name) for i in runs}) > 1 for runs in members)
+        ]
         words.append(f"points: mean over {', '.join(over)}; bars: standard deviation")
         if any(len(runs) == 1 and _is_uncertain(study, column, runs[0]) for runs in members):
             words[-1] += ", one standard error where there is one run"

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from slm_pipeline.config import TARGETS
 from slm_pipeline.errors import UserError
 from slm_pipeline.report import damage
 from slm_pipeline.report.runs import STATUSES, Run, Value, read_runs, text_of
@@ -323,7 +324,7 @@ def read_study(
         runs=_sorted(runs, chosen_sort, numbers),
         options=options,
         metric=chosen_metric,
-        x=column("x", x, or_option=True) or ("num_layers" if "num_layers" in found else None),
+        x=column("x", x, or_option=True) or usual_size(runs),
         series=series,
         sort_by=chosen_sort,
         chosen=columns,
@@ -387,8 +388,18 @@ def usual_metric(columns: Sequence[str], *, score: bool = False) -> str | None:
     for start in quantities:
         found = [name for name in columns if parted(name)[0] and parted(name)[1].startswith(start)]
         if found:
-            return found[-1]
+            last = max(TARGETS.index(parted(name)[0]) for name in found)
+            return [name for name in found if parted(name)[0] == TARGETS[last]][-1]
     return None
+
+
+def usual_size(runs: Sequence[Run]) -> str | None:
+    """What size is counted in: layers, but parameters where a run lost some and kept every layer; None of no run."""
+    found = [run.summary for run in runs if run.summary and "num_layers" in run.summary]
+    for layers, parameters in ((one["num_layers"], one.get("parameters")) for one in found):
+        if parameters and layers["pruned"] == layers["dense"] and parameters["pruned"] < parameters["dense"]:
+            return "parameters"
+    return "num_layers" if found else None
 
 
 def mean_and_deviation(numbers: Sequence[float]) -> tuple[float, float | None]:

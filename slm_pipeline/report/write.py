@@ -11,6 +11,7 @@ from typing import Any
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.report import documents
+from slm_pipeline.report.analyses import Analysis
 from slm_pipeline.report.runs import any_left
 from slm_pipeline.report.study import Study, read_study
 from slm_pipeline.store.files import write_text
@@ -65,11 +66,14 @@ def write_study(directory: Path) -> Written:
     return write_report(read_study(directory), directory)
 
 
-def write_report(study: Study, out: Path, formats: Sequence[str] = FORMATS) -> Written:
+def write_report(
+    study: Study, out: Path, formats: Sequence[str] = FORMATS, analyses: Sequence[Analysis] = ()
+) -> Written:
     """Write summary.md, summary.csv, summary.tex and report.html into ``out``, and the plots into ``out``/plots.
 
     Args:
         formats: of `FORMATS`; the plots come with html.
+        analyses: shown on the page, below the plots.
     """
     columns, rows = documents.values(study)
     texts = {
@@ -84,7 +88,7 @@ def write_report(study: Study, out: Path, formats: Sequence[str] = FORMATS) -> W
         from slm_pipeline.report import page, per_run, plots
 
         pictures = [*plots.draw(study, out / "plots"), *per_run.draw(study, out / "plots")]
-        files.append(_write(out / "report.html", page.html(study, pictures)))
+        files.append(_write(out / "report.html", page.html(study, pictures, analyses)))
         files += [path for picture in pictures for path in picture.files]
     return Written(columns, rows, files, documents.text(study))
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline.show import pictures
-from slm_pipeline.show.canvas import WIDTH, log_scale, new_figure, save, spans_decades
-from slm_pipeline.show.looks import BLACK, GREY, Look
+from slm_pipeline.show.canvas import log_scale, new_figure, save, spans_decades
+from slm_pipeline.show.looks import BLACK, Look
+from slm_pipeline.show.numerals import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _NOTE = "#555555"
+_WIDTH = 5.0  # inches: two beside each other on a screen, and still to be read on a phone
+_FRONT = "#555555"
+_ROW = 0.155  # inches, a line of the legend
 
 
 @dataclass(frozen=True)
@@ -67,17 +72,16 @@ def against(
     Returns:
         The files written.
     """
-    with new_figure(WIDTH, 3.4) as figure:
+    with new_figure(_WIDTH, 3.1 + _legend_height(curve.label for curve in curves if not curve.faint)) as figure:
         axes = figure.add_subplot()
         for curve in curves:
             _draw(axes, curve)
         if reference is not None:
             axes.axhline(reference[1], color=BLACK, lw=0.8, ls=":", label=reference[0], zorder=1)
         _scales(axes, x, y)
-        axes.set_title(title, loc="left")
+        _titles(figure, axes, title, note)
         if len(curves) > 1 or reference is not None:
             _legend(figure, axes, legend)
-        _note(figure, note)
         return save(figure, path_stem)
 
 
@@ -115,7 +119,8 @@ def ranked(
     Returns:
         The files written.
     """
-    with new_figure(WIDTH, 1.1 + 0.21 * len(rows)) as figure:
+    height = _legend_height(curve.label for curve in curves) if legend else 0.0
+    with new_figure(_WIDTH, 1.1 + 0.21 * len(rows) + height) as figure:
         axes = figure.add_subplot()
         for curve in curves:
             style: dict[str, Any] = {"color": curve.look.color, "marker": curve.look.marker, "ms": 5.5, "ls": "none"}
@@ -135,10 +140,9 @@ def ranked(
         axes.set_xlabel(x.label)
         if x.log:
             log_scale(axes, "x")
-        axes.set_title(title, loc="left")
+        _titles(figure, axes, title, note)
         if legend or reference is not None:
             _legend(figure, axes, legend)
-        _note(figure, note)
         return save(figure, path_stem)
 
 
@@ -172,11 +176,12 @@ def front(
     Returns:
         The files written.
     """
-    with new_figure(WIDTH, 3.6) as figure:
+    with new_figure(_WIDTH, 3.3 + _legend_height([*(curve.label for curve in curves), "Pareto front"])) as figure:
         axes = figure.add_subplot()
         if best:
             xs, ys = zip(*best, strict=True)
-            axes.plot(xs, ys, color=GREY, lw=5, alpha=0.35, solid_capstyle="round", zorder=1, label="Pareto front")
+            axes.plot(xs, ys, color=_FRONT, lw=1.6, ls="-", zorder=2, label="Pareto front")
+            axes.plot(xs, ys, color=_FRONT, marker="o", ms=10, mfc="none", mew=1.2, ls="none", zorder=2)
         for curve in curves:
             style: dict[str, Any] = {"color": curve.look.color, "marker": curve.look.marker, "ms": 5.5, "ls": "none"}
             for i, point in enumerate(curve.points):
@@ -186,9 +191,8 @@ def front(
             place = reference[1]
             axes.plot([place.x], [place.y], color=BLACK, marker="*", ms=9, ls="none", label=reference[0], zorder=4)
         _scales(axes, x, y)
-        axes.set_title(title, loc="left")
+        _titles(figure, axes, title, note)
         _legend(figure, axes, legend)
-        _note(figure, note)
         return save(figure, path_stem)
 
 
@@ -212,7 +216,7 @@ def search_traces(
     """
     from matplotlib.ticker import MaxNLocator
 
-    with new_figure(WIDTH, 3.6) as figure:
+    with new_figure(_WIDTH, 3.3 + _legend_height(trace.label for trace in traces)) as figure:
         axes = figure.add_subplot()
         for trace in traces:
             color = trace.look.color
@@ -225,12 +229,11 @@ def search_traces(
                 axes.scatter(*places, s=14, fc=face, ec=color, lw=0.9, marker=trace.look.marker, zorder=3)
             if trace.threshold is not None:
                 axes.axhline(trace.threshold, color=color, lw=0.6, ls=":", zorder=1)
-        axes.set_title(title, loc="left")
+        _titles(figure, axes, title, note)
         axes.set(xlabel="search step", ylabel="similarity to the dense model")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         if len(traces) > 1:
             _legend(figure, axes, legend)
-        _note(figure, note)
         return save(figure, path_stem)
 
 
@@ -256,9 +259,9 @@ def training_curves(trainings: Sequence[Training], path_stem: Path, *, title: st
     panels: dict[tuple[str, str], list[Training]] = {}
     for training in trainings:
         panels.setdefault((training.panel, training.loss), []).append(training)
-    across = min(3, len(panels))
+    across = min(2, len(panels))
     down = math.ceil(len(panels) / across)
-    with new_figure(WIDTH, 0.5 + 2.6 * down) as figure:
+    with new_figure(_WIDTH, 0.5 + 2.4 * down) as figure:
         grid = figure.subplots(down, across, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
@@ -283,8 +286,7 @@ def training_curves(trainings: Sequence[Training], path_stem: Path, *, title: st
 def _draw_training(axes: Axes, training: Training, rows: Sequence[Mapping[str, float]]) -> None:
     look = training.look
     for key in ("loss", "eval_loss"):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
+        if points := pictures.loss_points(rows, key):
             style: dict[str, Any] = {"lw": 0.6, "alpha": 0.6, "zorder": 2}
             if key == "eval_loss":
                 style = {"lw": 1.3, "marker": look.marker, "ms": 3.5, "label": training.label, "zorder": 3}
@@ -298,16 +300,37 @@ def _scales(axes: Axes, x: Axis, y: Axis) -> None:
     for name, axis in (("x", x), ("y", y)):
         if axis.log:
             log_scale(axes, name)
-    if x.label == "layers":
+    if x.label in ("layers", "num_layers"):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    elif x.label.startswith("parameters") and not x.log:
+        axes.xaxis.set_major_formatter(lambda value, _: count(round(value)) if value > 1e3 else f"{value:g}")
     axes.grid(color="#EDEDED", lw=0.6)
     axes.set_axisbelow(True)
 
 
+def _titles(figure: Figure, axes: Axes, title: str, note: str) -> None:
+    """The small print stands below the title, for the legend stands below the axes."""
+    axes.set_title("\n".join(textwrap.wrap(note, 88)), loc="left", size=6.5, color=_NOTE)
+    figure.suptitle(title, x=0.01, ha="left", size=9)
+
+
 def _legend(figure: Figure, axes: Axes, title: str) -> None:
+    """Below the axes: beside them it would take the width that a phone has."""
     handles, labels = axes.get_legend_handles_labels()
-    columns = math.ceil(len(labels) / 22)
-    figure.legend(handles, labels, loc="outside right upper", title=title or None, alignment="left", ncols=columns)
+    looks: dict[str, Any] = {"ncols": _legend_columns(labels), "fontsize": 7, "title_fontsize": 7, "alignment": "left"}
+    figure.legend(handles, labels, loc="outside lower left", title=title or None, **looks)
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """As many as there is room for."""
+    longest = max(map(len, labels), default=1)
+    return max(1, min(4, len(labels), 86 // (longest + 6)))
+
+
+def _legend_height(labels: Iterable[str]) -> float:
+    """In inches; of the curves', a reference and a title."""
+    found = list(dict.fromkeys(labels))
+    return _ROW * (2 + math.ceil(len(found) / _legend_columns(found)))
 
 
 def _note(figure: Figure, note: str) -> None:

@@ -20,7 +20,7 @@ _COLUMNS = 4
 def heat_maps(
     panels: Sequence[Mapping[str, Any]], path_stem: Path, *, title: str, plans: Sequence[Mapping[str, Any]] = ()
 ) -> list[Path]:
-    """Similarity maps side by side, those of one metric in the same colours.
+    """Similarity maps side by side, in the colours of one bar: two metrics are compared too.
 
     Args:
         panels: each ``title``; ``metric`` (cosine, cka, or another with its ``label``); ``matrix``, [L+1][L+1] numbers
@@ -39,32 +39,27 @@ def heat_maps(
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     large = columns < 3
-    metrics = list(dict.fromkeys(panel["metric"] for panel in panels))
-    with new_figure(WIDTH if columns > 1 else 3.6, rows * (WIDTH - 0.8 * len(metrics)) / columns + 0.8) as figure:
+    labels = list(dict.fromkeys(panel.get("label") or LABELS[panel["metric"]] for panel in panels))
+    with new_figure(WIDTH if columns > 1 else 3.6, rows * (WIDTH - 0.8) / columns + 0.8) as figure:
         figure.suptitle(title, fontsize=9)
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
-        for metric in metrics:
-            chosen = [
-                (axes, panel) for axes, panel in zip(grid.flat, panels, strict=False) if panel["metric"] == metric
-            ]
-            finite = [x for _, panel in chosen for row in panel["matrix"] for x in row if x is not None]
-            lowest = min(finite, default=0.0)
-            for axes, panel in chosen:
-                values = [[math.nan if x is None else x for x in row] for row in panel["matrix"]]
-                image = axes.imshow(values, origin="lower", cmap="cividis", vmin=lowest, vmax=1.0)
-                axes.set_title(panel["title"], fontsize=8)
-                _outline(axes, panel["patches"], "white", width=0.8 if large else 0.6, dashed=True)
-                for number, plan in enumerate(plans):
-                    color = _PLAN_COLORS[number % len(_PLAN_COLORS)]
-                    _outline(axes, plan["windows"], color, width=1.4 if large else 0.8)
-                    states = [layer + 1 for layer in plan["dropped"]]
-                    axes.scatter(states, states, marker="x", s=18 if large else 7, lw=1.0, color=color, zorder=4)
-                _label_layers(axes, len(values), most=8 if large else 5)
-            together = [axes for axes, _ in chosen]
-            label = chosen[0][1].get("label") or LABELS[metric]
-            figure.colorbar(image, ax=together, label=label, shrink=0.8 if large else 1.0)
+        finite = [x for panel in panels for row in panel["matrix"] for x in row if x is not None]
+        lowest = min(finite, default=0.0)
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            values = [[math.nan if x is None else x for x in row] for row in panel["matrix"]]
+            image = axes.imshow(values, origin="lower", cmap="cividis", vmin=lowest, vmax=1.0)
+            axes.set_title(panel["title"], fontsize=8)
+            _outline(axes, panel["patches"], "white", width=0.8 if large else 0.6, dashed=True)
+            for number, plan in enumerate(plans):
+                color = _PLAN_COLORS[number % len(_PLAN_COLORS)]
+                _outline(axes, plan["windows"], color, width=1.4 if large else 0.8)
+                states = [layer + 1 for layer in plan["dropped"]]
+                axes.scatter(states, states, marker="x", s=18 if large else 7, lw=1.0, color=color, zorder=4)
+            _label_layers(axes, len(values), most=8 if large else 5)
+        bar = figure.colorbar(image, ax=grid, shrink=0.8 if large else 1.0, aspect=30)
+        bar.set_label(" and ".join(labels) if len(labels) < 3 else "similarity")
         for axes in grid[:, 0]:
             axes.set_ylabel("output of layer")
         for column in range(columns):

@@ -109,7 +109,7 @@ def loss_curve(
             parts = trainings(rows)
             for number, part in enumerate(parts):
                 for key, name, marker in (("loss", "training", ""), ("eval_loss", "validation", "o")):
-                    if points := [(row["step"], row[key]) for row in part if key in row]:
+                    if points := loss_points(part, key):
                         style: dict[str, Any] = {"color": COLORS[name], "lw": 1.3, "marker": marker, "ms": 4}
                         axes.plot(*zip(*points, strict=True), **style, label=None if number else name)
             validation = [(row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row]
@@ -124,6 +124,20 @@ def loss_curve(
             axes.legend()
         figure.suptitle(title)
         return _save(figure, path_stem)
+
+
+def loss_points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """Step and value of ``loss`` or ``eval_loss`` in one training's rows.
+
+    A validation loss is of the model after that step. A training loss is the mean over all steps since the last
+    one that was logged: it stands in their middle, not at their end, where the two would not be of the same model.
+    """
+    found = [(row["step"], row[key]) for row in rows if key in row]
+    if key != "loss" or not found:
+        return found
+    begun = 0.0 if "loss" in rows[0] else rows[0]["step"]  # a validation before the first step
+    starts = [begun, *(step for step, _ in found)]
+    return [((start + 1 + step) / 2, value) for start, (step, value) in zip(starts, found, strict=False)]
 
 
 def by_unit(curve: Sequence[Mapping[str, Any]], loss: str) -> dict[str, list[dict[str, Any]]]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline.show.canvas import WIDTH, new_figure, save
+from slm_pipeline.show.canvas import new_figure, save
 from slm_pipeline.show.marks import Mark
 from slm_pipeline.show.marks import looks as mark_looks
 
+_WIDTH = 5.0  # inches, as `curves`
 _KEPT, _MERGED, _DROPPED = "#D9D9D9", "#0072B2", "#B0B0B0"
 
 
@@ -42,7 +43,7 @@ def layer_strips(strips: Sequence[Strip], path_stem: Path, *, title: str, note: 
     }
     used = set()
     depth = max(strip.num_layers for strip in strips)
-    with new_figure(WIDTH, 0.95 + 0.24 * len(strips)) as figure:
+    with new_figure(_WIDTH, 0.95 + 0.24 * len(strips)) as figure:
         axes = figure.add_subplot()
 
         def cell(kind: str, left: float, bottom: float, width: float, height: float) -> None:
@@ -68,9 +69,9 @@ def layer_strips(strips: Sequence[Strip], path_stem: Path, *, title: str, note: 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], nbins=16))
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        axes.set_title(title, loc="left")
+        figure.suptitle(title, x=0.01, ha="left", size=9)
         entries = [Patch(**looks[kind], label=kind) for kind in looks if kind in used]
-        figure.legend(handles=entries, loc="outside lower center", ncols=len(entries))
+        figure.legend(handles=entries, loc="outside lower center", ncols=min(3, len(entries)))
         if note:
             figure.supxlabel(note, x=0.01, ha="left", size=6.5, color="#555555", wrap=True)
         return save(figure, path_stem)

@@ -195,8 +195,8 @@ def test_wandb_mode_online_does_not_override_offline(monkeypatch, caplog):
 def test_options_that_wandb_refuses_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="W&B did not start a run: .*a/b.*tracker=jsonl"):
         open_tracker(tmp_path, TrackerConfig(kind="wandb", project="a/b"))
-    with pytest.raises(UserError, match="tracker.kind='tensorboard' is not one of jsonl, wandb"):
-        tracking.check_tracker(TrackerConfig(kind="tensorboard"))
+    with pytest.raises(UserError, match="tracker.kind=.paper. is not one of jsonl, wandb, tensorboard, mlflow"):
+        tracking.check_tracker(TrackerConfig(kind="paper"))
     with pytest.raises(UserError, match="tracker.mode='dryrun' is not one of offline, online"):
         tracking.check_tracker(TrackerConfig(kind="wandb", mode="dryrun"))
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from html import unescape
 from pathlib import Path
 
 import pytest
 from browser import Browser
-from studies import finished, write_run
+from studies import finished, perplexity, write_run
 
+from slm_pipeline.report.page import html
+from slm_pipeline.report.plots import Picture
+from slm_pipeline.report.runs_table import made_with, short_jobs
 from slm_pipeline.report.study import read_study
 from slm_pipeline.report.write import write_study
 
@@ -47,7 +52,7 @@ def test_the_page_is_one_file_and_every_text_in_it_is_escaped(page):
     assert "<img src=http" not in html
     assert html.count("data:image/svg+xml;base64,") == html.count("<img ") == 5
     assert not re.findall(r"(?:src|href)=[\"']?(?!data:)[a-z/]", html.replace("&lt;img src=http", ""))
-    assert "default-src &#x27;none&#x27;" in html or "default-src 'none'" in html
+    assert "default-src 'none'" in unescape(html)
     assert "FAILED: no &lt;script&gt;" in html
 
 
@@ -66,8 +71,8 @@ def test_the_best_run_stands_on_top(page):
 
 def rows(browser: Browser) -> list[str]:
     """The jobs as they stand, top down; those that the filter hides are not there."""
-    bodies = "[...document.querySelectorAll('table.runs tbody')].filter(body => !body.hidden)"
-    script = f"return {bodies}.map(body => body.rows[0].cells[1].textContent)"
+    bodies = "[...document.querySelectorAll('table.runs tbody.run')].filter(body => !body.hidden)"
+    script = f"return {bodies}.map(body => body.rows[0].cells[0].dataset.value)"
     found: list[str] = browser.run(script)
     return found
 
@@ -106,14 +111,28 @@ def test_in_a_browser(page, tmp_path):
 
         opened = "return [...document.querySelectorAll('tr.more')].map(row => row.hidden)"
         assert browser.run(opened) == [True] * 4
-        browser.run("document.querySelector('td.opener button').click()")
+        browser.run("document.querySelector('button.opener').click()")
         assert browser.run(opened) == [False, True, True, True]
         assert EVIL in browser.run("return document.querySelector('tr.more').textContent")
 
-        cells = "return [...document.querySelectorAll('table.runs .detail')].filter(c => c.offsetParent).length"
-        shown = browser.run(cells)
-        browser.run("document.querySelector('#details').click()")
-        assert (browser.run(cells) == 0) == (shown > 0)
+        typed = {"pruned/perplexity/bundled>=20": ["2", "3"], "num_layers<25 threshold.value=0.7": ["2"], "rare": []}
+        for words, left in typed.items():
+            browser.run(type_into, words)
+            assert rows(browser) == left
+        browser.run(type_into, "")
+
+        whole = "return document.querySelector('th[data-column=\"pruned/boolq\"]').offsetParent !== null"
+        assert browser.run(whole) is True
+        cell = browser.run("return document.querySelector('th[data-column=\"pruned/boolq\"]').dataset.cell")
+        browser.run(f"document.querySelector('input[data-column=\"{cell}\"]').click()")
+        assert browser.run(whole) is False
+        assert browser.run(f"return [...document.querySelectorAll('tr.run')].every(row => row.cells[{cell}].hidden)")
+        browser.run("document.querySelector('[data-columns=all]').click()")
+        assert browser.run(whole) is True
+        place = "return document.querySelector('th.metric').getBoundingClientRect().left"
+        before = browser.run(place)
+        browser.run("document.querySelector('.scroll:has(table.runs)').scrollLeft = 300")
+        assert browser.run(place) == before  # the job and the metric stay
 
         browser.screenshot(tmp_path / "page.png")
         assert (tmp_path / "page.png").stat().st_size > 20_000
@@ -159,3 +178,76 @@ def test_names_questions_and_reasons_cannot_be_markup(tmp_path):
     assert "&lt;script&gt;a&lt;/script&gt;" in page
     assert "<script>" not in markdown.replace("`", "")
     assert "\x1b" not in page + markdown
+
+
+def test_the_page_says_when_with_what_and_on_what_its_numbers_were_made(tmp_path):
+    for job, (device, torch) in enumerate([("CPU x86_64", "2.13.0"), ("1 x H100", "2.13.0"), ("1 x H100", "2.12.0")]):
+        made = {"versions": {"slm_pipeline": "0.1.0", "torch": torch, "numpy": "2"}, "device": device}
+        folder = tmp_path / "s" / str(job)
+        write_run(folder, [f"seed={job}"], finished(tmp_path, 20, 9.0, provenance=made))
+        os.utime(folder / "summary.json", (86400 * (job + 1),) * 2)
+    write_run(tmp_path / "s" / "3", ["seed=3"], finished(tmp_path, 20, 9.0, provenance={"versions": [3]}))  # damaged
+    os.utime(tmp_path / "s" / "3" / "summary.json", (86400, 86400))
+    study = read_study(tmp_path / "s")
+    assert made_with(study.runs) == [
+        "results from 1970-01-02 to 1970-01-04",
+        "slm_pipeline 0.1.0, torch 2.13.0 (2 of 4 runs)",
+        "CPU x86_64 (1 of 4 runs)",
+        "1 x H100 (2 of 4 runs)",
+        "slm_pipeline 0.1.0, torch 2.12.0 (1 of 4 runs)",
+    ]
+    assert "<li>results from 1970-01-02 to 1970-01-04</li>" in html(study, [])
+
+
+def test_a_picture_that_is_gone_or_has_no_svg_does_not_cost_the_page(sweep, tmp_path, caplog):
+    (tmp_path / "drawn.png").write_bytes(b"\x89PNG")
+    pictures = [Picture("gone", [tmp_path / "gone.png", tmp_path / "gone.svg"]), Picture("empty", [])]
+    page = html(read_study(sweep), [*pictures, Picture("drawn", [tmp_path / "drawn.png"])])
+    assert re.findall(r'<img alt="(\w+)" src="data:image/(\w+)', page) == [("drawn", "png")]
+    assert "no picture gone on the page: FileNotFoundError" in caplog.text
+    assert "no picture empty on the page: ValueError" in caplog.text
+
+
+def test_jobs_are_called_by_what_tells_them_apart():
+    jobs = [
+        "sweeps/ratios/2026-11-27_00-34-11-102122/3", "sweeps/ratios/2026-11-27_00-34-11-102122/4",
+        "runs/slm/2026-11-27_00-34-11-102122", "runs/slm/2026-11-28_10-00-00-000001",
+        "a/2026-11-27_00-34-11-102122", "b/a/2026-11-27_00-34-11-999999", "2026-11-27_00-34-11-102122",
+    ]  # fmt: skip
+    assert short_jobs(jobs) == [
+        "ratios/3", "ratios/4", "slm 11-27 00:34:11", "slm 11-28 10:00:00", "a", "b/a", "2026-11-27_00-34-11-102122",
+    ]  # fmt: skip
+    same = ["runs/slm/2026-11-27_00-34-11-1", "runs/slm/2026-11-27_00-34-11-2"]
+    assert short_jobs(same) == same
+
+
+def test_what_does_not_apply_or_was_not_measured_has_a_look_of_its_own(tmp_path):
+    recovered = finished(tmp_path, 20, 30.0)
+    recovered["metrics"]["recovered"] = {"perplexity": {"bundled": perplexity(25.0)}}
+    config = {"recovery": {"rank": 8}}
+    write_run(tmp_path / "s" / "0", ["method=slm", "recovery.rank=8"], recovered, config=config)
+    config = {"recovery": {"rank": 4}}
+    write_run(tmp_path / "s" / "1", ["method=laco", "recovery.rank=4"], recovered, config=config)
+    write_run(tmp_path / "s" / "2", ["method=mka"], finished(tmp_path, 20, 20.0), config={"recovery": {}})
+    write_run(tmp_path / "s" / "3", ["method=flap"], "why", config={"recovery": {}})
+    page = html(read_study(tmp_path / "s"), [])
+    third, fourth = page.partition('data-value="2"')[2].split('<tr class="more"')[0:3:2]
+    assert third.count('title="does not apply"') == 1
+    assert '<td class="number metric" data-value="20.0">20.00<small>pruned</small></td>' in third
+    assert fourth.count("<small>") == 0
+
+
+def test_what_all_runs_have_alike_or_few_have_comes_after_the_results(tmp_path):
+    for job in range(4):
+        options = [
+            f"method={'slm' if job % 2 else 'laco'}",
+            *(f"method.a{i}={job}" for i in range(12 if job < 2 else 0)),
+        ]
+        write_run(tmp_path / "s" / str(job), options, finished(tmp_path, 20 + job, 9.0 + job), config={"name": "s"})
+    page = html(read_study(tmp_path / "s"), [])
+    heads = re.findall(r'<th scope="col"[^>]*data-column="([^"]*)"( hidden)?', page)
+    assert [name for name, _ in heads[:3]] == ["job", "pruned/perplexity/bundled", "method"]
+    shown = [name for name, hidden in heads if not hidden]
+    assert "num_layers" in shown
+    assert "pruned/average" not in shown  # of each run 55.0
+    assert [name for name, hidden in heads[-8:] if hidden] == [f"method.a{i}" for i in range(4, 12)]

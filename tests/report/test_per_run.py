@@ -36,12 +36,27 @@ def test_searches_strips_and_trainings_are_drawn_once_for_each_that_differs(tmp_
     (trainings,) = drawn["training_loss"]["arguments"]
     assert [(t.panel, t.label, t.loss) for t in trainings] == [
         ("lora", "0.9", "nats"),
+        ("lora", "0.8", "nats"),
         ("full", "0.9", "nats"),
         ("full", "0.9", "nats, whole model"),
-        ("lora", "0.8", "nats"),
     ]
-    assert trainings[2].rows == [{"step": 2, "eval_loss": 0.5, "learning_rate": 1e-3}]
-    assert trainings[3].rows[0] == {"step": 1, "loss": 5.0}
+    assert trainings[3].rows == [{"step": 2, "eval_loss": 0.5, "learning_rate": 1e-3}]
+    assert trainings[1].rows[0] == {"step": 1, "loss": 5.0}
+
+
+def test_runs_that_no_option_tells_apart_have_labels_and_looks_of_their_own(tmp_path, drawn):
+    """Three runs, the same options twice; ten values in a label would be none."""
+    for job, seed in enumerate((0, 0, 1)):
+        folder = tmp_path / "s" / str(job)
+        write_run(
+            folder, [f"seed={seed}", *(f"method.a{i}={seed}" for i in range(10))], finished(tmp_path, 20 + job, 9.0)
+        )
+        steps = [{"low": 27, "high": 28, "similarity": 0.9 - job / 10, "accepted": True}]
+        (folder / "plan.json").write_text(json.dumps({"scores": {"steps": steps}}))
+    per_run.draw(read_study(tmp_path / "s"), tmp_path)
+    (traces,) = drawn["search_traces"]["arguments"]
+    assert [trace.label for trace in traces] == ["job 0", "job 1", "job 2"]
+    assert len({trace.look for trace in traces}) == 3
 
 
 def test_a_training_whose_result_was_cleaned_away_is_read_from_the_log(tmp_path):

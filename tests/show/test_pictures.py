@@ -86,6 +86,17 @@ def test_loss_curve_marks_the_best_validation_loss(figure):
     assert axes.get_yscale() == "linear"
 
 
+def test_a_training_mean_stands_in_the_middle_of_its_steps():
+    """Logged every 10 steps: the mean over steps 1 to 10 is at 5.5. The second training begins at step 20."""
+    rows = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.0}, {"step": 20, "eval_loss": 2.5}]
+    assert pictures.loss_points(rows, "loss") == [(5.5, 3.0), (15.5, 2.0)]
+    assert pictures.loss_points(rows, "eval_loss") == [(20, 2.5)]
+    later = [{"step": 20, "eval_loss": 9.0}, {"step": 24, "loss": 8.0}]
+    assert pictures.loss_points(later, "loss") == [(22.5, 8.0)]
+    every = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+    assert pictures.loss_points(every, "loss") == [(1, 3.0), (2, 2.0)]
+
+
 def test_loss_curve_of_layers_in_turn_and_of_the_whole_model(figure):
     """Each layer's line is its own, none of them has a best, and logits have a panel."""
     curve = [

@@ -1,0 +1,125 @@
+"""Who is best at each size: the last model of every run, whatever made it, beside those that are as large.
+
+`slm_pipeline.report.winners` compares runs by the metric of a study, which has one question. Here many studies meet, of
+several models, recovered and not: each dense model and way of measuring has a board of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from slm_pipeline.config import TARGETS
+from slm_pipeline.report.runs import text_of
+from slm_pipeline.report.study import Study
+from slm_pipeline.report.winners import Choice, choice_of, winners
+from slm_pipeline.results.number import Number, parted
+from slm_pipeline.results.of_run import parameters_at_work
+from slm_pipeline.results.settings import settings
+
+STEP = 5  # percent of the dense model's parameters: runs whose share rounds to the same multiple are of one size
+PLACES = 3  # shown of each size
+
+
+@dataclass(frozen=True)
+class Place:
+    """Runs that differ in seeds alone; ``ties``: noise does not tell them from the best of their size."""
+
+    choice: Choice
+    ties: bool
+
+
+@dataclass(frozen=True)
+class Size:
+    """The runs that lost about so many percent of the parameters, best first; ``on_front``: no smaller is as good."""
+
+    removed: int
+    places: list[Place]
+    on_front: bool
+
+
+@dataclass(frozen=True)
+class Board:
+    """The best of each size, of one dense model and measured in one way.
+
+    Attributes:
+        model: the dense model.
+        quantity: what they are compared by.
+        how: how it was measured, in words; empty if unknown.
+        sizes: the smallest cut first.
+    """
+
+    model: str
+    quantity: str
+    how: str
+    sizes: list[Size]
+
+
+def outcome(study: Study, run: int) -> Number | None:
+    """The run's metric, else the number of that kind of its last model: recovered, repaired or pruned."""
+    found = study.numbers[run]
+    if study.metric is None or study.metric in found:
+        return found.get(study.metric or "")
+    target, quantity = parted(_plain(study.metric))
+    names = [f"{other}/{quantity}" for other in reversed(TARGETS) if target and other != "dense"]
+    return next((number for name in names for key, number in found.items() if _plain(key) == name), None)
+
+
+def leaderboards(study: Study) -> list[Board]:
+    """A board for each dense model and way of measuring, that of most choices first; none without a model's metric."""
+    target, quantity = parted(_plain(study.metric or ""))
+    if not target or target == "dense":
+        return []
+    boards: dict[tuple[str, str], list[Choice]] = {}
+    for key, choice in _choices(study):
+        boards.setdefault(key, []).append(choice)
+    found = []
+    for (model, _), choices in sorted(boards.items(), key=lambda item: -len(item[1])):
+        how = str(next((study.numbers[c.runs[0]][c.metric.key].measured.get("how", "") for c in choices), ""))
+        found.append(Board(model, quantity, how, _sizes(choices, bool(choices[0].metric.higher_is_better))))
+    return found
+
+
+def label(study: Study, choice: Choice) -> str:
+    """What its runs were told, as far as runs differ in that; a single job's folder where they differ in nothing."""
+    run = study.runs[choice.runs[0]]
+    told = [name for name in study.varied if name not in ("name", "model", "stages")]
+    told = [name for name in told if run.option(name) not in (None, "", "none")]
+    words = [text_of(run.option(name)) if "." not in name else f"{name}={text_of(run.option(name))}" for name in told]
+    return ", ".join(words) or f"job {run.job}"
+
+
+def _plain(key: str) -> str:
+    """A key without the settings that tell it from others of its name."""
+    return key.partition("[")[0]
+
+
+def _choices(study: Study) -> Iterator[tuple[tuple[str, str], Choice]]:
+    """Each with the dense model and, as JSON, how its number was measured; its size is the percent left, in steps."""
+    for values, members in study.groups(study.varied).items():
+        alike: dict[tuple[str, str, str], list[tuple[int, Number, float | None]]] = {}
+        for i in members:
+            number, summary = outcome(study, i), study.runs[i].summary or {}
+            counts = study.newest[i] and study.within_budget[i] and "parameters" in summary
+            if number is not None and counts and math.isfinite(number.value):
+                left = 100 * parameters_at_work(summary) / summary["parameters"]["dense"]
+                way = json.dumps(settings(number), sort_keys=True, default=str)
+                alike.setdefault((str(summary.get("model", "")), way, number.target), []).append((i, number, left))
+        for (model, way, _), found in alike.items():
+            choice = choice_of(values, found)
+            yield (model, way), replace(choice, size=float(STEP * round((choice.size or 0.0) / STEP)))
+
+
+def _sizes(choices: list[Choice], higher_is_better: bool) -> list[Size]:
+    sign = -1 if higher_is_better else 1
+    sizes = []
+    for winner in winners(choices, higher_is_better=higher_is_better):
+        same = [choice for choice in choices if choice.size == winner.best.size]
+        tied = {choice.runs for choice in winner.tied}
+        places = [
+            Place(choice, choice.runs in tied) for choice in sorted(same, key=lambda one: sign * one.metric.value)
+        ]
+        sizes.append(Size(round(100 - (winner.best.size or 0.0)), places, winner.on_front))
+    return sizes

@@ -1,0 +1,84 @@
+"""The best at each size, by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from studies import finished, perplexity, write_run
+
+from slm_pipeline.report.leaderboard import Board, label, leaderboards, outcome
+from slm_pipeline.report.study import Study, read_study
+
+
+def write(folder: Path, job: int, method: str, removed: float, value: float, seed: int = 0, **changes: Any) -> None:
+    """A run that took so many percent of the parameters, with this perplexity in the end."""
+    model = changes.pop("model", "tiny")
+    done = finished(folder, 20, value, model=model)
+    done["parameters"] = {"dense": 1000, "pruned": round(1000 - 10 * removed)}
+    if (recovered := changes.pop("recovered", None)) is not None:
+        done["metrics"]["recovered"] = {"perplexity": {"bundled": perplexity(recovered)}}
+    if window := changes.pop("window", None):
+        done["metrics"]["pruned"]["perplexity"]["bundled"]["window"] = window
+    write_run(
+        folder / "s" / str(job),
+        [f"method={method}", f"ratio={removed}", f"seed={seed}", f"model={model}"],
+        done,
+        **changes,
+    )
+
+
+def shown(study: Study, board: Board) -> dict[int, list[tuple[str, float, bool]]]:
+    return {
+        size.removed: [(label(study, one.choice), round(one.choice.metric.value, 3), one.ties) for one in size.places]
+        for size in board.sizes
+    }
+
+
+def test_each_size_has_its_best_with_the_last_model_of_every_run(tmp_path):
+    write(tmp_path, 0, "slm", 19.0, 30.0)  # 19 and 21.4 % are of one size
+    write(tmp_path, 1, "laco", 21.4, 90.0, recovered=25.0)
+    write(tmp_path, 2, "mka", 30.0, 70.0)
+    write_run(tmp_path / "s" / "3", ["method=flap", "ratio=30.0", "seed=0"], "out of memory")
+    study = read_study(tmp_path / "s")
+    assert study.metric == "recovered/perplexity/bundled"
+    assert [getattr(outcome(study, i), "key", None) for i in range(4)] == [
+        "pruned/perplexity/bundled", "recovered/perplexity/bundled", "pruned/perplexity/bundled", None,
+    ]  # fmt: skip
+    (board,) = leaderboards(study)
+    assert shown(study, board) == {
+        20: [("laco, 21.4", 25.0, False), ("slm, 19", 30.0, False)],
+        30: [("mka, 30", 70.0, False)],
+    }
+
+
+def test_seeds_are_one_place_and_what_is_within_noise_ties(tmp_path):
+    """Means 21 and 23 +-1.41 of two each; 300 is far from both even by Student's t for one degree of freedom."""
+    for seed, (slm, laco, mka) in enumerate([(20.0, 22.0, 299.5), (22.0, 24.0, 300.5)]):
+        for method, value in (("slm", slm), ("laco", laco), ("mka", mka)):
+            write(tmp_path, 3 * seed + ("slm", "laco", "mka").index(method), method, 20.0, value, seed)
+    study = read_study(tmp_path / "s")
+    (board,) = leaderboards(study)
+    assert shown(study, board) == {20: [("slm", 21.0, False), ("laco", 23.0, True), ("mka", 300.0, False)]}
+    assert [len(place.choice.runs) for place in board.sizes[0].places] == [2, 2, 2]
+
+
+def test_other_models_and_other_ways_of_measuring_have_boards_of_their_own(tmp_path):
+    write(tmp_path, 0, "slm", 20.0, 30.0)
+    write(tmp_path, 1, "laco", 20.0, 31.0)
+    write(tmp_path, 2, "slm", 20.0, 10.0, model="large")
+    write(tmp_path, 3, "mka", 20.0, 20.0, window=2048)
+    boards = leaderboards(read_study(tmp_path / "s"))
+    assert [(board.model, "2048" in board.how) for board in boards] == [
+        ("tiny", False),
+        ("large", False),
+        ("tiny", True),
+    ]
+    assert [len(board.sizes[0].places) for board in boards] == [2, 1, 1]
+
+
+def test_a_run_over_its_budget_competes_with_nobody(tmp_path):
+    write(tmp_path, 0, "slm", 20.0, 30.0, config={"objective": {"max_layers": 10}})
+    write(tmp_path, 1, "laco", 20.0, 40.0)
+    study = read_study(tmp_path / "s")
+    assert [name for name, *_ in shown(study, leaderboards(study)[0])[20]] == ["laco"]
