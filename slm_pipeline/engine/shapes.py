@@ -137,7 +137,7 @@ class Fitting:
         Yields:
             Of each place, from the input up: units that stay -> by how much the KL divergence grows.
         """
-        from tqdm import tqdm
+        from slm_pipeline.show.progress import ProgressBar
 
         dense = [Block(layer) for layer in range(self.view.num_layers)]
         blocks, kept = (dense, {}) if base is None else (base.blocks, base.kept)
@@ -147,7 +147,7 @@ class Fitting:
         last = max((layer for layer, _ in places), default=-1)
         groups = [[block.body] for block in blocks]
         ends = spans(groups, self.view.num_layers)
-        for block, span in zip(tqdm(blocks, desc="sensitivity", disable=None), ends, strict=True):
+        for block, span in zip(ProgressBar(blocks, desc="sensitivity"), ends, strict=True):
             if block.body > last:
                 return
             streams.look_ahead(*span)

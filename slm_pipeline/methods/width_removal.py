@@ -245,9 +245,9 @@ class WidthRemoval(ProtectsEnds):
         self, problem: PruningProblem, units: Mapping[Place, Units], levels: Mapping[Place, Sequence[int]]
     ) -> Iterator[tuple[Place, list[Narrowed]]]:
         """What is left of a sublayer of the dense model when so many units of it alone go, for each of its levels."""
-        from tqdm import tqdm
+        from slm_pipeline.show.progress import ProgressBar
 
-        for place, numbers in tqdm(levels.items(), desc="sensitivity", disable=None):
+        for place, numbers in ProgressBar(levels.items(), desc="sensitivity"):
             yield place, [self.narrowed(problem, units, place, number) for number in numbers]
 
     def narrow(

@@ -207,9 +207,8 @@ class Refit(Repair):
     ) -> _Walked:
         """The operations that put new weights in, their tensors, and what became of each layer; both streams are at the
         top then."""
-        from tqdm import tqdm
-
         from slm_pipeline.engine.streams import first_changed, spans
+        from slm_pipeline.show.progress import ProgressBar
 
         first = first_changed(blocks, groups, problem.view.num_layers)
         ops: list[Op] = []
@@ -218,9 +217,7 @@ class Refit(Repair):
         prefix = _free_prefix(problem.plan)
         walk = "_".join(map("{:g}".format, how.ridges)) + ("" if how.reads is None else f"_reads_{how.reads:g}")
         dense_layers = spans(groups, problem.view.num_layers)
-        for position, (block, span) in enumerate(
-            zip(tqdm(blocks, desc="refit", disable=None), dense_layers, strict=True)
-        ):
+        for position, (block, span) in enumerate(zip(ProgressBar(blocks, desc="refit"), dense_layers, strict=True)):
             for streams in (fitted, other):
                 streams.look_ahead(*span)
             if first is not None and position >= first:

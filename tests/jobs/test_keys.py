@@ -185,6 +185,7 @@ TABLE = [
     Row("pruning_ratio.num_layers", 4, MERGE, given={"pruning_ratio.ratio": None, "pruning_ratio.num_layers": 5}),
     #
     Row("repair.ridges", [0.1], REPAIR),
+    Row("repair.reads", [0.1], REPAIR),
     Row("repair.weighting", "none", REPAIR),
     Row("repair.target", "own_output", REPAIR),
     Row("repair.sublayers", "mlp", REPAIR),
