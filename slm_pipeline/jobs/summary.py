@@ -186,7 +186,7 @@ def _measured(
                 if part:
                     of_target.setdefault(measure.name, {})[part] = result["found"]
                 else:
-                    of_target[measure.name] = result["found"]
+                    of_target[measure.name] = {**result["found"], **of_target.get(measure.name, {})}
                 if "overlap" in result:
                     of_target.setdefault("overlap", {})[measure.label(part)] = result["overlap"]
             if found:
