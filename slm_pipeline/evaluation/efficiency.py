@@ -307,7 +307,7 @@ def efficiency(
         "cache_bytes_per_token": per_token,
         "peak_memory_gb": round(peak.gb - max(0, others) / 1e9, 3) if is_cuda else None,
         "prompt_len": prompt_len,
-        "device": torch.cuda.get_device_name(model.device) if is_cuda else model.device.type,
+        "device": _device_in_words(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "mode": mode,
         "batch_size": setting.batch_size,
@@ -344,6 +344,17 @@ def _times(seconds: Mapping[str, list[float]], name: str, new: int) -> dict[str,
             max(total - read, 1e-9) / (new - 1) for total, read in zip(whole, prompt, strict=True)
         ]
     return times
+
+
+def _device_in_words(model: PreTrainedModel) -> str:
+    """What numbers are compared by: two devices of one name are alike."""
+    import torch
+
+    if model.device.type != "cuda":
+        usable = machine("cpu")
+        return f"{usable['number']} x {usable['cpu']}"
+    names = [torch.cuda.get_device_name(device) for device in {parameter.device for parameter in model.parameters()}]
+    return f"{len(names)} x {names[0]}" if len(names) > 1 else names[0]
 
 
 def _bytes(model: PreTrainedModel) -> int:
