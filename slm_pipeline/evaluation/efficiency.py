@@ -110,8 +110,6 @@ class Efficiency(Measure):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.num_runs, self.num_warmup)
-        if self.mode not in MODES:
-            raise UserError(f"{_OPTION}.mode={self.mode!r} is not one of {', '.join(MODES)}")
         for text in self.grid:
             Setting.of(text)
 
@@ -136,21 +134,10 @@ class Efficiency(Measure):
         return [*timed, *compared, "peak_memory_gb", *([] if part else _SIZES)]
 
     def check(self, context: Context) -> None:
-        device = context.config.model.device
-        if self.mode != "eager" and device == "balanced":
-            raise UserError(f"{_OPTION}.mode={self.mode} decodes on one device, not on model.device=balanced")
-        if device == "cpu":
-            self._needs_gpu(device)
+        check_mode(f"{_OPTION}.mode", self.mode, context.config.model.device)
         for part in self.parts():
             setting = self.setting(part)
             check_lengths(setting.prompt_len, setting.new, context.source.max_positions)
-
-    def _needs_gpu(self, device: str) -> None:
-        if self.mode == "graph":
-            raise UserError(
-                f"{_OPTION}.mode=graph replays a CUDA graph, and model.device={device} is the CPU here; use"
-                f" {_OPTION}.mode=eager or compile"
-            )
 
     def identity(self, part: str, context: Context) -> dict[str, Any]:
         setting = self.setting(part)
@@ -165,8 +152,7 @@ class Efficiency(Measure):
     def preflight(self, part: str, tokenizer: PreTrainedTokenizerBase, context: Context) -> None:
         from slm_pipeline.models.loading import num_positions
 
-        if context.config.model.device == "auto" and not gpus.visible():
-            self._needs_gpu("auto")
+        check_has_gpu(f"{_OPTION}.mode", self.mode, context.config.model.device)
         setting = self.setting(part)
         length = len(tokenizer(self.prompt)["input_ids"]) if setting.prompt_len is None else setting.prompt_len
         check_lengths(length, setting.new, num_positions(context.source))
@@ -307,7 +293,7 @@ def efficiency(
         "cache_bytes_per_token": per_token,
         "peak_memory_gb": round(peak.gb - max(0, others) / 1e9, 3) if is_cuda else None,
         "prompt_len": prompt_len,
-        "device": _device_in_words(model),
+        "device": device_in_words(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "mode": mode,
         "batch_size": setting.batch_size,
@@ -318,7 +304,7 @@ def efficiency(
     }
 
 
-def prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, prompt: str) -> Tensor:
+def prompts(model: PreTrainedModel, tokenizer: Any, setting: Setting, prompt: str) -> Tensor:
     """[batch, length] int64 tokens on the model's device: copies of the prompt, or random ones, always the same."""
     import torch
 
@@ -346,7 +332,7 @@ def _times(seconds: Mapping[str, list[float]], name: str, new: int) -> dict[str,
     return times
 
 
-def _device_in_words(model: PreTrainedModel) -> str:
+def device_in_words(model: PreTrainedModel) -> str:
     """What numbers are compared by: two devices of one name are alike."""
     import torch
 
@@ -410,6 +396,31 @@ def check(num_runs: int, num_warmup: int) -> None:
         raise UserError(
             f"evaluation.efficiency.num_warmup={num_warmup} must be less than evaluation.efficiency.num_runs={num_runs}"
         )
+
+
+def check_mode(option: str, mode: str, device: str) -> None:
+    """Raise `UserError` unless ``option`` is a mode of generation that ``model.device`` can have.
+
+    The machine's GPUs are not looked at: it may not be the one that measures.
+    """
+    if mode not in MODES:
+        raise UserError(f"{option}={mode!r} is not one of {', '.join(MODES)}")
+    if mode != "eager" and device == "balanced":
+        raise UserError(f"{option}={mode} decodes on one device, not on model.device=balanced")
+    if mode == "graph" and device == "cpu":
+        raise _no_gpu(option, device)
+
+
+def check_has_gpu(option: str, mode: str, device: str) -> None:
+    """Raise `UserError` if the mode needs a GPU and there is none here."""
+    if mode == "graph" and device == "auto" and not gpus.visible():
+        raise _no_gpu(option, device)
+
+
+def _no_gpu(option: str, device: str) -> UserError:
+    return UserError(
+        f"{option}=graph replays a CUDA graph, and model.device={device} is the CPU here; use {option}=eager or compile"
+    )
 
 
 def check_lengths(prompt_len: int | None, output_len: int, max_positions: int | None) -> None:

@@ -104,6 +104,7 @@ NO_SIZES = dict.fromkeys(
 LOCAL = {**NO_SIZES, "model.source": "local", "model.path": "model"}
 HUB = {**NO_SIZES, "model.source": "hub", "model.repo": "somebody/model"}
 FIXED = {"threshold.kind": "fixed", "threshold.value": 0.8, "pruning_ratio.ratio": None}
+LATENCY = {"pruning_ratio.of": "latency", "pruning_ratio.ratio": None, "pruning_ratio.speedup": 1.3}
 FROM_HUB = {"recovery.source": "hub", "recovery.path": None}
 
 TABLE = [
@@ -180,6 +181,10 @@ TABLE = [
     Row("threshold.exhaustive", True, NOTHING, given=FIXED),
     Row("pruning_ratio.of", "parameters", MERGE),
     Row("pruning_ratio.ratio", 0.5, MERGE),
+    Row("pruning_ratio.speedup", 1.5, MERGE, given=LATENCY),
+    Row("pruning_ratio.batch_size", 2, MERGE | {"time_blocks"}, given=LATENCY),
+    Row("pruning_ratio.context", 64, MERGE | {"time_blocks"}, given=LATENCY),
+    Row("pruning_ratio.mode", "compile", MERGE | {"time_blocks"}, given=LATENCY),
     Row("pruning_ratio.num_layers", 4, MERGE, given={"pruning_ratio.ratio": None, "pruning_ratio.num_layers": 5}),
     #
     Row("repair.ridges", [0.1], REPAIR),
