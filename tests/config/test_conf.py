@@ -41,6 +41,7 @@ NEEDS = {
     ("threshold", "fixed"): ["threshold.value=0.8", "pruning_ratio=none"],
     ("threshold", "published"): ["model=llama2_7b", "pruning_ratio=r35"],
     ("pruning_ratio", "layers"): ["pruning_ratio.num_layers=24"],
+    ("pruning_ratio", "latency"): ["pruning_ratio.speedup=1.3"],
     ("pruning_ratio", "none"): ["threshold=fixed", "threshold.value=0.8"],
     ("method", "from_plan"): ["method.path=plan.json"],
     ("experiment", "streamline_replacement"): [
