@@ -16,12 +16,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.alternated import Spread
-from slm_pipeline.evaluation.efficiency import Efficiency, Setting, efficiency
+from slm_pipeline.evaluation.efficiency import Efficiency, efficiency
 from slm_pipeline.jobs import command_line
 from slm_pipeline.machine import memory
 from slm_pipeline.show.tables import Table
@@ -70,10 +69,11 @@ def benchmark(words: list[str]) -> None:
     job = command_line.compose_job(["slm-bench", "efficiency"], words, _DEFAULTS)
     measure = job.evaluation.measures["efficiency"]
     assert isinstance(measure, Efficiency)
-    settings = {text: Setting.of(text) for text in measure.grid}
+    settings = {text: measure.setting(text) for text in measure.grid or [""]}
     if any(setting.new < 2 for setting in settings.values()):
         raise UserError("evaluation.efficiency.grid: slm-bench efficiency times tokens, so at least 2 new ones")
-    measure.preflight(measure.grid[0], job.dense_tokenizer, job)
+    for text in settings:
+        measure.preflight(text, job.dense_tokenizer, job)
     dense, tokenizer = load_dense(job.source)
     view = ModelView(dense)
     print(
@@ -87,7 +87,7 @@ def benchmark(words: list[str]) -> None:
         for text, setting in settings.items():
             found = efficiency(
                 model,
-                SimpleNamespace(pad_token_id=tokenizer.pad_token_id) if setting.prompt_len else tokenizer,
+                tokenizer,
                 setting,
                 mode=measure.mode,
                 num_runs=measure.num_runs,
@@ -96,7 +96,6 @@ def benchmark(words: list[str]) -> None:
                 dense=lambda: dense,
             )
             rows.append(_row(variant, text, found))
-            memory.free()
             print(f"{variant.name}, {text}: {found['token_speedup']:.3f} times as fast", flush=True)
         del model
         memory.free()

@@ -17,6 +17,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline.evaluation.alternated import alternate
+from slm_pipeline.machine import memory
 from slm_pipeline.surgery.ops.base import SUBLAYERS, LayerSize, Op
 from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.ops.drop_sublayer import DropSublayer
@@ -201,6 +202,8 @@ def _turns(
         made = generation(mode, model, input_ids, NEW, pad_token_id=0)
         runs |= {f"{name} prompt": made.read, f"{name} whole": made.run}
     seconds = alternate(runs, rounds=_ROUNDS, warm_up=_WARM_UP)
+    runs.clear()
+    memory.free()
     found = [
         [(whole - read) / (NEW - 1) for whole, read in zip(seconds[f"{n} whole"], seconds[f"{n} prompt"], strict=True)]
         for n in ("first", "second")

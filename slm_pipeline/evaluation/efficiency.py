@@ -273,6 +273,8 @@ def efficiency(
         if beside is not None and beside is not model:
             add("dense", beside)
         seconds = alternate(runs, rounds=num_runs - num_warmup, warm_up=num_warmup, tick=progress.update)
+        runs.clear()
+        memory.free()  # caches and graphs hold one another: the next setting needs their memory
         per_token = cache_bytes_per_token(model)
     times = {name: _times(seconds, name, new) for name in ("own", "dense") if f"{name} prompt" in seconds}
     spread = {name: Spread.of(values) for name, values in times["own"].items()}

@@ -35,6 +35,7 @@ _TOLERANCE = 0.01  # by how much a plan may be faster than what was asked
 class _Found:
     plan: Plan
     seconds: float
+    is_idle: bool  # whether what was removed is still there, as zeros
 
 
 def plan_for_speedup(method: Method, problem: PruningProblem[Any], times: BlockTimes) -> Plan:
@@ -101,7 +102,7 @@ class _Search:
             self.method.name, target.remove, "layers" if isinstance(target, Layers) else "parameters",
             self.times.seconds / seconds,
         )  # fmt: skip
-        return _Found(plan, seconds)
+        return _Found(plan, seconds, any(size.idle for size in sizes))
 
     def by_layers(self) -> _Found:
         number = len(self.dense)
@@ -139,6 +140,8 @@ class _Search:
                     reached = self.times.seconds / slow[1]
                     raise self._out_of_reach(f"{reached:.2f} times as fast, and then {error}") from error
                 break
+            if found.is_idle:
+                raise self._out_of_reach("what is gone stays as zeros, which take as long; use method.export=custom")
             if found.seconds > self.budget:
                 slow = (remove, found.seconds)
                 continue

@@ -91,6 +91,7 @@ def test_methods_that_count_parameters_are_asked_until_time_is_right(method, uni
     ("method", "speedup", "why"),
     [
         (Sleb(), 3.0, r"of 6 layers at least 3 must be left \(2 protected and one more\), which is 1.84 times as fast"),
+        (FinerCut(), 1.1, "what is gone stays as zeros, which take as long; use method.export=custom"),
         (ReverseOrder(), 12.0, "embeddings and head alone take 8.7% of the time"),
         (WandaSP(allocation="uniform", export="custom"), 11.0, "times as fast, and then .* parameters cannot go"),
     ],
