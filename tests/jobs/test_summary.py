@@ -37,7 +37,10 @@ SPEED = {
     "dtype": "float32", "mode": "eager", "batch_size": 1, "prompt_len": 8, "output_len": 128, "num_runs": 30,
     "num_warmup": 20,
 }  # fmt: skip
-NEWER = {"dense/efficiency/num_parameters", "dense/efficiency/cache_bytes_per_token"}  # than numbers with keys
+OF_GRID = {**SPEED, "batch_size": 8, "output_len": 16, "spread": {"tokens_per_second": SPREADS["tokens_per_second"]}}
+NEWER = {  # than numbers with keys
+    f"dense/efficiency/{name}" for name in ("num_parameters", "cache_bytes_per_token", "8x16/tokens_per_second")
+}
 
 
 def text(value: float) -> dict[str, Any]:
@@ -67,7 +70,7 @@ class Finished(Artifact):
 MEASURES = {
     "perplexity": Perplexity(corpora=TEXTS),
     "zero_shot": ZeroShot(tasks=["piqa", "boolq"]),
-    "efficiency": Efficiency(enabled=True),
+    "efficiency": Efficiency(enabled=True, grid=["8x16"]),
 }
 FOUND = {
     ("perplexity", TEXTS[0]): text(12.5),
@@ -75,6 +78,7 @@ FOUND = {
     ("zero_shot", "piqa"): task("piqa", 50.0, 3.0),
     ("zero_shot", "boolq"): task("boolq", 70.0, 4.0),
     ("efficiency", ""): SPEED,
+    ("efficiency", "8x16"): OF_GRID,
 }
 
 
@@ -122,14 +126,15 @@ def test_numbers_of_two_texts_with_one_file_name_stay_two(built):
 def test_details_metrics_and_efficiency_are_as_they_were(built):
     tasks = {"piqa": task("piqa", 50.0, 3.0), "boolq": task("boolq", 70.0, 4.0)}
     texts = {TEXTS[0]: text(12.5), TEXTS[1]: text(99.0)}
-    assert built["details"] == {"evaluate_dense": {"perplexity": texts, "zero_shot": tasks, "efficiency": SPEED}}
+    speed = {**SPEED, "8x16": OF_GRID}
+    assert built["details"] == {"evaluate_dense": {"perplexity": texts, "zero_shot": tasks, "efficiency": speed}}
     assert built["metrics"] == {
         "dense": {
             "zero_shot": {"piqa": 50.0, "boolq": 70.0, "average": 60.0},
             "perplexity": {corpus: {"corpus": corpus, **said} for corpus, said in texts.items()},
         }
     }
-    assert built["efficiency"] == {"dense": SPEED}
+    assert built["efficiency"] == {"dense": speed}
     assert built["format"] == 1
     assert json.loads(json.dumps(built)) == built
 
@@ -151,13 +156,14 @@ def test_totals_and_costs_stand_behind_the_parts(built):
     assert list(numbers) == [
         "dense/perplexity/one/text.txt", "dense/perplexity/two/text.txt", "dense/piqa", "dense/boolq", "dense/average",
         "dense/efficiency/tokens_per_second", "dense/efficiency/latency_seconds", "dense/efficiency/weights_gb",
-        "dense/efficiency/num_parameters", "dense/efficiency/cache_bytes_per_token", "seconds",
+        "dense/efficiency/num_parameters", "dense/efficiency/cache_bytes_per_token",
+        "dense/efficiency/8x16/tokens_per_second", "seconds",
     ]  # fmt: skip
     assert numbers["dense/average"]["value"] == 60.0
     assert numbers["dense/average"]["stderr"] == 2.5  # sqrt(3^2 + 4^2) / 2
     assert numbers["dense/average"]["measured"] == {"measure": "zero_shot", "tasks": ["piqa", "boolq"]}
     assert numbers["dense/efficiency/latency_seconds"]["stderr"] == pytest.approx(1.2533 * 0.2 / 1.349 / 10**0.5)
-    assert numbers["seconds"]["value"] == 3 * 2.5  # what was reused took nothing
+    assert numbers["seconds"]["value"] == 4 * 2.5  # what was reused took nothing
     assert numbers["seconds"]["cost"] is True
 
 
