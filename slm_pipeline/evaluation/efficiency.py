@@ -110,6 +110,7 @@ class Efficiency(Measure):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.num_runs, self.num_warmup)
+        check_mode(f"{_OPTION}.mode", self.mode)
         for text in self.grid:
             Setting.of(text)
 
@@ -400,7 +401,7 @@ def check(num_runs: int, num_warmup: int) -> None:
         )
 
 
-def check_mode(option: str, mode: str, device: str) -> None:
+def check_mode(option: str, mode: str, device: str = "auto") -> None:
     """Raise `UserError` unless ``option`` is a mode of generation that ``model.device`` can have.
 
     The machine's GPUs are not looked at: it may not be the one that measures.

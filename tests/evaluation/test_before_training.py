@@ -83,7 +83,7 @@ def refusal(files, *overrides: str) -> str:
         ([f"{SPEED}.prompt="], f"{SPEED}.prompt='' must not be empty"),
         ([f"{SPEED}.mode=fast"], f"{SPEED}.mode='fast' is not one of eager, compile, graph"),
         (
-            [f"{SPEED}.mode=graph", "model.device=cpu"],
+            [f"{SPEED}.enabled=true", f"{SPEED}.mode=graph", "model.device=cpu"],
             f"{SPEED}.mode=graph replays a CUDA graph, and model.device=cpu is the CPU here; use {SPEED}.mode=eager",
         ),
         ([f"{SPEED}.grid=[8]"], f"{SPEED}.grid has '8'; write BATCHxNEW, as 8x512, or BATCHxPROMPT+NEW"),
