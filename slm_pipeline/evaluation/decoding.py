@@ -169,7 +169,8 @@ class FixedDecoding:
         self.read()
         if wrap is not None:
             self.position.zero_()  # the steps that warm up must not leave the cache
-            self._step = wrap(self.step)
+            with torch.cuda.device_of(input_ids):  # streams and graphs belong to the current device
+                self._step = wrap(self.step)
 
     def read(self) -> None:
         self._read_now = self._all_read
@@ -186,8 +187,9 @@ class FixedDecoding:
 
     def run(self) -> Tensor:
         self.read()
-        for _ in range(self.new - 1):
-            self._step()
+        with torch.cuda.device_of(self.tokens):
+            for _ in range(self.new - 1):
+                self._step()
         self.tokens.index_copy_(1, self.position, self.last)
         return self.tokens[:, : self.read_length + self.new]
 
