@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from slm_pipeline.results.number import Number
 from slm_pipeline.results.of_run import numbers_of
 
 
@@ -101,3 +102,11 @@ def write_run(
 def with_numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
     """A summary of before numbers had keys, and its numbers under their keys."""
     return {**summary, "numbers": {key: number.to_json() for key, number in numbers_of(summary).items()}}
+
+
+def with_speedup(summary: Mapping[str, Any], speedup: float, device: str) -> dict[str, Any]:
+    """The same, where the pruned model was timed in turn with the dense one."""
+    measured = {"measure": "efficiency", "part": "", "device": device, "how": f"{device}, in turn"}
+    number = Number("pruned/efficiency/speedup", speedup, "", 0.05, True, measured)
+    done = with_numbers(summary)
+    return {**done, "numbers": {**done["numbers"], number.key: number.to_json()}}

@@ -305,7 +305,7 @@ def test_an_operation_is_read_by_its_name_and_refused_without_its_plugin(project
     words += ["evaluation=none", "dry_run=true"]
     refused = slm(project, *words, "model.architecture=llama", check=False)
     assert refused.returncode == 2
-    assert "op 1 is 'damp'; this version knows drop" in refused.stderr
+    assert "op 1 is 'damp'; this version knows correct, drop" in refused.stderr
     planned = slm(project, *COMMON[:1], *words).stdout.splitlines()
     assert [line.split()[:2] for line in planned[:2]] == [["calibrate", "reuse"], ["merge", "run"]]
 

@@ -1,5 +1,6 @@
 """``slm-bench``: ours beside theirs, in one run. This is about searches, ``slm-bench recovery --help`` about training,
-``slm-bench sweep --help`` about what the jobs of a study share.
+``slm-bench sweep --help`` about what the jobs of a study share, ``slm-bench efficiency --help`` about what pruning buys
+in speed.
 
 ``slm-bench methods``: each method's search beside the loop that its authors published, on one model.
 
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline.cli import VERSION, errors_in_one_line
-from slm_pipeline.commands import bench_recovery, bench_sweep
+from slm_pipeline.commands import bench_efficiency, bench_recovery, bench_sweep
 from slm_pipeline.errors import UserError
 from slm_pipeline.jobs import command_line
 from slm_pipeline.machine import memory
@@ -207,6 +208,7 @@ def main() -> None:
         "methods": (methods, __doc__),
         "recovery": (bench_recovery.recovery, bench_recovery.__doc__),
         "sweep": (bench_sweep.sweep, bench_sweep.__doc__),
+        "efficiency": (bench_efficiency.benchmark, bench_efficiency.__doc__),
     }
     run, about = benchmarks.get(arguments[0] if arguments else "methods", (None, None))
     if not arguments or {"-h", "--help"} & set(arguments):

@@ -93,9 +93,13 @@ class ThresholdConfig:
 class PruningRatioConfig:
     """How much to remove."""
 
-    of: str = "layers"  # layers | parameters
+    of: str = "layers"  # layers | parameters | latency
     ratio: Annotated[float, Range(above=0, below=1)] | None = None  # fraction to remove
     num_layers: NumLayers | None = None  # layers to keep, instead of a ratio
+    speedup: Annotated[float, Range(above=1, at_most=1000)] | None = None  # latency: dense time of a token / pruned
+    batch_size: BatchSize = 1  # latency: texts that are generated at once
+    context: Tokens = 128  # latency: tokens before the one that is timed
+    mode: str = "eager"  # latency: eager | compile | graph, as of the efficiency measure
 
 
 @dataclass

@@ -49,7 +49,10 @@ class Fidelity(Measure):
 
     name: ClassVar[str] = "fidelity"
     of: ClassVar[Sequence[str]] = ("pruned", "repaired", "recovered")
-    reads_dense: ClassVar[bool] = True
+
+    @property
+    def reads_dense(self) -> bool:
+        return True
 
     def parts(self) -> list[str]:
         return self.corpora

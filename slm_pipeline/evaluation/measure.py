@@ -45,17 +45,20 @@ class Measure(ABC):
     Attributes:
         name: as in conf/measure/<name>.yaml.
         of: the models that it can score.
-        reads_dense: whether the dense model is loaded beside the one that is scored.
         version: raise it when the numbers of equal settings change.
     """
 
     name: ClassVar[str]
     of: ClassVar[Sequence[str]] = TARGETS
-    reads_dense: ClassVar[bool] = False
     version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         ranges.check(self, f"evaluation.{self.name}.")
+
+    @property
+    def reads_dense(self) -> bool:
+        """Whether the dense model is loaded beside the one that is scored."""
+        return False
 
     def parts(self) -> list[str]:
         """What is measured, one by one; ``[""]`` for a measure of a single part."""

@@ -15,6 +15,7 @@ from slm_pipeline.data.calibration import Calibration
 from slm_pipeline.data.corpora import corpus_fingerprint
 from slm_pipeline.engine.window_memo import WindowMemos
 from slm_pipeline.errors import UserError
+from slm_pipeline.evaluation.efficiency import Efficiency
 from slm_pipeline.evaluation.evaluation import Evaluation
 from slm_pipeline.jobs.loaded import LoadedModels
 from slm_pipeline.jobs.tracking import check_tracker
@@ -160,6 +161,7 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
         *_check_positions(config, source, repair, recovery, evaluation),
         *_unused_options(config),
         *threshold.unused(),
+        *_unmeasured_speed(config, evaluation),
     ]
     objective.check(config.objective, numbers_to_come(config, repair, recovery, evaluation))
     check_tracker(config.tracker)
@@ -191,6 +193,21 @@ def _unused_options(config: Config) -> list[str]:
     """What was set of a group whose option is none and has no use for it, in words."""
     found = {f"{group}=none": unused(getattr(config, group), group=group) for group in ("method", "repair", "recovery")}
     return [f"{chosen} does not use {', '.join(keys)}" for chosen, keys in found.items() if keys]
+
+
+def _unmeasured_speed(config: Config, evaluation: Evaluation) -> list[str]:
+    """Where a speedup was asked and what came of it is not measured, or otherwise, in words."""
+    asked, efficiency = config.pruning_ratio, evaluation.measures.get("efficiency")
+    if asked.of != "latency" or not {"merge", "evaluate"} <= set(config.stages):
+        return []
+    if not isinstance(efficiency, Efficiency) or not efficiency.enabled or "pruned" not in evaluation.of:
+        return ["pruning_ratio=latency: what is got is only predicted; evaluation.efficiency.enabled=true measures it"]
+    return [
+        f"pruning_ratio.{name}={getattr(asked, name)} is not evaluation.efficiency.{name}={getattr(efficiency, name)}:"
+        " the speedup that was asked is not the one that is measured"
+        for name in ("mode", "batch_size")
+        if getattr(asked, name) != getattr(efficiency, name)
+    ]
 
 
 def check_output_root(output_dir: str, option: str = "output_dir") -> None:
@@ -245,6 +262,8 @@ def numbers_to_come(
 ) -> dict[str, bool]:
     """Keys of the numbers that this job will measure; False where only their beginning is known before."""
     known = dict.fromkeys(["num_layers", "parameters"] if "merge" in config.stages else [], True)
+    if known and config.pruning_ratio.speedup is not None:
+        known["predicted_speedup"] = True
     if "evaluate" not in config.stages:
         return known
     for target in evaluation.of:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import shlex
@@ -29,6 +30,7 @@ from slm_pipeline.jobs.tracking import Tracker, open_tracker
 from slm_pipeline.machine import gpus, memory, provenance, signals
 from slm_pipeline.report.write import write_summary_so_far
 from slm_pipeline.results import objective
+from slm_pipeline.results.number import Number
 from slm_pipeline.results.of_run import numbers_of
 from slm_pipeline.store import run_folder, users
 from slm_pipeline.store.artifact import Artifact, check_store
@@ -91,7 +93,8 @@ def _run_job(composed: DictConfig, words: Sequence[str], warnings: list[str]) ->
                 found = execute(job, run_dir, tracker, warnings)
             finally:
                 job.loaded.release()  # an error keeps hold of the job
-        return objective.value(config.objective, numbers_of(found))
+        beside = _finished_beside(run_dir) if multirun else iter(())
+        return objective.value(config.objective, numbers_of(found), beside)
     except BaseException as error:
         if isinstance(error, SystemExit):  # that is how a cluster's job ends that is back in the queue
             with suppress(OSError):  # a full disk
@@ -173,6 +176,14 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
     found = summary.build(job, ran, evaluations, reused, warnings)
     summary.write(found, results, run_dir, tracker, warnings, draw=job.config.pictures)
     return found
+
+
+def _finished_beside(run_dir: Path) -> Iterator[Mapping[str, Number]]:
+    """The numbers of the other jobs of a multirun that are done and whole."""
+    for file in run_dir.parent.glob("*/summary.json"):
+        if file.parent != run_dir:
+            with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+                yield numbers_of(json.loads(file.read_text(encoding="utf-8")))
 
 
 def _runs(step: Step, job: Job, artifact: Artifact) -> bool:

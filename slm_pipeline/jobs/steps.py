@@ -14,6 +14,7 @@ from slm_pipeline.jobs.stages.evaluate import Evaluate
 from slm_pipeline.jobs.stages.merge import Merge
 from slm_pipeline.jobs.stages.recover import Recover
 from slm_pipeline.jobs.stages.repair import Repair
+from slm_pipeline.jobs.stages.time_blocks import TimeBlocks
 from slm_pipeline.store.artifact import Artifact
 
 
@@ -28,7 +29,10 @@ class Step:
 
 def steps(job: Job) -> list[Step]:
     """The job's stages in order. A forced stage forces those that read its result."""
-    stages: list[Stage] = [Calibrate(), Merge()]
+    stages: list[Stage] = [Calibrate()]
+    if job.pruning_ratio.of_latency:
+        stages.append(TimeBlocks())
+    stages.append(Merge("calibrate", *(["time_blocks"] if job.pruning_ratio.of_latency else [])))
     if job.repair is not None:
         stages.append(Repair())
     if job.recovery is not None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from slm_pipeline.config import PruningRatioConfig
 from slm_pipeline.errors import only_warned_about
 from slm_pipeline.export import exported
 from slm_pipeline.jobs.job import Job
@@ -142,7 +143,7 @@ def _pruning(job: Job, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
     pruning: dict[str, Any] = {
         "threshold": plan.threshold,
         "pruning_ratio": {
-            "asked": ratio.ratio if ratio.num_layers is None else {"num_layers": ratio.num_layers},
+            "asked": _asked(ratio),
             "of": ratio.of,
             "got_layers": round(1 - layers["pruned"] / layers["dense"], 4),
             "got_parameters": round(1 - parameters_at_work(result) / parameters["dense"], 4),
@@ -152,6 +153,8 @@ def _pruning(job: Job, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
         "layer_groups": plan.layer_groups,
         "dropped": plan.dropped,
     }
+    if "latency" in result:
+        pruning["latency"] = result["latency"]
     changes = Changes.of(result)
     pruning |= {"changes": changes.to_json(with_facts=False), **changes.facts}
     if "seconds" in plan.scores:
@@ -163,6 +166,11 @@ def _pruning(job: Job, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
     if "exact" in plan.scores:
         pruning["threshold_is_highest"] = plan.scores["exact"]
     return pruning
+
+
+def _asked(ratio: PruningRatioConfig) -> Any:
+    given = {"num_layers": ratio.num_layers, "speedup": ratio.speedup}
+    return ratio.ratio if ratio.ratio is not None else {k: v for k, v in given.items() if v is not None} or None
 
 
 def _measured(
@@ -187,7 +195,7 @@ def _measured(
                 if part:
                     of_target.setdefault(measure.name, {})[part] = result["found"]
                 else:
-                    of_target[measure.name] = result["found"]
+                    of_target[measure.name] = {**result["found"], **of_target.get(measure.name, {})}
                 if "overlap" in result:
                     of_target.setdefault("overlap", {})[measure.label(part)] = result["overlap"]
             if found:

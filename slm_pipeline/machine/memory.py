@@ -25,6 +25,14 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
+def allocated() -> int:
+    """Bytes of tensors on the accelerators."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return sum(torch.cuda.memory_allocated(index) for index in range(torch.cuda.device_count()))
+
+
 _others_gb = 0.0  # peak since the last reset that this process's counters do not show: of other processes, of before
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from slm_pipeline.config import ModelConfig, PruningRatioConfig, ThresholdConfig
 from slm_pipeline.errors import UserError
+from slm_pipeline.evaluation.block_times import NEW
+from slm_pipeline.evaluation.efficiency import check_mode
 
 if TYPE_CHECKING:
     from slm_pipeline.methods.base import Method
@@ -46,7 +48,21 @@ class NoTarget:
     """Nothing is asked: the method knows what to remove."""
 
 
-Target = Layers | Parameters | Floor | NoTarget
+@dataclass(frozen=True)
+class Speedup:
+    """A generated token is to take at most the dense model's time divided by ``times``, above 1.
+
+    No method is asked for it: `slm_pipeline.methods.latency` turns it into layers or parameters.
+    """
+
+    times: float
+
+
+Target = Layers | Parameters | Floor | Speedup | NoTarget
+
+# Of latency: what stands at its default where something else is asked.
+_OF_LATENCY = ("speedup", "batch_size", "context", "mode")
+_TOLD_PARAMETERS = ("joint",)  # searches whose every plan costs minutes: not asked again and again
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,8 @@ class PruningRatio:
 
     Of layers ``round(ratio * num_layers)`` go (ties to even), at least 1. Of parameters at least ``ratio`` of them all,
     embeddings included; for a method that aims at layers alone, the fewest layers that have so many. Where layers
-    differ in size their mean counts: what really goes may be a little more or less, and the summary says so.
+    differ in size their mean counts: what really goes may be a little more or less, and the summary says so. Of latency
+    as much goes as makes a generated token ``speedup`` times faster.
     """
 
     options: PruningRatioConfig
@@ -75,13 +92,19 @@ class PruningRatio:
 
     @property
     def asks(self) -> bool:
-        return self.options.ratio is not None or self.options.num_layers is not None
+        asked = (self.options.ratio, self.options.num_layers, self.options.speedup)
+        return any(value is not None for value in asked)
+
+    @property
+    def of_latency(self) -> bool:
+        return self.options.of == "latency"
 
     def check(self, context: Context) -> None:
         """Raise `UserError` for options that do not go together, and for a target that cannot be reached as far as that
         is known from the depth alone."""
-        if self.options.of not in ("layers", "parameters"):
-            raise UserError(f"pruning_ratio.of={self.options.of!r} is not one of layers, parameters")
+        if self.options.of not in ("layers", "parameters", "latency"):
+            raise UserError(f"pruning_ratio.of={self.options.of!r} is not one of layers, parameters, latency")
+        self._check_latency(context)
         if self.options.ratio is not None and self.options.num_layers is not None:
             raise UserError(
                 "pruning_ratio.ratio and pruning_ratio.num_layers exclude each other; set one of them to null"
@@ -100,8 +123,35 @@ class PruningRatio:
                     f" {fewest} must be left ({why}), so less than {share:.1%} of the parameters can go"
                 )
 
+    def _check_latency(self, context: Context) -> None:
+        options = self.options
+        if not self.of_latency:
+            for name in _OF_LATENCY:
+                if getattr(options, name) != getattr(PruningRatioConfig(), name):
+                    raise UserError(
+                        f"pruning_ratio.{name}={getattr(options, name)} does nothing with"
+                        f" pruning_ratio.of={options.of}; use pruning_ratio=latency"
+                    )
+            return
+        if options.ratio is not None or options.num_layers is not None:
+            raise UserError("pruning_ratio.of=latency takes pruning_ratio.speedup alone, no ratio and no num_layers")
+        if options.speedup is None:
+            raise UserError("pruning_ratio.of=latency needs pruning_ratio.speedup, as 1.3")
+        if self.method.name in _TOLD_PARAMETERS:
+            raise UserError(
+                f"method={self.method.name} cannot aim at pruning_ratio=latency yet; use pruning_ratio.of=parameters,"
+                " or another method"
+            )
+        check_mode("pruning_ratio.mode", options.mode, context.config.model.device)
+        most = context.source.max_positions
+        if most is not None and options.context + NEW > most:
+            raise UserError(
+                f"pruning_ratio.context={options.context} and {NEW} new tokens: the model has {most} positions"
+            )
+
     def identity(self) -> dict[str, Any]:
-        return vars(self.options)
+        own = {name: getattr(self.options, name) for name in ("of", "ratio", "num_layers")}
+        return own | ({name: getattr(self.options, name) for name in _OF_LATENCY} if self.of_latency else {})
 
     def layers_left(self, num_layers: int) -> int | None:
         """Of a model of so many; None where only the plan tells."""
@@ -136,13 +186,15 @@ class PruningRatio:
             )
         return target
 
-    def target(self, sizes: ParameterCounts) -> Layers | Parameters | NoTarget:
+    def target(self, sizes: ParameterCounts) -> Layers | Parameters | Speedup | NoTarget:
         """The target in a model of these sizes.
 
         Raises:
             UserError: the method cannot reach it.
         """
         num_layers = len(sizes.blocks)
+        if self.options.speedup is not None:
+            return Speedup(self.options.speedup)
         if (layers := self.layers(num_layers)) is not None:
             return layers
         if self.options.ratio is None:

@@ -233,12 +233,14 @@ def _note(study: Study, column: str, members: Sequence[Sequence[int]], x: str | 
 
 
 def _speed(study: Study, folder: Path) -> Iterator[Picture]:
-    """Score against speed, or against what is left of the parameters where no speed was measured."""
+    """Score against speed, the ratio to the dense model where the two took turns, or against what is left of the
+    parameters where no speed was measured, or not on one device."""
     score = usual_metric(study.columns, score=True)
     if score is None:
         return
-    speed = f"{parted(score)[0]}/efficiency/tokens_per_second"
-    measured = speed in study.columns
+    found = [f"{parted(score)[0]}/efficiency/{name}" for name in ("speedup", "tokens_per_second")]
+    speed = next((name for name in found if name in study.columns), found[-1])
+    measured = speed in study.columns and speed not in study.devices
     places: list[float | None] = []
     for number, run in enumerate(study.runs):
         left = None
@@ -259,15 +261,13 @@ def _speed(study: Study, folder: Path) -> Iterator[Picture]:
     competing = [i for i in drawn if study.within_budget[i]]
     goals = [(sign[0] * float(places[i] or 0), sign[1] * study.numbers[i][score].value) for i in competing]
     best = sorted((sign[0] * goals[i][0], sign[1] * goals[i][1]) for i in pareto_front(goals))
-    dense, dense_speed = (
-        study.dense.get(f"dense/{parted(score)[1]}"),
-        study.dense.get("dense/efficiency/tokens_per_second"),
-    )
-    dense_place = 100.0 if not measured else None if dense_speed is None else dense_speed.value
+    dense = study.dense.get(f"dense/{parted(score)[1]}")
+    dense_place = _dense_speed(study, speed) if measured else 100.0
     reference = None if dense is None or dense_place is None else ("dense", Point(dense_place, dense.value))
     ys = [study.numbers[i][score].value for i in drawn] + ([dense.value] if dense is not None else [])
     title = f"{score} by {speed if measured else 'parameters left'}"
-    label = f"{speed} (higher is better)" if measured else "parameters left in percent (speed was not measured)"
+    why = "speed was measured on several devices" if speed in study.devices else "speed was not measured"
+    label = f"{speed} (higher is better)" if measured else f"parameters left in percent ({why})"
     files = curves.front(
         [Curve(label_of(key) or "runs", looks[key], grouped[key]) for key in looks],
         best,
@@ -280,6 +280,13 @@ def _speed(study: Study, folder: Path) -> Iterator[Picture]:
         note=_note(study, score, [[i] for i in drawn]),
     )
     yield Picture(title, files)
+
+
+def _dense_speed(study: Study, speed: str) -> float | None:
+    if speed.endswith("/speedup"):
+        return 1.0
+    dense = study.dense.get(f"dense/{parted(speed)[1]}")
+    return None if dense is None else dense.value
 
 
 def label_of(values: Sequence[Value]) -> str:

@@ -75,6 +75,10 @@ def _asked(summary: Summary) -> str:
     """What the pruning ratio asked for and what came of it, in the same unit; empty if nothing was asked."""
     ratio = summary.get("pruning_ratio") or {}
     asked, of = ratio.get("asked"), ratio.get("of")
+    if isinstance(asked, dict) and "speedup" in asked:
+        measured = numbers_of(summary).get("pruned/efficiency/token_speedup")
+        came = "" if measured is None else f", measured {measured}"
+        return f"; asked a speedup of {asked['speedup']:g}, predicted {summary['latency']['predicted']:.3g}{came}"
     if isinstance(asked, dict):
         return f"; asked {asked['num_layers']} layers, got {summary['num_layers']['pruned']}"
     if asked is None or of not in ("layers", "parameters"):

@@ -16,6 +16,7 @@ from slm_pipeline.report.runs import STATUSES, Run, Value, read_runs, text_of
 from slm_pipeline.report.winners import Winner, winners_of
 from slm_pipeline.results.before import key_of
 from slm_pipeline.results.certainty import chance
+from slm_pipeline.results.devices import devices_of
 from slm_pipeline.results.measurement import measurement, small_limit
 from slm_pipeline.results.number import Number, parted
 from slm_pipeline.results.of_run import numbers_of, ratio_missed
@@ -62,6 +63,11 @@ class Study:
     def columns(self) -> list[str]:
         """Every number that some run has."""
         return list(self.kinds)
+
+    @cached_property
+    def devices(self) -> dict[str, list[str]]:
+        """Columns whose numbers were measured on several devices, and those: they are shown and not compared."""
+        return _devices(self.kinds, self.numbers)
 
     def is_higher_better(self, column: str | None) -> bool:
         return column in self.kinds and bool(self.kinds[column].higher_is_better)
@@ -162,6 +168,10 @@ class Study:
             done = [within for within, found in zip(self.within_budget, self.numbers, strict=True) if found]
             best = ", and one of them is the best" if any(done) else ""
             lines.append(f"Budget of layers: {sum(done)} of {len(done)} runs keep to it{best}")
+        if self.devices:
+            parts = in_order(parted(name)[1].partition("/")[0] for name in self.devices)
+            names = in_order(name for found in self.devices.values() for name in found)
+            lines.append(f"{', '.join(parts)}: measured on {' and on '.join(names)}, so not to be compared across them")
         if self.sort_by is not None:
             lines.append(f"Sorted by {self.sort_by}" + (", best first" if self.sort_by in self.columns else ""))
         return [*lines, *self.notes]
@@ -222,7 +232,7 @@ class Study:
             row = [*map(text_of, values), f"{sum(bool(self.numbers[i]) for i in members)} of {len(members)}"]
             for name in columns:
                 numbers = [self.numbers[i][name] for i in members if name in self.numbers[i]]
-                row.append(_shown_mean(numbers) if numbers else "")
+                row.append(_shown_mean(numbers) if numbers and len(devices_of(numbers)) < 2 else "")
             rows.append(row)
         head = [*self.varied, "runs done"]
         best = frozenset(i for i, values in enumerate(order) if self.best_runs.intersection(groups[values]))
@@ -267,7 +277,8 @@ def read_study(
         columns: the numbers to show; None for all that a table has room for.
 
     Raises:
-        UserError: no such folder, no runs in it, or no such column or option. One that the configuration names is a
+        UserError: no such folder, no runs in it, no such column or option, or a column to go by that was measured on
+            several devices. One that the configuration names is a
             note instead, and while no run is done every column may still come.
     """
     runs = read_runs(*directories)
@@ -276,6 +287,7 @@ def read_study(
     numbers, before = _numbers(runs)
     kinds = {name: number for of_run in numbers for name, number in of_run.items()}
     found = list(kinds)
+    devices = _devices(kinds, [numbers_of(run.summary) for run in runs if run.summary])
     notes: list[str] = []
 
     def of_most(name: str) -> str:
@@ -292,6 +304,12 @@ def read_study(
         wanted = wanted if wanted is None or wanted in found else key_of(wanted)
         wanted = of_most(str(wanted)) if wanted in before.values() else wanted
         if wanted is None or not found and not given:
+            return None
+        if wanted in devices and key != "columns":
+            message = f"{key}={wanted!r} was measured on {' and on '.join(devices[wanted])}: they cannot be compared"
+            if given:
+                raise UserError(message)
+            notes.append(message)
             return None
         if wanted in found or (or_option and any(run.option(wanted) is not None for run in runs)):
             return str(wanted)
@@ -330,6 +348,12 @@ def read_study(
         chosen=columns,
         notes=in_order(notes),
     )
+
+
+def _devices(columns: Iterable[str], runs: Sequence[Mapping[str, Number]]) -> dict[str, list[str]]:
+    """Those of the columns whose numbers hold for several devices, and these."""
+    found = {name: devices_of(numbers[name] for numbers in runs if name in numbers) for name in columns}
+    return {name: devices for name, devices in found.items() if len(devices) > 1}
 
 
 def _declared(runs: Sequence[Run]) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from slm_pipeline.config import ObjectiveConfig
 from slm_pipeline.errors import UserError
+from slm_pipeline.results.devices import check_one_device
 from slm_pipeline.results.number import Number
 
 OVER_BUDGET = 1e9  # what each layer above `objective.max_layers` counts, far beyond any score or perplexity
@@ -32,7 +33,9 @@ def check(objective: ObjectiveConfig, known: Mapping[str, bool]) -> None:
         raise UserError(f"objective.metric={wanted!r} is not measured by this job; it measures: {names}")
 
 
-def value(objective: ObjectiveConfig, numbers: Mapping[str, Number]) -> float | None:
+def value(
+    objective: ObjectiveConfig, numbers: Mapping[str, Number], others: Iterable[Mapping[str, Number]] = ()
+) -> float | None:
     """What a finished job is worth to the sweeper; None without an objective.
 
     A plan of more layers than ``objective.max_layers`` is worth nothing, but the search has to learn where the budget
@@ -40,9 +43,11 @@ def value(objective: ObjectiveConfig, numbers: Mapping[str, Number]) -> float | 
 
     Args:
         numbers: all that the job measured, by key.
+        others: the same of other jobs of the search; read only where the metric belongs to a device.
 
     Raises:
-        UserError: the metric is missing or not finite; Optuna's sweeper cannot go on with such a number.
+        UserError: the metric is missing or not finite, with which Optuna's sweeper cannot go on, or another job of the
+            search measured it on another device.
     """
     if objective.metric is None:
         return None
@@ -51,6 +56,7 @@ def value(objective: ObjectiveConfig, numbers: Mapping[str, Number]) -> float | 
         return worst if objective.direction == "minimize" else -worst
     if objective.metric not in numbers:
         raise UserError(f"objective.metric={objective.metric!r} was not measured; there is: {sorted(numbers)}")
+    check_one_device(objective.metric, numbers[objective.metric], others)
     found = numbers[objective.metric].value
     if not math.isfinite(found):
         raise UserError(f"objective.metric={objective.metric!r} is {found}, not a number to compare")

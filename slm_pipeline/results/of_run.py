@@ -54,6 +54,11 @@ def of_pruning(result: Mapping[str, Any]) -> list[Number]:
         found.append(Number("num_layers", result["num_layers"]["pruned"], "layers", higher_is_better=False))
     if "parameters" in result:
         found.append(Number("parameters", parameters_at_work(result), "parameters", higher_is_better=False))
+    if latency := result.get("latency"):
+        names = ("device", "mode", "batch_size", "context")
+        measured = {"how": f"by the times of single blocks on {latency['device']}"}
+        measured |= {name: latency[name] for name in names}
+        found.append(Number("predicted_speedup", latency["predicted"], "", None, True, measured))
     if result.get("threshold") is not None:
         found.append(Number("threshold", result["threshold"], detail=True))
     return found

@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 
 import pytest
 
-from slm_pipeline.commands import bench, bench_sweep
+from slm_pipeline.commands import bench, bench_efficiency, bench_sweep
 from slm_pipeline.errors import UserError
 
 TINY = [
@@ -68,3 +68,30 @@ def test_a_study_looks_at_each_window_once():
     assert windows[-1] == tuple(map(sum, zip(*windows[:-1], strict=True)))
     assert windows[-1][1] < windows[-1][0]
     assert int(rows[-1][5]) < int(rows[-1][4])
+
+
+def test_speed_stands_beside_what_it_could_be():
+    """Widths are the multiple of 64 next to as many parameters as two of ten layers have."""
+    out = io.StringIO()
+    shape = ["model.num_layers=10", "model.hidden_size=32", "model.intermediate_size=1232", "model.vocab_size=1120"]
+    with redirect_stdout(out):
+        bench_efficiency.benchmark(
+            [*shape, "model.num_heads=2", "model.num_kv_heads=1", "evaluation.efficiency.mode=eager",
+             "evaluation.efficiency.grid=[2x4+3]", "evaluation.efficiency.num_runs=2",
+             "evaluation.efficiency.num_warmup=0"]
+        )  # fmt: skip
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    per_layer = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 1232 + 2 * 32
+    read = 10 * per_layer + 32 + 32 * 1120
+    neurons = 64 * round((1232 - 2 * per_layer * 10 // 10 // (10 * 96)) / 64)
+    bytes_saved = 10 * 96 * (1232 - neurons)
+    assert [(row[0], row[1], row[5]) for row in rows] == [
+        ("r20, 2 layers", "2x4+3", "1.250"), ("r35, 4 layers", "2x4+3", "1.667"),
+        (f"width, {neurons} neurons", "2x4+3", f"{read / (read - bytes_saved):.3f}"),
+    ]  # fmt: skip
+    for row in rows:
+        speedup = float(row[4].split()[0])
+        assert float(row[6]) == pytest.approx(speedup / float(row[5]), abs=2e-3)
+    with pytest.raises(UserError, match="at least 2 new ones"):
+        bench_efficiency.benchmark([*shape, "evaluation.efficiency.mode=eager", "evaluation.efficiency.grid=[1x8+1]"])

@@ -41,6 +41,7 @@ NEEDS = {
     ("threshold", "fixed"): ["threshold.value=0.8", "pruning_ratio=none"],
     ("threshold", "published"): ["model=llama2_7b", "pruning_ratio=r35"],
     ("pruning_ratio", "layers"): ["pruning_ratio.num_layers=24"],
+    ("pruning_ratio", "latency"): ["pruning_ratio.speedup=1.3"],
     ("pruning_ratio", "none"): ["threshold=fixed", "threshold.value=0.8"],
     ("method", "from_plan"): ["method.path=plan.json"],
     ("experiment", "streamline_replacement"): [
@@ -267,7 +268,12 @@ def test_every_sweep_declares_its_axes_its_metric_and_its_plot(file):
     assert target in values.get("evaluation", {}).get("of", config.TARGETS)
     axes = set(values["hydra"]["sweeper"]["params"])
     drawn = {study["x"], *study.get("series", [])}
-    assert drawn <= axes | {"num_layers", "parameters"}
+    measured = {name for name in drawn if name.partition("/")[0] in config.TARGETS}
+    assert drawn - measured <= axes | {"num_layers", "parameters"}
+    if measured:
+        first = [f"{name}={str(of).split(',')[0]}" for name, of in values["hydra"]["sweeper"]["params"].items()]
+        job = job_of([f"sweeps={file.stem}", *first])
+        assert measured <= numbers_to_come(job.config, job.repair, job.recovery, job.evaluation).keys()
     assert set(study) <= {field.name for field in dataclasses.fields(config.StudyConfig)}
 
 

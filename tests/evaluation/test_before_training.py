@@ -81,6 +81,16 @@ def refusal(files, *overrides: str) -> str:
             f"{SPEED}.output_len=2048 after any prompt: the model has 2048 positions",
         ),
         ([f"{SPEED}.prompt="], f"{SPEED}.prompt='' must not be empty"),
+        ([f"{SPEED}.mode=fast"], f"{SPEED}.mode='fast' is not one of eager, compile, graph"),
+        (
+            [f"{SPEED}.enabled=true", f"{SPEED}.mode=graph", "model.device=cpu"],
+            f"{SPEED}.mode=graph replays a CUDA graph, and model.device=cpu is the CPU here; use {SPEED}.mode=eager",
+        ),
+        ([f"{SPEED}.grid=[8]"], f"{SPEED}.grid has '8'; write BATCHxNEW, as 8x512, or BATCHxPROMPT+NEW"),
+        (
+            ["model.architecture=opt", f"{SPEED}.enabled=true", f"{SPEED}.grid=[1x2048+1]"],
+            f"{SPEED}.output_len=1 after a prompt of 2048 tokens: the model has 2048 positions",
+        ),
         (["objective.max_layers=5"], "objective.max_layers=5 is a budget for objective.metric, which is null"),
         (["objective.metric=recovered/perplexity/text.txt"], "is not measured by this job"),
         (["objective.metric=dense/perplexity/text.txt", "evaluation.of=[pruned]"], "is not measured by this job"),
@@ -111,6 +121,11 @@ def test_a_gpu_that_is_not_there_is_missed_by_a_dry_run(files, monkeypatch):
         (
             [f"{SPEED}.enabled=true", f"{SPEED}.output_len=2011"],
             f"{SPEED}.output_len=2011 after a prompt of 38 tokens: the model has 2048 positions",
+        ),
+        (
+            [f"{SPEED}.enabled=true", f"{SPEED}.mode=graph"],
+            f"{SPEED}.mode=graph replays a CUDA graph, and model.device=auto is the CPU here; use {SPEED}.mode=eager or"
+            " compile",
         ),
         (
             ["evaluation.tasks=[hellaswag]", "evaluation.data=hub"],

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from conftest import run_slm
+from speeds import measured_speed
 
 from slm_pipeline.evaluation import efficiency, perplexity
 from slm_pipeline.machine import gpus, memory
@@ -63,10 +64,7 @@ def test_scores_are_shared_and_speed_is_not(tmp_path, monkeypatch):
         calls.append("speed")
         with memory.measured():
             pass
-        numbers = dict.fromkeys(("latency_seconds", "tokens_per_second", "weights_gb", "peak_memory_gb"), 1.0)
-        spread = {"latency_seconds_std": 0.5, "tokens_per_second_std": 0.5}
-        about = {"device": "d", "dtype": "float32", "batch_size": 1, "output_len": 2, "num_runs": 2, "num_warmup": 1}
-        return {**numbers, **spread, **about, "prompt_len": 3}
+        return measured_speed("d", tokens_per_second=1.0)
 
     monkeypatch.setattr(perplexity, "perplexity", scored)
     monkeypatch.setattr(efficiency, "efficiency", timed)

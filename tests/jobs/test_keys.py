@@ -104,6 +104,7 @@ NO_SIZES = dict.fromkeys(
 LOCAL = {**NO_SIZES, "model.source": "local", "model.path": "model"}
 HUB = {**NO_SIZES, "model.source": "hub", "model.repo": "somebody/model"}
 FIXED = {"threshold.kind": "fixed", "threshold.value": 0.8, "pruning_ratio.ratio": None}
+LATENCY = {"pruning_ratio.of": "latency", "pruning_ratio.ratio": None, "pruning_ratio.speedup": 1.3}
 FROM_HUB = {"recovery.source": "hub", "recovery.path": None}
 
 TABLE = [
@@ -182,6 +183,10 @@ TABLE = [
     Row("threshold.exhaustive", True, NOTHING, given=FIXED),
     Row("pruning_ratio.of", "parameters", MERGE),
     Row("pruning_ratio.ratio", 0.5, MERGE),
+    Row("pruning_ratio.speedup", 1.5, MERGE, given=LATENCY),
+    Row("pruning_ratio.batch_size", 2, MERGE | {"time_blocks"}, given=LATENCY),
+    Row("pruning_ratio.context", 64, MERGE | {"time_blocks"}, given=LATENCY),
+    Row("pruning_ratio.mode", "compile", MERGE | {"time_blocks"}, given=LATENCY),
     Row("pruning_ratio.num_layers", 4, MERGE, given={"pruning_ratio.ratio": None, "pruning_ratio.num_layers": 5}),
     #
     Row("repair.ridges", [0.1], REPAIR),
@@ -277,6 +282,11 @@ TABLE = [
     Row("evaluation.efficiency.num_runs", 12, scores(EFFICIENCY)),
     Row("evaluation.efficiency.num_warmup", 2, scores(EFFICIENCY)),
     Row("evaluation.efficiency.prompt", "Once", scores(EFFICIENCY)),
+    Row("evaluation.efficiency.prompt", "Once", NOTHING, given={"evaluation.efficiency.prompt_len": 8}),
+    Row("evaluation.efficiency.prompt_len", 8, scores(EFFICIENCY)),
+    Row("evaluation.efficiency.mode", "compile", scores(EFFICIENCY)),
+    Row("evaluation.efficiency.grid", ["2x8"], scores(["efficiency/2x8"])),
+    Row("evaluation.efficiency.beside_dense", False, scores(EFFICIENCY)),
 ]  # fmt: skip
 
 # Files of the data folder whose content changes. The two texts are read by two measures, the second by one.
@@ -569,10 +579,10 @@ def test_another_plan_changes_the_keys_of_what_follows_it_and_not_the_dense_mode
     assert to_make(keys(job), keys(job, layer=4)) == REPAIR | scores(PARTS, ["pruned"])
 
 
-def test_of_one_checkpoint_fidelity_alone_depends_on_the_model_that_it_is_compared_with(job_of, monkeypatch):
+def test_of_one_checkpoint_what_is_compared_with_the_dense_model_depends_on_that_too(job_of, monkeypatch):
     monkeypatch.setitem(globals(), "checkpoint_id", lambda *_: "the same")
     other = to_make(keys(job_of()), keys(job_of({"model.seed": 7})))
-    assert other & scores(PARTS, ["pruned"]) == scores(FIDELITY, ["pruned"])
+    assert other & scores(PARTS, ["pruned"]) == scores(FIDELITY | EFFICIENCY, ["pruned"])
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import torch
 from conftest import run_slm
 from filelock import FileLock
 from safetensors.torch import load_file
+from speeds import measured_speed
 
 from slm_pipeline.evaluation.efficiency import Efficiency
 
@@ -311,9 +312,7 @@ def test_adding_a_text_measures_that_alone_and_a_copy_elsewhere_nothing(job, und
 def test_adding_speed_measures_that_alone(job, undisturbed, output_dir, monkeypatch):
     def timed(self, part, model, context):
         timed.calls += 1
-        names = ("latency_seconds", "tokens_per_second", "weights_gb", "peak_memory_gb")
-        found = dict.fromkeys(names, 2.0) | {"latency_seconds_std": 0.0, "tokens_per_second_std": 0.0}
-        return found | {"device": "d", "dtype": "float32", "prompt_len": 4, **self.settings("enabled", "prompt")}
+        return measured_speed("d", tokens_per_second=2.0)
 
     timed.calls = 0
     monkeypatch.setattr(Efficiency, "run", timed)

@@ -48,6 +48,7 @@ def job_of(store: Path, *, stages=STAGES, force=(), repair: Any = None, recovery
     recovery = object() if recovery else None
     return SimpleNamespace(
         config=config,
+        pruning_ratio=SimpleNamespace(of_latency=False),
         repair=repair,
         recovery=recovery,
         evaluation=evaluation,

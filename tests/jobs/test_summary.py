@@ -27,11 +27,20 @@ from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.plan import Plan
 
 TEXTS = ["one/text.txt", "two/text.txt"]
+SPREADS = {
+    "tokens_per_second": {"median": 64.0, "q1": 62.0, "q3": 66.0, "mean": 64.0, "std": 6.0, "number": 10},
+    "latency_seconds": {"median": 2.0, "q1": 1.9, "q3": 2.1, "mean": 2.0, "std": 0.3, "number": 10},
+}
 SPEED = {
-    "latency_seconds": 2.0, "latency_seconds_std": 0.3, "tokens_per_second": 64.0, "tokens_per_second_std": 6.0,
-    "weights_gb": 0.5, "peak_memory_gb": None, "device": "cpu", "dtype": "float32", "batch_size": 1, "prompt_len": 8,
-    "output_len": 128, "num_runs": 30, "num_warmup": 20,
+    **{name: spread["median"] for name, spread in SPREADS.items()}, "spread": SPREADS,
+    "weights_gb": 0.5, "num_parameters": 125, "cache_bytes_per_token": 64, "peak_memory_gb": None, "device": "cpu",
+    "dtype": "float32", "mode": "eager", "batch_size": 1, "prompt_len": 8, "output_len": 128, "num_runs": 30,
+    "num_warmup": 20,
 }  # fmt: skip
+OF_GRID = {**SPEED, "batch_size": 8, "output_len": 16, "spread": {"tokens_per_second": SPREADS["tokens_per_second"]}}
+NEWER = {  # than numbers with keys
+    f"dense/efficiency/{name}" for name in ("num_parameters", "cache_bytes_per_token", "8x16/tokens_per_second")
+}
 
 
 def text(value: float) -> dict[str, Any]:
@@ -61,7 +70,7 @@ class Finished(Artifact):
 MEASURES = {
     "perplexity": Perplexity(corpora=TEXTS),
     "zero_shot": ZeroShot(tasks=["piqa", "boolq"]),
-    "efficiency": Efficiency(enabled=True),
+    "efficiency": Efficiency(enabled=True, grid=["8x16"]),
 }
 FOUND = {
     ("perplexity", TEXTS[0]): text(12.5),
@@ -69,6 +78,7 @@ FOUND = {
     ("zero_shot", "piqa"): task("piqa", 50.0, 3.0),
     ("zero_shot", "boolq"): task("boolq", 70.0, 4.0),
     ("efficiency", ""): SPEED,
+    ("efficiency", "8x16"): OF_GRID,
 }
 
 
@@ -116,27 +126,28 @@ def test_numbers_of_two_texts_with_one_file_name_stay_two(built):
 def test_details_metrics_and_efficiency_are_as_they_were(built):
     tasks = {"piqa": task("piqa", 50.0, 3.0), "boolq": task("boolq", 70.0, 4.0)}
     texts = {TEXTS[0]: text(12.5), TEXTS[1]: text(99.0)}
-    assert built["details"] == {"evaluate_dense": {"perplexity": texts, "zero_shot": tasks, "efficiency": SPEED}}
+    speed = {**SPEED, "8x16": OF_GRID}
+    assert built["details"] == {"evaluate_dense": {"perplexity": texts, "zero_shot": tasks, "efficiency": speed}}
     assert built["metrics"] == {
         "dense": {
             "zero_shot": {"piqa": 50.0, "boolq": 70.0, "average": 60.0},
             "perplexity": {corpus: {"corpus": corpus, **said} for corpus, said in texts.items()},
         }
     }
-    assert built["efficiency"] == {"dense": SPEED}
+    assert built["efficiency"] == {"dense": speed}
     assert built["format"] == 1
     assert json.loads(json.dumps(built)) == built
 
 
 def test_what_scripts_of_before_read_gives_the_same_numbers(built):
     new, old = built["numbers"], numbers_of({key: said for key, said in built.items() if key != "numbers"})
-    assert old.keys() == new.keys()
+    assert old.keys() == new.keys() - NEWER
     for key, number in old.items():
         said = number.to_json()
         names = ("value", "unit", "higher_is_better", "detail", "cost")
         assert [said.get(name) for name in names] == [new[key].get(name) for name in names], key
-        assert said["measured"].get("how") == new[key]["measured"].get("how"), key
-        if "efficiency" not in key:  # that had no standard errors
+        if "efficiency" not in key:  # those were means without a standard error
+            assert said["measured"].get("how") == new[key]["measured"].get("how"), key
             assert said["stderr"] == new[key]["stderr"], key
 
 
@@ -145,13 +156,14 @@ def test_totals_and_costs_stand_behind_the_parts(built):
     assert list(numbers) == [
         "dense/perplexity/one/text.txt", "dense/perplexity/two/text.txt", "dense/piqa", "dense/boolq", "dense/average",
         "dense/efficiency/tokens_per_second", "dense/efficiency/latency_seconds", "dense/efficiency/weights_gb",
-        "seconds",
+        "dense/efficiency/num_parameters", "dense/efficiency/cache_bytes_per_token",
+        "dense/efficiency/8x16/tokens_per_second", "seconds",
     ]  # fmt: skip
     assert numbers["dense/average"]["value"] == 60.0
     assert numbers["dense/average"]["stderr"] == 2.5  # sqrt(3^2 + 4^2) / 2
     assert numbers["dense/average"]["measured"] == {"measure": "zero_shot", "tasks": ["piqa", "boolq"], "limit": None}
-    assert numbers["dense/efficiency/latency_seconds"]["stderr"] == pytest.approx(0.1)  # 0.3 / sqrt(10 - 1)
-    assert numbers["seconds"]["value"] == 3 * 2.5  # what was reused took nothing
+    assert numbers["dense/efficiency/latency_seconds"]["stderr"] == pytest.approx(1.2533 * 0.2 / 1.349 / 10**0.5)
+    assert numbers["seconds"]["value"] == 4 * 2.5  # what was reused took nothing
     assert numbers["seconds"]["cost"] is True
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from studies import finished, perplexity, write_run
+from studies import finished, perplexity, with_speedup, write_run
 
 from slm_pipeline.report import plots
 from slm_pipeline.report.study import read_study
@@ -121,6 +121,23 @@ def test_speed_is_measured_or_the_parameters_left(measured, tmp_path, drawn):
         assert best == [(60.0, 40.0), (70.0, 55.0), (80.0, 60.0)]  # fewer is better, so all three
         assert (reference.x, reference.y) == (100.0, 65.0)
         assert label == "parameters left in percent (speed was not measured)"
+
+
+@pytest.mark.parametrize("devices", [("H100", "H100"), ("H100", "A100")])
+def test_the_ratio_to_the_dense_model_is_drawn_if_it_is_one_devices(devices, tmp_path, drawn):
+    for job, (device, speedup) in enumerate(zip(devices, (1.25, 1.5), strict=True)):
+        done = finished(tmp_path, 24 - 6 * job, 20.0, 60.0 - job, 60.0 - job)
+        write_run(tmp_path / "s" / str(job), [f"pruning_ratio=r{job}"], with_speedup(done, speedup, device))
+    plots.draw(read_study(tmp_path / "s"), tmp_path)
+    found, _ = drawn["score_by_speed"]["arguments"]
+    label, reference = drawn["score_by_speed"]["x"].label, drawn["score_by_speed"]["reference"][1]
+    if devices == ("H100", "H100"):
+        assert [points(curve)[0][:2] for curve in found] == [(1.25, 60.0), (1.5, 59.0)]
+        assert (reference.x, reference.y) == (1.0, 65.0)
+        assert label == "pruned/efficiency/speedup (higher is better)"
+    else:
+        assert reference.x == 100.0
+        assert label == "parameters left in percent (speed was measured on several devices)"
 
 
 def test_looks_tell_three_options_apart_and_the_method_decides_the_colour(tmp_path):

@@ -8,7 +8,7 @@ import os
 import re
 
 import pytest
-from studies import finished, write_run
+from studies import finished, with_speedup, write_run
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.report import documents
@@ -284,3 +284,24 @@ def test_a_job_that_was_repeated_counts_once_in_an_average(tmp_path):
     averages = cells(study.averages(["pruned/perplexity/bundled"]).markdown())
     assert averages == [["runs done", "pruned/perplexity/bundled"], ["2 of 2", "25.00 +-7.07"]]
     assert study.averages_title().endswith("; 2 other runs of the same jobs left out")
+
+
+def test_speeds_of_two_devices_are_shown_and_not_compared(tmp_path):
+    jobs = [(2.0, "H100", "r10"), (3.0, "A100", "r10"), (1.5, "H100", "r20")]
+    for job, (speedup, device, ratio) in enumerate(jobs):
+        config = {"study": {"metric": "pruned/efficiency/speedup", "sort_by": "pruned/efficiency/speedup"}}
+        done = with_speedup(finished(tmp_path, 24, 20.0), speedup, device)
+        write_run(tmp_path / "s" / str(job), [f"pruning_ratio={ratio}", f"seed={job}"], done, config=config)
+    study = read_study(tmp_path / "s")
+    said = "pruned/efficiency/speedup' was measured on H100 and on A100: they cannot be compared"
+    assert (study.metric, study.sort_by) == ("pruned/perplexity/bundled", None)
+    assert [note.partition("=")[0] for note in study.notes if said in note] == ["sort_by", "metric"]
+    assert "efficiency: measured on H100 and on A100, so not to be compared across them" in study.remarks()
+    (speed,) = read_study(tmp_path / "s", columns=["pruned/efficiency/speedup"]).shown_columns()
+    assert [row[3] for row in study.table([speed]).rows] == ["2 +-0.05", "3 +-0.05", "1.5 +-0.05"]
+    assert [row[-1] for row in study.averages([speed]).rows] == ["", "1.5"]
+    for key in ("metric", "x", "sort_by"):
+        with pytest.raises(UserError, match=said):
+            read_study(tmp_path / "s", **{key: speed})
+    alone = read_study(tmp_path / "s" / "0", tmp_path / "s" / "2")
+    assert (alone.metric, alone.runs[0].job) == ("pruned/efficiency/speedup", "0")

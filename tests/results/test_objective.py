@@ -74,3 +74,17 @@ def test_what_was_not_measured_or_is_not_finite_is_an_error():
     for bad in (math.nan, math.inf):
         with pytest.raises(UserError, match=f"objective.metric='kl' is {bad}, not a number to compare"):
             value(ObjectiveConfig("kl"), found(kl=bad))
+
+
+def test_speed_of_another_device_is_no_objective_beside_this_ones():
+    def speed(device: str) -> dict[str, Number]:
+        return {"speed": Number("speed", 2.0, measured={"device": device})}
+
+    objective = ObjectiveConfig(metric="speed", direction="maximize")
+    assert value(objective, speed("H100"), [speed("H100"), {}, found(speed=1.0)]) == 2.0
+    with pytest.raises(UserError, match="speed was measured on H100 here and on A100 in another job"):
+        value(objective, speed("H100"), [speed("H100"), speed("A100")])
+
+
+def test_other_jobs_are_not_looked_at_for_a_number_that_holds_on_any_device():
+    assert value(ObjectiveConfig(metric="num_layers"), found(num_layers=3.0), map(pytest.fail, ["read"])) == 3.0

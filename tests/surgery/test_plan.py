@@ -114,7 +114,7 @@ OVERLAPPING = [{"op": "merge", "layers": [3, 4], "rule": "mean"}, {"op": "merge"
         ({"ops": [{"op": "merge", "layers": [2, 3, 99], "rule": "official"}]}, "are not whole layers of the model"),
         (
             {"ops": [{"op": "twist", "layers": [2]}]},
-            "op 0 is 'twist'; this version knows drop, drop_sublayer, fold, merge, replace, resize, scale",
+            "op 0 is 'twist'; this version knows correct, drop, drop_sublayer, fold, merge, replace, resize, scale",
         ),
         ({"ops": []}, "ops do not lead to its layer_groups"),
         ({"ops": OVERLAPPING}, "op 1: .* are not whole layers"),

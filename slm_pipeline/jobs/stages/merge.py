@@ -13,8 +13,10 @@ from slm_pipeline.engine.window_memo import WindowMemos
 from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.calibrate import load_samples, load_statistics
+from slm_pipeline.jobs.stages.time_blocks import load_block_times
 from slm_pipeline.jobs.tracking import Tracker
-from slm_pipeline.methods.target import ParameterCounts
+from slm_pipeline.methods.latency import plan_for_speedup
+from slm_pipeline.methods.target import ParameterCounts, Speedup
 from slm_pipeline.results.of_run import of_pruning
 from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.store.checksums import digest
@@ -36,8 +38,10 @@ class Merge(Stage):
     in model/."""
 
     name = stage = "merge"
-    needs = ("calibrate",)
     leaves = ("plan.json",)
+
+    def __init__(self, *needs: str):
+        self.needs = needs
 
     def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any]:
         return {
@@ -48,6 +52,7 @@ class Merge(Stage):
             **job.threshold.identity(),
             # With a floor of its own the method does not look at the ratio.
             "pruning_ratio": job.pruning_ratio.identity() if job.threshold.floor is None else None,
+            **({"block_times": results["time_blocks"].key} if "time_blocks" in self.needs else {}),
         }
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
@@ -60,7 +65,7 @@ class Merge(Stage):
         counts = ParameterCounts.of(view)
         # Otherwise it was decided by an attempt that was interrupted, or that kept no weights.
         if not (out / "plan.json").is_file():
-            self._plan(job, results["calibrate"], view).write(out / "plan.json")
+            self._plan(job, results, view).write(out / "plan.json")
             note_complete(out, "plan.json", "plan.safetensors")
         plan = Plan.read(out / "plan.json")
         if plan.ops and all(op.only_removes for op in plan.ops):
@@ -82,6 +87,7 @@ class Merge(Stage):
             "parameters": {"dense": counts.total, "pruned": outside_layers + sum(size.whole for size in sizes)},
             "layers": format_groups(plan.layer_groups),
             "changes": changes.to_json(),
+            **({"latency": plan.scores["latency"]} if "latency" in plan.scores else {}),
         }
 
     def is_whole(self, job: Job, artifact: Artifact) -> bool:
@@ -102,12 +108,16 @@ class Merge(Stage):
             )
         tracker.numbers(of_pruning(result), stage=self.name)
 
-    def _plan(self, job: Job, calibration: Artifact, view: Any) -> Plan:
+    def _plan(self, job: Job, results: Mapping[str, Artifact], view: Any) -> Plan:
+        calibration = results["calibrate"]
         input_ids, identity = load_samples(calibration)
         windows = WindowMemos(calibration.path, afresh="merge" in job.config.force)
         problem = job.pruning_problem(view, input_ids, load_statistics(calibration), identity, windows)
         started = time.monotonic()
-        plan = job.method.plan(problem)
+        if isinstance(problem.target, Speedup):
+            plan = plan_for_speedup(job.method, problem, load_block_times(results["time_blocks"]))
+        else:
+            plan = job.method.plan(problem)
         plan.scores["seconds"] = round(time.monotonic() - started, 3)
         return plan
 
