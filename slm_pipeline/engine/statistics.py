@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from slm_pipeline.engine.blocks import BlockRunner, batches
+from slm_pipeline.engine.blocks import batches, dense_passes
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
 
@@ -97,8 +97,9 @@ def collect(
             hooks.append(view.mlp_output(layer).register_forward_pre_hook(mlp[layer].observe))
     cosine, angle, angle_last = (torch.zeros(depth + 1, depth + 1, dtype=torch.float64) for _ in range(3))
     try:
-        for batch in tqdm(batches(input_ids, MAX_BATCH_TOKENS), desc="calibration pass", disable=None):
-            states = BlockRunner(view, batch).states
+        text = batches(input_ids, MAX_BATCH_TOKENS)
+        for runner in tqdm(dense_passes(view, text), total=len(text), desc="calibration pass", disable=None):
+            states = runner.states
             check_finite(states)
             if observe is not None:
                 observe(states)

@@ -15,6 +15,7 @@ from slm_pipeline.models.architectures import PRUNED, Architecture
 from slm_pipeline.models.bundled import BUNDLED_MODELS, model_fingerprint
 from slm_pipeline.models.description import check_description
 from slm_pipeline.models.json_files import read_json
+from slm_pipeline.models.stored_tensors import check_stored_as
 from slm_pipeline.store.checksums import digest
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -63,8 +64,8 @@ def describe(config: ModelConfig) -> ModelSource:
     """
     if config.dtype not in DTYPES:
         raise UserError(f"model.dtype={config.dtype!r} is not one of {', '.join(DTYPES)}")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|balanced", config.device):
-        raise UserError(f"model.device={config.device!r} is not one of auto, cpu, cuda, cuda:N, balanced")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|balanced|stream", config.device):
+        raise UserError(f"model.device={config.device!r} is not one of auto, cpu, cuda, cuda:N, balanced, stream")
     makers = {"bundled": _bundled, "hub": _hub, "local": _local, "random": _random}
     if config.source not in makers:
         raise UserError(f"model.source={config.source!r} is not one of {', '.join(makers)}")
@@ -84,6 +85,11 @@ def _bundled(config: ModelConfig) -> ModelSource:
         raise UserError(f"model.name={config.name!r} is not bundled; bundled: {', '.join(BUNDLED_MODELS)}")
     bundled = BUNDLED_MODELS[config.name]
     fingerprint = f"{model_fingerprint(config.name)}:{config.dtype}"
+    if config.device == "stream" and config.dtype != "float32":
+        raise UserError(
+            "model.device=stream reads weights as they are stored, those of bundled models in float32; use"
+            " model.dtype=float32"
+        )
     return ModelSource(config, fingerprint, bundled.num_layers, bundled.model_type, bundled.max_positions)
 
 
@@ -125,6 +131,8 @@ def _local(config: ModelConfig) -> ModelSource:
     if not os.path.isdir(path):
         raise UserError(f"model.path={config.path!r} is not a folder")
     found = folder.look(path, f"model.path={config.path!r}", trust_remote_code=config.trust_remote_code)
+    if config.device == "stream":
+        check_stored_as(found.tensors.values(), config)
     return ModelSource(
         config,
         f"local:{found.fingerprint()}:{config.dtype}",
@@ -151,8 +159,9 @@ def _random(config: ModelConfig) -> ModelSource:
             f" and be a multiple of model.num_kv_heads={config.num_kv_heads}"
         )
     _check_size(config)
-    if config.device == "balanced":
-        raise UserError("model.device=balanced spreads stored weights over GPUs; random ones are drawn on one device")
+    if config.device in ("balanced", "stream"):
+        does = {"balanced": "spreads stored weights over GPUs", "stream": "reads stored weights layer by layer"}
+        raise UserError(f"model.device={config.device} {does[config.device]}; random ones are drawn on one device")
     irrelevant = ("name", "device", "published_thresholds")
     options = {key: value for key, value in asdict(config).items() if key not in irrelevant}
     options["drawn_on"] = drawn_on(config)
