@@ -81,12 +81,15 @@ class Method(ABC):
         min_seq_len: tokens that a calibration sample needs; 2 where the next token is predicted.
         removes_by_order: whether it puts whole layers in an order and removes the first of them, so that it can stop at
             any of them; of layers of one size it is told a number.
+        streams: whether it lets all text through a layer before it goes on to the next, without gradients, so that
+            it works on a model whose layers stay on disk (``model.device=stream``).
         num_protected: layers that it never touches; a plan keeps at least one more.
     """
 
     name: ClassVar[str]
     targets: ClassVar[tuple[type, ...]] = (Layers,)
     removes_by_order: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
     min_seq_len: ClassVar[int] = 1
 
     published_calibration: CalibrationSize

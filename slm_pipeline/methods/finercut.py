@@ -48,6 +48,7 @@ class FinerCut(ProtectsEnds):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 
     name: ClassVar[str] = "finercut"
+    streams: ClassVar[bool] = True
     targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
 
     def __post_init__(self) -> None:

@@ -41,6 +41,7 @@ class ShortenedPerplexity(ShortenedLlama):
     """
 
     name: ClassVar[str] = "shortened_ppl"
+    streams: ClassVar[bool] = True
     min_seq_len: ClassVar[int] = 2
 
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
@@ -91,6 +92,7 @@ class ShortenedMagnitude(ShortenedLlama):
     power: Annotated[int, Range(at_least=1, at_most=2)] = 1  # of |weight|
 
     name: ClassVar[str] = "shortened_magnitude"
+    streams: ClassVar[bool] = True
 
     @property
     def reads_calibration(self) -> bool:

@@ -33,6 +33,7 @@ class Sleb(LayerRemoval):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(5, 2048))
 
     name: ClassVar[str] = "sleb"
+    streams: ClassVar[bool] = True
     targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
     removes_by_order: ClassVar[bool] = True
     min_seq_len: ClassVar[int] = 2

@@ -54,10 +54,12 @@ class Repair(ABC):
 
     Attributes:
         name: as in conf/repair/<name>.yaml.
+        streams: whether it works on a model whose layers stay on disk, see `slm_pipeline.methods.base.Method`.
         calibration: the text that it looks at; that of the method, unless something else is said, but more of it.
     """
 
     name: ClassVar[str]
+    streams: ClassVar[bool] = False
 
     calibration: CalibrationConfig
 

@@ -31,6 +31,7 @@ class Rescale(Repair):
     """
 
     name: ClassVar[str] = "rescale"
+    streams: ClassVar[bool] = True
 
     def check(self, context: Context) -> None:
         super().check(context)
