@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import pad
 
+from slm_pipeline.models.sizes import MAX_LOGITS, STREAMED_BYTES
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.models.widths import changes_shapes, resized
 from slm_pipeline.surgery.block import Block
 
 GPU_TOKENS, CPU_TOKENS = 8192, 512  # that go through a block at once
-STREAMED_BYTES = 8 << 30  # of states that go up together the stack of a model whose blocks stay on disk
 _PASS_TOKENS = 8192  # in one forward pass that keeps few states
 _NUM_LIKELY = 4096  # tokens of the vocabulary that are likely on a batch
 _NO_TARGET = -100  # what cross_entropy passes over
-MAX_LOGITS = 1 << 26  # float32 logits at a time: 256 MB
 
 
 class BlockRunner:
@@ -89,7 +88,9 @@ class BlockRunner:
 
     def _arguments_for_any_batch(self) -> None:
         size = len(self.states[0])
-        self._arguments = [(_for_any_batch(args, size), _for_any_batch(kwargs, size)) for args, kwargs in self._arguments]
+        self._arguments = [
+            (_for_any_batch(args, size), _for_any_batch(kwargs, size)) for args, kwargs in self._arguments
+        ]
 
     @torch.no_grad()
     def run(self, block: Block, hidden: Tensor) -> Tensor:

@@ -215,8 +215,8 @@ class RemovalWalk:
         one block, then through the next."""
         walks = {index: self._steps(index, found) for index, found in candidates.items() if found}
         arrived: tuple[tuple[list[Removal], Tensor], ...] = ()
-        for arrived in zip(*walks.values(), strict=True):
-            pass
+        for states in zip(*walks.values(), strict=True):
+            arrived = states
         return {
             index: dict(zip(found, states.chunk(len(found)), strict=True))
             for index, (found, states) in zip(walks, arrived, strict=True)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from slm_pipeline.engine.statistics import Statistics
     from slm_pipeline.models.context import Context
+    from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.models.source import ModelSource
     from slm_pipeline.models.view import ModelView
 
@@ -153,6 +154,10 @@ class Method(ABC):
     def fewest_left(self, num_layers: int) -> tuple[int, str]:
         """Fewest layers that a plan can leave of so many, whatever the method measures, and why no fewer."""
         return 1 + self.num_protected, f"{self.num_protected} protected and one more"
+
+    def memory(self, sizes: Sizes) -> int:
+        """Bytes at the most beside the weights, while it plans; 0 for what looks at one matrix at a time."""
+        return 0
 
     @abstractmethod
     def plan(self, problem: PruningProblem) -> Plan:

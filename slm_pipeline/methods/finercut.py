@@ -17,6 +17,7 @@ from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
     from slm_pipeline.engine.walk import Removal
+    from slm_pipeline.models.sizes import Sizes
 
 OBJECTIVES = ("angular", "euclidean", "jensen_shannon")
 
@@ -59,6 +60,9 @@ class FinerCut(ProtectsEnds):
 
     def layers_left(self, num_layers: int, target: Layers) -> None:
         return None
+
+    def memory(self, sizes: Sizes) -> int:
+        return sizes.walking(2 * sizes.layers)
 
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         from slm_pipeline.engine.walk import Removal, RemovalWalk

@@ -1,8 +1,8 @@
 """Models whose decoder blocks stay on disk: ``model.device=stream``.
 
-The weights of the blocks are memory-mapped safetensors files. A block that is to run is copied to where it runs, the one
-above it is copied meanwhile, and what ran before is let go: two blocks are in memory at a time, however many there are.
-Everything else of the model, embeddings, final norm and head, is loaded as usual.
+The weights of the blocks are memory-mapped safetensors files. A block that is to run is copied to where it runs, the
+one above it is copied meanwhile, and what ran before is let go: two blocks are in memory at a time, however many there
+are. Everything else of the model, embeddings, final norm and head, is loaded as usual.
 
 Code that looks at weights, and not at states, reads the mapped ones, as if the whole model were in main memory.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -165,14 +164,19 @@ def load_streamed(model_class: Any, place: Path, config: ModelConfig, device: to
     Raises:
         UserError: a tensor is missing, of another shape, or of another type than ``model.dtype``, or not finite.
     """
-    settings, tensors = _described(model_class, place, config), stored_tensors(place, read_json(place / "config.json"), [], [])
+    settings, tensors = (
+        _described(model_class, place, config),
+        stored_tensors(place, read_json(place / "config.json"), [], []),
+    )
     make = getattr(model_class, "from_config", None) or model_class._from_config
     with init_empty_weights():
         model = make(settings, dtype=getattr(torch, config.dtype))
     view, files = ModelView(model), Files()
     is_tied = bool(settings.tie_word_embeddings) and not folder.has_own_head(place)
     head, in_blocks = view.head, {id(parameter) for parameter in view.layers.parameters()}
-    wanted = {name: parameter for name, parameter in model.named_parameters() if not (is_tied and parameter is head.weight)}
+    wanted = {
+        name: parameter for name, parameter in model.named_parameters() if not (is_tied and parameter is head.weight)
+    }
     found = {name: _stored(name, view, tensors) for name in wanted}
     problems = [fault_words.lacking(missing)] if (missing := [name for name in wanted if found[name] is None]) else []
     present = {name: stored for name, stored in found.items() if stored is not None}
@@ -185,14 +189,21 @@ def load_streamed(model_class: Any, place: Path, config: ModelConfig, device: to
         value = files.tensor(stored)
         if id(wanted[name]) not in in_blocks:
             value = value.to(device, copy=True)
+            files.let_go(files.tensor(stored))
         module, _, own = name.rpartition(".")
         model.get_submodule(module)._parameters[own] = nn.Parameter(value, requires_grad=False)
     if is_tied:
         cast(Any, view.head).weight = model.get_input_embeddings().weight
-    if wrong := [name for name, parameter in model.named_parameters() if name in present and id(wanted[name]) not in in_blocks and not is_finite(parameter)]:
+    if wrong := [
+        name
+        for name, parameter in model.named_parameters()
+        if name in present and id(wanted[name]) not in in_blocks and not is_finite(parameter)
+    ]:
         raise UserError(f"{place}: {fault_words.not_finite(wrong, config.dtype)}")
     for part in model.modules():
-        part._buffers = {name: buffer if buffer is None else buffer.to(device) for name, buffer in part._buffers.items()}
+        part._buffers = {
+            name: buffer if buffer is None else buffer.to(device) for name, buffer in part._buffers.items()
+        }
     model.config.tie_word_embeddings = is_tied
     if (place / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(place)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from slm_pipeline.assets.cache import cache_dir
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
 from slm_pipeline.machine import gpus, memory
@@ -36,6 +39,7 @@ class ModelSource:
         special_tokens: which of bos, eos, pad its tokenizer has; None if only loading it tells.
         warnings: what may not be as meant in it, in words.
         commit: of a model on the hub.
+        description: config.json's content, or what it would be; None when that is not known without fetching the model.
     """
 
     config: ModelConfig
@@ -46,6 +50,7 @@ class ModelSource:
     special_tokens: frozenset[str] | None = None
     warnings: tuple[str, ...] = ()
     commit: str | None = None
+    description: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -90,7 +95,15 @@ def _bundled(config: ModelConfig) -> ModelSource:
             "model.device=stream reads weights as they are stored, those of bundled models in float32; use"
             " model.dtype=float32"
         )
-    return ModelSource(config, fingerprint, bundled.num_layers, bundled.model_type, bundled.max_positions)
+    file = cache_dir() / "models" / config.name / "config.json"
+    return ModelSource(
+        config,
+        fingerprint,
+        bundled.num_layers,
+        bundled.model_type,
+        bundled.max_positions,
+        description=read_json(file) if file.is_file() else None,
+    )
 
 
 def _hub(config: ModelConfig) -> ModelSource:
@@ -121,6 +134,7 @@ def _hub(config: ModelConfig) -> ModelSource:
         description["model_type"],
         description.get("max_position_embeddings"),
         commit=commit,
+        description=description,
     )
 
 
@@ -141,6 +155,7 @@ def _local(config: ModelConfig) -> ModelSource:
         found.description.get("max_position_embeddings"),
         found.special_tokens,
         found.warnings,
+        description=found.description,
     )
 
 
@@ -166,14 +181,24 @@ def _random(config: ModelConfig) -> ModelSource:
     options = {key: value for key, value in asdict(config).items() if key not in irrelevant}
     options["drawn_on"] = drawn_on(config)
     assert config.architecture is not None
-    learned = architectures.find({"model_type": config.architecture}).learned_positions
+    architecture = architectures.find({"model_type": config.architecture})
+    description = {
+        "model_type": config.architecture,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        architecture.intermediate_size: config.intermediate_size,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads if config.architecture not in ("opt", "gpt_neox") else None,
+        "vocab_size": config.vocab_size,
+    }
     return ModelSource(
         config,
         f"random:{digest(options)}",
         config.num_layers,
         config.architecture,
-        RANDOM_POSITIONS if learned else None,
+        RANDOM_POSITIONS if architecture.learned_positions else None,
         frozenset(("bos", "eos", "pad")),
+        description=description,
     )
 
 

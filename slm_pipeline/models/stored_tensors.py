@@ -177,7 +177,7 @@ def check_tensors(
 
 
 def check_stored_as(tensors: Iterable[Stored], config: ModelConfig) -> None:
-    """Raise `UserError` unless tensors that are to be streamed are stored in ``model.dtype``: they are not converted."""
+    """Raise `UserError` unless tensors that are to be streamed are in ``model.dtype``: they are not converted."""
     found = {stored.dtype for stored in tensors}
     if found - {TYPES[config.dtype]}:
         names = [name for name, stored in TYPES.items() if stored in found]

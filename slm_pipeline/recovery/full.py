@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from slm_pipeline.config.ranges import Positive
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult
 from slm_pipeline.recovery.fine_tuning import FineTuning
+
+if TYPE_CHECKING:
+    from slm_pipeline.models.sizes import Sizes
 
 
 @dataclass(kw_only=True)
@@ -20,6 +23,9 @@ class Full(FineTuning):
     learning_rate: Positive = 5e-4
 
     name: ClassVar[str] = "full"
+
+    def memory(self, sizes: Sizes) -> int:
+        return 16 * sizes.parameters + self.activations(sizes)
 
     def run(self, problem: RecoveryProblem) -> RecoveryResult:
         """Train; leaves nothing in ``out`` but checkpoints."""

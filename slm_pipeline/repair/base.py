@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slm_pipeline.models.context import Context
+    from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.models.view import ModelView
 
 
@@ -96,6 +97,10 @@ class Repair(ABC):
             "calibration": text,
             **({"plugins": code} if code else {}),
         }
+
+    def memory(self, sizes: Sizes) -> int | None:
+        """Bytes at the most beside the weights; None where that is not known. ``sizes`` has the repair's own text."""
+        return None
 
     def check(self, context: Context) -> None:
         """Raise `UserError` if it cannot work on this model, or its text is missing; called before anything

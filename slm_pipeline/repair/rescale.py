@@ -12,6 +12,7 @@ from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
     from slm_pipeline.models.context import Context
+    from slm_pipeline.models.sizes import Sizes
 
 
 @dataclass(kw_only=True)
@@ -40,6 +41,9 @@ class Rescale(Repair):
                 f"repair=rescale multiplies what projections put out; in {context.source.name}, a"
                 f" {context.source.model_type} model, a norm follows them; use repair=refit"
             )
+
+    def memory(self, sizes: Sizes) -> int:
+        return sizes.passing(2048) + sizes.running(sizes.batch_tokens(2048))
 
     def repair(self, problem: RepairProblem) -> Plan:
         import torch

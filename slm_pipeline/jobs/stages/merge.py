@@ -15,6 +15,7 @@ from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.calibrate import load_samples, load_statistics
 from slm_pipeline.jobs.tracking import Tracker
 from slm_pipeline.methods.target import ParameterCounts
+from slm_pipeline.models.sizes import Sizes
 from slm_pipeline.results.of_run import of_pruning
 from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.store.checksums import digest
@@ -49,6 +50,10 @@ class Merge(Stage):
             # With a floor of its own the method does not look at the ratio.
             "pruning_ratio": job.pruning_ratio.identity() if job.threshold.floor is None else None,
         }
+
+    def memory(self, job: Job, sizes: Sizes) -> int:
+        """The search. What is saved and loaded again is smaller than the dense model, which has gone by then."""
+        return sizes.weights + job.method.memory(sizes)
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         from slm_pipeline.models.loading import load_dense
