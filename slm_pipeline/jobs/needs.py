@@ -142,8 +142,8 @@ def _changes(stage: Stage, job: Job, sizes: Sizes, place: Place) -> Iterator[tup
             number //= 2
             yield f"calibration.num_samples={number}", stage, job, replace(sizes, num_samples=number), place
     if sizes.item_bytes > ITEM_BYTES["bfloat16"]:
-        sizes = replace(sizes, item_bytes=ITEM_BYTES["bfloat16"])
-        yield "model.dtype=bfloat16", stage, job, sizes, place
+        halves = replace(sizes, item_bytes=ITEM_BYTES["bfloat16"])
+        yield "model.dtype=bfloat16", stage, job, halves, place
     if job.config.model.source != "random":
         if not place.is_host and len(gpus.visible()) > 1 and job.config.model.device != "balanced":
             yield "model.device=balanced", stage, job, sizes, Place.of("balanced")

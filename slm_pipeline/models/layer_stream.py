@@ -40,11 +40,15 @@ class LayerStream:
         device: where blocks run.
         files: what the mapped tensors lie in.
         place: how messages call the model.
+
+    Attributes:
+        blocks: input side first.
     """
 
     def __init__(self, model: Any, device: torch.device, files: Files, place: str):
         self.device = device
-        self._view = ModelView(model)
+        self.blocks: list[nn.Module] = [*ModelView(model).layers]
+        self._model = model
         self._files = files
         self._place = place
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="layer_stream")
@@ -53,7 +57,7 @@ class LayerStream:
         self._present: nn.Module | None = None
         self._homes: list[tuple[nn.Parameter, Tensor]] = []  # of the present block: parameters, and what they were
         self._ahead: tuple[nn.Module, dict[nn.Parameter, Future[Tensor]]] | None = None
-        for block in self._view.layers:
+        for block in self.blocks:
             block.register_forward_pre_hook(lambda module, args: self.enter(module))
 
     def enter(self, block: nn.Module) -> None:
@@ -64,7 +68,7 @@ class LayerStream:
         """
         if block is self._present:
             return
-        above = iter([*self._view.layers, None])
+        above = iter([*self.blocks, None])
         if not any(layer is block for layer in above):
             return
         coming = self._coming(block)
@@ -114,7 +118,7 @@ class LayerStream:
         if id(parameter) not in self._checked:
             with torch.cuda.stream(self._side):  # does nothing without one
                 if not is_finite(value):
-                    names = [name for name, own in self._view.model.named_parameters() if own is parameter]
+                    names = [name for name, own in self._model.named_parameters() if own is parameter]
                     raise UserError(f"{self._place}: {fault_words.not_finite(names, str(value.dtype))}")
             self._checked.add(id(parameter))
         self._files.let_go(home)

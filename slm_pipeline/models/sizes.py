@@ -26,6 +26,7 @@ class Sizes:
         item_bytes: of a weight.
         num_samples, seq_len: of the calibration text.
         streams: whether two blocks at a time are in memory.
+        positions: rows of a table of learned positions.
     """
 
     layers: int
@@ -40,6 +41,7 @@ class Sizes:
     num_samples: int
     seq_len: int
     streams: bool = False
+    positions: int = 0
 
     @classmethod
     def of(cls, description: Mapping[str, Any], dtype: str, **more: Any) -> Sizes:
@@ -60,6 +62,7 @@ class Sizes:
             inputs=2 if fused else len(architecture.mlp_inputs),
             is_tied=model_type in _TIED if tied is None else bool(tied),
             item_bytes=ITEM_BYTES[dtype],
+            positions=int(description.get("max_position_embeddings") or 0) if architecture.learned_positions else 0,
             **more,
         )
 
@@ -74,8 +77,8 @@ class Sizes:
 
     @property
     def outer_parameters(self) -> int:
-        """Embedding, final norm and head."""
-        return self.hidden * (self.vocabulary * (1 if self.is_tied else 2) + 1)
+        """Embedding, final norm and head, and positions where they are learned."""
+        return self.hidden * (self.vocabulary * (1 if self.is_tied else 2) + self.positions + 1)
 
     @property
     def parameters(self) -> int:

@@ -368,3 +368,5 @@ class ModelView:
             for key in settings.keys() & set(architectures.LAYER_PERIODS):
                 delattr(self.config, key)
         self.config.num_hidden_layers = len(blocks)
+        if self.stream is not None:
+            self.stream.blocks = [*blocks]

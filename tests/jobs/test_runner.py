@@ -47,6 +47,7 @@ def job_of(store: Path, *, stages=STAGES, force=(), repair: Any = None, recovery
     recovery = object() if recovery else None
     return SimpleNamespace(
         config=config,
+        source=SimpleNamespace(description=None),
         repair=repair,
         recovery=recovery,
         evaluation=evaluation,
