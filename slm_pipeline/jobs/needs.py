@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 GPU_CONTEXT = 1_000_000_000  # bytes of a GPU that no tensor can have
 _OF_TOKEN = 2700  # bytes in this process of an entry of a tokenizer's vocabulary
 _OF_PROCESS = {  # bytes of this process with all that a stage imports
-    "calibrate": 450_000_000,
+    "calibrate": 500_000_000,
     "merge": 450_000_000,
     "repair": 450_000_000,
     "recover": 700_000_000,
