@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from slm_pipeline.config import CalibrationConfig
@@ -12,8 +13,9 @@ from slm_pipeline.surgery.plan import Plan
 CALIBRATION = CalibrationConfig(source="bundled", num_samples=20, seq_len=12)
 
 
-def refit(**options: Any) -> Refit:
-    return Refit(calibration=CALIBRATION, **options)
+def refit(*, reads: Sequence[float] = (), **options: Any) -> Refit:
+    """What writes alone is fitted, unless ``reads`` says more."""
+    return Refit(calibration=CALIBRATION, reads=[*reads], **options)
 
 
 def rescale() -> Rescale:

@@ -102,6 +102,14 @@ class BlockRunner:
     def inputs_of(self, block: Block, hidden: Tensor, sublayer: str) -> Tensor:
         """[tokens, n] inputs of the last projection of ``block``'s sublayer (attention, mlp) for the residual stream
         ``hidden`` ([any batch, length, d]). The block is not run further."""
+        return self._inputs(block, hidden, self.view.output_name(sublayer))
+
+    @torch.no_grad()
+    def read_by(self, block: Block, hidden: Tensor, sublayer: str) -> Tensor:
+        """[tokens, d] what the first projections of ``block``'s sublayer are given, as `inputs_of`."""
+        return self._inputs(block, hidden, self.view.reading_names(block.body, sublayer)[0].removesuffix(".weight"))
+
+    def _inputs(self, block: Block, hidden: Tensor, name: str) -> Tensor:
         found: list[Tensor] = []
 
         def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -109,7 +117,7 @@ class BlockRunner:
             raise _Enough
 
         module, tensors = self._module_of(block)
-        hook = module.get_submodule(self.view.output_name(sublayer)).register_forward_pre_hook(stop)
+        hook = module.get_submodule(name).register_forward_pre_hook(stop)
         try:
             with suppress(_Enough):
                 self._run(block, module, tensors, hidden)

@@ -1,4 +1,4 @@
-"""A pruned model walked beside the dense one, and new weights with which its layers write what the dense one has.
+"""New weights with which the layers of a pruned model write what those of the dense one have written.
 
 Plain least squares, one projection after the other, from the input side up: each is fitted to what the layers below it,
 repaired by then, hand up. No gradients.
@@ -6,234 +6,23 @@ repaired by then, hand up. No gradients.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from slm_pipeline.engine import least_squares
-from slm_pipeline.engine.blocks import BlockRunner, max_logit_rows, rows_at_once
-from slm_pipeline.engine.layerwise import Stream
-from slm_pipeline.engine.least_squares import Gram, full_float32
+from slm_pipeline.engine.streams import Streams, Sums
 from slm_pipeline.errors import UserError
-from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.ops.base import SUBLAYERS
-from slm_pipeline.surgery.ops.replace import written
+from slm_pipeline.surgery.ops.correct import corrected
 
 WEIGHTINGS = ("inverse_square", "none")
 TARGETS = ("dense_stream", "own_output")
 LEAST_GAIN = 1e-6  # of the relative error: less is the rounding of float32 sums
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums over tokens for one projection W with inputs X [n, tokens], targets T [d, tokens] and weights D of tokens.
-
-    Attributes:
-        gram: [n, n] X D X'.
-        moment: [d, n] T D X'.
-        energy: tr(T D T').
-    """
-
-    gram: Tensor
-    moment: Tensor
-    energy: float
-
-    def error(self, weight: Tensor) -> float:
-        """The weighted squared error of ``weight`` [d, n], relative to the targets' energy."""
-        weight = weight.to(self.gram)
-        square = (weight @ self.gram * weight).sum() - 2 * (weight * self.moment).sum()
-        return (float(square) + self.energy) / max(self.energy, 1e-30)
-
-    def of(self, kept: Tensor) -> Sums:
-        """Those of some of the inputs alone: [kept] int64."""
-        kept = kept.to(self.gram.device)
-        return Sums(self.gram[kept][:, kept], self.moment[:, kept], self.energy)
-
-
-class Streams:
-    """The residual streams of N samples in the dense and in the pruned model, at one place of the stack.
-
-    In memory: two states of each token, two more from `look_ahead` to `pass_through`, and what `sums` returns.
-
-    Args:
-        view: the dense model; never changed.
-        input_ids: [N, length] int64 tokens.
-
-    Attributes:
-        dense, pruned: [N, length, d] states in the model's dtype; the same tensor while the models are alike.
-        middle, leaving: the dense stream after the attention of the layer that `look_ahead` began with, and after the
-            last layer that it passed.
-    """
-
-    def __init__(self, view: ModelView, input_ids: Tensor):
-        self.view = view
-        self.dense = self.pruned = Stream(view, input_ids).states
-        self.middle = self.leaving = self.dense
-        self._runner = BlockRunner(view, input_ids[:1])
-        self._passed = (0, 0)  # the dense layers between the two ends of the streams
-
-    def look_ahead(self, start: int, end: int) -> None:
-        """Let the dense stream go through dense layers ``start`` to ``end`` - 1, and keep what it was."""
-        self._passed = (start, end)
-        self.middle = torch.empty_like(self.dense)
-        self.leaving = torch.empty_like(self.dense)
-        for rows in self._rows():
-            middle = states = self._on_device(self.dense[rows], start)
-            if self.lacks(Block(start), "attention"):
-                states = self._runner.run(Block(start), states)
-            else:
-                _, _, written, states = self._runner.observed(Block(start), states, "attention")
-                middle = middle + written
-            self.middle[rows] = middle
-            for layer in range(start + 1, end):
-                states = self._runner.run(Block(layer), self._on_device(states, layer))
-            self.leaving[rows] = states
-
-    def sums(self, block: Block, sublayer: str, *, target: str, weighting: str) -> Sums:
-        """What a least-squares fit of a sublayer's last projection is made of; a bias counts as a last input of 1.
-
-        The target is what is missing to the dense stream behind the attention, or behind the layers that the block
-        stands for where its last sublayer writes; with ``own_output`` what the projection would write if the sublayer
-        were as in the dense model, on the states that reach it.
-
-        Where a norm stands between the projection and the stream (Gemma 2 and 3, OLMo 2), the norm's gains are counted
-        as part of the weights, and each token's target is multiplied by the number that makes it as long as what the
-        projection puts out: the norm knows no length, so that the direction is all that can be fitted.
-
-        Raises:
-            UserError: they are not finite.
-        """
-        is_last = sublayer == "mlp" or self.lacks(block, "mlp")
-        has_bias = self.bias(block, sublayer) is not None
-        whole = self._undone(block, sublayer)
-        norm = self.view.output_norm(block.body, sublayer)
-        gram: Gram | None = None
-        moment: Tensor | None = None
-        energy = 0.0
-        for rows in self._rows():
-            entering = self._on_device(self.pruned[rows], block.body)
-            inputs, output, written, leaving = self._runner.observed(block, entering, sublayer)
-            reference = self._on_device((self.leaving if is_last else self.middle)[rows], block.body)
-            if target == "own_output":
-                wanted = output if whole is block else self._runner.observed(whole, entering, sublayer)[1]
-            else:  # the first difference rounds back to the state that the output was added to
-                beside = leaving - written if sublayer == "mlp" else entering
-                wanted = reference.float() - beside.float()
-            wanted = wanted.flatten(0, -2).float()
-            lengths = torch.ones_like(wanted[:, :1])
-            if norm is not None:
-                put_out = output.flatten(0, -2).float() * _invertible(norm[1])
-                wanted = wanted * _invertible(norm[1]) if target == "own_output" else wanted
-                lengths = put_out.norm(dim=-1, keepdim=True) / wanted.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-            wanted = wanted * lengths
-            weights = reference.flatten(0, -2).float().square().mean(dim=-1).clamp_min(1e-12).reciprocal()
-            if weighting == "none":
-                weights = torch.ones_like(weights)
-            weights = weights / lengths[:, 0].square().clamp_min(1e-12)
-            if has_bias:
-                inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
-            if gram is None or moment is None:
-                gram = Gram(inputs.shape[1], inputs.device)
-                moment = torch.zeros(wanted.shape[1], inputs.shape[1], dtype=torch.float64, device=inputs.device)
-            gram.add(inputs, weights)
-            weighted = wanted * weights[:, None]
-            with full_float32():
-                moment += (weighted.T @ inputs.float()).double()
-            energy += float((weighted.double() * wanted.double()).sum())
-        assert gram is not None
-        assert moment is not None
-        if not (math.isfinite(energy) and bool(gram.matrix.isfinite().all()) and bool(moment.isfinite().all())):
-            raise UserError(
-                f"what enters the last projection of layer {block.body}'s {sublayer}, or is to leave it, is not finite;"
-                " try model.dtype=float32"
-            )
-        return Sums(gram.matrix, moment, energy)
-
-    def lacks(self, block: Block, sublayer: str) -> bool:
-        """Whether a sublayer is gone, by the plan or in the dense model already."""
-        return sublayer in block.without or self.view.lacks(block.body, sublayer)
-
-    def _undone(self, block: Block, sublayer: str) -> Block:
-        """The block with one sublayer as in the dense model; itself if it is."""
-        children = self.view.sublayer(sublayer)
-        others = {name: value for name, value in block.replaced.items() if name.partition(".")[0] not in children}
-        return block if len(others) == len(block.replaced) else replace(block, replaced=others)
-
-    def weight(self, block: Block, sublayer: str) -> Tensor:
-        """[d, n] float64 of a sublayer's last projection; its bias, if it has one, as a last column, and its rows
-        multiplied by the gains of a norm behind it."""
-        weight = block.parameter(self.view, f"{self.view.output_name(sublayer)}.weight").double()
-        if (bias := self.bias(block, sublayer)) is not None:
-            weight = torch.cat([weight, bias.double()[:, None]], dim=1)
-        norm = self.view.output_norm(block.body, sublayer)
-        return weight if norm is None else weight * _invertible(norm[1]).to(weight)[:, None]
-
-    def bias(self, block: Block, sublayer: str) -> Tensor | None:
-        name = f"{self.view.output_name(sublayer)}.bias"
-        own = getattr(self.view.layers[block.body].get_submodule(self.view.output_name(sublayer)), "bias", None)
-        return block.parameter(self.view, name) if name in block.replaced or own is not None else None
-
-    def put(self, block: Block, sublayer: str, weight: Tensor) -> Block:
-        """The block with another last projection, as `weight` gives it."""
-        name = self.view.output_name(sublayer)
-        if (norm := self.view.output_norm(block.body, sublayer)) is not None:
-            weight = weight / _invertible(norm[1]).to(weight)[:, None]
-        if self.bias(block, sublayer) is None:
-            return written(self.view, block, {f"{name}.weight": weight})
-        return written(self.view, block, {f"{name}.weight": weight[:, :-1], f"{name}.bias": weight[:, -1]})
-
-    def pass_through(self, block: Block) -> None:
-        """Let the pruned stream go through ``block``, and the dense one take up what `look_ahead` found."""
-        is_dense = not (block.replaced or block.without) and range(*self._passed) == range(block.body, block.body + 1)
-        if self.pruned is self.dense and is_dense:
-            self.dense = self.pruned = self.middle = self.leaving
-            return
-        self.dense = self.middle = self.leaving
-        passed = torch.empty_like(self.pruned)
-        for rows in self._rows():
-            passed[rows] = self._runner.run(block, self._on_device(self.pruned[rows], block.body))
-        self.pruned = passed
-
-    def divergence(self) -> tuple[float, float]:
-        """At the top of the stack: mean over tokens of the KL divergence of the pruned model's next-token distribution
-        from the dense one's, in nats, and the share of tokens whose most likely next one is the same.
-
-        Raises:
-            UserError: the former is not finite.
-        """
-        view, rows = self.view, max_logit_rows(self.view)
-        total = same = 0.0
-        with torch.no_grad():
-            for piece in self._rows():
-                pairs = [self._runner.finish(states[piece]).flatten(0, 1) for states in (self.dense, self.pruned)]
-                for dense, pruned in zip(*(states.split(rows) for states in pairs), strict=True):
-                    dense, pruned = (view.logits(states).float().log_softmax(dim=-1) for states in (dense, pruned))
-                    total += float((dense.exp() * (dense - pruned)).sum(dtype=torch.float64))
-                    same += float((dense.argmax(dim=-1) == pruned.argmax(dim=-1)).sum())
-        if not math.isfinite(total):
-            raise UserError(
-                "the KL divergence of the pruned model's predictions from the dense model's is not finite; try"
-                " model.dtype=float32"
-            )
-        number = self.dense[..., 0].numel()
-        return total / number, same / number
-
-    def _rows(self) -> list[slice]:
-        step = rows_at_once(self._on_device(self.dense[:1], 0))
-        return [slice(start, start + step) for start in range(0, len(self.dense), step)]
-
-    def _on_device(self, states: Tensor, layer: int) -> Tensor:
-        return states.to(next(self.view.layers[layer].parameters()).device)
-
-
-def _invertible(gains: Tensor) -> Tensor:
-    """The gains, none nearer to 0 than a ten thousandth of the largest."""
-    least = 1e-4 * gains.abs().max()
-    return torch.where(gains.abs() < least, torch.where(gains < 0, -least, least), gains)
 
 
 @dataclass(frozen=True)
@@ -243,12 +32,20 @@ class Fitted:
     Attributes:
         ridge: of the fit that was taken; None: the weights stayed.
         before, after: relative squared error on the text that is held out.
+        reads: it is about what the sublayer reads, not about its last projection.
+        tensors: what is new: the last projection's weight by the sublayer's name, its bias as ``<name>_bias``, the map
+            in front of what reads as ``reads.<name>``.
     """
 
     sublayer: str
     ridge: float | None
     before: float
     after: float
+    reads: bool = False
+    tensors: dict[str, Tensor] = field(default_factory=dict, compare=False)
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "tensors"}
 
 
 @dataclass(frozen=True)
@@ -266,25 +63,47 @@ class Refit:
         target: dense_stream: what is missing to the dense model's states | own_output: what the projection would
             write if its sublayer were as in the dense model: where neither widths nor weights changed, what it writes.
         sublayers: whose last projections are fitted.
+        reads: ridge with which what these sublayers read is fitted before, None: it is not. The map M that
+            leads best from what a sublayer reads in the pruned model to what it reads in the dense one, drawn to the
+            identity, goes into its first projections: W' = W M.
     """
 
     ridges: Sequence[float] = (0.01, 0.1, 1.0)
     weighting: str = "inverse_square"
     target: str = "dense_stream"
     sublayers: Sequence[str] = SUBLAYERS
+    reads: float | None = None
 
     def sums(self, streams: Streams, block: Block, sublayer: str) -> Sums:
         return streams.sums(block, sublayer, target=self.target, weighting=self.weighting)
 
     def layer(self, fitted: Streams, held_out: Streams, block: Block) -> tuple[Block, list[Fitted]]:
-        """The block with new last projections, both streams standing before it, and what became of each."""
+        """The block with new weights, both streams standing before it, and what became of each sublayer."""
         found = []
         for sublayer in SUBLAYERS:
             if sublayer in self.sublayers and not fitted.lacks(block, sublayer):
+                if self.reads is not None:
+                    block, what = self.reading(fitted, held_out, block, sublayer, self.reads)
+                    found.append(what)
                 sums, other = (self.sums(streams, block, sublayer) for streams in (fitted, held_out))
                 block, what = self.projection(fitted, block, sublayer, sums, other)
                 found.append(what)
         return block, found
+
+    def reading(
+        self, fitted: Streams, held_out: Streams, block: Block, sublayer: str, ridge: float
+    ) -> tuple[Block, Fitted]:
+        """The block whose sublayer reads through the map that does better on the text held out, if there is one."""
+        sums = fitted.reading_sums(block, sublayer)
+        other = held_out.reading_sums(block, sublayer)
+        identity = torch.eye(len(sums.gram), dtype=torch.float64, device=sums.gram.device)
+        penalty = least_squares.penalty(sums.gram, ridge)
+        found = least_squares.solve(sums.gram, sums.moment, prior=identity, penalty=penalty)
+        before, after = other.error(identity), other.error(found)
+        if before - after <= LEAST_GAIN:
+            return block, Fitted(sublayer, None, before, before, reads=True)
+        what = Fitted(sublayer, ridge, before, after, reads=True, tensors={f"reads.{sublayer}": found})
+        return corrected(fitted.view, block, sublayer, found), what
 
     def projection(
         self, streams: Streams, block: Block, sublayer: str, sums: Sums, held_out: Sums
@@ -309,38 +128,8 @@ class Refit:
                 best, after, taken = found, error, ridge
         if taken is None or before - after <= LEAST_GAIN:
             return block, Fitted(sublayer, None, before, before)
-        return streams.put(block, sublayer, best), Fitted(sublayer, taken, before, after)
-
-
-def spans(originals: Sequence[Sequence[int]], num_layers: int) -> list[tuple[int, int]]:
-    """For each layer of a pruned model the dense layers that it stands for, as (first, one past the last).
-
-    Layers that are gone belong to the layer below them, or to the lowest if there is none.
-
-    Args:
-        originals: for each layer of the pruned model those that it was made of.
-    """
-    starts = [0, *(min(members) for members in originals[1:])]
-    return list(zip(starts, [*starts[1:], num_layers], strict=True))
-
-
-def first_changed(blocks: Sequence[Block], originals: Sequence[Sequence[int]], num_layers: int) -> int | None:
-    """Position of the first layer of a pruned model that differs from the dense one's, or above which layers went;
-    None if there is none.
-
-    Args:
-        originals: for each layer of the pruned model those that it was made of.
-        num_layers: of the dense model.
-    """
-    for position, (block, (start, end)) in enumerate(zip(blocks, spans(originals, num_layers), strict=True)):
-        if block.replaced or block.without or block.body != start or end - start > 1:
-            return position
-    return None
-
-
-def pass_all(streams: Streams, blocks: Sequence[Block], originals: Sequence[Sequence[int]]) -> Streams:
-    """The streams at the top of the stack, the pruned one having gone through ``blocks``."""
-    for block, span in zip(blocks, spans(originals, streams.view.num_layers), strict=True):
-        streams.look_ahead(*span)
-        streams.pass_through(block)
-    return streams
+        block, output = streams.put(block, sublayer, best), streams.view.output_name(sublayer)
+        tensors = {sublayer: block.replaced[f"{output}.weight"]}
+        if streams.bias(block, sublayer) is not None:
+            tensors[f"{sublayer}_bias"] = block.replaced[f"{output}.bias"]
+        return block, Fitted(sublayer, taken, before, after, tensors=tensors)

@@ -17,31 +17,52 @@ _TEXT_TOKENS = 2048  # that all variants of a layer walk at once
 
 
 class Sensitivity:
-    """The dense model's states on some text, from which a variant of one layer costs that layer and those above it.
+    """A model's states on some text, from which a variant of one layer costs that layer and those above it.
 
     Args:
         view: the dense model; never changed.
         input_ids: [N, length] int64 tokens.
+        blocks: of the model whose layers are varied, input side first; None: of the dense one.
     """
 
-    def __init__(self, view: ModelView, input_ids: Tensor):
+    def __init__(self, view: ModelView, input_ids: Tensor, blocks: Sequence[Block] | None = None):
         self.view = view
+        self.blocks = [Block(layer) for layer in range(view.num_layers)] if blocks is None else list(blocks)
         self._input_ids = batches(input_ids.to(view.device), _TEXT_TOKENS)
         self._runners = [BlockRunner(view, batch) for batch in self._input_ids]
+        self._states = [runner.states for runner in self._runners]
+        if blocks is not None:
+            self._states = [_entering(runner, self.blocks) for runner in self._runners]
 
-    @torch.no_grad()
     def damages(self, variants: Sequence[Block]) -> list[float]:
         """Mean over tokens of the KL divergence from the dense model, in nats, when each of ``variants`` of one layer
         takes its place; infinity where it is not finite."""
+        position = next(i for i, block in enumerate(self.blocks) if block.body == variants[0].body)
+        entering = [states[position] for states in self._states]
+        return self._damages(variants, entering, self.blocks[position + 1 :])
+
+    def damage(self) -> float:
+        """That of the model as it is."""
+        return self._damages([self.blocks[-1]], [states[len(self.blocks) - 1] for states in self._states], [])[0]
+
+    @torch.no_grad()
+    def _damages(self, variants: Sequence[Block], entering: Sequence[Tensor], above: Sequence[Block]) -> list[float]:
         totals = [0.0] * len(variants)
-        for runner, input_ids in zip(self._runners, self._input_ids, strict=True):
-            states = torch.cat([_run(runner, block, runner.states[block.body]) for block in variants])
-            for layer in range(variants[0].body + 1, self.view.num_layers):
-                states = _run(runner, Block(layer), states)
+        for runner, input_ids, state in zip(self._runners, self._input_ids, entering, strict=True):
+            states = torch.cat([_run(runner, block, state) for block in variants])
+            for block in above:
+                states = _run(runner, block, states)
             sums = kl_divergence(runner, states.split(len(input_ids)), input_ids)
             totals = [total + found for total, found in zip(totals, sums, strict=True)]
         num_tokens = sum(input_ids.numel() for input_ids in self._input_ids)
         return [total / num_tokens if math.isfinite(total) else math.inf for total in totals]
+
+
+def _entering(runner: BlockRunner, blocks: Sequence[Block]) -> list[Tensor]:
+    states = [runner.states[0]]
+    for block in blocks[:-1]:
+        states.append(_run(runner, block, states[-1]))
+    return states
 
 
 def _run(runner: BlockRunner, block: Block, states: Tensor) -> Tensor:

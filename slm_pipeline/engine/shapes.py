@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from slm_pipeline.engine import least_squares
-from slm_pipeline.engine.refit import Refit, Streams, Sums, pass_all, spans
+from slm_pipeline.engine.refit import Refit
 from slm_pipeline.engine.sensitivity import Sensitivity
+from slm_pipeline.engine.streams import Streams, Sums, pass_all, spans
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.ops import LayerSize
@@ -98,7 +99,7 @@ class Fitting:
             for sublayer in (part for part, number in left.items() if number and not as_dense):
                 sums = self.how.sums(fit, block, sublayer)
                 if left[sublayer] < whole[sublayer]:
-                    order = self._order(fit, block, sublayer, sums, whole[sublayer] - left[sublayer])
+                    order = self._order(fit, block, sublayer, sums, whole[sublayer], whole[sublayer] - left[sublayer])
                     stay = _stay(order, whole[sublayer])
                     kept[layer, sublayer] = stay
                     block, sums = self._narrowed(block, sublayer, stay, whole[sublayer], sums)
@@ -115,52 +116,80 @@ class Fitting:
         return pass_all(Streams(self.view, input_ids), fitted.blocks, originals(shape)).divergence()
 
     def damages(
-        self, places: Collection[tuple[int, str]], levels: Mapping[str, Sequence[int]], input_ids: Tensor
+        self,
+        places: Collection[tuple[int, str]],
+        levels: Mapping[str, Sequence[int]],
+        input_ids: Tensor,
+        base: Fitted | None = None,
     ) -> Iterator[tuple[tuple[int, str], dict[int, float]]]:
-        """What it costs to narrow one sublayer of the dense model alone, refitted to put out what it did.
+        """What it costs to narrow one sublayer alone, refitted to put out what it did.
 
         Args:
-            places: the sublayers, as (layer, attention | mlp).
-            levels: sublayer -> numbers of units that stay; 0: it is gone.
-            input_ids: [N, length] int64 tokens on which the KL divergence, in nats, is measured.
+            places: the sublayers, as (layer, attention | mlp); of ``base`` those that it has.
+            levels: sublayer -> numbers of units that stay; 0: it is gone. Of them those that are fewer than there are.
+            input_ids: [N, length] int64 tokens on which the KL divergence from the dense model, in nats, is measured.
+            base: the model whose sublayers are narrowed; None: the dense one.
 
         Yields:
-            Of each place, from the input up: units that stay -> KL divergence.
+            Of each place, from the input up: units that stay -> by how much the KL divergence grows.
         """
         from tqdm import tqdm
 
-        sensitivity, streams = Sensitivity(self.view, input_ids), Streams(self.view, self.fit)
-        own = Refit(ridges=self.how.ridges, weighting=self.how.weighting, target="own_output")
-        for layer in tqdm(range(max(layer for layer, _ in places) + 1), desc="sensitivity", disable=None):
-            streams.look_ahead(layer, layer + 1)
-            for sublayer in (part for part in SUBLAYERS if (layer, part) in places):
-                block = Block(layer)
-                number = self.sizes[layer].heads if sublayer == "attention" else self.sizes[layer].neurons
+        dense = [Block(layer) for layer in range(self.view.num_layers)]
+        blocks, kept = (dense, {}) if base is None else (base.blocks, base.kept)
+        sensitivity, streams = Sensitivity(self.view, input_ids, blocks), Streams(self.view, self.fit)
+        before = 0.0 if base is None else sensitivity.damage()
+        own = Refit(ridges=self.how.ridges, weighting=self.how.weighting, target="as_it_is")
+        last = max((layer for layer, _ in places), default=-1)
+        groups = [[block.body] for block in blocks]
+        ends = spans(groups, self.view.num_layers)
+        for block, span in zip(tqdm(blocks, desc="sensitivity", disable=None), ends, strict=True):
+            if block.body > last:
+                return
+            streams.look_ahead(*span)
+            for sublayer in (part for part in SUBLAYERS if (block.body, part) in places):
+                here = kept.get((block.body, sublayer), torch.arange(self._whole(block.body, sublayer)))
                 sums = own.sums(streams, block, sublayer)
-                order = self._order(streams, block, sublayer, sums, number - 1)
+                order = self._order(streams, block, sublayer, sums, len(here), len(here) - 1, here)
+                fewer = [number for number in levels[sublayer] if number < len(here)]
                 variants = [
-                    self._variant(streams, block, sublayer, _stay(order[: number - left], number), number, sums)
+                    self._variant(streams, block, sublayer, _stay(order[: len(here) - left], len(here)), here, sums)
                     if left
                     else block.lacking(sublayer)
-                    for left in levels[sublayer]
+                    for left in fewer
                 ]
-                yield (layer, sublayer), dict(zip(levels[sublayer], sensitivity.damages(variants), strict=True))
-            streams.pass_through(Block(layer))
+                found = sensitivity.damages(variants) if variants else []
+                yield (block.body, sublayer), {n: of - before for n, of in zip(fewer, found, strict=True)}
+            streams.pass_through(block)
 
-    def _variant(self, streams: Streams, block: Block, sublayer: str, stay: Tensor, number: int, sums: Sums) -> Block:
-        block, sums = self._narrowed(block, sublayer, stay, number, sums)
-        penalty = least_squares.penalty(sums.gram, self.ridge)
-        prior = streams.weight(block, sublayer)
-        return streams.put(block, sublayer, least_squares.solve(sums.gram, sums.moment, prior=prior, penalty=penalty))
+    def _variant(self, streams: Streams, block: Block, sublayer: str, stay: Tensor, here: Tensor, sums: Sums) -> Block:
+        """The block with some of the units that its sublayer has: ``stay`` of ``here``, which are the dense one's."""
+        columns = self._columns(block, sublayer, stay, len(here), len(sums.gram))
+        prior = streams.weight(block, sublayer)[:, columns.to(sums.gram.device)]
+        of_stay = sums.of(columns)
+        penalty = least_squares.penalty(of_stay.gram, self.ridge)
+        weight = least_squares.solve(of_stay.gram, of_stay.moment, prior=prior, penalty=penalty)
+        narrow = self._resized(streams.undone(block, sublayer), sublayer, here[stay])
+        return streams.put(narrow, sublayer, weight)
 
-    def _order(self, streams: Streams, block: Block, sublayer: str, sums: Sums, remove: int) -> Tensor:
-        """Units in the order in which they go, by the optimal brain surgeon around the best weights for the target."""
-        number = self.sizes[block.body].heads if sublayer == "attention" else self.sizes[block.body].neurons
+    def _order(
+        self,
+        streams: Streams,
+        block: Block,
+        sublayer: str,
+        sums: Sums,
+        number: int,
+        remove: int,
+        here: Tensor | None = None,
+    ) -> Tensor:
+        """Of ``number`` units those that go, in that order, by the optimal brain surgeon around the best weights for
+        the target; ``here``: which of the dense model's they are, None: all."""
         penalty = least_squares.penalty(sums.gram, self.ridge)
         prior = streams.weight(block, sublayer)
         weight = least_squares.solve(sums.gram, sums.moment, prior=prior, penalty=penalty)
         columns = sums.gram.shape[0] - (streams.bias(block, sublayer) is not None)  # a bias stays
         fixed = self.fixed.get(block.body) if sublayer == "mlp" else None
+        fixed = fixed if fixed is None or here is None else fixed[here]
         free = number if fixed is None else number - int(fixed.sum())
         if remove > free:  # then what was to stay goes too, last
             fixed = None
@@ -176,18 +205,21 @@ class Fitting:
 
     def _narrowed(self, block: Block, sublayer: str, stay: Tensor, number: int, sums: Sums) -> tuple[Block, Sums]:
         """The block with these units of a sublayer alone, and the sums of what enters its last projection then."""
-        if len(stay) == number:
-            return block, sums
-        is_attention = sublayer == "attention"
-        name = f"{self.view.output_name(sublayer)}.weight"
-        columns = block.parameter(self.view, name).shape[1]
+        columns = self._columns(block, sublayer, stay, number, len(sums.gram))
+        return self._resized(block, sublayer, stay), sums.of(columns)
+
+    def _columns(self, block: Block, sublayer: str, stay: Tensor, number: int, num_inputs: int) -> Tensor:
+        """[kept] int64: of the inputs of a last projection those of some of its ``number`` units, and a bias's."""
+        columns = block.parameter(self.view, f"{self.view.output_name(sublayer)}.weight").shape[1]
         found = torch.arange(columns).view(number, -1)[stay].flatten()
-        if len(sums.gram) > columns:  # the bias
-            found = torch.cat([found, torch.tensor([columns])])
-        block = resize(
-            self.view, block, heads=stay if is_attention else None, neurons=None if is_attention else stay, biases={}
-        )
-        return block, sums.of(found)
+        return torch.cat([found, torch.arange(columns, num_inputs)])
+
+    def _resized(self, block: Block, sublayer: str, stay: Tensor) -> Block:
+        heads, neurons = (stay, None) if sublayer == "attention" else (None, stay)
+        return resize(self.view, block, heads=heads, neurons=neurons, biases={})
+
+    def _whole(self, layer: int, sublayer: str) -> int:
+        return _whole(self.sizes[layer], sublayer)
 
 
 def _stay(order: Tensor, number: int) -> Tensor:
@@ -198,7 +230,11 @@ def _stay(order: Tensor, number: int) -> Tensor:
 
 
 def allocate(
-    damages: Mapping[tuple[int, str], Mapping[int, float]], sizes: Sequence[LayerSize], remove: int, multiple_of: int
+    damages: Mapping[tuple[int, str], Mapping[int, float]],
+    sizes: Sequence[LayerSize],
+    remove: int,
+    multiple_of: int,
+    start: Shape | None = None,
 ) -> Shape | None:
     """The shape with the least sum of damages that lacks at least ``remove`` parameters; None if there is none.
 
@@ -207,28 +243,35 @@ def allocate(
 
     Args:
         damages: (layer, sublayer) -> units that stay -> damage when it alone is so narrow.
+        remove: parameters of the dense model.
+        start: the shape that is narrowed; None: the dense one.
     """
-    left = {place: _whole(sizes[place[0]], place[1]) for place in damages}
+    whole = tuple((size.heads, size.neurons) for size in sizes)
+    shape = {(layer, part): n for layer, of in enumerate(start or whole) for part, n in zip(SUBLAYERS, of, strict=True)}
     stretches = []
     for place, found in damages.items():
-        points = sorted((_gain(sizes[place[0]], place[1], number), number, damage) for number, damage in found.items())
-        at, number, damage, least = 0, left[place], 0.0, -float("inf")
+        size, part = sizes[place[0]], place[1]
+        points = sorted((_gain(size, part, number), number, damage) for number, damage in found.items())
+        at, number, damage, least = _gain(size, part, shape[place]), shape[place], 0.0, -float("inf")
         while ahead := [point for point in points if point[0] > at and point[2] < float("inf")]:
             slope, further = min(((p[2] - damage) / (p[0] - at), p) for p in ahead)
             least = max(least, slope)  # stretches of one line may differ by their rounding
             stretches.append((least, place, number, further[1]))
             at, number, damage = further
-    shape = {(layer, part): _whole(size, part) for layer, size in enumerate(sizes) for part in SUBLAYERS}
-    missing = remove
+
+    def as_shape() -> Shape:
+        return tuple((shape[layer, "attention"], shape[layer, "mlp"]) for layer in range(len(sizes)))
+
+    missing = remove - parameters(whole, sizes) + parameters(as_shape(), sizes)
     for _, place, high, low in sorted(stretches, key=lambda stretch: stretch[0]):
+        if missing <= 0:
+            break
         size, part = sizes[place[0]], place[1]
         step = multiple_of if part == "mlp" else 1
         enough = (n for n in range(high, low, -1) if n % step == 0 and _gained(size, part, high, n) >= missing)
         shape[place] = next(enough, low)
         missing -= _gained(size, part, high, shape[place])
-        if missing <= 0:
-            return tuple((shape[layer, "attention"], shape[layer, "mlp"]) for layer in range(len(sizes)))
-    return None
+    return as_shape() if missing <= 0 else None
 
 
 def _gained(size: LayerSize, sublayer: str, high: int, low: int) -> int:

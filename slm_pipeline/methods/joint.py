@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXPORTS = ("stock", "custom")
-VERSION = 1  # raised when the same candidate gets another number
+VERSION = 2  # raised when the same candidate gets another number
 
 
 @dataclass(kw_only=True)
@@ -45,12 +45,12 @@ class Joint(ProtectsEnds):
 
     ``export=stock``: some layers go, all others lose as many neurons. Which layers: those of ``angular``, of
     ``shortgpt``, and of a greedy search by KL divergence; how many: ``depths`` numbers from none to as many as the
-    target has, then their neighbours. ``export=custom``: every sublayer of the dense model is narrowed alone, to some
-    widths and to nothing, and the KL divergence measured; the least sum of damages at the target, by a Lagrange
-    multiplier, is a candidate. The sum knows nothing of how damages add up, so two numbers are searched, uphill and in
-    smaller steps at last: how much more a damage counts towards the input, and how much more one of attention. Then
-    halving: few tokens for all, twice as many for the
-    better half, and so on; last, ``swaps`` exchanges of a layer that went for its neighbour.
+    target has, then their neighbours. ``export=custom``: every sublayer is narrowed alone, to some widths and to none,
+    and the KL divergence measured; the least sum of damages, by a Lagrange multiplier, is a candidate. The sum knows
+    nothing of how damages add up. So only ``commit`` of the parameters go before the damages are measured again, in the
+    model as it is then, refitted; and each time two numbers are searched, uphill and in smaller steps at last: how much
+    more a damage counts towards the input, and how much more one of attention. Then halving: few tokens for all, twice
+    as many for the better half, and so on; last, ``swaps`` exchanges of a layer that went for its neighbour.
 
     Of the calibration samples an eighth chooses (ridges, candidates), another eighth does nothing but tell, at the end,
     what the chosen plan does to text that no decision has seen.
@@ -66,6 +66,8 @@ class Joint(ProtectsEnds):
     export: str = "stock"
     ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.1])
     depths: Annotated[int, Range(at_least=2, at_most=100)] = 5  # stock: numbers of layers that are tried first
+    # custom: share of the layers' parameters after which the damages are measured again; 1: they are measured once.
+    commit: Annotated[float, Range(above=0, at_most=1)] = 0.1
     search_tokens: Count = 2048  # that the greedy search, or each width of a sublayer, is measured on
     multiple_of: Count = 1  # neurons that stay are a multiple, such as 64
     swaps: Annotated[int, Range(at_least=0, at_most=1000)] = 8  # exchanges tried at the end; 0: none
@@ -209,41 +211,72 @@ class Joint(ProtectsEnds):
         from slm_pipeline.engine.shapes import allocate
 
         sizes = search.fitting.sizes
-        damages = self._damages(problem, search)
-        number = search.num_samples(4)
+        shape: Shape = tuple((size.heads, size.neurons) for size in sizes)
+        places = [(layer, part) for layer in self.candidates(len(sizes)) for part in SUBLAYERS]
+        if allocate({place: {0: 0.0} for place in places}, sizes, remove, 1) is None:
+            raise UserError(f"method=joint: {remove} parameters cannot go; ask for a lower pruning_ratio")
+        step = max(1, round(self.commit * sum(size.whole for size in sizes)))
+        base, point = None, (0.0, 0.0)
+        for goal in [*range(step, remove, step), remove]:
+            damages = self._damages(search, shape, base)
+            point, tried = self._tilted(search, damages, shape, goal, point)
+            shape = tried[point]
+            base = search.fitting.fill(shape, search.num_samples(4)) if goal < remove else None
+        return search.halved(search.ranked(list(tried.values()), divisor=4)[:4])
+
+    def _tilted(
+        self,
+        search: _Search,
+        damages: dict[tuple[int, str], dict[int, float]],
+        shape: Shape,
+        remove: int,
+        best: tuple[float, float],
+    ) -> tuple[tuple[float, float], dict[tuple[float, float], Shape]]:
+        """Uphill from ``best``: the pair of tilts whose shape is best, and the shapes of all that were tried."""
+        from slm_pipeline.engine.shapes import allocate
+
+        sizes, number = search.fitting.sizes, search.num_samples(4)
         tried: dict[tuple[float, float], Shape] = {}
 
         def worth(point: tuple[float, float]) -> float:
             if point not in tried:
-                shape = allocate(_tilted(damages, *point, len(sizes)), sizes, remove, self.multiple_of)
-                if shape is None:
+                found = allocate(tilted(damages, *point, len(sizes)), sizes, remove, self.multiple_of, shape)
+                if found is None:
                     raise UserError(f"method=joint: {remove} parameters cannot go; ask for a lower pruning_ratio")
-                tried[point] = shape
+                tried[point] = found
             return search.kl(tried[point], number)
 
-        best, step = (0.0, 0.0), 1.0
+        step = 1.0
         while step >= 0.5:
             around = [best, *((best[0] + a, best[1] + b) for a, b in ((-step, 0), (step, 0), (0, -step), (0, step)))]
             nearest = min(around, key=worth)
             best, step = (nearest, step) if nearest != best else (best, step / 2)
-        return search.halved(search.ranked(list(tried.values()), divisor=4)[:4])
+        return best, tried
 
-    def _damages(self, problem: PruningProblem, search: _Search) -> dict[tuple[int, str], dict[int, float]]:
-        sizes = search.fitting.sizes
-        layers = self.candidates(len(sizes))
+    def _damages(self, search: _Search, shape: Shape, base: Fitted | None) -> dict[tuple[int, str], dict[int, float]]:
+        """Of each sublayer of the model of this shape, units that stay -> what it costs to narrow it alone."""
+        sizes, memo = search.fitting.sizes, search.memo
+        heads, neurons = sizes[0].heads, sizes[0].neurons
         levels = {
-            "attention": list(range(sizes[0].heads))
-            if sizes[0].heads <= 8
-            else [sizes[0].heads * i // 4 for i in range(4)],
-            "mlp": sorted({sizes[0].neurons * i // 8 // self.multiple_of * self.multiple_of for i in range(8)}),
+            "attention": list(range(heads)) if heads <= 8 else [heads * i // 4 for i in range(4)],
+            "mlp": sorted({neurons * i // 8 // self.multiple_of * self.multiple_of for i in range(8)}),
         }
-        memo, places = search.memo, [(layer, part) for layer in layers for part in SUBLAYERS]
-        unknown = [place for place in places if any(("damage", *place, n) not in memo for n in levels[place[1]])]
-        rows = max(1, self.search_tokens // problem.input_ids.shape[1])
-        for place, found in search.fitting.damages(unknown, levels, search.fitting.choose[:rows]) if unknown else ():
+        of_shape = digest(shape)[:12]
+
+        def key(place: tuple[int, str], number: int) -> tuple[str | int, ...]:
+            return ("damage", of_shape, *place, number)
+
+        widths = {
+            (layer, part): shape[layer][i] for layer in self.candidates(len(sizes)) for i, part in enumerate(SUBLAYERS)
+        }
+        known = {place: [n for n in levels[place[1]] if n < width] for place, width in widths.items() if width}
+        unknown = [place for place, of in known.items() if any(key(place, n) not in memo for n in of)]
+        rows = max(1, self.search_tokens // search.fitting.choose.shape[1])
+        measured = search.fitting.damages(unknown, levels, search.fitting.choose[:rows], base) if unknown else ()
+        for place, found in measured:
             for level, damage in found.items():
-                memo.add(("damage", *place, level), min(damage, 1e9))
-        return {(layer, part): {n: memo["damage", layer, part, n] for n in levels[part]} for layer, part in places}
+                memo.add(key(place, level), min(damage, 1e9))
+        return {place: {n: memo[key(place, n)] for n in of} for place, of in known.items()}
 
     def _swapped(self, search: _Search, best: Shape, depth: int) -> tuple[Shape, Fitted]:
         """The shape, or a better one in which a layer that went has changed places with its neighbour, filled."""
@@ -328,7 +361,7 @@ class _Search:
         return left[0]
 
 
-def _tilted(
+def tilted(
     damages: dict[tuple[int, str], dict[int, float]], tilt: float, attention: float, num_layers: int
 ) -> dict[tuple[int, str], dict[int, float]]:
     """Damages, each times exp(tilt x height), with heights from 1/2 at the input to -1/2, and of attention times

@@ -133,6 +133,11 @@ class ModelView:
         parameters = self.layers[layer].named_parameters()
         return [name for name, parameter in parameters if parameter.ndim == 2]
 
+    def reading_names(self, layer: int, sublayer: str) -> list[str]:
+        """Names, within the block, of the matrices with which a sublayer (attention, mlp) reads what enters it."""
+        children, output = self.sublayer(sublayer), f"{self.output_name(sublayer)}.weight"
+        return [name for name in self.matrix_names(layer) if name.partition(".")[0] in children and name != output]
+
     def sublayer(self, name: str) -> tuple[str, ...]:
         """The children of a block that make up its sublayer ``name`` (attention, mlp), its norms among them."""
         if name == "attention":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
@@ -14,15 +15,21 @@ from slm_pipeline.config.ranges import Range
 from slm_pipeline.errors import UserError
 from slm_pipeline.repair.base import Repair, RepairProblem, extended
 from slm_pipeline.store.files import write_json
+from slm_pipeline.surgery.ops import Op
 from slm_pipeline.surgery.ops.base import SUBLAYERS
+from slm_pipeline.surgery.ops.correct import Correct
 from slm_pipeline.surgery.ops.replace import Replace
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slm_pipeline.engine.refit import Fitted, Streams
+    from slm_pipeline.engine import refit as engine
+    from slm_pipeline.engine.refit import Fitted
+    from slm_pipeline.engine.streams import Streams
     from slm_pipeline.surgery.block import Block
+
+    _Walked = tuple[list[Op], dict[str, np.ndarray], list[dict[str, Any]]]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +60,11 @@ class Refit(Repair):
     one walk in the place of one for each ridge, the one with the least error, projection by projection, which is not
     best for the stack when much has gone. If in the end the KL divergence is no less than before, nothing is changed.
 
+    Then the walk is made again, for each of ``reads``, with what the sublayers read corrected as well. Where the pruned
+    stream still differs from the dense one, a sublayer reads x in the place of h (behind the norm in front of it); the
+    map M nearest to H = M X, by least squares with the ridge towards the identity, goes into its first projections:
+    W' = W M. Again what is no better on the text held out is left alone, and so is the whole if the KL divergence is.
+
     With ``target=own_output`` T is instead what the projection would write if its sublayer were as in the dense model,
     on the states that reach it in the pruned one: that makes up for narrower layers, and not for those that went.
 
@@ -67,11 +79,13 @@ class Refit(Repair):
 
     Scores in the plan: repair, with num_tokens and num_held_out; divergence, for the model pruned and repaired the KL
     divergence in nats and the share of tokens with the dense model's most likely next one, on the text held out;
-    ridges, the KL divergence with each that was tried for all; and layers, for each layer by its lowest original what
-    became of its projections.
+    ridges and reads, the KL divergence with each that was tried for all; and layers, for each layer by its lowest
+    original what became of its projections.
     """
 
     ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.01, 0.1, 1.0])
+    # Ridges with which what sublayers read is corrected too, after the best of `ridges` is known; []: it is not.
+    reads: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.1, 1.0])
     weighting: str = "inverse_square"  # inverse_square | none: how much a token counts
     target: str = "dense_stream"  # dense_stream | own_output: what a projection is to write
     sublayers: str = "both"  # both | attention | mlp: whose last projections get new weights
@@ -91,7 +105,7 @@ class Refit(Repair):
             raise UserError("repair.calibration.num_samples=1 must be at least 2: one sample is held out")
 
     def repair(self, problem: RepairProblem) -> Plan:
-        from slm_pipeline.engine.refit import Streams, first_changed, pass_all
+        from slm_pipeline.engine.streams import Streams, first_changed, pass_all
         from slm_pipeline.surgery.apply import planned_blocks
 
         view, plan = problem.view, problem.plan
@@ -100,34 +114,42 @@ class Refit(Repair):
             return plan
         to_fit, held_out = self._split(problem)
         pruned = pass_all(Streams(view, held_out), blocks, groups).divergence()
-        tried: dict[str, float] = {}
-        best, failure = None, None
-        for ridges in [[ridge] for ridge in self.ridges] if self.choice == "stack" else [self.ridges]:
-            name = ", ".join(f"{ridge:g}" for ridge in ridges)
+        tried: dict[str, dict[str, float]] = {"ridges": {}, "reads": {}}
+        best: tuple[float, float, _Walked] | None = None
+        failure = None
+        by_ridge = [[ridge] for ridge in self.ridges] if self.choice == "stack" else [self.ridges]
+        walks: list[tuple[list[float], float | None]] = [(ridges, None) for ridges in by_ridge]
+        while walks:
+            ridges, reads = walks.pop(0)
+            option, name = (
+                ("ridges", ", ".join(map("{:g}".format, ridges))) if reads is None else ("reads", f"{reads:g}")
+            )
             fitted, other = Streams(view, to_fit), Streams(view, held_out)
             try:
-                walked = self._walk(problem, fitted, other, blocks, groups, ridges)
-                divergence = other.divergence()
+                walked = self._walk(problem, fitted, other, blocks, groups, self._how(ridges, reads))
+                kl, same = other.divergence()
             except UserError as error:  # a ridge too small to solve leaves the others
                 failure = error
-                log.warning("refit: ridge %s: %s", name, error)
-                continue
-            tried[name] = divergence[0]
-            if best is None or divergence[0] < best[0][0]:
-                best = divergence, walked
+                log.warning("refit: %s %s: %s", option, name, error)
+            else:
+                tried[option][name] = kl
+                if best is None or kl < best[0]:
+                    best, best_ridges = (kl, same, walked), ridges
+            if not walks and reads is None and best is not None:
+                walks = [(best_ridges, reads) for reads in self.reads]
         if best is None:
             assert failure is not None
             raise failure
-        repaired, (ops, tensors, layers) = best
+        *repaired, (ops, tensors, layers) = best
         found = {
             "name": self.name,
             "num_tokens": to_fit.numel(),
             "num_held_out": held_out.numel(),
             "divergence": {
                 name: {"kl": kl, "same_top_1": same}
-                for name, (kl, same) in (("pruned", pruned), ("repaired", repaired))
+                for name, (kl, same) in (("pruned", pruned), ("repaired", tuple(repaired)))
             },
-            "ridges": tried,
+            **tried,
             "layers": layers,
         }
         log.info("refit: KL from the dense model %.4f -> %.4f on text held out", pruned[0], repaired[0])
@@ -168,6 +190,12 @@ class Refit(Repair):
             )
         return problem.input_ids[fitted], problem.input_ids[chosen]
 
+    def _how(self, ridges: list[float], reads: float | None) -> engine.Refit:
+        from slm_pipeline.engine.refit import Refit as HowToRefit
+
+        sublayers = SUBLAYERS if self.sublayers == "both" else (self.sublayers,)
+        return HowToRefit(ridges, self.weighting, self.target, sublayers, reads)
+
     def _walk(
         self,
         problem: RepairProblem,
@@ -175,44 +203,39 @@ class Refit(Repair):
         other: Streams,
         blocks: list[Block],
         groups: list[list[int]],
-        ridges: list[float],
-    ) -> tuple[list[Replace], dict[str, np.ndarray], list[dict[str, Any]]]:
+        how: engine.Refit,
+    ) -> _Walked:
         """The operations that put new weights in, their tensors, and what became of each layer; both streams are at the
         top then."""
         from tqdm import tqdm
 
-        from slm_pipeline.engine import refit
+        from slm_pipeline.engine.streams import first_changed, spans
 
-        sublayers = SUBLAYERS if self.sublayers == "both" else (self.sublayers,)
-        how = refit.Refit(ridges, self.weighting, self.target, sublayers)
-        first = refit.first_changed(blocks, groups, problem.view.num_layers)
-        ops: list[Replace] = []
+        first = first_changed(blocks, groups, problem.view.num_layers)
+        ops: list[Op] = []
         tensors: dict[str, np.ndarray] = {}
         layers: list[dict[str, Any]] = []
         prefix = _free_prefix(problem.plan)
-        spans = refit.spans(groups, problem.view.num_layers)
-        for position, (block, span) in enumerate(zip(tqdm(blocks, desc="refit", disable=None), spans, strict=True)):
+        walk = "_".join(map("{:g}".format, how.ridges)) + ("" if how.reads is None else f"_reads_{how.reads:g}")
+        dense_layers = spans(groups, problem.view.num_layers)
+        for position, (block, span) in enumerate(
+            zip(tqdm(blocks, desc="refit", disable=None), dense_layers, strict=True)
+        ):
             for streams in (fitted, other):
                 streams.look_ahead(*span)
             if first is not None and position >= first:
-                name = f"{prefix}.{groups[position][0]}"
-                found = _Kept(problem, f"{name}.{'_'.join(f'{ridge:g}' for ridge in ridges)}")
+                layer = groups[position][0]
+                found = _Kept(problem, f"{prefix}.{layer}.{walk}")
                 if not found.is_there:
-                    new, what = how.layer(fitted, other, block)
-                    found.write(_weights(fitted, new, what), what)
+                    _, what = how.layer(fitted, other, block)
+                    found.write(what)
                 kept, what_json = found.read()
-                if kept:
-                    for sublayer in (part for part in SUBLAYERS if part in kept):
-                        block = _put(fitted, block, sublayer, kept)
-                    op = Replace(
-                        (groups[position][0],),
-                        tuple(part for part in SUBLAYERS if part in kept),
-                        name,
-                        biases=tuple(part for part in SUBLAYERS if f"{part}_bias" in kept) or None,
-                    )
+                of_layer = {f"{prefix}.{layer}.{key}": value for key, value in kept.items()}
+                for op in _ops(layer, f"{prefix}.{layer}", kept):
+                    block = op.apply(problem.view, [block], of_layer) or block
                     ops.append(op)
-                    tensors |= {f"{name}.{key}": value for key, value in kept.items()}
-                layers.append({"layer": groups[position][0], "projections": what_json})
+                tensors |= of_layer
+                layers.append({"layer": layer, "projections": what_json})
             for streams in (fitted, other):
                 streams.pass_through(block)
         return ops, tensors, layers
@@ -239,13 +262,15 @@ class _Kept:
     def is_there(self) -> bool:
         return all((self.problem.out / file).is_file() for file in self._files)
 
-    def write(self, weights: dict[str, np.ndarray], what: list[Fitted]) -> None:
+    def write(self, what: list[Fitted]) -> None:
         from safetensors.numpy import save_file
 
+        found = {name: value for of_one in what for name, value in of_one.tensors.items()}
+        weights = {name: value.float().cpu().contiguous().numpy() for name, value in found.items()}
         tensors, record = (self.problem.out / file for file in self._files)
         tensors.parent.mkdir(exist_ok=True)
         save_file(weights, tensors)
-        write_json(record, [asdict(of_one) for of_one in what])
+        write_json(record, [of_one.as_json() for of_one in what])
         self.problem.note_complete(*self._files)
 
     def read(self) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
@@ -255,24 +280,10 @@ class _Kept:
         return load_file(tensors), json.loads(record.read_text(encoding="utf-8"))
 
 
-def _weights(streams: Streams, block: Block, what: list[Fitted]) -> dict[str, np.ndarray]:
-    """What was fitted of a block, by the names of its tensors in the plan; as exact as the model's own dtype."""
-    found = {}
-    for sublayer in (of_one.sublayer for of_one in what if of_one.ridge is not None):
-        output = streams.view.output_name(sublayer)
-        found[sublayer] = block.replaced[f"{output}.weight"]
-        if streams.bias(block, sublayer) is not None:
-            found[f"{sublayer}_bias"] = block.replaced[f"{output}.bias"]
-    return {name: value.float().cpu().contiguous().numpy() for name, value in found.items()}
-
-
-def _put(streams: Streams, block: Block, sublayer: str, kept: dict[str, np.ndarray]) -> Block:
-    import torch
-
-    from slm_pipeline.surgery.ops.replace import written
-
-    output = streams.view.output_name(sublayer)
-    found = {f"{output}.weight": kept[sublayer]}
-    if f"{sublayer}_bias" in kept:
-        found[f"{output}.bias"] = kept[f"{sublayer}_bias"]
-    return written(streams.view, block, {name: torch.from_numpy(value) for name, value in found.items()})
+def _ops(layer: int, prefix: str, kept: Collection[str]) -> list[Op]:
+    """Operations on one layer, that take these of its tensors from the plan."""
+    reads = tuple(part for part in SUBLAYERS if f"reads.{part}" in kept)
+    writes = tuple(part for part in SUBLAYERS if part in kept)
+    biases = tuple(part for part in SUBLAYERS if f"{part}_bias" in kept) or None
+    ops: list[Op] = [Correct((layer,), reads, f"{prefix}.reads")] if reads else []
+    return [*ops, Replace((layer,), writes, prefix, biases=biases)] if writes else ops

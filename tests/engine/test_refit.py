@@ -10,7 +10,8 @@ from conftest import random_source
 from plans import narrowing
 
 from slm_pipeline.engine import least_squares
-from slm_pipeline.engine.refit import Fitted, Refit, Streams, Sums, first_changed, pass_all, spans
+from slm_pipeline.engine.refit import Fitted, Refit
+from slm_pipeline.engine.streams import Streams, Sums, first_changed, pass_all, spans
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
@@ -71,6 +72,42 @@ def naive_fit(inputs, wanted, weight, tokens, ridge=RIDGE):
     left = torch.cat([inputs * root, penalty**0.5 * torch.eye(size, dtype=torch.float64)])
     right = torch.cat([wanted * root, penalty**0.5 * weight.T])
     return torch.linalg.lstsq(left, right).solution.T
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "olmo2"])
+def test_a_map_in_front_of_what_reads_is_that_of_brute_force_least_squares(architecture):
+    """Layer 1 is dropped: layer 2, where the streams differ, reads other states than in the dense model. OLMo 2 has no
+    norm in front of its sublayers, GPT-NeoX has both side by side."""
+    model = lively(architecture)
+    view = ModelView(model)
+    streams = Streams(view, IDS)
+    for block, span in zip((Block(0), Block(2)), ((0, 2), (2, 3)), strict=True):
+        streams.look_ahead(*span)
+        if block.body == 0:
+            streams.pass_through(block)
+    pruned = apply(plan_of(Drop((1,))), copy.deepcopy(model))
+    for part in SUBLAYERS:
+        reads: list[torch.Tensor] = []
+        for which, layer in ((model, 2), (pruned, 1)):
+            module = (
+                ModelView(which).layers[layer].get_submodule(view.reading_names(2, part)[0].removesuffix(".weight"))
+            )
+            hook = module.register_forward_pre_hook(
+                lambda _, args, reads=reads: reads.append(args[0].flatten(0, 1).double())
+            )
+            which(input_ids=IDS, use_cache=False)
+            hook.remove()
+        wanted, inputs = reads
+        identity = torch.eye(inputs.shape[1], dtype=torch.float64)
+        expected = naive_fit(inputs, wanted, identity, 1 / wanted.square().mean(dim=1))
+        block, what = Refit([1.0]).reading(streams, streams, Block(2), part, RIDGE)
+        torch.testing.assert_close(what.tensors[f"reads.{part}"], expected, rtol=1e-4, atol=1e-5)
+        assert (what.sublayer, what.ridge, what.reads) == (part, RIDGE, True)
+        assert 0 < what.after < what.before
+        for name in view.reading_names(2, part):
+            weight = view.layers[2].get_parameter(name).double() @ expected
+            torch.testing.assert_close(block.replaced[name].double(), weight, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()

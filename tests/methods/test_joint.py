@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -14,9 +15,10 @@ from problems import problem_of
 from slm_pipeline.config import CONF_DIR
 from slm_pipeline.config.groups import build
 from slm_pipeline.engine import shapes
-from slm_pipeline.engine.refit import Refit, Streams, first_changed, spans
+from slm_pipeline.engine.refit import Refit
 from slm_pipeline.engine.shapes import Fitting, allocate, originals, parameters
 from slm_pipeline.engine.statistics import collect
+from slm_pipeline.engine.streams import Streams, first_changed, spans
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.joint import _parts
 from slm_pipeline.models.loading import load_dense
@@ -155,9 +157,10 @@ def test_neurons_that_stay_are_a_multiple(ask):
     assert {op.neurons % 8 for op in plan.ops if op.name == "resize"} == {0}
 
 
-@pytest.mark.parametrize("export", ["stock", "custom"])
-def test_a_killed_search_goes_on_and_ends_the_same(ask, export, tmp_path, monkeypatch):
-    whole = joint(export=export, swaps=2).plan(ask(num_remove=1, memo=tmp_path / "whole"))
+@pytest.mark.parametrize(("export", "commit"), [("stock", 1.0), ("custom", 1.0), ("custom", 0.1)])
+def test_a_killed_search_goes_on_and_ends_the_same(ask, export, commit, tmp_path, monkeypatch):
+    options = {"export": export, "commit": commit, "swaps": 2}
+    whole = joint(**options).plan(ask(num_remove=1, memo=tmp_path / "whole"))
     filled = []
     fill = Fitting.fill
 
@@ -171,16 +174,17 @@ def test_a_killed_search_goes_on_and_ends_the_same(ask, export, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(shapes.Fitting, "fill", killed)
         with pytest.raises(KeyboardInterrupt):
-            joint(export=export, swaps=2).plan(ask(num_remove=1, memo=tmp_path / "killed"))
+            joint(**options).plan(ask(num_remove=1, memo=tmp_path / "killed"))
     again = []
     monkeypatch.setattr(Fitting, "fill", lambda self, shape, n: again.append((shape, n)) or fill(self, shape, n))
-    plan = joint(export=export, swaps=2).plan(ask(num_remove=1, memo=tmp_path / "killed"))
+    plan = joint(**options).plan(ask(num_remove=1, memo=tmp_path / "killed"))
     assert plan.content() == whole.content()
     assert plan.scores == whole.scores
-    assert not set(filled) & {shape for shape, n in again[:-1] if n == 2}  # what was known is not filled again
+    if commit == 1.0:  # else those of the best that commit a part are, since sublayers are narrowed from there
+        assert not set(filled) & {shape for shape, n in again[:-1] if n == 2}  # what was known is not filled again
     again.clear()
-    joint(export=export, swaps=2).plan(ask(num_remove=1, memo=tmp_path / "killed"))
-    assert len(again) == 1  # the last, for its units
+    joint(**options).plan(ask(num_remove=1, memo=tmp_path / "killed"))
+    assert len(again) == (1 if commit == 1.0 else 2)  # the last, for its units
 
 
 @pytest.mark.parametrize(
@@ -231,13 +235,78 @@ def test_samples_that_overlap_are_fitted_or_choose_and_not_both(caplog):
     assert "all calibration samples overlap" in caplog.messages[0]
 
 
+@torch.no_grad()
+def test_what_a_sublayer_of_a_model_already_pruned_does_is_measured_in_that_model():
+    """Against blocks put together here: the sublayer gone, and narrower with the weights of plain least squares."""
+    _, model = lively()
+    view = ModelView(model)
+    ids = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(2))
+    fit = fitting(view, ids, how=Refit([0.1]), ridge=0.1)
+    shape = ((2, 48), (1, 30), (0, 0), (2, 48), (0, 20), (2, 40))
+    base = fit.fill(shape, 6)
+    levels = {"attention": [0, 1], "mlp": [0, 12, 24]}
+    places = [(1, "attention"), (1, "mlp"), (3, "mlp"), (4, "mlp")]
+    damages = dict(fit.damages(places, levels, ids[6:8], base))
+    assert {place: list(found) for place, found in damages.items()} == {
+        (1, "attention"): [0], (1, "mlp"): [0, 12, 24], (3, "mlp"): [0, 12, 24], (4, "mlp"): [0, 12],
+    }  # fmt: skip
+
+    def kl(position, block):
+        blocks = [*base.blocks]
+        blocks[position] = block
+        streams = shapes.pass_all(Streams(view, ids[6:8]), blocks, originals(shape))
+        return streams.divergence()[0] - base.kl
+
+    assert damages[1, "attention"][0] == pytest.approx(kl(1, base.blocks[1].lacking("attention")), abs=1e-5)
+    assert damages[4, "mlp"][0] == pytest.approx(kl(3, base.blocks[3].lacking("mlp")), abs=1e-5)
+    streams = Streams(view, ids[:6])
+    streams.look_ahead(0, 1)
+    streams.pass_through(base.blocks[0])
+    inputs = streams._runner.inputs_of(base.blocks[1], streams.pruned, "mlp").double()
+    name = f"{view.output_name('mlp')}.weight"
+    weight = base.blocks[1].replaced[name].double()
+    streams.look_ahead(1, 3)
+    sums = Refit([0.1], target="as_it_is").sums(streams, base.blocks[1], "mlp")
+    stay = shapes._stay(fit._order(streams, base.blocks[1], "mlp", sums, 30, 29, base.kept[1, "mlp"])[:18], 30)
+    root = (1 / streams.leaving.flatten(0, 1).double().square().mean(dim=1)).sqrt()[:, None]
+    penalty = 0.1 * float((inputs[:, stay] * root).square().sum(dim=0).mean())
+    left = torch.cat([inputs[:, stay] * root, penalty**0.5 * torch.eye(12, dtype=torch.float64)])
+    right = torch.cat([inputs @ weight.T * root, penalty**0.5 * weight[:, stay].T])
+    solved = torch.linalg.lstsq(left, right).solution.T
+    narrow = {n: v[base.kept[1, "mlp"]][stay] for n, v in view.layers[1].named_parameters() if n.startswith("mlp.")
+              and n != name}  # fmt: skip
+    block = dataclasses.replace(base.blocks[1], replaced={**base.blocks[1].replaced, **narrow, name: solved.float()})
+    assert damages[1, "mlp"][12] == pytest.approx(kl(1, block), abs=1e-4)
+
+
+def test_committing_a_part_first_measures_again_and_narrows_what_is_left(ask, monkeypatch):
+    bases = []
+    damages = Fitting.damages
+
+    def seen(self, places, levels, input_ids, base=None):
+        bases.append(base)
+        return damages(self, places, levels, input_ids, base)
+
+    monkeypatch.setattr(Fitting, "damages", seen)
+    problem = ask(num_parameters=9000)
+    plan = joint(export="custom", commit=0.1, swaps=0).plan(problem)
+    sizes = layer_sizes(problem.view)
+    block_parameters = sum(size.whole for size in sizes)
+    assert len(bases) == -(-9000 // round(0.1 * block_parameters))
+    kept = [{place: len(stay) for place, stay in base.kept.items()} for base in bases if base]
+    final = {(op.layers[0], part): getattr(op, unit) for op in plan.ops if op.name == "resize"
+             for part, unit in (("attention", "heads"), ("mlp", "neurons"))}  # fmt: skip
+    for place, number in kept[-1].items():  # what has gone stays gone
+        assert place[0] in plan.dropped or final.get(place) is None or final[place] <= number
+
+
 def test_sensitivities_that_are_known_are_not_measured_again(ask, tmp_path, monkeypatch):
     measured = []
     damages = Fitting.damages
 
     def until(number):
-        def some(self, places, levels, input_ids):
-            for place, found in damages(self, places, levels, input_ids):
+        def some(self, *about):
+            for place, found in damages(self, *about):
                 if len(measured) == number:
                     raise KeyboardInterrupt
                 measured.append(place)
@@ -247,9 +316,9 @@ def test_sensitivities_that_are_known_are_not_measured_again(ask, tmp_path, monk
 
     monkeypatch.setattr(Fitting, "damages", until(5))
     with pytest.raises(KeyboardInterrupt):
-        joint(export="custom", swaps=0).plan(ask(num_remove=1, memo=tmp_path))
+        joint(export="custom", commit=1.0, swaps=0).plan(ask(num_remove=1, memo=tmp_path))
     monkeypatch.setattr(Fitting, "damages", until(None))
-    plan = joint(export="custom", swaps=0).plan(ask(num_remove=1, memo=tmp_path))
+    plan = joint(export="custom", commit=1.0, swaps=0).plan(ask(num_remove=1, memo=tmp_path))
     assert measured == [(layer, part) for layer in range(6) for part in ("attention", "mlp")]
     monkeypatch.setattr(Fitting, "damages", damages)
-    assert plan.content() == joint(export="custom", swaps=0).plan(ask(num_remove=1)).content()
+    assert plan.content() == joint(export="custom", commit=1.0, swaps=0).plan(ask(num_remove=1)).content()

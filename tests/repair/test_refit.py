@@ -15,6 +15,7 @@ from repairs import plan_of, refit
 
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.engine import refit as engine
+from slm_pipeline.engine.streams import Streams
 from slm_pipeline.errors import UserError
 from slm_pipeline.models import checkpoint
 from slm_pipeline.models.architectures import ARCHITECTURES
@@ -22,6 +23,7 @@ from slm_pipeline.models.loading import load_checkpoint, load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.store.unfinished import drop_incomplete
 from slm_pipeline.surgery.apply import apply
+from slm_pipeline.surgery.ops.correct import Correct
 from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.ops.drop_sublayer import DropSublayer
 from slm_pipeline.surgery.ops.fold import Fold
@@ -152,7 +154,7 @@ def test_weights_stay_where_the_fit_does_not_help_on_other_text(make_problem):
 @pytest.mark.parametrize("after", [(2.0, 0.5), (1.0, 0.5)])
 def test_nothing_changes_if_the_whole_model_is_no_closer_on_other_text(after, make_problem, monkeypatch):
     found = iter([(1.0, 0.5), after])
-    monkeypatch.setattr(engine.Streams, "divergence", lambda self: next(found))
+    monkeypatch.setattr(Streams, "divergence", lambda self: next(found))
     plan = plan_of(Drop((3,)))
     repaired = refit(choice="projection").repair(make_problem(lively(), plan))
     assert any(of["ridge"] for of in what(repaired).values())
@@ -181,6 +183,25 @@ def test_a_repaired_plan_is_repaired_again_and_both_weights_are_kept(make_proble
     assert twice.scores["repair"]["divergence"]["pruned"]["kl"] == pytest.approx(kl[0], rel=1e-5)
 
 
+def test_what_is_read_is_corrected_after_the_ridge_is_known_if_that_brings_the_model_closer(make_problem, tmp_path):
+    model, plan = lively(), plan_of(Drop((2, 3)))
+    writes = refit(ridges=[0.001, 0.1]).repair(make_problem(model, plan, out=tmp_path / "writes"))
+    both = refit(ridges=[0.001, 0.1], reads=[1e6, 0.1]).repair(make_problem(model, plan, out=tmp_path / "both"))
+    tried = both.scores["repair"]
+    assert tried["ridges"] == writes.scores["repair"]["ridges"]
+    kl, best = tried["reads"], min(tried["ridges"].values())
+    assert list(kl) == ["1e+06", "0.1"]
+    assert kl["1e+06"] == pytest.approx(best, rel=1e-3)  # a map that hardly leaves the identity
+    assert tried["divergence"]["repaired"]["kl"] == min(*kl.values(), best)
+    alone = refit(ridges=[float(min(tried["ridges"], key=tried["ridges"].__getitem__))], reads=[0.1])
+    found = alone.repair(make_problem(model, plan, out=tmp_path / "alone"))
+    assert found.scores["repair"]["reads"]["0.1"] == kl["0.1"] < best
+    assert found.content() == both.content() != writes.content()
+    corrections = [op for op in found.ops if isinstance(op, Correct)]
+    assert [op.layers for op in corrections] == [(4,), (5,)]  # what enters layer 1 is the dense stream, above it is not
+    assert {name.split(".", 2)[2] for name in found.tensors} >= {"attention", "reads.attention", "reads.mlp"}
+
+
 def test_one_ridge_is_chosen_for_the_stack_by_what_it_does_to_the_whole_model(make_problem, tmp_path):
     model, plan = lively(), plan_of(Drop((2, 3)))
     alone = {r: refit(ridges=[r]).repair(make_problem(model, plan, out=tmp_path / f"{r}")) for r in (0.001, 0.1, 10.0)}
@@ -206,14 +227,14 @@ def test_a_ridge_that_cannot_be_solved_leaves_the_others(make_problem, tmp_path,
     found = refit(ridges=[1e-9, 0.1]).repair(make_problem(model, plan, out=tmp_path / "both"))
     assert found.content() == alone.content()
     assert list(found.scores["repair"]["ridges"]) == ["0.1"]
-    assert "refit: ridge 1e-09: the inputs are linearly dependent" in caplog.messages
+    assert "refit: ridges 1e-09: the inputs are linearly dependent" in caplog.messages
     with pytest.raises(UserError, match="the inputs are linearly dependent"):
         refit(ridges=[1e-9]).repair(make_problem(model, plan, out=tmp_path / "none"))
 
 
 def test_a_killed_repair_goes_on_after_its_last_layer_and_ends_the_same(make_problem, tmp_path, monkeypatch):
     model, plan, out = lively(), plan_of(Drop((1,))), tmp_path / "killed"
-    expected = refit(ridges=[0.1]).repair(make_problem(model, plan))
+    expected = refit(ridges=[0.1], reads=[1.0]).repair(make_problem(model, plan))
     whole, fitted = engine.Refit.layer, []
 
     def until(number):
@@ -227,7 +248,7 @@ def test_a_killed_repair_goes_on_after_its_last_layer_and_ends_the_same(make_pro
 
     monkeypatch.setattr(engine.Refit, "layer", until(2))
     with pytest.raises(KeyboardInterrupt):
-        refit(ridges=[0.1]).repair(make_problem(model, plan, out=out))
+        refit(ridges=[0.1], reads=[1.0]).repair(make_problem(model, plan, out=out))
     assert fitted == [0, 2]
     damaged = out / "layers" / "refit.2.0.1.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
@@ -236,8 +257,8 @@ def test_a_killed_repair_goes_on_after_its_last_layer_and_ends_the_same(make_pro
     assert sorted(path.name for path in (out / "layers").iterdir()) == ["refit.0.0.1.json", "refit.0.0.1.safetensors"]
     fitted.clear()
     monkeypatch.setattr(engine.Refit, "layer", until(None))
-    repaired = refit(ridges=[0.1]).repair(make_problem(model, plan, out=out))
-    assert fitted == [2, 3, 4, 5]
+    repaired = refit(ridges=[0.1], reads=[1.0]).repair(make_problem(model, plan, out=out))
+    assert fitted == [2, 3, 4, 5, 0, 2, 3, 4, 5]  # the second time with what is read
     for name, found in (("a", expected), ("b", repaired)):
         found.write(tmp_path / name / "plan.json")
     assert len({(tmp_path / name / "plan.json").read_bytes() for name in "ab"}) == 1
@@ -277,7 +298,8 @@ def test_after_every_kind_of_plan_the_model_is_closer_and_what_is_saved_is_what_
     for name, plan in kinds_of_plans().items():
         if name not in SAVED and architecture not in ("llama", "opt", "gpt_neox"):
             continue
-        repaired = refit(ridges=[0.1, 10.0]).repair(make_problem(model, plan, out=tmp_path / name))
+        how = refit(ridges=[0.1], reads=[10.0])
+        repaired = how.repair(make_problem(model, plan, out=tmp_path / name))
         found = repaired.scores["repair"]["divergence"]
         assert found["repaired"]["kl"] < found["pruned"]["kl"], name
         repaired.write(tmp_path / name / "plan.json")
@@ -315,6 +337,7 @@ def test_a_norm_behind_the_last_projections_is_no_obstacle(architecture):
         ({"sublayers": "all"}, "repair.sublayers='all' is not one of both, attention, mlp"),
         ({"ridges": []}, r"repair.ridges=\[\] must name at least one"),
         ({"ridges": [0.0]}, r"repair.ridges.*0"),
+        ({"reads": [0.0]}, r"repair.reads.*0"),
         ({"held_out": 0.0}, "repair.held_out"),
         ({"held_out": 1.0}, "repair.held_out"),
     ],

@@ -29,5 +29,5 @@ def read_op(values: Mapping[str, Any], tensors: Tensors, where: str) -> Op:
     """
     kind = values.get("op")
     if not isinstance(kind, str) or kind not in OPS:
-        raise UserError(f"{where} is {short(kind)}; this version knows {', '.join(OPS)}")
+        raise UserError(f"{where} is {short(kind)}; this version knows {', '.join(sorted(OPS))}")
     return OPS[kind].from_json(values, tensors, where)

@@ -58,13 +58,13 @@ class Replace(Op):
         prefix = values.get("tensors")
         sublayers: Any = values.get("sublayers")
         biases: Any = values.get("biases")
-        _check_some(sublayers, SUBLAYERS, "sublayers", where)
+        check_some(sublayers, SUBLAYERS, "sublayers", where)
         for sublayer in sublayers:
-            _check_floats(tensors, f"{prefix}.{sublayer}", 2, where)
+            check_floats(tensors, f"{prefix}.{sublayer}", 2, where)
         if biases is not None:
-            _check_some(biases, sublayers, "biases", where)
+            check_some(biases, sublayers, "biases", where)
             for sublayer in biases:
-                _check_floats(tensors, f"{prefix}.{sublayer}_bias", 1, where)
+                check_floats(tensors, f"{prefix}.{sublayer}_bias", 1, where)
         return cls(layers, tuple(sublayers), str(prefix), None if biases is None else tuple(biases))
 
     def tensor_names(self) -> list[str]:
@@ -124,13 +124,14 @@ def written(view: ModelView, block: Block, parameters: Mapping[str, Tensor]) -> 
     return replace(block, replaced=replaced)
 
 
-def _check_some(values: Any, allowed: Sequence[str], key: str, where: str) -> None:
+def check_some(values: Any, allowed: Sequence[str], key: str, where: str) -> None:
     """Raise `UserError` unless it is a list of some of ``allowed``, in their order, each once."""
     if not isinstance(values, list) or not values or values != [value for value in allowed if value in values]:
         raise UserError(f"{where}: {key}={short(values)} must be one or all of {', '.join(allowed)}, in this order")
 
 
-def _check_floats(tensors: Tensors, name: str, ndim: int, where: str) -> None:
+def check_floats(tensors: Tensors, name: str, ndim: int, where: str) -> None:
+    """Raise `UserError` unless the tensor of this name is a matrix (``ndim`` 2) or a row (1) of finite floats."""
     tensor = read_tensor(tensors, name, where)
     if tensor.dtype.kind != "f" or tensor.ndim != ndim or not np.isfinite(tensor).all():
         what = "a matrix" if ndim == 2 else "a row"

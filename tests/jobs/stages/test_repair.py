@@ -19,7 +19,8 @@ from slm_pipeline.surgery.ops.replace import Replace
 from slm_pipeline.surgery.plan import Plan
 
 RANK = 4
-REFIT = ["repair=refit", "repair.calibration.num_samples=8", "repair.calibration.seq_len=64", "repair.ridges=[0.1]"]
+OF_REPAIR = ["ridges=[0.1]", "reads=[0.1]", "calibration.num_samples=8", "calibration.seq_len=64"]
+REFIT = ["repair=refit", *(f"repair.{option}" for option in OF_REPAIR)]
 ALONE = ["recovery=none", "evaluation=none"]
 
 
@@ -174,7 +175,7 @@ def test_killed_between_layers_it_goes_on_and_ends_the_same(whole, job, tmp_path
     assert len(list((partial / "layers").glob("*.json"))) == 2
 
     def rest(self, streams, other, block):
-        assert block.body not in fitted
+        assert self.reads is not None or block.body not in fitted  # what is read is corrected in a second walk
         return layer(self, streams, other, block)
 
     monkeypatch.setattr(refit.Refit, "layer", rest)

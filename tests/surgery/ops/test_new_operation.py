@@ -62,7 +62,7 @@ def test_a_name_is_taken_once(monkeypatch):
 
 
 def test_whoever_does_not_know_it_says_so():
-    with pytest.raises(UserError, match="^the plan: op 3 is 'damp'; this version knows drop, "):
+    with pytest.raises(UserError, match="^the plan: op 3 is 'damp'; this version knows correct, drop, "):
         read_op({"op": "damp", "layers": [1], "factor": 0.5}, {}, "the plan: op 3")
 
 
