@@ -109,11 +109,11 @@ def test_a_stored_model_that_is_too_large_is_to_be_streamed(sound_models, tmp_pa
 def test_a_dry_run_says_what_is_taken_and_warns_of_what_is_not_there(tmp_path, monkeypatch):
     *stages, last = run_slm(*job_of(tmp_path), "dry_run=true").out.splitlines()
     assert all(line.endswith(" GB of main memory") for line in (*stages, last))
-    monkeypatch.setattr(needs.memory, "of_machine", lambda: 1_200_000_000)
+    monkeypatch.setattr(needs.memory, "of_machine", lambda: 1_250_000_000)
     warnings = [line for line in run_slm(*job_of(tmp_path), "dry_run=true").out.splitlines() if "warning" in line]
     assert warnings[0].startswith("warning: calibrate takes 1.")
     assert warnings[0].endswith(
-        "by the estimate, and there are 1.20; calibration.num_samples=8 would fit, by the estimate"
+        "by the estimate, and there are 1.25; calibration.num_samples=8 would fit, by the estimate"
     )
 
 
