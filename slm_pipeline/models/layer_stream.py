@@ -28,7 +28,7 @@ from slm_pipeline.models.json_files import read_json
 from slm_pipeline.models.stored_tensors import Stored, check_stored_as, find, stored_tensors
 from slm_pipeline.models.view import ModelView
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _READERS = 4  # threads that copy the tensors of a block
 
 
@@ -36,7 +36,7 @@ class LayerStream:
     """The blocks of one model, of which the one that runs and the next are in memory.
 
     Args:
-        model: its blocks' parameters are mapped tensors; those that have become something else since are moved alike.
+        model: its blocks' parameters are mapped tensors, or such as have been put in their place since.
         device: where blocks run.
         files: what the mapped tensors lie in.
         place: how messages call the model.
@@ -168,42 +168,26 @@ def load_streamed(model_class: Any, place: Path, config: ModelConfig, device: to
     Raises:
         UserError: a tensor is missing, of another shape, or of another type than ``model.dtype``, or not finite.
     """
-    settings, tensors = (
-        _described(model_class, place, config),
-        stored_tensors(place, read_json(place / "config.json"), [], []),
-    )
+    settings = _described(model_class, place, config)
     make = getattr(model_class, "from_config", None) or model_class._from_config
     with init_empty_weights():
         model = make(settings, dtype=getattr(torch, config.dtype))
     view, files = ModelView(model), Files()
     is_tied = bool(settings.tie_word_embeddings) and not folder.has_own_head(place)
-    head, in_blocks = view.head, {id(parameter) for parameter in view.layers.parameters()}
-    wanted = {
-        name: parameter for name, parameter in model.named_parameters() if not (is_tied and parameter is head.weight)
-    }
-    found = {name: _stored(name, view, tensors) for name in wanted}
-    problems = [fault_words.lacking(missing)] if (missing := [name for name in wanted if found[name] is None]) else []
-    present = {name: stored for name, stored in found.items() if stored is not None}
-    shapes = {name: (stored.shape, tuple(wanted[name].shape)) for name, stored in present.items()}
-    problems += fault_words.unequal({name: pair for name, pair in shapes.items() if pair[0] != pair[1]})
-    if problems:
-        raise UserError(f"{place}: {'; '.join(problems)}")
-    check_stored_as(present.values(), config)
-    for name, stored in present.items():
-        value = files.tensor(stored)
-        if id(wanted[name]) not in in_blocks:
-            value = value.to(device, copy=True)
-            files.let_go(files.tensor(stored))
+    in_blocks = {id(parameter) for parameter in view.layers.parameters()}
+    wrong = []
+    for name, stored in _found(view, place, config, is_tied).items():
+        value = mapped = files.tensor(stored)
+        if id(model.get_parameter(name)) not in in_blocks:
+            value = mapped.to(device, copy=True)
+            files.let_go(mapped)
+            wrong += [] if is_finite(value) else [name]
         module, _, own = name.rpartition(".")
         model.get_submodule(module)._parameters[own] = nn.Parameter(value, requires_grad=False)
+    if wrong:
+        raise UserError(f"{place}: {fault_words.not_finite(wrong, config.dtype)}")
     if is_tied:
         cast(Any, view.head).weight = model.get_input_embeddings().weight
-    if wrong := [
-        name
-        for name, parameter in model.named_parameters()
-        if name in present and id(wanted[name]) not in in_blocks and not is_finite(parameter)
-    ]:
-        raise UserError(f"{place}: {fault_words.not_finite(wrong, config.dtype)}")
     for part in model.modules():
         part._buffers = {
             name: buffer if buffer is None else buffer.to(device) for name, buffer in part._buffers.items()
@@ -219,6 +203,24 @@ def _described(model_class: Any, place: Path, config: ModelConfig) -> Any:
     if hasattr(model_class, "config_class") and model_class.config_class is not None:
         return model_class.config_class.from_pretrained(place)
     return AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code)
+
+
+def _found(view: ModelView, place: Path, config: ModelConfig, is_tied: bool) -> dict[str, Stored]:
+    """Where the files hold each of the model's parameters, by name; of a head that is the embedding nowhere."""
+    tensors = stored_tensors(place, read_json(place / "config.json"), [], [])
+    embedding, head = view.model.get_input_embeddings().weight, cast(Any, view.head).weight
+    wanted = {
+        name: tuple(parameter.shape)
+        for name, parameter in view.model.named_parameters()
+        if parameter is embedding or not (is_tied and parameter is head)
+    }
+    found = {name: stored for name in wanted if (stored := _stored(name, view, tensors)) is not None}
+    missing = [name for name in wanted if name not in found]
+    shapes = {name: (stored.shape, wanted[name]) for name, stored in found.items() if stored.shape != wanted[name]}
+    if problems := [*([fault_words.lacking(missing)] if missing else []), *fault_words.unequal(shapes)]:
+        raise UserError(f"{place}: {'; '.join(problems)}")
+    check_stored_as(found.values(), config)
+    return found
 
 
 def _stored(name: str, view: ModelView, tensors: Mapping[str, Stored]) -> Stored | None:
