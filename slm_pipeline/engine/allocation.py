@@ -7,7 +7,7 @@ do least damage by what was measured. Each sublayer keeps at least one unit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from slm_pipeline.errors import UserError
 
-_LEVELS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of a sublayer's units, that are gone when its damage is measured
+# Times the share that is to go of all that may: how much of a sublayer is gone when its damage is measured, and all of
+# it once. What is taken of most lies between these.
+_LEVELS = (1 / 2, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,12 @@ class Units:
         """How many may go, ascending, 0 left out."""
         return list(range(len(self.scores) % self.step or self.step, len(self.in_order()) + 1, self.step))
 
-    def levels(self) -> list[int]:
-        """A few of `numbers`, ascending, over their whole range."""
-        numbers, total = self.numbers(), len(self.scores)
-        return sorted({min(numbers, key=lambda n: abs(n - share * total)) for share in _LEVELS}) if numbers else []
+    def levels(self, share: float) -> list[int]:
+        """A few of `numbers`, ascending, around the ``share`` in (0, 1] of those that may go, and the highest."""
+        numbers = self.numbers()
+        most = max(numbers, default=0)
+        around = (min(numbers, key=lambda n: abs(n - times * share * most)) for times in _LEVELS if numbers)
+        return sorted({*around, *numbers[-1:]})
 
     def gain(self, number: int) -> int:
         """Parameters that are gone when so many units are."""
@@ -180,7 +184,7 @@ def cheapest(units: Sequence[Units], damages: Sequence[Mapping[int, float]], rem
     stretches = [
         (slope, index, low, high)
         for index, (of, measured) in enumerate(zip(units, damages, strict=True))
-        for slope, low, high in _hull(of, measured)
+        for slope, low, high in lower_hull((of.gain(number), number, damage) for number, damage in measured.items())
     ]
     taken, missing = [0] * len(units), remove
     for _, index, low, high in sorted(stretches):
@@ -193,17 +197,26 @@ def cheapest(units: Sequence[Units], damages: Sequence[Mapping[int, float]], rem
     raise too_many(remove, remove - missing)
 
 
-def _hull(of: Units, measured: Mapping[int, float]) -> list[tuple[float, int, int]]:
-    """Stretches of the lower convex hull of damage over parameters gone, ascending: damage per parameter, and how many
-    units are gone before and after it."""
-    found = sorted((of.gain(number), number, damage) for number, damage in measured.items() if math.isfinite(damage))
-    stretches, start, least = [], (0, 0, 0.0), -math.inf
-    while ahead := [point for point in found if point[0] > start[0]]:
-        slopes = [(damage - start[2]) / (gain - start[0]) for gain, _, damage in ahead]
+def lower_hull(
+    points: Iterable[tuple[int, int, float]], start: tuple[int, int] = (0, 0)
+) -> list[tuple[float, int, int]]:
+    """Stretches of the lower convex hull of damage over parameters gone.
+
+    Args:
+        points: parameters gone, the number of units that says so, and the damage; one that is not finite is none.
+        start: where there is no damage yet: parameters gone, and the number of units.
+
+    Returns:
+        Ascending: damage per parameter, and the numbers before and after.
+    """
+    found = sorted(point for point in points if math.isfinite(point[2]))
+    stretches, at, least = [], (*start, 0.0), -math.inf
+    while ahead := [point for point in found if point[0] > at[0]]:
+        slopes = [(damage - at[2]) / (gain - at[0]) for gain, _, damage in ahead]
         end = ahead[slopes.index(min(slopes))]
         least = max(least, min(slopes))  # stretches of one line may differ by their rounding
-        stretches.append((least, start[1], end[1]))
-        start = end
+        stretches.append((least, at[1], end[1]))
+        at = end
     return stretches
 
 

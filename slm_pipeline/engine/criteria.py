@@ -76,9 +76,10 @@ def kl_divergence(runner: BlockRunner, states: Sequence[Tensor], input_ids: Tens
     variants = [runner.finish(state).flatten(0, 1).split(rows) for state in states]
     for number, piece in enumerate(runner.final.flatten(0, 1).split(rows)):
         dense = runner.view.logits(piece).float().log_softmax(dim=-1)
+        probability = dense.exp()
         for index, pieces in enumerate(variants):
-            pruned = runner.view.logits(pieces[number]).float().log_softmax(dim=-1)
-            totals[index] += float((dense.exp() * (dense - pruned)).sum(dtype=torch.float64))
+            difference = dense - runner.view.logits(pieces[number]).float().log_softmax(dim=-1)
+            totals[index] += float((probability * difference).sum(dim=-1).double().sum())
     return totals
 
 

@@ -37,18 +37,19 @@ def of_parameters(
                 handle.remove()
 
 
-def of_gates(
-    view: ModelView, input_ids: Tensor, layers: Sequence[int], sublayers: Sequence[str]
-) -> dict[str, list[Tensor]]:
+def of_gates(view: ModelView, input_ids: Tensor, places: Sequence[tuple[int, str]]) -> dict[tuple[int, str], Tensor]:
     """What each sample's mean loss loses per unit of each gate: a factor, 1 as it is, of all that a key-value group
     (with its query heads) or a neuron hands to the last projection of its sublayer.
 
     One sample ([T], T at least 2) after the other, forward and backward; no parameter gets a gradient.
 
+    Args:
+        places: sublayers, as (layer, attention | mlp).
+
     Returns:
-        sublayer (attention, mlp) -> for each of ``layers`` [N, units] float32 gradients, on the CPU.
+        For each of them [N, units] float32 gradients, on the CPU.
     """
-    rows: dict[str, list[list[Tensor]]] = {part: [[] for _ in layers] for part in sublayers}
+    rows: dict[tuple[int, str], list[Tensor]] = {place: [] for place in places}
 
     def gate(num_units: int, of_samples: list[Tensor]) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -65,17 +66,16 @@ def of_gates(
     embedding = view.decoder.get_submodule(view.architecture.embedding)
     with _differentiating(view, []):
         hooks = [embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))]
-        for part, of_layers in rows.items():
-            for layer, of_samples in zip(layers, of_layers, strict=True):
-                before = gate(view.num_units(layer, part), of_samples)
-                hooks.append(view.output(layer, part).register_forward_pre_hook(before))
+        for place, of_samples in rows.items():
+            before = gate(view.num_units(*place), of_samples)
+            hooks.append(view.output(*place).register_forward_pre_hook(before))
         try:
             for sample in tqdm(input_ids, desc="gradients", disable=None):
                 _loss(view, sample[None]).backward()
         finally:
             for handle in hooks:
                 handle.remove()
-    return {part: [torch.stack(of_samples) for of_samples in of_layers] for part, of_layers in rows.items()}
+    return {place: torch.stack(of_samples) for place, of_samples in rows.items()}
 
 
 def _loss(view: ModelView, input_ids: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def _missing(
     found = target.outputs[part].float()
     if not view.architecture.output_norms:
         found = found + (wanted - state).flatten(0, 1).to(found.device).float()
-        if part == "mlp":
+        if part == "mlp" and "attention" in seen.outputs:
             found = found + (target.outputs["attention"] - seen.outputs["attention"]).to(found.device).float()
     return found if output.bias is None else found - output.bias.detach().float()
 
@@ -152,7 +152,7 @@ def _masked(view: ModelView, layer: int, factors: Mapping[str, Tensor]) -> Block
 
 def _run(runner: BlockRunner, block: Block, state: Tensor) -> _Seen:
     view, inputs, outputs, hooks = runner.view, {}, {}, []
-    for part in SUBLAYERS:
+    for part in (part for part in SUBLAYERS if not view.lacks(block.body, part)):
 
         def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor, part: str = part) -> None:
             inputs[part], outputs[part] = args[0].flatten(0, -2), output.flatten(0, -2)

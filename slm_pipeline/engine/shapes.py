@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from slm_pipeline.engine import least_squares
+from slm_pipeline.engine.allocation import lower_hull
 from slm_pipeline.engine.refit import Refit
 from slm_pipeline.engine.sensitivity import Sensitivity
 from slm_pipeline.engine.streams import Streams, Sums, pass_all, spans
@@ -70,6 +71,8 @@ class Fitting:
         sizes: of the dense layers.
         how: the least squares.
         ridge: of the choice of units, relative to the mean diagonal of the Gram matrix.
+        units: which neurons go: obs, those that the others can best make up for, towards the target | leverage, those
+            whose values are most nearly combinations of the others', whatever the target (`least_squares`).
         fixed: layer -> [neurons] bool of those that stay as long as the network does.
     """
 
@@ -79,6 +82,7 @@ class Fitting:
     sizes: Sequence[LayerSize]
     how: Refit = field(default_factory=Refit)
     ridge: float = 0.01
+    units: str = "obs"
     fixed: Mapping[int, Tensor] = field(default_factory=dict)
 
     def fill(self, shape: Shape, num_samples: int) -> Fitted:
@@ -193,6 +197,11 @@ class Fitting:
         free = number if fixed is None else number - int(fixed.sum())
         if remove > free:  # then what was to stay goes too, last
             fixed = None
+        if sublayer == "mlp" and self.units == "leverage":
+            gram = streams.gram(block, sublayer).matrix
+            scores = least_squares.leverage_scores(gram, penalty=least_squares.penalty(gram, self.ridge)).cpu()
+            order = scores.argsort(stable=True)
+            return (order if fixed is None else order[~fixed[order]])[:remove]
         return least_squares.removal_order(
             weight[:, :columns],
             sums.gram[:columns, :columns],
@@ -239,7 +248,8 @@ def allocate(
     """The shape with the least sum of damages that lacks at least ``remove`` parameters; None if there is none.
 
     Along the lower convex hull of each sublayer's damage over its parameters a Lagrange multiplier finds the optimum:
-    stretches of all hulls go by their damage per parameter, the lowest first. The last, of neurons, goes in part.
+    stretches of all hulls go by their damage per parameter, the lowest first. The last, of neurons, goes in part; where
+    it is of heads, the networks narrowed last get back what is too much.
 
     Args:
         damages: (layer, sublayer) -> units that stay -> damage when it alone is so narrow.
@@ -251,18 +261,15 @@ def allocate(
     stretches = []
     for place, found in damages.items():
         size, part = sizes[place[0]], place[1]
-        points = sorted((_gain(size, part, number), number, damage) for number, damage in found.items())
-        at, number, damage, least = _gain(size, part, shape[place]), shape[place], 0.0, -float("inf")
-        while ahead := [point for point in points if point[0] > at and point[2] < float("inf")]:
-            slope, further = min(((p[2] - damage) / (p[0] - at), p) for p in ahead)
-            least = max(least, slope)  # stretches of one line may differ by their rounding
-            stretches.append((least, place, number, further[1]))
-            at, number, damage = further
+        points = ((_gain(size, part, number), number, damage) for number, damage in found.items())
+        hull = lower_hull(points, (_gain(size, part, shape[place]), shape[place]))
+        stretches += [(slope, place, high, low) for slope, high, low in hull]
 
     def as_shape() -> Shape:
         return tuple((shape[layer, "attention"], shape[layer, "mlp"]) for layer in range(len(sizes)))
 
     missing = remove - parameters(whole, sizes) + parameters(as_shape(), sizes)
+    taken = []
     for _, place, high, low in sorted(stretches, key=lambda stretch: stretch[0]):
         if missing <= 0:
             break
@@ -271,6 +278,17 @@ def allocate(
         enough = (n for n in range(high, low, -1) if n % step == 0 and _gained(size, part, high, n) >= missing)
         shape[place] = next(enough, low)
         missing -= _gained(size, part, high, shape[place])
+        taken.append((place, high))
+    for place, high in reversed(taken):  # what an attention has lost too much of, networks get back
+        size, here = sizes[place[0]], shape[place]
+        if place[1] == "mlp" and here:
+            back = (
+                n
+                for n in range(high, here, -1)
+                if n % multiple_of == 0 and missing + _gained(size, "mlp", n, here) <= 0
+            )
+            shape[place] = next(back, here)
+            missing += _gained(size, "mlp", shape[place], here)
     return as_shape() if missing <= 0 else None
 
 

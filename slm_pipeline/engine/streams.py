@@ -145,6 +145,16 @@ class Streams:
             )
         return Sums(gram.matrix, moment, energy)
 
+    def gram(self, block: Block, sublayer: str) -> Gram:
+        """Of what enters a sublayer's last projection in the pruned model, all tokens alike and without a bias."""
+        found: Gram | None = None
+        for rows in self._rows():
+            inputs = self._runner.inputs_of(block, self._on_device(self.pruned[rows], block.body), sublayer)
+            found = found or Gram(inputs.shape[1], inputs.device)
+            found.add(inputs)
+        assert found is not None
+        return found
+
     def reading_sums(self, block: Block, sublayer: str) -> Sums:
         """What the best linear map is made of, from what a sublayer reads in the pruned model, X, to what it reads in
         the dense one at the same place, T, both behind the norm in front of it. A token counts 1 / mean square of T.

@@ -237,25 +237,17 @@ def metadata(view: ModelView, family: Family) -> dict[str, int | float | bool | 
     return found
 
 
-def _lacks(view: ModelView, layer: int, child: str) -> bool:
-    return layer in getattr(view.config, "absent", {}).get(child, ())
-
-
 def _groups(view: ModelView) -> list[int]:
     """Key-value groups of each layer; 0 where there is no attention, but for the first layer.
 
     llama.cpp takes the first layer's number of heads for the model's; there `_idle` puts one group.
     """
-    child = view.architecture.attention
-    return [
-        int(layer == 0) if _lacks(view, layer, child) else view.kv_heads_of(layer) for layer in range(view.num_layers)
-    ]
+    return [view.kv_heads_of(layer) or int(layer == 0) for layer in range(view.num_layers)]
 
 
 def _neurons(view: ModelView) -> list[int]:
     """Hidden neurons of each layer; where there is no feed-forward network, those of `_idle`."""
-    child = view.architecture.mlp[0]
-    return [_IDLE_NEURONS if _lacks(view, layer, child) else view.neurons_of(layer) for layer in range(view.num_layers)]
+    return [view.neurons_of(layer) or _IDLE_NEURONS for layer in range(view.num_layers)]
 
 
 def scaling_type(view: ModelView) -> str | None:
@@ -300,14 +292,14 @@ def _idle(view: ModelView) -> Iterator[tuple[str, Tensor]]:
     parts, width = view.architecture, int(view.config.hidden_size)
     like = view.model.get_input_embeddings().weight
     blocks = [f"{parts.decoder}.{parts.layers}.{layer}" for layer in range(view.num_layers)]
-    if _lacks(view, 0, parts.attention):
+    if view.lacks(0, "attention"):
         keys = view.head_dim
         queries = keys * view.heads_per_group
         yield f"{blocks[0]}.{parts.attention_norms[0]}.weight", like.new_ones(width)
         for name, rows in zip(parts.attention_inputs, (queries, keys, keys), strict=True):
             yield f"{blocks[0]}.{name}.weight", like.new_zeros(rows, width)
         yield f"{blocks[0]}.{parts.attention_output}.weight", like.new_zeros(width, queries)
-    for layer in (layer for layer in range(view.num_layers) if _lacks(view, layer, parts.mlp[0])):
+    for layer in (layer for layer in range(view.num_layers) if view.lacks(layer, "mlp")):
         yield f"{blocks[layer]}.{parts.mlp_norms[0]}.weight", like.new_ones(width)
         for name in parts.mlp_inputs:
             yield f"{blocks[layer]}.{name}.weight", like.new_zeros(_IDLE_NEURONS, width)

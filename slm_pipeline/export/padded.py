@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
 from slm_pipeline.models import checkpoint
 from slm_pipeline.models.architectures import PRUNED
-from slm_pipeline.models.view import ModelView, Slice
+from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.plan import Plan
 
 _ABOUT = "Layers that were narrower, or lacked a sublayer, are filled up with zeros here: the class is a stock one."
@@ -81,12 +80,11 @@ def _stock_config(view: ModelView) -> Any:
     model_type = str(view.config.model_type)
     if not model_type.startswith(PRUNED):
         raise UserError(f"this {model_type} is of its stock class already: nothing is to be padded")
-    drop = ("model_type", "architectures", "auto_map", "absent", "widths", "transformers_version")
+    drop = ("model_type", "architectures", "auto_map", "layer_sizes", "transformers_version")
     settings = {key: value for key, value in view.config.to_dict().items() if key not in drop}
     config = transformers.AutoConfig.for_model(model_type.removeprefix(PRUNED), **settings)
-    with_attention = [layer for layer in range(view.num_layers) if not _lacks(view, layer, view.architecture.attention)]
-    with_mlp = [layer for layer in range(view.num_layers) if not _lacks(view, layer, view.architecture.mlp[0])]
-    counts = {view.kv_heads_of(layer) for layer in with_attention}
+    counts = {*map(view.kv_heads_of, range(view.num_layers))} - {0}
+    neurons = max(map(view.neurons_of, range(view.num_layers)))
     widest = max(counts, default=view.num_kv_heads)
     groups = next(count for count in range(widest, view.num_kv_heads + 1) if view.allows_kv_heads(count))
     if view.architecture.query_key_norms and counts - {groups}:
@@ -98,9 +96,9 @@ def _stock_config(view: ModelView) -> Any:
         config.head_dim = view.head_dim
         config.num_attention_heads = groups * view.heads_per_group
         config.num_key_value_heads = groups
-    if with_mlp:
-        setattr(config, view.architecture.intermediate_size, max(view.neurons_of(layer) for layer in with_mlp))
-    for name in sorted({name for width in getattr(view.config, "widths", ()) for name in width["biases"]}):
+    if neurons:
+        setattr(config, view.architecture.intermediate_size, neurons)
+    for name in sorted({name for size in view.config.layer_sizes for name in size["biases"]}):
         setting = _BIAS_SETTINGS["attention" if name.startswith(view.architecture.attention) else "mlp"]
         if not hasattr(config, setting):
             raise UserError(
@@ -111,15 +109,15 @@ def _stock_config(view: ModelView) -> Any:
     return config
 
 
-def _lacks(view: ModelView, layer: int, child: str) -> bool:
-    return layer in getattr(view.config, "absent", {}).get(child, ())
-
-
 def _fill(source: ModelView, target: ModelView, layer: int) -> None:
     """Put a layer's values where they belong, and zeros, or gains of one, where it had none."""
     values = dict(source.layers[layer].named_parameters())
-    pieces = {(piece.parameter, piece.dim): piece for piece in _slices(source, layer)}
-    padded = {(piece.parameter, piece.dim): piece for piece in _slices(target, layer)}
+    pieces = {
+        (piece.parameter, piece.dim): piece for piece in (*source.attention_slices(layer), *source.mlp_slices(layer))
+    }
+    padded = {
+        (piece.parameter, piece.dim): piece for piece in (*target.attention_slices(layer), *target.mlp_slices(layer))
+    }
     for name, parameter in target.layers[layer].named_parameters():
         if name not in values:
             is_gain = "norm" in name.split(".")[-2] and name.endswith("weight")
@@ -133,14 +131,6 @@ def _fill(source: ModelView, target: ModelView, layer: int) -> None:
         for own, there in zip(pieces[key].units, padded[key].units, strict=True):
             rows = values[name].index_select(key[1], own.flatten())
             parameter.index_copy_(key[1], there[: len(own)].flatten(), rows)
-
-
-def _slices(view: ModelView, layer: int) -> list[Slice]:
-    """Those of the sublayers that a layer has."""
-    block: nn.Module = view.layers[layer]
-    has = {name for name, _ in block.named_parameters()}
-    attention = view.attention_slices(layer) if f"{view.architecture.attention_output}.weight" in has else []
-    return attention + (view.mlp_slices(layer) if f"{view.architecture.mlp_output}.weight" in has else [])
 
 
 def difference(expected: torch.Tensor, found: torch.Tensor) -> float:

@@ -76,7 +76,8 @@ class Combined(Method):
     is auto, and a method that has a floor looks for one that reaches its share.
 
     What cannot follow what is refused beforehand: methods that mix the weights of layers (`Method.mixes_layers`) after
-    one that gives layers widths of their own, two that narrow the same sublayers, and anything after FinerCut.
+    one that gives layers widths of their own, two that narrow the same sublayers, and after FinerCut anything but a
+    width method, which leaves alone what is gone and needs its ``export=custom``.
 
     Scores in the plan: parts, for each step its name, method, share, target ({layers} or {parameters}), the layers and
     parameters that it found, threshold, and its own scores, in layers of the model that it saw.
@@ -242,8 +243,10 @@ def _check_order(before: str, first: Method, after: str, second: Method) -> None
         why = (
             f"{second.name} mixes the weights of layers, which have lost different heads and neurons; let it come first"
         )
-    elif isinstance(first, FinerCut):
-        why = "finercut leaves layers without a sublayer; let it come last"
+    elif isinstance(first, FinerCut) and not isinstance(second, WidthRemoval):
+        why = "finercut leaves layers without a sublayer; let it come last, or before a method that narrows layers"
+    elif isinstance(first, FinerCut) and first.export == "stock":
+        why = f"finercut leaves zeros, of which nothing can be cut; use method.{before}.export=custom"
     if why is not None:
         raise UserError(f"method.{after} ({second.name}) cannot come after method.{before} ({first.name}): {why}")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_pipeline.methods.base import CalibrationSize, PruningProblem
 from slm_pipeline.methods.mask_tuning import MaskTuning
-from slm_pipeline.methods.width_removal import Narrowed, Place
+from slm_pipeline.methods.narrowed import Narrowed, Place
 from slm_pipeline.surgery.ops.base import SUBLAYERS
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ class FisherMask(MaskTuning):
         from slm_pipeline.engine.gradients import of_gates
         from slm_pipeline.engine.mask_search import Masks
 
-        layers = self.candidates(problem.view.num_layers)
-        found = of_gates(problem.view, problem.input_ids, layers, self.parts)
-        gradients = {(layer, part): found[part][index] for part in self.parts for index, layer in enumerate(layers)}
+        gradients = of_gates(problem.view, problem.input_ids, [*units])
         scores = {place: of.double().square().sum(dim=0).float() for place, of in gradients.items()}
         return {
             place: Masks(**vars(of), gradients=gradients[place])

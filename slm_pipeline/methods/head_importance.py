@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from slm_pipeline.methods.base import CalibrationSize, PruningProblem
+from slm_pipeline.methods.narrowed import Place
 from slm_pipeline.methods.width_removal import WidthRemoval
 
 if TYPE_CHECKING:
@@ -39,16 +40,14 @@ class HeadImportance(WidthRemoval):
     name: ClassVar[str] = "head_importance"
     min_seq_len: ClassVar[int] = 2
 
-    def unit_scores(
-        self, problem: PruningProblem, layers: Sequence[int], parts: Sequence[str]
-    ) -> dict[str, list[Tensor]]:
+    def unit_scores(self, problem: PruningProblem, places: Sequence[Place]) -> dict[Place, Tensor]:
         import torch
 
         from slm_pipeline.engine.gradients import of_gates
 
-        found = of_gates(problem.view, problem.input_ids, layers, parts)
-        scores = {part: [of.abs().mean(dim=0) for of in of_layers] for part, of_layers in found.items()}
+        found = of_gates(problem.view, problem.input_ids, places)
+        scores = {place: of.abs().mean(dim=0) for place, of in found.items()}
         if not self.normalize:
             return scores
         tiny = torch.finfo(torch.float32).tiny
-        return {part: [of / of.norm().clamp_min(tiny) for of in of_layers] for part, of_layers in scores.items()}
+        return {place: of / of.norm().clamp_min(tiny) for place, of in scores.items()}

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXPORTS = ("stock", "custom")
+UNITS = ("leverage", "obs")
 VERSION = 2  # raised when the same candidate gets another number
 
 
@@ -64,6 +65,8 @@ class Joint(ProtectsEnds):
     # stock: the dense model's class, one width | custom: widths by layer, attention or feed-forward networks may go; a
     # checkpoint brings its own modelling file.
     export: str = "stock"
+    # Which neurons go: leverage: whose values are combinations of the others' | obs: that the others best make up for.
+    units: str = "leverage"
     ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.1])
     depths: Annotated[int, Range(at_least=2, at_most=100)] = 5  # stock: numbers of layers that are tried first
     # custom: share of the layers' parameters after which the damages are measured again; 1: they are measured once.
@@ -81,6 +84,8 @@ class Joint(ProtectsEnds):
         super().__post_init__()
         if self.export not in EXPORTS:
             raise UserError(f"method.export={self.export!r} is not one of {', '.join(EXPORTS)}")
+        if self.units not in UNITS:
+            raise UserError(f"method.units={self.units!r} is not one of {', '.join(UNITS)}")
         if not self.ridges:
             raise UserError("method.ridges=[] must name at least one ridge, such as [0.1]")
 
@@ -107,7 +112,9 @@ class Joint(ProtectsEnds):
         if isinstance(problem.target, Layers):
             remove = remove * sum(size.whole for size in sizes) // len(sizes)
         fit, choose, tell = _parts(problem.input_ids)
-        fitting = Fitting(view, fit, choose, sizes, Refit(ridges=self.ridges), fixed=self._massive(problem))
+        fitting = Fitting(
+            view, fit, choose, sizes, Refit(ridges=self.ridges), units=self.units, fixed=self._massive(problem)
+        )
         with self._memo(problem) as memo:
             search = _Search(fitting, memo)
             if self.export == "stock":

@@ -10,6 +10,7 @@ from slm_pipeline.config.ranges import Positive
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, PruningProblem
 from slm_pipeline.methods.mask_tuning import MaskTuning
+from slm_pipeline.methods.narrowed import Place
 from slm_pipeline.methods.width_removal import inputs_of
 
 if TYPE_CHECKING:
@@ -53,10 +54,8 @@ class KCM(MaskTuning):
         if self.ranking == "data_driven":
             self.refuse_unused("with method.ranking=data_driven", "sigma", "tolerance")
 
-    def unit_scores(
-        self, problem: PruningProblem, layers: Sequence[int], parts: Sequence[str]
-    ) -> dict[str, list[Tensor]]:
-        return {part: [self._scores(problem, layer, part) for layer in layers] for part in parts}
+    def unit_scores(self, problem: PruningProblem, places: Sequence[Place]) -> dict[Place, Tensor]:
+        return {place: self._scores(problem, *place) for place in places}
 
     def _scores(self, problem: PruningProblem, layer: int, part: str) -> Tensor:
         import torch

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from slm_pipeline.config.ranges import Range
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import PruningProblem
-from slm_pipeline.methods.width_removal import Narrowed, Place, WidthRemoval
+from slm_pipeline.methods.narrowed import Narrowed, Place
+from slm_pipeline.methods.width_removal import WidthRemoval
 from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.ops.base import SUBLAYERS
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from slm_pipeline.config.ranges import NumLayersOrZero
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, PruningProblem
+from slm_pipeline.methods.narrowed import Place
 from slm_pipeline.methods.width_removal import WidthRemoval, standardised
 
 if TYPE_CHECKING:
@@ -56,31 +57,26 @@ class LLMPruner(WidthRemoval):
         if self.taylor not in TAYLOR:
             raise UserError(f"method.taylor={self.taylor!r} is not one of {', '.join(TAYLOR)}")
 
-    def unit_scores(
-        self, problem: PruningProblem, layers: Sequence[int], parts: Sequence[str]
-    ) -> dict[str, list[Tensor]]:
-        salience = coupled_salience(problem.view, problem.input_ids, layers, parts, self.taylor)
+    def unit_scores(self, problem: PruningProblem, places: Sequence[Place]) -> dict[Place, Tensor]:
+        salience = coupled_salience(problem.view, problem.input_ids, places, self.taylor)
         if self.allocation == "uniform":
             return salience
-        return {part: [standardised(of) for of in of_layers] for part, of_layers in salience.items()}
+        return {place: standardised(of) for place, of in salience.items()}
 
 
-def coupled_salience(
-    view: ModelView, input_ids: Tensor, layers: Sequence[int], sublayers: Sequence[str], taylor: str
-) -> dict[str, list[Tensor]]:
-    """sublayer -> for each of ``layers`` the [units] float32 sums over coupled weights, on the CPU."""
+def coupled_salience(view: ModelView, input_ids: Tensor, places: Sequence[Place], taylor: str) -> dict[Place, Tensor]:
+    """Of each of these sublayers the [units] float32 sums over coupled weights, on the CPU."""
     import torch
 
     from slm_pipeline.engine.gradients import of_parameters
 
-    salience = {part: [torch.zeros(view.num_units(layer, part)) for layer in layers] for part in sublayers}
+    salience = {place: torch.zeros(view.num_units(*place)) for place in places}
     pieces: dict[Tensor, tuple[Tensor, Slice]] = {}
-    for part, of_layers in salience.items():
-        for layer, of in zip(layers, of_layers, strict=True):
-            for piece in view.attention_slices(layer) if part == "attention" else view.mlp_slices(layer):
-                parameter = view.layers[layer].get_parameter(piece.parameter)
-                if parameter.ndim == 2:
-                    pieces[parameter] = (of, piece)
+    for (layer, part), of in salience.items():
+        for piece in view.attention_slices(layer) if part == "attention" else view.mlp_slices(layer):
+            parameter = view.layers[layer].get_parameter(piece.parameter)
+            if parameter.ndim == 2:
+                pieces[parameter] = (of, piece)
 
     def reduce(parameter: Tensor, gradient: Tensor) -> None:
         of, piece = pieces[parameter]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from slm_pipeline.config.ranges import Positive
 from slm_pipeline.methods.base import PruningProblem
-from slm_pipeline.methods.width_removal import Narrowed, Place, WidthRemoval
+from slm_pipeline.methods.narrowed import Narrowed, Place
+from slm_pipeline.methods.width_removal import WidthRemoval
 
 if TYPE_CHECKING:
     from slm_pipeline.engine.allocation import Units

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from slm_pipeline.config.ranges import Count, Range, TotalTokens
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import ProtectsEnds, PruningProblem
+from slm_pipeline.methods.narrowed import Narrowed, Place, operations
 from slm_pipeline.methods.target import Layers, Parameters
-from slm_pipeline.surgery.ops.base import SUBLAYERS, Op
-from slm_pipeline.surgery.ops.replace import Replace, written
-from slm_pipeline.surgery.ops.resize import Resize, resize
+from slm_pipeline.surgery.ops.base import SUBLAYERS
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -23,38 +22,13 @@ if TYPE_CHECKING:
     from slm_pipeline.engine.allocation import Units
     from slm_pipeline.models.context import Context
     from slm_pipeline.models.view import ModelView
-    from slm_pipeline.surgery.block import Block
     from slm_pipeline.surgery.ops import LayerSize
-
-Place = tuple[int, str]  # a layer, and its sublayer: attention | mlp
-
-
-@dataclass(frozen=True)
-class Narrowed:
-    """What is left of a sublayer.
-
-    Attributes:
-        kept: [kept] int64 units that stay, ascending; on the CPU. With new weights it may be all.
-        constant: [d] that its last projection adds, None for none.
-        weight: [d, n] new weights of the last projection for the kept units; None: those that they have.
-    """
-
-    kept: Tensor
-    constant: Tensor | None = None
-    weight: Tensor | None = None
-
-    def put(self, view: ModelView, block: Block, part: str) -> Block:
-        """``block`` with this in the place of its sublayer ``part``; as the plan's operations do it."""
-        kept = {"heads": None, "neurons": None, ("heads" if part == "attention" else "neurons"): self.kept}
-        block = resize(view, block, **kept, biases={} if self.constant is None else {part: self.constant})
-        if self.weight is None:
-            return block
-        return written(view, block, {f"{view.output_name(part)}.weight": self.weight})
 
 
 @dataclass(kw_only=True)
 class WidthRemoval(ProtectsEnds):
-    """Removes key-value groups, each with all its query heads, and neurons. All layers stay, and keep one of each.
+    """Removes key-value groups, each with all its query heads, and neurons. All layers stay, and keep one of each that
+    they have.
 
     A target of parameters is met within one step: ``multiple_of`` neurons, of every layer with ``allocation=uniform``,
     or one head else. Constants that stand for what is gone are counted. One of layers, as `pruning_ratio` has it by
@@ -67,27 +41,35 @@ class WidthRemoval(ProtectsEnds):
 
     # uniform | global | sensitivity: the same number from every layer; the lowest scores of the whole model,
     # standardised within each sublayer; or as many as do least damage: the KL divergence of the dense model's
-    # predictions from those with one sublayer narrower is measured for a few widths of each, and the sum of damages
-    # minimised as if they did not interact.
+    # predictions from those with one sublayer narrower is measured for a few widths of each, from half to twice the
+    # share that is to go and the narrowest, and the sum of damages minimised as if they did not interact.
     allocation: str
-    # stock | custom: stock is an error unless the dense model's class can say it: one width for all layers, and heads
-    # that are rounded up to a number that it takes (Llama: a divisor of the hidden size). custom: what the scores say;
-    # a checkpoint may bring a modelling file and load with trust_remote_code=True only.
+    # stock | custom: stock is an error unless the dense model's class can say it: one width for all layers, and a
+    # number of heads that it takes, see illegal_heads. custom: what the scores say; a checkpoint may bring a modelling
+    # file and load with trust_remote_code=True only.
     export: str
+    # round | refuse: with export=stock a number of heads that the dense model's class cannot have (Llama: that does not
+    # divide the hidden size) becomes the next higher one that it can, for which neurons make up; or is an error.
+    illegal_heads: str = "round"
     sublayers: str = "both"  # both | attention | mlp: what may become narrower
     multiple_of: Count = 1  # where neurons go, a multiple of it stays
     # Ours: neurons that write more than so many times the mean energy of their layer's stay. A few in the first layers
     # make the massive activations, and a model without them is ruined. null: off.
     massive: Annotated[float, Range(above=0, at_most=1e6)] | None = 100.0
     # allocation=sensitivity: tokens of the calibration text that it is measured on, the last samples, at most half.
-    sensitivity_tokens: TotalTokens = 8192
+    sensitivity_tokens: TotalTokens = 1024
 
     targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
     allocations: ClassVar[tuple[str, ...]] = ("uniform", "global", "sensitivity")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {"allocation": self.allocations, "export": ("stock", "custom"), "sublayers": ("both", *SUBLAYERS)}
+        choices = {
+            "allocation": self.allocations,
+            "export": ("stock", "custom"),
+            "illegal_heads": ("round", "refuse"),
+            "sublayers": ("both", *SUBLAYERS),
+        }
         for option, allowed in choices.items():
             if getattr(self, option) not in allowed:
                 raise UserError(f"method.{option}={getattr(self, option)!r} is not one of {', '.join(allowed)}")
@@ -95,17 +77,19 @@ class WidthRemoval(ProtectsEnds):
             self.refuse_unused(f"with method.allocation={self.allocation}", "sensitivity_tokens")
         if self.sublayers == "attention":
             self.refuse_unused("with method.sublayers=attention", "multiple_of")
+        if self.sublayers == "mlp":
+            self.refuse_unused("with method.sublayers=mlp", "illegal_heads")
+        if self.export == "custom":
+            self.refuse_unused("with method.export=custom, which can have any number of heads", "illegal_heads")
 
-    def unit_scores(
-        self, problem: PruningProblem, layers: Sequence[int], parts: Sequence[str]
-    ) -> dict[str, list[Tensor]]:
-        """sublayer -> for each of ``layers`` the [n] importance of its key-value groups or neurons, on the CPU; the
-        lowest go first.
+    def unit_scores(self, problem: PruningProblem, places: Sequence[Place]) -> dict[Place, Tensor]:
+        """Of each of these sublayers the [n] importance of its key-value groups or neurons, on the CPU; the lowest go
+        first.
 
         Unless a method says otherwise that of `channel_scores`, standardised, and of a group the mean over its
         channels.
         """
-        return {part: [self._of_channels(problem, layer, part) for layer in layers] for part in parts}
+        return {place: self._of_channels(problem, *place) for place in places}
 
     def channel_scores(self, weight: Tensor, mean: Tensor, variance: Tensor, sublayer: str) -> Tensor:
         """[n] importance of a last projection's inputs, where that of units is made of it.
@@ -149,15 +133,12 @@ class WidthRemoval(ProtectsEnds):
         from slm_pipeline.surgery.apply import layer_sizes
 
         sizes = layer_sizes(problem.view)
-        if missing := [layer for layer, size in enumerate(sizes) if not (size.heads and size.neurons)]:
-            raise UserError(
-                f"method={self.name} cannot narrow a model that lacks whole sublayers: layers {missing} have no"
-                " attention or no feed-forward network"
-            )
-        self._check_constants(problem.view)
         remove, units = self.parameters(problem, sizes), self._units(problem, sizes)
+        self._check_constants(problem.view, units)
         if remove > (most := sum(of.most() for of in units.values())):
             raise too_many(remove, most)
+        if self.illegal_heads == "refuse":
+            self._check_heads(problem, units, remove)
         units = self.scored(problem, units)
         gone, of_sizes = self.allocate(problem, units, remove)
         narrowed, of_units = self.narrow(problem, units, {place: number for place, number in gone.items() if number})
@@ -177,11 +158,7 @@ class WidthRemoval(ProtectsEnds):
 
     def scored(self, problem: PruningProblem, units: Mapping[Place, Units]) -> dict[Place, Units]:
         """``units`` with the scores of `unit_scores`."""
-        layers = self.candidates(problem.view.num_layers)
-        found = self.unit_scores(problem, layers, self.parts)
-        return self.with_scores(
-            units, {(layer, part): found[part][i] for part in found for i, layer in enumerate(layers)}
-        )
+        return self.with_scores(units, self.unit_scores(problem, [*units]))
 
     def with_scores(self, units: Mapping[Place, Units], scores: Mapping[Place, Tensor]) -> dict[Place, Units]:
         """``units`` with these scores.
@@ -200,13 +177,13 @@ class WidthRemoval(ProtectsEnds):
         self, problem: PruningProblem, units: Mapping[Place, Units], remove: int
     ) -> tuple[dict[Place, int], dict[str, Any]]:
         """How many units of each sublayer go, and for the plan's scores what was measured for that."""
-        from slm_pipeline.engine.allocation import cheapest, evenly, lowest
+        from slm_pipeline.engine.allocation import cheapest, lowest
 
         every = list(units.values())
         if self.allocation == "global":
             return dict(zip(units, lowest(every, remove), strict=True)), {}
         if self.allocation == "sensitivity":
-            damages = self._damages(problem, units)
+            damages = self._damages(problem, units, remove / sum(of.most() for of in every))
             numbers = cheapest(every, [damages[place] for place in units], remove)
             left = {place: len(of.scores) for place, of in units.items()}
             said = {
@@ -217,13 +194,37 @@ class WidthRemoval(ProtectsEnds):
                 for layer, part in units
             }
             return dict(zip(units, numbers, strict=True)), {"sensitivity": said}
-        of_part = {part: [of for (_, own), of in units.items() if own == part] for part in SUBLAYERS}
-        is_allowed = problem.view.allows_kv_heads if self.export == "stock" else lambda _: True
-        number_of = dict(zip(SUBLAYERS, evenly(of_part["attention"], of_part["mlp"], remove, is_allowed), strict=True))
-        return {(layer, part): number_of[part] for layer, part in units}, {}
+        return self._evenly(problem, units, remove, rounds=self.export == "stock"), {}
 
-    def _damages(self, problem: PruningProblem, units: Mapping[Place, Units]) -> dict[Place, dict[int, float]]:
-        """For each sublayer: how many units are gone -> KL divergence in nats a token with that alone.
+    def _evenly(
+        self, problem: PruningProblem, units: Mapping[Place, Units], remove: int, *, rounds: bool
+    ) -> dict[Place, int]:
+        """As many from every layer; ``rounds``: so that as many heads stay as the dense model's class can have."""
+        from slm_pipeline.engine.allocation import evenly
+
+        of_part = {part: [of for (_, own), of in units.items() if own == part] for part in SUBLAYERS}
+        is_allowed = problem.view.allows_kv_heads if rounds else lambda _: True
+        number_of = dict(zip(SUBLAYERS, evenly(of_part["attention"], of_part["mlp"], remove, is_allowed), strict=True))
+        return {(layer, part): number_of[part] for layer, part in units}
+
+    def _check_heads(self, problem: PruningProblem, units: Mapping[Place, Units], remove: int) -> None:
+        """Raise `UserError` if the dense model's class cannot have the number of heads that would stay."""
+        view = problem.view
+        for (layer, part), gone in self._evenly(problem, units, remove, rounds=False).items():
+            number = view.num_units(layer, part)
+            if part == "attention" and not view.allows_kv_heads(number - gone):
+                legal = ", ".join(str(groups) for groups in range(1, number + 1) if view.allows_kv_heads(groups))
+                raise UserError(
+                    f"method.illegal_heads=refuse: {number - gone} of {number} key-value groups would stay in each"
+                    f" layer, which a {view.config.model_type} model cannot have, only {legal}; ask for another"
+                    " pruning_ratio, or take method.illegal_heads=round or method.export=custom"
+                )
+
+    def _damages(
+        self, problem: PruningProblem, units: Mapping[Place, Units], share: float
+    ) -> dict[Place, dict[int, float]]:
+        """For each sublayer: how many units are gone -> KL divergence in nats a token with that alone, for a few
+        numbers around the ``share`` that is to go of all that may.
 
         The last samples of the calibration text measure, at most half of them; what is fitted is fitted on the others.
         """
@@ -234,7 +235,7 @@ class WidthRemoval(ProtectsEnds):
         number = min(-(-self.sensitivity_tokens // input_ids.shape[1]), -(-len(input_ids) // 2))
         fitting = replace(problem, input_ids=input_ids[: len(input_ids) - number] if len(input_ids) > 1 else input_ids)
         sensitivity = Sensitivity(problem.view, input_ids[len(input_ids) - number :])
-        levels = {place: of.levels() for place, of in units.items()}
+        levels = {place: of.levels(share) for place, of in units.items()}
         damages: dict[Place, dict[int, float]] = {place: {} for place in units}
         for place, variants in self.variants(
             fitting, units, {place: found for place, found in levels.items() if found}
@@ -249,7 +250,9 @@ class WidthRemoval(ProtectsEnds):
         self, problem: PruningProblem, units: Mapping[Place, Units], levels: Mapping[Place, Sequence[int]]
     ) -> Iterator[tuple[Place, list[Narrowed]]]:
         """What is left of a sublayer of the dense model when so many units of it alone go, for each of its levels."""
-        for place, numbers in levels.items():
+        from tqdm import tqdm
+
+        for place, numbers in tqdm(levels.items(), desc="sensitivity", disable=None):
             yield place, [self.narrowed(problem, units, place, number) for number in numbers]
 
     def narrow(
@@ -264,8 +267,8 @@ class WidthRemoval(ProtectsEnds):
         stay = units[place].after(number)
         return Narrowed(stay, constant=self._constant(problem, *place, stay, len(units[place].scores)))
 
-    def _check_constants(self, view: ModelView) -> None:
-        found = [view.output(0, part).bias for part in self.parts]
+    def _check_constants(self, view: ModelView, places: Iterable[Place]) -> None:
+        found = [view.output(*place).bias for place in places]
         if self.export == "stock" and self.adds_constants and any(bias is None for bias in found):
             raise UserError(
                 f"method.bias=true adds a bias to projections that have none in a {view.config.model_type} model; use"
@@ -273,13 +276,15 @@ class WidthRemoval(ProtectsEnds):
             )
 
     def _units(self, problem: PruningProblem, sizes: Sequence[LayerSize]) -> dict[Place, Units]:
-        """Of each sublayer that may become narrower; scores are 0."""
+        """Of each sublayer that is there and may become narrower; scores are 0."""
         import torch
 
         from slm_pipeline.engine.allocation import Units
 
         units, layers, is_bias = {}, self.candidates(len(sizes)), self.adds_constants
         for part, layer in product(self.parts, layers):
+            if problem.view.lacks(layer, part):
+                continue
             size, scores = sizes[layer], torch.zeros(problem.view.num_units(layer, part))
             fixed = torch.zeros(len(scores), dtype=torch.bool)
             if part == "attention":
@@ -305,29 +310,10 @@ class WidthRemoval(ProtectsEnds):
         narrowed: Mapping[Place, Narrowed],
         measured: Mapping[str, Any],
     ) -> Plan:
-        tensors: dict[str, Any] = {}
-        ops: list[Op] = []
-        widths: list[list[int]] = []
-        names = {"attention": "heads", "mlp": "neurons"}
-        for layer, size in enumerate(sizes):
-            left = {"heads": size.heads, "neurons": size.neurons}
-            found = {part: narrowed[layer, part] for part in SUBLAYERS if (layer, part) in narrowed}
-            fewer = {part: of for part, of in found.items() if len(of.kept) < len(units[layer, part].scores)}
-            changed = {names[part]: len(of.kept) for part, of in fewer.items()}
-            biases = tuple(part for part, of in fewer.items() if of.constant is not None)
-            new = {part: of.weight for part, of in found.items() if of.weight is not None}
-            for part, of in fewer.items():
-                tensors[f"resize.{layer}.{names[part]}"] = of.kept.numpy()
-                if of.constant is not None:
-                    tensors[f"resize.{layer}.{part}_bias"] = of.constant.cpu().numpy()
-            for part, weight in new.items():
-                tensors[f"replace.{layer}.{part}"] = weight.float().cpu().numpy()
-            if fewer:
-                ops.append(Resize((layer,), f"resize.{layer}", **changed, biases=biases or None))
-            if new:
-                ops.append(Replace((layer,), tuple(new), f"replace.{layer}"))
-            left |= changed
-            widths.append([left["heads"], left["neurons"]])
+        ops, tensors = operations(narrowed, {place: len(of.scores) for place, of in units.items()})
+        widths = [[size.heads, size.neurons] for size in sizes]
+        for (layer, part), of_one in narrowed.items():
+            widths[layer][SUBLAYERS.index(part)] = len(of_one.kept)
         massive = [
             [layer, int(neuron)]
             for (layer, part), of in units.items()

@@ -120,7 +120,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 SHIPPED = frozenset(ARCHITECTURES)  # what is said of these changes with this package alone
 
 # How configurations speak of single layers, here and in kindred architectures. No list is known by its length.
-PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "widths")  # one entry for each layer
+# One entry for each layer; widths is what layer_sizes was called in checkpoints of before.
+PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "layer_sizes", "widths")
 LAYER_COUNTS = ("max_window_layers",)  # how many of the layers at the input side are of another kind than the rest
 LAYER_PERIODS = ("sliding_window_pattern", "_sliding_window_pattern", "no_rope_layer_interval")  # every n-th is
 

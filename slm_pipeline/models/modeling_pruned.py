@@ -6,9 +6,9 @@ A checkpoint that needs it carries a copy of this file: it imports nothing but t
 transformers, so that a plain load is an error instead of a model with freshly drawn weights.
 
 For every architecture X the module has ``PrunedXForCausalLM`` and ``PrunedXConfig``, made when asked for. The
-configuration's ``absent`` says what is missing: name of a layer's child -> indices of the layers without it. Its
-``widths`` has an entry for each layer if they differ: its numbers of heads and key_value_heads, the ``shapes`` of its
-weights, and the ``biases`` that only this model has, all by the names of modules within the layer.
+configuration's ``layer_sizes`` has an entry for each layer: its numbers of ``heads``, ``key_value_heads`` and
+``neurons``, 0 of a sublayer that is missing; the children that are ``absent`` with it; the ``shapes`` of the weights
+that are there; and the ``biases`` that only this model has; all by the names of modules within the layer.
 """
 
 from __future__ import annotations
@@ -55,13 +55,6 @@ def stand_in(child: str, layer_idx: int) -> nn.Module:
     return NoAttention(layer_idx) if "att" in child else NoFeedForward()
 
 
-def remove_children(layers: nn.ModuleList, absent: dict[str, list[int]]) -> None:
-    """Put stand-ins in the place of what is ``absent``: name of a layer's child -> layer indices."""
-    for child, indices in absent.items():
-        for index in indices:
-            layers[index].set_submodule(child, stand_in(child, index))
-
-
 class _LayerConfig:
     """The model's configuration, with one layer's own numbers of heads."""
 
@@ -95,14 +88,38 @@ def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
         module.out_features, module.in_features = value.shape
 
 
-def resize(layer: nn.Module, width: dict[str, Any]) -> None:
-    """Make a layer's parameters as large as its entry of ``widths`` says; they are not filled."""
-    for name, shape in width["shapes"].items():
+def resize(layer: nn.Module, index: int, size: dict[str, Any]) -> None:
+    """Make layer number ``index`` what its entry of ``layer_sizes`` says; its parameters are not filled."""
+    for child in size["absent"]:
+        layer.set_submodule(child, stand_in(child, index))
+    for name, shape in size["shapes"].items():
         module: Any = layer.get_submodule(name)
         set_parameter(module, "weight", module.weight.new_empty(shape))
-        if getattr(module, "bias", None) is not None or name in width["biases"]:
+        if getattr(module, "bias", None) is not None or name in size["biases"]:
             set_parameter(module, "bias", module.weight.new_empty(shape[0]))
-    set_heads(layer, width["heads"], width["key_value_heads"])
+    if size["heads"]:
+        set_heads(layer, size["heads"], size["key_value_heads"])
+
+
+def layer_sizes_of_before(config: Any) -> list[dict[str, Any]]:
+    """``layer_sizes`` of a configuration that says the same in two: ``absent``, name of a layer's child -> indices of
+    the layers without it, and ``widths``, without ``neurons`` and without what is absent."""
+    absent, heads = getattr(config, "absent", {}), config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    alike = {"heads": heads, "key_value_heads": groups, "shapes": {}, "biases": []}
+    widths = getattr(config, "widths", None) or [alike] * config.num_hidden_layers
+    sizes = []
+    for layer, width in enumerate(widths):
+        gone = [child for child, layers in absent.items() if layer in layers]
+        shapes = {name: shape for name, shape in width["shapes"].items() if not name.startswith(tuple(gone))}
+        matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and "att" not in name]
+        neurons = [rows * columns // config.hidden_size for rows, columns in matrices]  # of a fused projection twice
+        dense = getattr(config, "ffn_dim", None) or config.intermediate_size
+        sizes.append({**width, "neurons": min(neurons, default=dense), "shapes": shapes, "absent": gone})
+        for child in gone:
+            sizes[-1] |= {"heads": 0, "key_value_heads": 0} if child in ("self_attn", "attention") else {}
+            sizes[-1] |= {"neurons": 0} if child in ("mlp", "fc2") else {}
+    return sizes
 
 
 class _Pruned:
@@ -112,9 +129,12 @@ class _Pruned:
             raise ImportError("a GPT-NeoX checkpoint whose layers differ needs transformers 5 or later")
         modules = self.modules()  # type: ignore[attr-defined]
         layers = next(module for module in modules if isinstance(module, nn.ModuleList))  # it has no other list
-        for layer, width in enumerate(getattr(config, "widths", ())):  # none where they are alike
-            resize(layers[layer], width)
-        remove_children(layers, getattr(config, "absent", {}))
+        if not hasattr(config, "layer_sizes"):
+            config.layer_sizes = layer_sizes_of_before(config)
+            for name in {"absent", "widths"} & vars(config).keys():
+                delattr(config, name)
+        for index, size in enumerate(config.layer_sizes):
+            resize(layers[index], index, size)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ are norms, and rebuilds the model around another list of blocks so that plain tr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slm_pipeline.models import architectures, modeling_pruned
-from slm_pipeline.models.modeling_pruned import NoAttention, NoFeedForward, remove_children, stand_in
+from slm_pipeline.models.modeling_pruned import NoAttention, NoFeedForward, stand_in
 
 
 @dataclass(frozen=True)
@@ -175,17 +175,6 @@ class ModelView:
         with torch.no_grad():
             for parameter in self.output(layer, sublayer).parameters():
                 parameter.data = torch.zeros_like(parameter)
-
-    def cut_out(self, layers: Mapping[str, Sequence[int]]) -> None:
-        """Remove sublayers (attention, mlp -> layers) for good. The model gets a class of `modeling_pruned`."""
-        absent = {child: set(found) for child, found in getattr(self.config, "absent", {}).items()}
-        for name, found in layers.items():
-            for child in self.sublayer(name) if found else ():
-                absent[child] = absent.get(child, set()) | set(found)
-        missing = {child: sorted(found) for child, found in absent.items()}
-        remove_children(self.layers, missing)
-        self.become_pruned()
-        self.config.absent = missing
 
     def become_pruned(self) -> None:
         """Give the model its architecture's class of `modeling_pruned`."""
@@ -364,11 +353,6 @@ class ModelView:
         for key in settings.keys() & set(architectures.LAYER_COUNTS):
             if settings[key] is not None:
                 setattr(self.config, key, sum(source < settings[key] for source in sources))
-        if absent := settings.get("absent"):
-            self.config.absent = {
-                child: [position for position, source in enumerate(sources) if source in lacking]
-                for child, lacking in absent.items()
-            }
         if list(sources) != list(range(old_depth)):  # no period describes what is left
             for key in settings.keys() & set(architectures.LAYER_PERIODS):
                 delattr(self.config, key)

@@ -1,6 +1,8 @@
-"""Blocks of other sizes than their model's: fewer heads and neurons, or a bias more.
+"""Blocks of other sizes than their model's: fewer heads and neurons, no attention or no feed-forward network, or a bias
+more.
 
-`put` makes them so, module by module, and `settle` lets the configuration say it, or gives the model a class that can.
+`put` and `cut_out` make them so, module by module, and `settle` lets the configuration say it, or gives the model a
+class that can.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from slm_pipeline.models.modeling_pruned import set_heads, set_parameter
+from slm_pipeline.models.modeling_pruned import set_heads, set_parameter, stand_in
 from slm_pipeline.models.view import ModelView
+
+_SUBLAYERS = ("attention", "mlp")
 
 
 def changes_shapes(view: ModelView, layer: int, parameters: Mapping[str, Tensor]) -> bool:
@@ -46,31 +50,39 @@ def resized(view: ModelView, layer: int, parameters: Mapping[str, Tensor]) -> nn
     """A copy of a block with ``parameters``, of whatever shape, in the place of its own."""
     block = copy.deepcopy(view.layers[layer]).to(view.device_of(layer))
     put(block, parameters)
-    output = cast(nn.Linear, block.get_submodule(view.architecture.attention_output))
-    heads = output.in_features // view.head_dim
-    set_heads(block, heads, heads // view.heads_per_group)
+    if not view.lacks(layer, "attention"):
+        output = cast(nn.Linear, block.get_submodule(view.architecture.attention_output))
+        heads = output.in_features // view.head_dim
+        set_heads(block, heads, heads // view.heads_per_group)
     return block
 
 
-def settle(view: ModelView, gained: Sequence[Sequence[str]]) -> None:
-    """Let modules and configuration say how wide the layers are now.
+def cut_out(view: ModelView, layers: Mapping[str, Sequence[int]]) -> None:
+    """Remove sublayers (attention, mlp -> layers) for good. `settle` must hear of it."""
+    for name, found in layers.items():
+        for layer in found:
+            for child in view.sublayer(name):
+                view.layers[layer].set_submodule(child, stand_in(child, layer))
+
+
+def settle(view: ModelView, gained: Sequence[Sequence[str]] | None = None) -> None:
+    """Let modules and configuration say what the layers have now.
 
     In the words of the model's own class if they are all alike and it allows them; else layer by layer, and the
     model gets a class of `modeling_pruned`.
 
     Args:
-        gained: for each layer, the projections with a bias that the class does not give them.
+        gained: for each layer, the projections with a bias that the class does not give them; None: there are none.
     """
-    head_dim, per_group = view.head_dim, view.heads_per_group
-    before = getattr(view.config, "widths", None) or [{"biases": []}] * view.num_layers
-    gained = [[*dict.fromkeys([*of["biases"], *new])] for of, new in zip(before, gained, strict=True)]
-    groups = [view.kv_heads_of(layer) for layer in range(view.num_layers)]
-    neurons = [view.neurons_of(layer) for layer in range(view.num_layers)]
+    head_dim, per_group, layers = view.head_dim, view.heads_per_group, range(view.num_layers)
+    before = getattr(view.config, "layer_sizes", None)
+    biases = [[*(before[layer]["biases"] if before else ()), *(gained[layer] if gained else ())] for layer in layers]
+    groups, neurons = [*map(view.kv_heads_of, layers)], [*map(view.neurons_of, layers)]
     dense = (view.num_kv_heads, getattr(view.config, view.architecture.intermediate_size))
-    alike = len(set(zip(groups, neurons, strict=True))) == 1 and not any(gained)
-    if alike and (groups[0], neurons[0]) == dense:
+    alike = len(set(zip(groups, neurons, strict=True))) == 1 and groups[0] > 0 < neurons[0] and not any(biases)
+    if alike and (groups[0], neurons[0]) == dense and before is None:
         return
-    if alike and view.allows_kv_heads(groups[0]) and not hasattr(view.config, "widths"):
+    if alike and view.allows_kv_heads(groups[0]) and before is None:
         setattr(view.config, view.architecture.intermediate_size, neurons[0])
         if groups[0] != dense[0]:
             view.config.head_dim = head_dim
@@ -78,17 +90,20 @@ def settle(view: ModelView, gained: Sequence[Sequence[str]]) -> None:
             view.config.num_key_value_heads = groups[0]
     else:
         view.become_pruned()
-        view.config.widths = [
+        view.config.layer_sizes = [
             {
                 "heads": per_group * groups[layer],
                 "key_value_heads": groups[layer],
+                "neurons": neurons[layer],
+                "absent": [child for part in _SUBLAYERS if view.lacks(layer, part) for child in view.sublayer(part)],
                 "shapes": _shapes(view, layer),
-                "biases": gained[layer],
+                "biases": [*dict.fromkeys(biases[layer])],
             }
-            for layer in range(view.num_layers)
+            for layer in layers
         ]
     for layer, block in enumerate(view.layers):
-        set_heads(block, per_group * groups[layer], groups[layer])
+        if groups[layer]:
+            set_heads(block, per_group * groups[layer], groups[layer])
 
 
 def _shapes(view: ModelView, layer: int) -> dict[str, list[int]]:

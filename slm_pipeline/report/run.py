@@ -80,7 +80,8 @@ def _asked(summary: Summary) -> str:
         return ""
     got = f"{100 * ratio['got_parameters']:.4g}%"
     if of == "layers":  # for methods of width it is as many parameters as these layers have
-        got = f"{100 * ratio['got_layers']:.4g}% of them and {got} of the parameters"
+        of_layers = f"{100 * ratio['got_layers']:.4g}% of them and" if ratio["got_layers"] else "none of them but"
+        got = f"{of_layers} {got} of the parameters"
     return f"; asked {100 * asked:.4g}% of the {of}, got {got}"
 
 

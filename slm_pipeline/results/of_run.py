@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slm_pipeline.results import before
-from slm_pipeline.results.number import Number, by_key
+from slm_pipeline.results.number import PERCENT, Number, by_key
 from slm_pipeline.surgery.changes import Changes
 
 Summary = Mapping[str, Any]  # what summary.json holds
@@ -23,7 +23,7 @@ def numbers_of(summary: Summary) -> dict[str, Number]:
 
 def of_job(summary: Summary) -> list[Number]:
     """What the job did and took: layers and parameters left, threshold, seconds, the recovery's tokens."""
-    found = of_pruning(summary)
+    found = [*of_pruning(summary), *of_ratio(summary)]
     if "plan_seconds" in summary:
         found.append(Number("plan_seconds", summary["plan_seconds"], "seconds", higher_is_better=False, cost=True))
     if repair := summary.get("repair"):
@@ -57,6 +57,20 @@ def of_pruning(result: Mapping[str, Any]) -> list[Number]:
     if result.get("threshold") is not None:
         found.append(Number("threshold", result["threshold"], detail=True))
     return found
+
+
+def of_ratio(summary: Summary) -> list[Number]:
+    """The shares of the dense model that were asked for and that went, each with what it is a share of in its name:
+    of its layers, or of all its parameters, embeddings included."""
+    ratio = summary.get("pruning_ratio") or {}
+    asked, of = ratio.get("asked"), ratio.get("of")
+    shares = {f"asked_of_{of}": asked if isinstance(asked, float) else None}
+    shares |= {f"got_of_{name}": ratio.get(f"got_{name}") for name in ("layers", "parameters")}
+    return [
+        Number(f"pruning_ratio/{name}", 100 * share, PERCENT, detail=name != "got_of_parameters")
+        for name, share in shares.items()
+        if share is not None
+    ]
 
 
 def zeroed_parameters(summary: Summary) -> int:

@@ -32,10 +32,10 @@ def apply(plan: Plan, model: Any) -> Any:
     gained = [widths.put(view.layers[block.body], block.replaced) for block in blocks]
     bodies = [block.body for block in blocks]
     view.rebuild([view.layers[body] for body in bodies], bodies)
-    if are_resized:
+    absent = plan.absent()
+    widths.cut_out(view, absent)
+    if are_resized or any(absent.values()):
         widths.settle(view, gained)
-    if any((absent := plan.absent()).values()):
-        view.cut_out(absent)
     silence_zeroed(plan, model)
     return model
 

@@ -69,11 +69,14 @@ def test_neurons_go_by_steps_so_that_a_multiple_stays():
     assert evenly([], [of, of], 41, lambda left: True) == (0, 6)
 
 
-def test_levels_are_a_few_numbers_up_to_the_most():
-    assert units(*map(float, range(16))).levels() == [2, 4, 6, 8, 12, 15]
-    assert units(1.0, 2.0, 3.0).levels() == [1, 2]
-    assert units(*map(float, range(16)), step=6).levels() == [4, 10]
-    assert units(1.0).levels() == []
+def test_levels_are_a_few_numbers_around_the_share_that_is_to_go():
+    of = units(*map(float, range(21)))
+    assert of.levels(0.2) == [2, 4, 8, 20]
+    assert of.levels(0.9) == [9, 18, 20]  # no more than may go
+    assert of.levels(0.001) == [1, 20]
+    assert units(1.0, 2.0, 3.0).levels(0.2) == [1, 2]
+    assert units(*map(float, range(16)), step=6).levels(0.2) == [4, 10]
+    assert units(1.0).levels(0.2) == []
 
 
 def test_the_cheapest_by_hand():

@@ -40,14 +40,13 @@ def masked_gradients(view, layer, part, input_ids):
 
 def test_gates_are_masks_that_autograd_knows(any_model, input_ids):
     view = ModelView(any_model)
-    layers = [0, 4]
-    found = of_gates(view, input_ids, layers, SUBLAYERS)
+    found = of_gates(view, input_ids, [(layer, part) for layer in (0, 4) for part in SUBLAYERS])
     assert all(parameter.grad is None and parameter.requires_grad for parameter in any_model.parameters())
-    for part in SUBLAYERS:
-        for layer, gradients in zip(layers, found[part], strict=True):
-            expected = masked_gradients(view, layer, part, input_ids)
-            assert gradients.shape == expected.shape
-            torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-6)
+    assert len(found) == 4
+    for place, gradients in found.items():
+        expected = masked_gradients(view, *place, input_ids)
+        assert gradients.shape == expected.shape
+        torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_no_more_than_one_gradient_is_there_at_a_time(tiny_llama, input_ids):
@@ -69,7 +68,7 @@ def test_no_more_than_one_gradient_is_there_at_a_time(tiny_llama, input_ids):
 @pytest.mark.parametrize(
     "fails",
     [
-        lambda view, ids: of_gates(view, ids, [0], SUBLAYERS),
+        lambda view, ids: of_gates(view, ids, [(0, "mlp")]),
         lambda view, ids: of_parameters(view, ids, [view.final_norm.weight], print),
     ],
 )

@@ -21,6 +21,7 @@ from slm_pipeline.evaluation import task_files
 from slm_pipeline.evaluation.lm_eval_tasks import check_names, identity, preflight, score
 from slm_pipeline.models.loading import byte_tokenizer
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.models.widths import cut_out, settle
 
 OPTIONS = {"num_fewshot": None, "limit": None, "batch_size": 2}
 SAMPLED = {"gen_kwargs": {"do_sample": True, "temperature": 1.0, "max_gen_toks": 3}}
@@ -142,7 +143,8 @@ def _continuation(model, tokenizer, prompt: str, num_tokens: int) -> str:
 def test_generation_is_the_likeliest_text_of_a_model_that_lacks_sublayers_too(sharp, own, pruned):
     model, tokenizer = sharp
     if pruned:
-        ModelView(model).cut_out({"attention": [0, 3], "mlp": [4]})
+        cut_out(view := ModelView(model), {"attention": [0, 3], "mlp": [4]})
+        settle(view)
         assert type(model).__name__ == "PrunedLlamaForCausalLM"
     texts = [_continuation(model, tokenizer, f"{row['sum']}=", 6) for row in own_tasks.SUMS]
     rows = [

@@ -13,7 +13,7 @@ from slm_pipeline.export import gguf_file, llama_cpp
 from slm_pipeline.models.architectures import ARCHITECTURES
 from slm_pipeline.models.loading import byte_tokenizer
 from slm_pipeline.models.view import ModelView
-from slm_pipeline.models.widths import put, settle
+from slm_pipeline.models.widths import cut_out, put, settle
 
 IDS = [int(token) for token in torch.arange(1, 25) * 97 % 256]
 ROPE = {"rope_theta": 500.0}
@@ -107,7 +107,8 @@ def unequal(architecture: str, *, biases: bool = False, absent: dict[str, list[i
     sizes = [(1, 40), (2, 64), (2, 13), (1, 64), (2, 20), (1, 16)]
     settle(view, [narrow(view, layer, *size, biases=biases) for layer, size in enumerate(sizes)])
     if absent:
-        view.cut_out(absent)
+        cut_out(view, absent)
+        settle(view)
     return model
 
 

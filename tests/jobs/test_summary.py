@@ -199,6 +199,12 @@ def test_what_was_asked_and_what_was_got(job, tmp_path):
     assert found["sublayers"] == {"attention": [1]}
     assert Path(found["checkpoint"]).parent == Path(found["stages"]["merge"]["path"])
     assert found["numbers"]["parameters"]["value"] == 85
+    shares = {"asked_of_layers": 20.0, "got_of_layers": 20.0, "got_of_parameters": 15.0}
+    numbers = {name: number for name, number in found["numbers"].items() if name.startswith("pruning_ratio/")}
+    assert {name: (number["value"], number["unit"]) for name, number in numbers.items()} == {
+        f"pruning_ratio/{name}": (pytest.approx(share), "%") for name, share in shares.items()
+    }
+    assert [name for name, number in numbers.items() if "detail" not in number] == ["pruning_ratio/got_of_parameters"]
     assert not {"plan_seconds", "windows", "fit", "threshold_is_highest"} & found.keys()
 
 
@@ -206,6 +212,7 @@ def test_what_a_search_said_of_itself(job, tmp_path):
     job.config.pruning_ratio = PruningRatioConfig(num_layers=4)
     found = merged(tmp_path, job, seconds=1.5, num_evaluations=9, num_evaluated=3, exact=False)
     assert found["pruning_ratio"]["asked"] == {"num_layers": 4}
+    assert "pruning_ratio/asked_of_layers" not in found["numbers"]
     assert found["plan_seconds"] == found["numbers"]["plan_seconds"]["value"] == 1.5
     assert found["windows"] == {"evaluations": 9, "evaluated": 3}
     assert found["threshold_is_highest"] is False

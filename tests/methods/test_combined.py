@@ -6,7 +6,9 @@ import re
 
 import numpy as np
 import pytest
+import small_pipeline
 import torch
+import width_study
 from conftest import context_of, random_source
 from omegaconf import OmegaConf
 from problems import problem_of
@@ -94,13 +96,14 @@ def test_tensors_of_two_plans_do_not_stand_for_one_another():
 
 ORDERS = [
     ("slm", "wanda_sp"), ("come", "flap"), ("angular", "flap"), ("mka", "wanda_sp"), ("slm", "come"),
-    ("wanda_sp", "shortgpt"), ("flap", "slm"), ("flap", "finercut"), ("replaceme", "flap"),
+    ("wanda_sp", "shortgpt"), ("flap", "slm"), ("flap", "finercut"), ("replaceme", "flap"), ("finercut", "flap"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("names", ORDERS, ids="-".join)
 def test_the_plan_is_the_second_method_on_the_model_that_the_first_left(names, made, input_ids):
-    method = combined(node_of(names[0], 0.5), node_of(names[1]))
+    options = {"export": "custom"} if names[0] == "finercut" else {}
+    method = combined(node_of(names[0], 0.5, **options), node_of(names[1]))
     dense, problem, plan = made(method, num_remove=4)
     state = {key: value.clone() for key, value in dense.state_dict().items()}
     first, second = (step.method for step in method.steps.values())
@@ -199,7 +202,7 @@ def test_a_step_looks_at_no_more_samples_than_its_own_size_says(input_ids, made)
         (("flap", 0.5), ("mka", None), "mka mixes the weights of layers"),
         (("flap", 0.5), ("come", None), "come mixes the weights of layers"),
         (("finercut", 0.5), ("slm", None), "finercut leaves layers without a sublayer; let it come last"),
-        (("finercut", 0.5), ("flap", None), "finercut leaves layers without a sublayer; let it come last"),
+        (("finercut", 0.5), ("flap", None), "finercut leaves zeros, .* use method.first.export=custom"),
         (("none", 0.5), ("flap", None), "none: it cannot be a step, for it takes no part of a target"),
     ],
 )
@@ -259,3 +262,14 @@ def test_what_the_plan_depends_on():
     assert combined(node_of("slm", 0.5, max_window=3), node_of("flap")).identity() != half
     assert combined(node_of("come", 0.5), node_of("flap")).identity() != half
     assert [step["method"] for step in half["options"]["steps"]] == ["slm", "flap"]
+
+
+@pytest.mark.parametrize("row", [("opt", "obs", "slm"), ("phi3", "fisher_mask", "angular")], ids="-".join)
+def test_a_row_of_the_width_study(row, tmp_path):
+    """Planned, saved, trained, scored; loaded again as the same function. All rows: python tests/width_study.py"""
+    cells = width_study.run(row, small_pipeline.write_data(tmp_path / "data"), tmp_path)
+    found = dict(zip(width_study.HEAD, cells, strict=True))
+    assert found["class"] == ("OPTForCausalLM" if row[0] == "opt" else "PrunedPhi3ForCausalLM")
+    assert found["asked"] == "20% of layers"
+    assert 14 < float(found["got"].partition("%")[0]) < 20  # of all parameters, the embeddings' among them
+    assert 0 < float(found["KL pruned"]) < 1

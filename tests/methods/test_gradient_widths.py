@@ -79,14 +79,14 @@ def coupled_weights(view, layer, architecture):
 def test_llm_pruner_sums_over_coupled_weights(architecture, taylor, make_problem, input_ids):
     view = make_problem(architecture).view
     model, layers = view.model, [1, 4]
-    found = coupled_salience(view, input_ids, layers, SUBLAYERS, taylor)
+    found = coupled_salience(view, input_ids, [(layer, part) for layer in layers for part in SUBLAYERS], taylor)
     gradients = []
     for samples in input_ids.split(1 if taylor == "param_second" else 3):
         model.zero_grad()
         model(input_ids=samples, labels=samples).loss.backward()
         gradients.append({parameter: parameter.grad.clone() for parameter in model.parameters()})
     model.zero_grad()
-    for index, layer in enumerate(layers):
+    for layer in layers:
         for part, units in coupled_weights(view, layer, architecture).items():
             expected = []
             for pieces in units:
@@ -101,7 +101,7 @@ def test_llm_pruner_sums_over_coupled_weights(architecture, taylor, make_problem
                     else:
                         score += float((weight * parts[0]).sum(dim=1 - dim).abs().sum())
                 expected.append(score)
-            torch.testing.assert_close(found[part][index], torch.tensor(expected), rtol=1e-3, atol=1e-9)
+            torch.testing.assert_close(found[layer, part], torch.tensor(expected), rtol=1e-3, atol=1e-9)
 
 
 def test_llm_pruner_takes_as_many_of_the_lowest_from_every_layer_between_the_ends(make_problem, input_ids):
@@ -109,8 +109,8 @@ def test_llm_pruner_takes_as_many_of_the_lowest_from_every_layer_between_the_end
     plan = LLMPruner(protect_first=2, protect_last=1).plan(problem)
     assert [op.layers for op in plan.ops] == [(2,), (3,), (4,)]
     assert len({tuple(widths) for widths in plan.scores["widths"][2:5]}) == 1
-    salience = coupled_salience(problem.view, input_ids, [2, 3, 4], ["mlp"], "param_first")["mlp"]
-    for op, scores in zip(plan.ops, salience, strict=True):
+    salience = coupled_salience(problem.view, input_ids, [(layer, "mlp") for layer in (2, 3, 4)], "param_first")
+    for op, scores in zip(plan.ops, salience.values(), strict=True):
         best = sorted(scores.argsort(descending=True)[: op.neurons].tolist())
         assert plan.tensors[f"{op.tensors}.neurons"].tolist() == best
 
@@ -137,10 +137,13 @@ def test_head_importance_is_the_mean_of_absolute_gradients_divided_by_the_layers
                 product = (inputs[..., columns] * inputs.grad[..., columns]).sum()
                 expected[layer, group] += product.abs().detach() / len(input_ids)
     view.model.zero_grad()
-    raw = HeadImportance(normalize=False).unit_scores(problem, range(6), ["attention"])["attention"]
-    torch.testing.assert_close(torch.stack(raw), expected, rtol=1e-3, atol=1e-7)
-    normal = HeadImportance().unit_scores(problem, range(6), ["attention"])["attention"]
-    torch.testing.assert_close(torch.stack(normal), expected / expected.norm(dim=1, keepdim=True), rtol=1e-3, atol=1e-6)
+    places = [(layer, "attention") for layer in range(6)]
+    raw = HeadImportance(normalize=False).unit_scores(problem, places).values()
+    torch.testing.assert_close(torch.stack([*raw]), expected, rtol=1e-3, atol=1e-7)
+    normal = HeadImportance().unit_scores(problem, places).values()
+    torch.testing.assert_close(
+        torch.stack([*normal]), expected / expected.norm(dim=1, keepdim=True), rtol=1e-3, atol=1e-6
+    )
     assert all(op.neurons is None for op in HeadImportance().plan(problem).ops)
 
 
@@ -173,7 +176,7 @@ def test_a_row_that_others_repeat_is_less_its_own():
 def test_kcm_multiplies_two_rankings(make_problem):
     problem = make_problem()
     scores = {
-        ranking: KCM(ranking=ranking).unit_scores(problem, [2], ["mlp"])["mlp"][0]
+        ranking: KCM(ranking=ranking).unit_scores(problem, [(2, "mlp")])[2, "mlp"]
         for ranking in ("both", "representative", "data_driven")
     }
     torch.testing.assert_close(scores["both"], scores["representative"] * scores["data_driven"])

@@ -57,16 +57,19 @@ CHANGES: dict[str, dict[str, object]] = {
     "shortened_ppl": {"protect_first": 6, "protect_last": 6},
     "shortened_taylor": {"protect_first": 6, "protect_last": 6},
     "wanda_sp": {
+        "illegal_heads": "refuse",
         **dict.fromkeys(("protect_first", "protect_last"), (3, {"export": "custom"})), "massive": 1.5,
         "allocation": ("global", {"export": "custom"}), "export": "custom", "sublayers": "attention", "multiple_of": 5,
         "sensitivity_tokens": (16, {"allocation": "sensitivity", "export": "custom"}),
     },
     "flap": {
+        "illegal_heads": ("refuse", {"allocation": "uniform", "bias": False, "export": "stock"}),
         "protect_first": 3, "protect_last": 3, "massive": 1.5, "allocation": "uniform", "sublayers": "attention",
         "export": ("stock", {"allocation": "uniform", "bias": False}), "bias": False, "multiple_of": 5,
         "sensitivity_tokens": (16, {"allocation": "sensitivity"}),
     },
     "obs": {
+        "illegal_heads": "refuse",
         **dict.fromkeys(("protect_first", "protect_last"), (3, {"export": "custom"})), "massive": 1.5,
         "allocation": ("sensitivity", {"export": "custom"}), "export": "custom", "sublayers": "attention",
         "sensitivity_tokens": (16, {"allocation": "sensitivity", "export": "custom"}), "ridge": 1.0, "at_a_time": 1,
@@ -79,22 +82,26 @@ CHANGES: dict[str, dict[str, object]] = {
         "corrected_inputs": False,
     },
     "llm_pruner": {
+        "illegal_heads": ("refuse", {"protect_first": 0, "protect_last": 0, "export": "stock"}),
         "protect_first": 3, "protect_last": 3, "massive": 1.5, "allocation": "global", "sublayers": "attention",
         "export": ("stock", {"protect_first": 0, "protect_last": 0}), "taylor": "vectorize",
         "multiple_of": 5, "sensitivity_tokens": (16, {"allocation": "sensitivity"}),
     },
     "head_importance": {
+        "illegal_heads": ("refuse", {"allocation": "uniform", "export": "stock"}),
         "protect_first": 2, "protect_last": 2, "massive": (1.5, {"sublayers": "both"}), "allocation": "uniform",
         "sublayers": "both", "export": ("stock", {"allocation": "uniform"}), "normalize": False,
         "multiple_of": (5, {"sublayers": "both"}), "sensitivity_tokens": (16, {"allocation": "sensitivity"}),
     },
     "fisher_mask": {
+        "illegal_heads": ("refuse", {"allocation": "uniform", "export": "stock"}),
         "protect_first": 3, "protect_last": 3, "massive": 1.5, "allocation": "uniform", "sublayers": "attention",
         "export": ("stock", {"allocation": "uniform"}), "search": False, "rearrangement": False, "tuning": False,
         "damping": 1.0,
         "multiple_of": 5, "sensitivity_tokens": (16, {"allocation": "sensitivity"}),
     },
     "kcm": {
+        "illegal_heads": ("refuse", {"allocation": "uniform", "export": "stock", "sublayers": "both"}),
         "protect_first": 3, "protect_last": 3, "massive": 1.5, "allocation": "uniform", "sublayers": "attention",
         "export": ("stock", {"allocation": "uniform"}), "ranking": "data_driven", "sigma": 1.0, "tolerance": 0.3,
         "tuning": False, "damping": 1.0,
@@ -105,9 +112,11 @@ CHANGES: dict[str, dict[str, object]] = {
 ONLY_FASTER = {("sleb", "strict")}  # or slower, with the same numbers in float32
 ONLY_LIMITS = {("reverse", "protect_first")}  # how much can be asked for: what goes first is at the other end
 NARROWER = ("wanda_sp", "flap", "obs", "nystrom", "llm_pruner", "head_importance", "fisher_mask", "kcm")
-ONLY_OF_OTHER_HEADS = {(name, "export") for name in NARROWER}  # whose number must divide: test_width_removal
+ONLY_OF_OTHER_HEADS = {
+    (name, option) for name in NARROWER for option in ("export", "illegal_heads")
+}  # whose number must divide: test_width_removal
 REFUSED = {("come_posterior", name) for name in ("power", "min_largest_share", "run_length")} | {
-    ("nystrom", "sublayers")
+    ("nystrom", option) for option in ("sublayers", "illegal_heads")
 }
 WITHOUT_OPTIONS = {"none", "from_plan", "combined", "joint"}  # combined has those of its steps; joint: test_joint
 

@@ -21,8 +21,10 @@ from slm_pipeline.methods.nystrom import Nystrom
 from slm_pipeline.methods.obs import OptimalBrainSurgeon
 from slm_pipeline.methods.target import Layers, Parameters
 from slm_pipeline.methods.wanda_sp import WandaSP
-from slm_pipeline.models.loading import load_dense
+from slm_pipeline.models import checkpoint
+from slm_pipeline.models.loading import byte_tokenizer, load_dense
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.models.widths import cut_out, settle
 from slm_pipeline.surgery.apply import apply, layer_sizes
 
 ARCHITECTURES = ["llama", "phi3", "opt", "gemma3_text"]
@@ -197,6 +199,23 @@ def test_the_stock_class_decides_how_many_heads_may_stay(export, left, make_prob
     assert {heads for heads, _ in only_heads.plan(problem).scores["widths"]} == {4 if export == "stock" else 5}
 
 
+def test_a_number_of_heads_that_the_class_cannot_have_is_refused_before_anything_is_measured(make_problem, monkeypatch):
+    problem = make_problem(Parameters(1), hidden_size=48, num_heads=6, num_kv_heads=6)
+    quarter = sum(problem.view.block_parameters(layer) for layer in range(4)) // 4
+    problem.target = Parameters(quarter)
+    refusing, rounding = WandaSP(illegal_heads="refuse"), WandaSP()
+    with monkeypatch.context() as patched:
+        patched.setattr(WandaSP, "unit_scores", None)
+        with pytest.raises(
+            UserError, match=r"refuse: 5 of 6 key-value groups would stay .* llama .*, only 1, 2, 3, 4, 6;"
+        ):
+            refusing.plan(problem)
+    assert rounding.plan(problem).scores["widths"][0][0] == 6
+    problem.target = Parameters(quarter * 3 // 2)  # four of six heads stay
+    assert kept_of(refusing.plan(problem)) == kept_of(rounding.plan(problem))
+    assert refusing.plan(problem).scores["widths"][0][0] == 4
+
+
 def test_opt_keeps_its_heads_in_the_stock_class(make_problem):
     problem = make_problem(Layers(1), "opt")
     plan = Flap(allocation="uniform", export="stock").plan(problem)  # its projections have biases
@@ -256,8 +275,8 @@ def test_sensitivity_is_the_divergence_with_one_sublayer_narrower(make, make_pro
     assert set(measured) == {f"{layer}.{part}" for layer in range(4) for part in ("attention", "mlp")}
     fitted, text = problem.input_ids[:2], problem.input_ids[2:]
     dense = problem.view.model(input_ids=text, use_cache=False).logits.log_softmax(dim=-1)
-    for layer, part, left in ((2, "mlp", 24), (1, "attention", 3), (3, "mlp", 42)):
-        found = dict(measured[f"{layer}.{part}"])[left]
+    for layer, part, index in ((2, "mlp", 0), (1, "attention", 0), (3, "mlp", 2)):
+        left, found = measured[f"{layer}.{part}"][index]
         alone = make(export="custom", sublayers=part, protect_first=layer, protect_last=3 - layer, allocation="uniform")
         if make is OptimalBrainSurgeon:
             problem.input_ids = fitted
@@ -288,6 +307,33 @@ def test_sensitivity_spares_the_layer_that_matters(make_problem):
         assert widths[1][1] == 48
 
 
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@pytest.mark.parametrize(
+    "make", [WandaSP, Flap, OptimalBrainSurgeon, Nystrom, LLMPruner, FisherMask, HeadImportance, KCM]
+)
+def test_what_is_missing_stays_so_and_the_others_lose_what_is_asked(make, architecture, make_problem, tmp_path):
+    """Layer 0 has no attention and layer 2 no feed-forward network, which every method knows to leave alone."""
+    problem = make_problem(Parameters(1500), architecture, num_heads=8, num_kv_heads=4)
+    cut_out(problem.view, {"attention": [0], "mlp": [2]})
+    settle(problem.view)
+    problem.statistics = collect(problem.view, problem.input_ids)
+    before, sizes = problem.view.num_parameters(), layer_sizes(problem.view)
+    options = {"protect_first": 0, "protect_last": 0, "export": "custom", "multiple_of": 2}
+    if make in (HeadImportance, KCM):
+        options["sublayers"] = "both"
+    for allocation in ("uniform", "sensitivity") if make is WandaSP else (make.allocation,):
+        plan = make(allocation=allocation, **options).plan(problem)
+        widths = plan.scores["widths"]
+        assert [heads == 0 for heads, _ in widths] == [True, False, False, False]
+        assert [neurons == 0 for _, neurons in widths] == [False, False, True, False]
+        pruned = apply(plan, copy.deepcopy(problem.view.model))
+        step = max(sizes[1].per_head, (1 if allocation == "global" else 3) * 2 * sizes[1].per_neuron)
+        assert 1500 <= before - ModelView(pruned).num_parameters() < 1500 + step
+        config = problem.source.config
+        reloaded = checkpoint.save(pruned, byte_tokenizer(), tmp_path / allocation, card="", config=config)
+        assert [(s["key_value_heads"], s["neurons"]) for s in reloaded.config.layer_sizes] == [*map(tuple, widths)]
+
+
 def test_one_sublayer_alone(make_problem):
     problem = make_problem(Parameters(2000))
     for part in ("attention", "mlp"):
@@ -300,6 +346,15 @@ def test_one_sublayer_alone(make_problem):
     [
         ({"allocation": "fair"}, "method.allocation='fair' is not one of uniform, global"),
         ({"export": "onnx"}, "method.export='onnx' is not one of stock, custom"),
+        ({"illegal_heads": "pad"}, "method.illegal_heads='pad' is not one of round, refuse"),
+        (
+            {"illegal_heads": "refuse", "export": "custom"},
+            "illegal_heads=refuse does nothing with method.export=custom",
+        ),
+        (
+            {"illegal_heads": "refuse", "sublayers": "mlp"},
+            "illegal_heads=refuse does nothing with method.sublayers=mlp",
+        ),
         ({"sublayers": "norms"}, "method.sublayers='norms' is not one of both, attention, mlp"),
         ({"massive": 0.0}, r"method.massive=0.0 must lie in \(0, "),
         ({"multiple_of": 0}, "method.multiple_of=0 must be at least 1"),
@@ -328,8 +383,7 @@ def test_what_the_stock_class_cannot_have(make_problem):
         Flap(allocation="uniform", export="stock").plan(make_problem(Layers(1)))
 
 
-@pytest.mark.parametrize("recovery", ["lora", "distill"])
-def test_a_whole_run_says_what_it_asked_for_and_got(recovery, tmp_path):
+def test_a_whole_run_says_what_it_asked_for_and_got(tmp_path):
     text, rows = tmp_path / "text.txt", tmp_path / "rows.jsonl"
     text.write_text("The pond froze over in the night, and nobody said a word about the boats. " * 200)
     rows.write_text(
@@ -338,7 +392,7 @@ def test_a_whole_run_says_what_it_asked_for_and_got(recovery, tmp_path):
     outcome = run_slm(
         "model=random", "model.num_layers=6", "model.hidden_size=64", "model.num_heads=4", "method=flap",
         "calibration=text_file", f"calibration.path={text}", "calibration.num_samples=4", "calibration.seq_len=32",
-        "pruning_ratio.of=parameters", f"recovery={recovery}", "recovery.source=file", f"recovery.path={rows}",
+        "pruning_ratio.of=parameters", "recovery=distill", "recovery.source=file", f"recovery.path={rows}",
         "recovery.validation_size=4", "recovery.cutoff_len=32", "recovery.max_steps=2", "recovery.warmup_steps=1",
         "evaluation=none", "tracker=jsonl", f"output_dir={tmp_path}",
     )  # fmt: skip
@@ -346,7 +400,9 @@ def test_a_whole_run_says_what_it_asked_for_and_got(recovery, tmp_path):
     (file,) = tmp_path.glob("runs/*/*/summary.json")
     summary = json.loads(file.read_text())
     assert summary["num_layers"] == {"dense": 6, "pruned": 6}
-    assert 0.2 <= summary["pruning_ratio"]["got_parameters"] < 0.25
+    got = summary["pruning_ratio"]["got_parameters"]
+    assert 0.2 <= got < 0.25
+    assert f"; asked 20% of the parameters, got {100 * got:.4g}%" in " ".join(outcome.out.split())
     (stage,) = tmp_path.glob("store/recover/*/stage.json")
     assert json.loads(stage.read_text())["result"]["num_steps"] == 2
     assert summary["parameters"]["pruned"] < 0.8 * summary["parameters"]["dense"]

@@ -18,6 +18,7 @@ from slm_pipeline.models.architectures import ARCHITECTURES
 from slm_pipeline.models.loading import byte_tokenizer, load_dense
 from slm_pipeline.models.source import describe
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.models.widths import cut_out, settle
 
 
 def cut(model, kept):
@@ -48,7 +49,8 @@ def test_what_is_left_of_another_life_is_dropped(tmp_path):
 
 def test_code_that_is_in_the_folder_stays_named(tiny_llama, tmp_path):
     model, _ = tiny_llama
-    ModelView(model).cut_out({"mlp": [1]})
+    cut_out(view := ModelView(model), {"mlp": [1]})
+    settle(view)
     config = saved_config(model, tmp_path / "model")
     assert config["auto_map"] == {
         "AutoConfig": "modeling_pruned.PrunedLlamaConfig",

@@ -30,6 +30,7 @@ from slm_pipeline.models import checkpoint
 from slm_pipeline.models.architectures import ARCHITECTURES
 from slm_pipeline.models.loading import byte_tokenizer
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.models.widths import cut_out, settle
 from slm_pipeline.surgery.apply import apply
 
 FOLDER = Path(sys.prefix) / "transformers4"  # make transformers4
@@ -146,7 +147,8 @@ def both(tmp_path_factory) -> dict[str, tuple[dict, dict]]:
     for name in (*SETTINGS, *OTHERS):
         model, tokenizer = make_model(OTHERS.get(name, name)), make_tokenizer(architecture_of(name))
         if name.endswith("_custom"):
-            ModelView(model).cut_out({"attention": [0, 2], "mlp": [3]})
+            cut_out(view := ModelView(model), {"attention": [0, 2], "mlp": [3]})
+            settle(view)
         if name.endswith("_narrow"):
             apply(narrowing(dict.fromkeys(range(5), ([1], range(40))), num_layers=5), model)
         if name.endswith(("_unequal", "_padded")):

@@ -133,7 +133,7 @@ def test_heads_that_do_not_divide_the_hidden_size(architecture, is_stock, input_
         assert (description["model_type"], description["num_attention_heads"]) == (architecture, 5)
     else:
         assert description["model_type"] == f"pruned_{architecture}"
-        assert [width["heads"] for width in description["widths"]] == [5] * 6
+        assert [size["heads"] for size in description["layer_sizes"]] == [5] * 6
 
 
 @torch.no_grad()
@@ -210,3 +210,37 @@ def test_a_model_of_unequal_layers_trains_is_saved_again_and_is_pruned_further(t
     expected = shallower(input_ids=input_ids, use_cache=False).logits
     last = checkpoint.save(shallower, byte_tokenizer(), tmp_path / "last", card="", config=source.config)
     torch.testing.assert_close(last(input_ids=input_ids, use_cache=False).logits, expected, rtol=0, atol=0)
+
+
+def said_twice(size, layer, absent):
+    """A layer's description as checkpoints of before had it, and what they said of all layers in ``absent``."""
+    for child in size["absent"]:
+        absent.setdefault(child, []).append(layer)
+    return {name: size[name] for name in ("heads", "key_value_heads", "shapes", "biases")}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt_neox"])
+@pytest.mark.parametrize("kept", [UNEQUAL, {}], ids=["narrower_too", "missing_alone"])
+def test_a_checkpoint_that_says_in_two_lists_what_its_layers_have_still_loads(architecture, kept, input_ids, tmp_path):
+    source = random_source(architecture)
+    lost = [DropSublayer((5,), "attention", "custom"), DropSublayer((2,), "mlp", "custom")]
+    constant = {3: {"mlp": torch.ones(32).numpy()}} if kept else None
+    pruned = apply(narrowing(kept, *lost, biases=constant), load_dense(source)[0])
+    expected = pruned(input_ids=input_ids, use_cache=False).logits
+    saved = checkpoint.save(pruned, byte_tokenizer(), tmp_path / "model", card="", config=source.config)
+    file = tmp_path / "model" / "config.json"
+    description, absent = json.loads(file.read_text()), {}
+    sizes = description.pop("layer_sizes")
+    widths = [said_twice(size, layer, absent) for layer, size in enumerate(sizes)]
+    file.write_text(json.dumps(description | {"absent": absent} | ({"widths": widths} if kept else {})))
+    again = load_checkpoint(tmp_path / "model", source.config)
+    assert torch.equal(again(input_ids=input_ids, use_cache=False).logits, expected)
+    assert not {"absent", "widths"} & vars(again.config).keys()
+    if not kept:  # their shapes are the dense model's, of which nothing was said
+        for size in (*sizes, *again.config.layer_sizes):
+            size["shapes"] = None
+    if architecture == "gpt_neox":  # it has no key-value heads: as many as heads
+        assert {size["key_value_heads"] for size in sizes} == {size["heads"] for size in sizes}
+    assert again.config.layer_sizes == sizes
+    assert ModelView(again).num_parameters() == ModelView(saved).num_parameters()
