@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import weakref
 from pathlib import Path
 
 import pytest
@@ -96,19 +95,22 @@ def test_all_text_goes_through_a_block_before_the_next_is_read(llama, monkeypatc
 
 def test_two_blocks_are_in_memory_at_a_time(llama, monkeypatch):
     _, view = views(llama)
-    alive, most, read = weakref.WeakSet(), [0], view.stream._read
+    start, seen = view.stream._start, []
 
-    def watched(parameter):
-        value = read(parameter)
-        alive.add(value)
-        most[0] = max(most[0], len(alive))
-        return value
+    def there():
+        mapped = view.stream._files._places
+        return [i for i, b in enumerate(view.stream.blocks) if any(p.data_ptr() not in mapped for p in b.parameters())]
 
-    monkeypatch.setattr(view.stream, "_read", watched)
+    def watched(block):
+        seen.append((there(), view.stream.blocks.index(block)))  # those there, and the one that is begun beside them
+        return start(block)
+
+    monkeypatch.setattr(view.stream, "_start", watched)
     collect(view, TEXT)
-    assert 9 < most[0] <= 2 * 9  # parameters of a block
+    assert seen == [([], 0), ([0], 1), ([1], 2), ([2], 3), ([3], 4), ([4], 5)]
+    assert there() == [5]
     view.rest()
-    assert not alive
+    assert there() == []
 
 
 @pytest.mark.parametrize("name", sorted({*options_with("method", "streams")} - {"none", "from_plan"}))
