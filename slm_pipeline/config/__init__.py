@@ -53,7 +53,9 @@ class ModelConfig:
     revision: str | None = None  # hub: commit, tag or branch
     path: FilePath | None = None  # local: folder that transformers can load
     dtype: str = "bfloat16"  # float32 | bfloat16 | float16
-    device: str = "auto"  # auto (cuda if there is one) | cpu | cuda | cuda:N | balanced (spread over all GPUs)
+    # auto (cuda if there is one) | cpu | cuda | cuda:N | balanced (spread over all GPUs) | stream (block by block from
+    # disk, for models that fit nowhere: calibrate, merge and repair)
+    device: str = "auto"
     trust_remote_code: bool = False
     published_thresholds: dict[str, UpToOne] = field(default_factory=dict)  # ratio option -> threshold
     architecture: str | None = None  # random: a model_type of transformers, e.g. qwen3; the rest is for random too

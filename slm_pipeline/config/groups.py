@@ -176,6 +176,11 @@ def _classes(group: str, in_use: tuple[plugins.Plugin, ...]) -> dict[str, Any]:
     return found
 
 
+def options_with(group: str, attribute: str) -> list[str]:
+    """Names of the options of a plug-in group for whose class ``attribute`` is true."""
+    return [name for name, options in _classes(group, plugins.in_use()).items() if getattr(options, attribute)]
+
+
 def is_text(key: str) -> bool:
     """Whether an option, by its whole name, holds one text; one of a plug-in group if it does so in any of its options,
     one of Hydra if its own schema says so."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import pad
 
+from slm_pipeline.models.sizes import MAX_LOGITS, STREAMED_BYTES
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.models.widths import changes_shapes, resized
 from slm_pipeline.surgery.block import Block
@@ -20,19 +21,20 @@ GPU_TOKENS, CPU_TOKENS = 8192, 512  # that go through a block at once
 _PASS_TOKENS = 8192  # in one forward pass that keeps few states
 _NUM_LIKELY = 4096  # tokens of the vocabulary that are likely on a batch
 _NO_TARGET = -100  # what cross_entropy passes over
-MAX_LOGITS = 1 << 26  # float32 logits at a time: 256 MB
 
 
 class BlockRunner:
     """The dense model's states on one batch, and a way to continue from any of them.
 
-    One forward pass records what enters each block: the residual stream and everything else the model hands to it
-    (masks, rotary embeddings, positions). So a block can later be run on another state without knowing its
-    architecture, and no mask is ever rebuilt by hand.
+    The model's own forward pass, with blocks that stand still in the place of all but the first, shows what each block
+    is given beside the residual stream (masks, rotary embeddings, positions). So a block can be run on any state
+    without knowing its architecture, and no mask is ever rebuilt by hand.
 
     Args:
         view: the dense model.
         input_ids: [batch, length] int64 token ids, all of equal length: no padding.
+        whole: False: leave it at that, on a batch of one sample. There are no states but the first two, and no
+            ``final``.
 
     Attributes:
         states: num_layers + 1 tensors [batch, length, d] in the model's dtype: ``states[i]`` enters block i,
@@ -42,25 +44,53 @@ class BlockRunner:
     """
 
     @torch.no_grad()
-    def __init__(self, view: ModelView, input_ids: Tensor):
+    def __init__(self, view: ModelView, input_ids: Tensor, *, whole: bool = True):
         self.view = view
+        self.final: Tensor
         self.states: list[Tensor] = []
         self.num_block_evaluations = 0
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._resized: tuple[Block, nn.Module] | None = None  # the last block of another size, and a module for it
-        hooks = [block.register_forward_pre_hook(self._record, with_kwargs=True) for block in view.layers]
-        hooks.append(view.final_norm.register_forward_pre_hook(lambda _, args: self.states.append(args[0])))
+        blocks = [*view.layers]
+        hook = blocks[0].register_forward_hook(self._keep_first, with_kwargs=True)
         try:
-            output = view.decoder(input_ids=input_ids.to(view.device), use_cache=False)
+            for layer in range(1, len(blocks)):
+                view.layers[layer] = _StandsStill(blocks[layer], self)
+            view.decoder(input_ids=input_ids.to(view.device), use_cache=False)
         finally:
-            for hook in hooks:
-                hook.remove()
-        self.final: Tensor = output.last_hidden_state
+            hook.remove()
+            for layer in range(1, len(blocks)):
+                view.layers[layer] = blocks[layer]
+        del self._first_output
+        if whole:
+            _climb([self])
 
-    def _record(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.states.append(args[0])
-        batch_size = len(args[0])
-        self._arguments.append((_for_any_batch(args[1:], batch_size), _for_any_batch(kwargs, batch_size)))
+    def _keep_first(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._first_output = output
+        self.record(args, kwargs)
+        self.states += [args[0], output[0] if isinstance(output, tuple) else output]
+
+    def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note what a block is given; returns what the first one returned."""
+        self._arguments.append((args[1:], kwargs))
+        return self._first_output
+
+    def climb(self, layer: int) -> None:
+        """Let the dense model's states go through a block, with the arguments that the model gave it."""
+        args, kwargs = self._arguments[layer]
+        output = self.view.bring(layer)(self.states[layer], *args, **kwargs)
+        self.states.append(output[0] if isinstance(output, tuple) else output)
+
+    def arrive(self) -> None:
+        """The states have left the last block."""
+        self.final = self.finish(self.states[-1])
+        self._arguments_for_any_batch()
+
+    def _arguments_for_any_batch(self) -> None:
+        size = len(self.states[0])
+        self._arguments = [
+            (_for_any_batch(args, size), _for_any_batch(kwargs, size)) for args, kwargs in self._arguments
+        ]
 
     @torch.no_grad()
     def run(self, block: Block, hidden: Tensor) -> Tensor:
@@ -125,14 +155,13 @@ class BlockRunner:
 
     def _module_of(self, block: Block) -> tuple[nn.Module, dict[str, Tensor]]:
         """A module that runs ``block``, and parameters to be put in the place of its own meanwhile."""
-        module = self.view.layers[block.body]
         absent = {child for sublayer in block.without for child in self.view.sublayer(sublayer)}
-        device = next(module.parameters()).device
+        device = self.view.device_of(block.body)
         tensors = {
             name: value.to(device) for name, value in block.replaced.items() if name.partition(".")[0] not in absent
         }
         if not changes_shapes(self.view, block.body, tensors):
-            return module, tensors
+            return self.view.bring(block.body), tensors
         if self._resized is None or self._resized[0] is not block:  # some modules ask how many heads they have
             self._resized = (block, resized(self.view, block.body, tensors))
         return self._resized[1], {}
@@ -149,7 +178,7 @@ class BlockRunner:
     @torch.no_grad()
     def finish(self, hidden: Tensor) -> Tensor:
         """Final-normed states of the last block's output."""
-        normed: Tensor = self.view.final_norm(hidden.to(self.final.device))
+        normed: Tensor = self.view.final_norm(hidden.to(next(self.view.final_norm.parameters()).device))
         return normed
 
     @torch.no_grad()
@@ -190,6 +219,55 @@ class BlockRunner:
         pieces = zip(normed.split(rows), targets.split(rows), strict=True)
         losses = torch.cat([_cross_entropy(self.view.logits(piece), target) for piece, target in pieces])
         return losses.view(len(hidden), -1).sum(dim=1)
+
+
+class _StandsStill(nn.Module):
+    """In a block's place: tells the runner what it is given, and returns what the first block did."""
+
+    def __init__(self, block: nn.Module, runner: BlockRunner):
+        super().__init__()
+        vars(self).update(block=block, runner=runner)  # not as a part of this module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)["runner"].record(args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What models ask of their blocks, such as the kind of attention."""
+        return getattr(vars(self)["block"], name)
+
+
+def dense_pass(view: ModelView, parts: Sequence[Tensor]) -> list[BlockRunner]:
+    """The dense model's states on each part of a text ([samples, length] int64); all go through one block, then through
+    the next."""
+    runners = [BlockRunner(view, part, whole=False) for part in parts]
+    _climb(runners)
+    return runners
+
+
+def dense_passes(view: ModelView, parts: Sequence[Tensor]) -> Iterator[BlockRunner]:
+    """The same, one part after the other, of which nothing is kept; of a model whose blocks stay on disk as many in a
+    pass as `parts_together` says."""
+    size = parts_together(view, parts, view.num_layers + 1)
+    for start in range(0, len(parts), size):
+        yield from dense_pass(view, parts[start : start + size])
+
+
+def parts_together(view: ModelView, parts: Sequence[Tensor], states: int) -> int:
+    """How many parts of a text go up the stack together: one, or of a model whose blocks stay on disk, where each pass
+    reads all weights, as many as `STREAMED_BYTES` hold with so many ``states`` of each token."""
+    if view.stream is None or not parts:
+        return 1
+    return max(1, STREAMED_BYTES // (parts[0].numel() * states * view.config.hidden_size * view.dtype.itemsize))
+
+
+@torch.no_grad()
+def _climb(runners: Sequence[BlockRunner]) -> None:
+    """Let all runners' batches go up the stack together from the second block on."""
+    for layer in range(1, runners[0].view.num_layers):
+        for runner in runners:
+            runner.climb(layer)
+    for runner in runners:
+        runner.arrive()
 
 
 def rows_at_once(states: Tensor) -> int:

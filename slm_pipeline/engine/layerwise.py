@@ -31,7 +31,8 @@ class Stream:
     @torch.no_grad()
     def __init__(self, view: ModelView, input_ids: Tensor):
         self.view = view
-        self._runner = BlockRunner(view, input_ids[:1])  # what blocks are given beside the states is alike for all
+        # what blocks are given beside the states is alike for all
+        self._runner = BlockRunner(view, input_ids[:1], whole=False)
         size = input_ids.numel() * view.config.hidden_size * view.dtype.itemsize
         home = view.device if size <= _DEVICE_BYTES else torch.device("cpu")
         inputs = ({"input_ids": batch.to(view.device)} for batch in batches(input_ids, _PASS_TOKENS))
@@ -45,7 +46,7 @@ class Stream:
         """
         found: Gram | None = None
         for piece in self.states.split(rows_at_once(self.states)):
-            rows = self._runner.inputs_of(block, piece.to(self._device(block)), sublayer)
+            rows = self._runner.inputs_of(block, piece.to(self.view.device_of(block.body)), sublayer)
             found = found or Gram(rows.shape[1], rows.device)
             found.add(rows)
         assert found is not None
@@ -59,7 +60,4 @@ class Stream:
     def pass_through(self, block: Block) -> None:
         """Let the states go through ``block``."""
         for piece in self.states.split(rows_at_once(self.states)):
-            piece.copy_(self._runner.run(block, piece.to(self._device(block))))
-
-    def _device(self, block: Block) -> torch.device:
-        return next(self.view.layers[block.body].parameters()).device
+            piece.copy_(self._runner.run(block, piece.to(self.view.device_of(block.body))))

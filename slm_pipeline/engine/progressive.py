@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slm_pipeline.engine.blocks import BlockRunner, batches
+from slm_pipeline.engine.blocks import batches, dense_pass
 from slm_pipeline.engine.statistics import ChannelMoments
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
@@ -53,7 +53,7 @@ class ProgressiveStack:
         self._num_tokens = input_ids.numel()
         self._input_ids = batches(input_ids.to(view.device), MAX_BATCH_TOKENS)
         with self._moments(range(view.num_layers)) as moments:
-            self._runners = [BlockRunner(view, batch) for batch in self._input_ids]
+            self._runners = dense_pass(view, self._input_ids)
         self._states = [runner.states for runner in self._runners]  # what enters each block, and what leaves the last
         self.scores = [self._scores(position, *moments[position]) for position in range(view.num_layers)]
 

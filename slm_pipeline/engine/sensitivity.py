@@ -66,5 +66,5 @@ def _entering(runner: BlockRunner, blocks: Sequence[Block]) -> list[Tensor]:
 
 
 def _run(runner: BlockRunner, block: Block, states: Tensor) -> Tensor:
-    device = next(runner.view.layers[block.body].parameters()).device
+    device = runner.view.device_of(block.body)
     return torch.cat([runner.run(block, piece.to(device)) for piece in states.split(rows_at_once(states))])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slm_pipeline.engine.blocks import BlockRunner, batches
+from slm_pipeline.engine.blocks import batches, dense_passes
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.show.progress import ProgressBar
@@ -97,8 +97,9 @@ def collect(
             hooks.append(view.mlp_output(layer).register_forward_pre_hook(mlp[layer].observe))
     cosine, angle, angle_last = (torch.zeros(depth + 1, depth + 1, dtype=torch.float64) for _ in range(3))
     try:
-        for batch in ProgressBar(batches(input_ids, MAX_BATCH_TOKENS), desc="calibration pass"):
-            states = BlockRunner(view, batch).states
+        text = batches(input_ids, MAX_BATCH_TOKENS)
+        for runner in ProgressBar(dense_passes(view, text), total=len(text), desc="calibration pass"):
+            states = runner.states
             check_finite(states)
             if observe is not None:
                 observe(states)

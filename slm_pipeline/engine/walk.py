@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slm_pipeline.engine.blocks import BlockRunner, batches, rows_at_once
+from slm_pipeline.engine.blocks import BlockRunner, batches, dense_pass, parts_together, rows_at_once
 from slm_pipeline.engine.criteria import CRITERIA, Sums
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
@@ -25,6 +25,7 @@ from slm_pipeline.surgery.block import Block
 _TEXT_TOKENS = 2048  # of the text, walked at once by all candidates
 _KEPT_BYTES = 1 << 30  # of states, so that who is measured twice need not walk twice
 _COSTLY_HEAD = 4  # in blocks: from there on a bound that spares most of the head is worth a second walk
+_STATES_OF_CANDIDATE = 3  # of each token in memory: those that enter a block, that leave it, and their parts
 _FEWEST_PIECES = 8  # that the text is walked in, if it has so many samples: a hopeless candidate is given up early
 
 
@@ -92,7 +93,7 @@ class RemovalWalk:
         self._strict = strict
         tokens = 1 if strict else min(_TEXT_TOKENS, input_ids.numel() // _FEWEST_PIECES)
         self._input_ids = batches(input_ids.to(view.device), tokens)
-        self._runners = [BlockRunner(view, batch) for batch in self._input_ids]
+        self._runners = dense_pass(view, self._input_ids)
         # For each batch, what enters each block, and what leaves the last; cut off where it is out of date.
         self._prefixes = [runner.states for runner in self._runners]
 
@@ -177,19 +178,26 @@ class RemovalWalk:
                 room, so that a second measurement need not walk again.
         """
         sums = sums or self._criterion.sums
-        for index in ProgressBar(numbers, desc="candidates", unit="batch", leave=False):
+        size = parts_together(self.view, self._input_ids, _STATES_OF_CANDIDATE * len(totals))
+        groups = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+        for group in ProgressBar(groups, desc="candidates", unit="batch", leave=False):
             walking = [candidate for candidate, total in totals.items() if total <= limit * self._num_terms]
-            states = {c: state for c, state in (known or {}).get(index, {}).items() if c in walking}
-            states |= self._walk(index, [candidate for candidate in walking if candidate not in states])
-            if not states:
-                continue
-            losses = sums(self._runners[index], list(states.values()), self._input_ids[index])
-            for candidate, loss in zip(states, losses, strict=True):
-                totals[candidate] += loss if math.isfinite(loss) else math.inf
-            if known is not None:
-                held = sum(state.nbytes for of_batch in known.values() for state in of_batch.values())
-                if held + sum(state.nbytes for state in states.values()) <= _KEPT_BYTES:
-                    known[index] = states
+            found = {
+                index: {c: state for c, state in (known or {}).get(index, {}).items() if c in walking}
+                for index in group
+            }
+            walked = self._walk({index: [c for c in walking if c not in found[index]] for index in group})
+            for index in group:
+                states = found.pop(index) | walked.pop(index, {})
+                if not states:
+                    continue
+                losses = sums(self._runners[index], list(states.values()), self._input_ids[index])
+                for candidate, loss in zip(states, losses, strict=True):
+                    totals[candidate] += loss if math.isfinite(loss) else math.inf
+                if known is not None:
+                    held = sum(state.nbytes for of_batch in known.values() for state in of_batch.values())
+                    if held + sum(state.nbytes for state in states.values()) <= _KEPT_BYTES:
+                        known[index] = states
 
     def _means(self, totals: Mapping[Removal, float], limit: float) -> dict[Removal, float]:
         means = {candidate: total / self._num_terms for candidate, total in totals.items()}
@@ -202,11 +210,22 @@ class RemovalWalk:
             return None
         return block.lacking(part)
 
+    def _walk(self, candidates: Mapping[int, Sequence[Removal]]) -> dict[int, dict[Removal, Tensor]]:
+        """What leaves the last block for some batches of samples, for each of their candidates; all of them go through
+        one block, then through the next."""
+        walks = {index: self._steps(index, found) for index, found in candidates.items() if found}
+        arrived: tuple[tuple[list[Removal], Tensor], ...] = ()
+        for states in zip(*walks.values(), strict=True):
+            arrived = states
+        return {
+            index: dict(zip(found, states.chunk(len(found)), strict=True))
+            for index, (found, states) in zip(walks, arrived, strict=True)
+        }
+
     @torch.no_grad()
-    def _walk(self, index: int, candidates: Sequence[Removal]) -> dict[Removal, Tensor]:
-        """What leaves the last block for one batch of samples, for each candidate."""
-        if not candidates:
-            return {}
+    def _steps(self, index: int, candidates: Sequence[Removal]) -> Iterator[tuple[list[Removal], Tensor]]:
+        """After each block: the candidates that have lost something so far, and what leaves it for one batch of samples
+        of each, one after the other."""
         runner, prefix = self._runners[index], self._prefixes[index]
         walking: list[Removal] = []
         states = prefix[0][:0]
@@ -223,7 +242,7 @@ class RemovalWalk:
             starting = [self._variant(runner, self._without(block, c.part), prefix[position]) for c in here]
             states = torch.cat([entering, *(state.to(entering.device) for state in starting)])
             walking += here
-        return dict(zip(walking, states.split(size), strict=True))
+            yield walking, states
 
     def _variant(self, runner: BlockRunner, block: Block | None, hidden: Tensor) -> Tensor:
         return hidden if block is None else self._run(runner, block, hidden, len(hidden))

@@ -16,7 +16,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from slm_pipeline.engine.blocks import BlockRunner, batches
+from slm_pipeline.engine.blocks import BlockRunner, batches, dense_pass
 from slm_pipeline.engine.similarities import SIMILARITIES
 from slm_pipeline.engine.window_memo import WindowMemo
 from slm_pipeline.errors import UserError
@@ -56,7 +56,7 @@ class StackSimilarity:
     @cached_property
     def _runners(self) -> list[BlockRunner]:
         """The dense pass; not made where the memo knows everything."""
-        return [BlockRunner(self.view, batch) for batch in batches(self.input_ids, MAX_BATCH_TOKENS)]
+        return dense_pass(self.view, batches(self.input_ids, MAX_BATCH_TOKENS))
 
     @property
     def num_block_evaluations(self) -> int:
@@ -74,7 +74,10 @@ class StackSimilarity:
             self._merged = {group: self._merged[group] for group in stack if group in self._merged}
             blocks = [self._block(group) for group in stack]
             lowest = originals(stack[0])[0]
-            total = sum(self._evaluate(runner, runner.states[lowest], blocks) for runner in self._runners)
+            states = [runner.states[lowest] for runner in self._runners]
+            for block in blocks:  # all samples through one block, then through the next
+                states = [runner.run(block, hidden) for runner, hidden in zip(self._runners, states, strict=True)]
+            total = sum(map(self._measure, self._runners, states))
             value = self._similarity.of_mean(total / len(self.input_ids))
             if not math.isfinite(value):
                 merged = [f"{layers[0]}..{layers[-1]}" for layers in map(originals, stack) if len(layers) > 1]
@@ -93,9 +96,7 @@ class StackSimilarity:
             self._merged[group] = merge(self.view, [self._block(member) for member in group], self.rule)
         return self._merged[group]
 
-    def _evaluate(self, runner: BlockRunner, hidden: Tensor, blocks: list[Block]) -> float:
-        for block in blocks:
-            hidden = runner.run(block, hidden)
+    def _measure(self, runner: BlockRunner, hidden: Tensor) -> float:
         return float(self._similarity.measure(self.view, runner.final, runner.finish(hidden)).sum())
 
 

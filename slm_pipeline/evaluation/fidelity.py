@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.models.view import ModelView
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,12 @@ class Fidelity(Measure):
         documents, _ = self._documents(part, tokenizer, context, most=self.window)
         if all(len(ids) + bos < 2 for ids in documents):
             raise UserError(f"{OPTION}={part}: no document has a token to predict")
+
+    def memory(self, sizes: Sizes) -> int:
+        """A batch in a block of either model, or pieces of logits of both in float32, some times over."""
+        tokens = self.batch_size * self.window
+        pieces = (6 * 4 + sizes.item_bytes) * min(MAX_ELEMENTS, tokens * sizes.vocabulary)
+        return sizes.states(tokens, 2) + max(sizes.running(tokens), pieces)
 
     def run(self, part: str, scored: Scored, context: Context) -> dict[str, Any]:
         documents, about = self._documents(part, scored.tokenizer, context, most=self.max_tokens)

@@ -18,6 +18,8 @@ from slm_pipeline.results.number import Number
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from slm_pipeline.models.sizes import Sizes
+
 
 class Scored(Protocol):
     """The model that is scored, loaded when it is first asked for."""
@@ -119,6 +121,10 @@ class Measure(ABC):
     def names_of_totals(self) -> list[str]:
         """The keys of `totals`."""
         return []
+
+    def memory(self, sizes: Sizes) -> int | None:
+        """Bytes at the most beside the models' weights; None where it is not known."""
+        return None
 
     def texts(self, part: str, tokenizer: PreTrainedTokenizerBase, context: Context) -> list[str]:
         """The documents that the part reads, to be looked for in a recovery's training data."""

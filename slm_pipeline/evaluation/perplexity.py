@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from slm_pipeline.models.sizes import Sizes
+
 log = logging.getLogger(__name__)
 
 MAX_ELEMENTS = 1 << 26  # logits in float32 at a time: 256 MB
@@ -83,6 +85,12 @@ class Perplexity(Measure):
             raise UserError("evaluation.perplexity.bos=true: the model's tokenizer has no BOS token")
         ids, _ = corpus_tokens(tokenizer, part, window=self.window, max_tokens=self.window, data_dir=context.data_dir)
         _check_length(len(ids), self.window - bos, Path(part).stem, self.window)
+
+    def memory(self, sizes: Sizes) -> int:
+        """A batch in a block, its logits, and some of them in float32, twice."""
+        tokens = self.batch_size * self.window
+        pieces = 8 * min(MAX_ELEMENTS, self.window * sizes.vocabulary)
+        return max(sizes.running(tokens), sizes.logits(tokens) + pieces)
 
     def run(self, part: str, scored: Scored, context: Context) -> dict[str, Any]:
         input_ids, about = self._tokens(part, scored.tokenizer, context)

@@ -29,6 +29,8 @@ from slm_pipeline.results.number import PERCENT, Number
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from slm_pipeline.models.sizes import Sizes
+
 log = logging.getLogger(__name__)
 
 # Task and the metric that is reported for it: normalised by answer length where the papers do so.
@@ -52,6 +54,8 @@ TASK_FILES = {
     "arc_challenge": ("arc/arc_challenge.yaml", "test"),
     "openbookqa": ("openbookqa/openbookqa.yaml", "test"),
 }
+
+_LONG_TEXT = 256  # tokens, with its answer, of the batch of long texts with which lm-eval begins
 
 
 @dataclass(kw_only=True)
@@ -102,6 +106,11 @@ class ZeroShot(Measure):
         if self.data == "hub":
             with _loaded(part, self.data, None):
                 pass
+
+    def memory(self, sizes: Sizes) -> int:
+        """A batch of texts of `_LONG_TEXT` tokens in a block, or its logits in float32 and their logarithms."""
+        tokens = self.batch_size * _LONG_TEXT
+        return max(sizes.running(tokens), sizes.logits(tokens) + 8 * tokens * sizes.vocabulary)
 
     def run(self, part: str, scored: Scored, context: Context) -> dict[str, Any]:
         return score_task(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_pipeline import config as options
 from slm_pipeline.config import CalibrationConfig, Config
-from slm_pipeline.config.groups import build, unused
+from slm_pipeline.config.groups import build, options_with, unused
 from slm_pipeline.data.calibration import Calibration
 from slm_pipeline.data.corpora import corpus_fingerprint
 from slm_pipeline.engine.window_memo import WindowMemos
@@ -134,6 +134,8 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
             f"{group}=none" for group, of in (("repair", "repaired"), ("recovery", "recovered")) if of in evaluation.of
         )
         raise UserError(f"evaluation.of=[{','.join(evaluation.of)}] has nothing to score with {unmade}")
+    if config.model.device == "stream":
+        _check_stream(config, method, repair, recovery, evaluation)
     source = describe(config.model)
     if runs_here:
         gpus.check_device(config.model.device, len(gpus.visible()))
@@ -187,6 +189,26 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
 def _with_bos(calibration: CalibrationConfig, source: ModelSource) -> CalibrationConfig:
     """The options with the model's own wish for a BOS token in the place of null."""
     return replace(calibration, bos=source.puts_bos(calibration.bos))
+
+
+def _check_stream(
+    config: Config, method: Method, repair: Repair | None, recovery: Recovery | None, evaluation: Evaluation
+) -> None:
+    """Raise `UserError` for what cannot work on a model whose layers stay on disk."""
+    runs = {"recover": recovery is not None, "evaluate": bool(evaluation.of and evaluation.active)}
+    if refused := [stage for stage in config.stages if runs.get(stage)]:
+        left = [stage for stage in config.stages if stage not in refused] or ["calibrate", "merge"]
+        raise UserError(
+            f"model.device=stream cannot {' or '.join(refused)}, which go through the whole model again and again; use"
+            f" stages=[{','.join(left)}], then the same command on another model.device for the rest: what is done is"
+            " reused"
+        )
+    for stage, group, option in (("merge", "method", method), ("repair", "repair", repair)):
+        if option is not None and stage in config.stages and not option.streams:
+            raise UserError(
+                f"{group}={option.name} does not work layer by layer, as model.device=stream does; of {group} these do:"
+                f" {', '.join(options_with(group, 'streams'))}"
+            )
 
 
 def _unused_options(config: Config) -> list[str]:

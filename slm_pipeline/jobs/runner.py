@@ -23,9 +23,10 @@ from slm_pipeline.config import STAGES, to_config
 from slm_pipeline.errors import UserError, only_warned_about
 from slm_pipeline.jobs import study, summary
 from slm_pipeline.jobs.job import Job, prepare
+from slm_pipeline.jobs.needs import smaller_than_tried
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.evaluate import Evaluate
-from slm_pipeline.jobs.steps import Step, artifact_of, describe_plan, preflight, steps
+from slm_pipeline.jobs.steps import Step, artifact_of, describe_plan, preflight, steps, too_large
 from slm_pipeline.jobs.tracking import Tracker, open_tracker
 from slm_pipeline.machine import gpus, memory, provenance, signals
 from slm_pipeline.report.write import write_summary_so_far
@@ -136,6 +137,8 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
     preflight(job, looked_at)
     for warning in job.warnings:
         log.warning("%s", warning)
+    for warning in too_large(job):
+        log.warning("%s", warning)
     if "evaluate" in job.config.stages:
         for label in job.texts_of_calibration():
             log.warning("%s: the calibration samples come from the same text, which favours the pruned model", label)
@@ -217,7 +220,7 @@ def _produce(
     if not stage.is_whole(job, artifact) or step.forced:
         log.info("%s: %s", stage.name, "continues" if artifact.partial.exists() and not step.forced else "starts")
     started = time.monotonic()
-    with _out_of_memory_explained(stage.name):
+    with _out_of_memory_explained(stage, job):
         record, was_reused = artifact.produce(
             functools.partial(stage.run, job, results, tracker=tracker),
             is_whole=lambda: stage.is_whole(job, artifact),
@@ -241,23 +244,18 @@ def _say(lines: Sequence[str], said: Sequence[str]) -> None:
 
 
 @contextmanager
-def _out_of_memory_explained(stage: str) -> Iterator[None]:
+def _out_of_memory_explained(stage: Stage, job: Job) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the latter is torch's, on a CPU
-            raise UserError(
-                f"{stage} ran out of memory; a smaller model, batch size or calibration.num_samples would fit"
-            ) from error
         torch = sys.modules.get("torch")
-        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the latter is torch's, on a CPU
+            where = "memory"
+        elif torch is not None and isinstance(error, torch.OutOfMemoryError):
+            where = f"GPU memory ({torch.cuda.mem_get_info()[1] / 1e9:.0f} GB in all)"
+        else:
             raise
-        _, total = torch.cuda.mem_get_info()
-        raise UserError(
-            f"{stage} ran out of GPU memory ({total / 1e9:.0f} GB in all): halve evaluation.batch_size,"
-            " recovery.micro_batch_size or calibration.num_samples, use model.dtype=bfloat16, or spread the model over"
-            " several GPUs with model.device=balanced"
-        ) from error
+        raise UserError(f"{stage.name} ran out of {where}: {smaller_than_tried(stage, job)}") from error
 
 
 def _made_otherwise(stage: Stage, record: Mapping[str, Any], job: Job) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.jobs.job import Job
+from slm_pipeline.jobs.needs import need
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.calibrate import Calibrate
 from slm_pipeline.jobs.stages.evaluate import Evaluate
@@ -85,13 +86,14 @@ def artifact_of(stage: Stage, job: Job, known: Mapping[str, Artifact]) -> Artifa
 
 
 def describe_plan(job: Job, said: dict[Path, str] | None = None) -> str:
-    """One line for each selected stage: run or reuse, and its folder; then what is worth a warning.
+    """One line for each selected stage: run or reuse, its folder, and the memory that it will take at the most; then
+    what is worth a warning.
 
     Args:
         said: results that were described before, with what to call the job that has them; their stages are named in one
             line. Not filled.
     """
-    lines = []
+    lines, warnings = [], [*job.warnings, *too_large(job)]
     planned = [(step, artifact) for step, artifact in plan(job) if step.selected]
     shared: dict[str, list[str]] = {}
     for step, artifact in planned:
@@ -103,15 +105,30 @@ def describe_plan(job: Job, said: dict[Path, str] | None = None) -> str:
     width = max([20, *(len(step.stage.name) for step, _ in planned)])
     for step, artifact in planned:
         if artifact is None:
-            lines.append(
-                f"{step.stage.name:<{width}} run    {job.store / step.stage.stage}/ (named once the plan is known)"
-            )
+            action, where = "run", f"{job.store / step.stage.stage}/ (named once the plan is known)"
         else:
             action = "reuse" if step.stage.is_whole(job, artifact) and not step.forced else "run"
             resumed = " (continues an interrupted one)" if action == "run" and artifact.partial.exists() else ""
-            lines.append(f"{step.stage.name:<{width}} {action:<6} {artifact.path}{resumed}")
-    lines += [f"warning: {warning}" for warning in job.warnings]
+            where = f"{artifact.path}{resumed}"
+        if action == "run":
+            where = f"{where}  {need(step.stage, job)}".rstrip()
+        lines.append(f"{step.stage.name:<{width}} {action:<6} {where}")
+    lines += [f"warning: {warning}" for warning in warnings]
     return "\n".join(lines)
+
+
+def too_large(job: Job) -> list[str]:
+    """Which of the stages that are to run take more memory than there is, in words, and what would fit."""
+    needs = {step.stage.name: need(step.stage, job) for step in _to_run(job)}
+    return [needed.warning(name) for name, needed in needs.items() if needed.advice]
+
+
+def _to_run(job: Job) -> list[Step]:
+    return [
+        step
+        for step, known in plan(job)
+        if step.selected and (step.forced or known is None or not step.stage.is_whole(job, known))
+    ]
 
 
 def preflight(job: Job, looked_at: set[str] | None = None) -> None:
@@ -121,9 +138,8 @@ def preflight(job: Job, looked_at: set[str] | None = None) -> None:
         looked_at: stages for which that was done before, so that it is not done again; filled.
     """
     looked_at = set() if looked_at is None else looked_at
-    for step, known in plan(job):
-        if step.selected and (step.forced or known is None or not step.stage.is_whole(job, known)):
-            about = step.stage.looks_at
-            if about not in looked_at:
-                looked_at.add(about)
-                step.stage.preflight(job)
+    for step in _to_run(job):
+        about = step.stage.looks_at
+        if about not in looked_at:
+            looked_at.add(about)
+            step.stage.preflight(job)

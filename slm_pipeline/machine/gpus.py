@@ -8,10 +8,13 @@ place, nor do those of another study of the same user on this host.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
+import shutil
 import stat
+import subprocess
 import tempfile
 import time
 from contextlib import suppress
@@ -43,6 +46,21 @@ def models() -> list[str]:
             lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
             found += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
     return found
+
+
+def memory() -> list[int]:
+    """Bytes of each of `visible`, as ``nvidia-smi`` lists them; empty where it does not."""
+    return _memory(tuple(visible()))
+
+
+@functools.cache
+def _memory(names: tuple[str, ...]) -> list[int]:
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits", f"--id={','.join(names)}"]
+    if names and shutil.which(command[0]) is not None:
+        with suppress(OSError, subprocess.SubprocessError, ValueError):
+            listed = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            return [int(line) * 2**20 for line in listed.stdout.split()]
+    return []
 
 
 def in_words(device: str) -> str:

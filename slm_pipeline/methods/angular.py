@@ -34,6 +34,7 @@ class AngularDistance(LayerRemoval):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(128, 1024))
 
     name: ClassVar[str] = "angular"
+    streams: ClassVar[bool] = True
 
     def plan(self, problem: PruningProblem[Layers]) -> Plan:
         removed, distances = self.closest_ends(problem.statistics.angle_last, problem.target.remove)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from slm_pipeline.engine.statistics import Statistics
     from slm_pipeline.models.context import Context
+    from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.models.source import ModelSource
     from slm_pipeline.models.view import ModelView
 
@@ -81,12 +82,15 @@ class Method(ABC):
         min_seq_len: tokens that a calibration sample needs; 2 where the next token is predicted.
         removes_by_order: whether it puts whole layers in an order and removes the first of them, so that it can stop at
             any of them; of layers of one size it is told a number.
+        streams: whether it lets all text through a layer before it goes on to the next, without gradients, so that
+            it works on a model whose layers stay on disk (``model.device=stream``).
         num_protected: layers that it never touches; a plan keeps at least one more.
     """
 
     name: ClassVar[str]
     targets: ClassVar[tuple[type, ...]] = (Layers,)
     removes_by_order: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
     min_seq_len: ClassVar[int] = 1
 
     published_calibration: CalibrationSize
@@ -150,6 +154,10 @@ class Method(ABC):
     def fewest_left(self, num_layers: int) -> tuple[int, str]:
         """Fewest layers that a plan can leave of so many, whatever the method measures, and why no fewer."""
         return 1 + self.num_protected, f"{self.num_protected} protected and one more"
+
+    def memory(self, sizes: Sizes) -> int:
+        """Bytes at the most beside the weights, while it plans; 0 for what looks at one matrix at a time."""
+        return 0
 
     @abstractmethod
     def plan(self, problem: PruningProblem) -> Plan:

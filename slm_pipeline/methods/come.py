@@ -61,6 +61,7 @@ class Come(ProtectsEnds):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(9, 2048))
 
     name: ClassVar[str] = "come"
+    streams: ClassVar[bool] = True
 
     @property
     def mixes_layers(self) -> bool:
@@ -210,6 +211,7 @@ class ComePosterior(Come):
     granularity: Annotated[int, Range(at_least=1, at_most=10_000)] = 20  # n
 
     name: ClassVar[str] = "come_posterior"
+    streams: ClassVar[bool] = False
     min_seq_len: ClassVar[int] = 2
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
     from slm_pipeline.engine.walk import Removal
+    from slm_pipeline.models.sizes import Sizes
 
 OBJECTIVES = ("angular", "euclidean", "jensen_shannon")
 
@@ -48,6 +49,7 @@ class FinerCut(ProtectsEnds):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 
     name: ClassVar[str] = "finercut"
+    streams: ClassVar[bool] = True
     targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
 
     def __post_init__(self) -> None:
@@ -58,6 +60,9 @@ class FinerCut(ProtectsEnds):
 
     def layers_left(self, num_layers: int, target: Layers) -> None:
         return None
+
+    def memory(self, sizes: Sizes) -> int:
+        return sizes.walking(2 * sizes.layers)
 
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         from slm_pipeline.engine.walk import Removal, RemovalWalk

@@ -38,6 +38,7 @@ class Flap(WidthRemoval):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(128, 128))
 
     name: ClassVar[str] = "flap"
+    streams: ClassVar[bool] = True
 
     @property
     def adds_constants(self) -> bool:

@@ -35,6 +35,7 @@ class FromPlan(Method):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 
     name: ClassVar[str] = "from_plan"
+    streams: ClassVar[bool] = True
     targets: ClassVar[tuple[type, ...]] = (NoTarget,)
 
     @property

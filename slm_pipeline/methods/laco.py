@@ -37,6 +37,7 @@ class Laco(ThresholdMerging):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(5, 32))
 
     name: ClassVar[str] = "laco"
+    streams: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

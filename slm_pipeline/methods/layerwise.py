@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slm_pipeline.engine.allocation import Units
+    from slm_pipeline.models.sizes import Sizes
 
 
 @dataclass(kw_only=True)
@@ -56,6 +57,10 @@ class LayerwiseRemoval(WidthRemoval):
         Returns:
             [at least remove] int64 units each, on the CPU; whose first parts are the decisions for lower numbers.
         """
+
+    def memory(self, sizes: Sizes) -> int:
+        """One state of each token, and a Gram matrix three times."""
+        return sizes.states(sizes.tokens) + sizes.running(8192) + 3 * 8 * max(sizes.neurons, sizes.queries) ** 2
 
     def scored(self, problem: PruningProblem, units: Mapping[Place, Units]) -> dict[Place, Units]:
         """As they are: which units go is decided later."""

@@ -17,6 +17,7 @@ class NoPruning(Method):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 
     name: ClassVar[str] = "none"
+    streams: ClassVar[bool] = True
     targets: ClassVar[tuple[type, ...]] = (NoTarget,)
 
     @property

@@ -35,6 +35,7 @@ class Nystrom(LayerwiseRemoval):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(128, 256))
 
     name: ClassVar[str] = "nystrom"
+    streams: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,6 +39,7 @@ class OptimalBrainSurgeon(LayerwiseRemoval):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(128, 256))
 
     name: ClassVar[str] = "obs"
+    streams: ClassVar[bool] = True
 
     def choices(self, weight: Tensor, gram: Tensor, penalty: float, units: Units, remove: int) -> list[Tensor]:
         from slm_pipeline.engine.least_squares import order_by_norm, removal_order

@@ -60,6 +60,7 @@ class ReplaceMe(AngularDistance):
     batch_tokens: Count = 1024  # cosine: as published
 
     name: ClassVar[str] = "replaceme"
+    streams: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

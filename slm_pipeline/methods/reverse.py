@@ -19,6 +19,7 @@ class ReverseOrder(LayerRemoval):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 
     name: ClassVar[str] = "reverse"
+    streams: ClassVar[bool] = True
     targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
     removes_by_order: ClassVar[bool] = True
 

@@ -14,6 +14,7 @@ from slm_pipeline.surgery.plan import Plan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.models.view import ModelView
 
 
@@ -41,7 +42,11 @@ class ShortenedPerplexity(ShortenedLlama):
     """
 
     name: ClassVar[str] = "shortened_ppl"
+    streams: ClassVar[bool] = True
     min_seq_len: ClassVar[int] = 2
+
+    def memory(self, sizes: Sizes) -> int:
+        return sizes.walking(sizes.layers)
 
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         from slm_pipeline.engine.walk import Removal, RemovalWalk
@@ -91,6 +96,7 @@ class ShortenedMagnitude(ShortenedLlama):
     power: Annotated[int, Range(at_least=1, at_most=2)] = 1  # of |weight|
 
     name: ClassVar[str] = "shortened_magnitude"
+    streams: ClassVar[bool] = True
 
     @property
     def reads_calibration(self) -> bool:

@@ -24,6 +24,7 @@ class ShortGPT(LayerRemoval):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(64, 256))
 
     name: ClassVar[str] = "shortgpt"
+    streams: ClassVar[bool] = True
     targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
     removes_by_order: ClassVar[bool] = True
 

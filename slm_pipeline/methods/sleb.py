@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from slm_pipeline.config.ranges import Count, NumLayersOrZero
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
 from slm_pipeline.methods.target import Layers, Parameters
 from slm_pipeline.surgery.plan import Plan
+
+if TYPE_CHECKING:
+    from slm_pipeline.models.sizes import Sizes
 
 
 @dataclass(kw_only=True)
@@ -33,9 +36,13 @@ class Sleb(LayerRemoval):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(5, 2048))
 
     name: ClassVar[str] = "sleb"
+    streams: ClassVar[bool] = True
     targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
     removes_by_order: ClassVar[bool] = True
     min_seq_len: ClassVar[int] = 2
+
+    def memory(self, sizes: Sizes) -> int:
+        return sizes.walking(sizes.layers)
 
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         from slm_pipeline.engine.walk import Removal, RemovalWalk

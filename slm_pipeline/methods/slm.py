@@ -41,6 +41,7 @@ class SlidingLayerMerging(ThresholdMerging):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 
     name: ClassVar[str] = "slm"
+    streams: ClassVar[bool] = True
 
     @property
     def num_protected(self) -> int:

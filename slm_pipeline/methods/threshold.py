@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from slm_pipeline.config import plugins
 from slm_pipeline.engine.similarities import SIMILARITIES
@@ -16,6 +16,9 @@ from slm_pipeline.show.progress import ProgressBar
 from slm_pipeline.surgery.merge_rules import RULES
 from slm_pipeline.surgery.ops.merge import Merge
 from slm_pipeline.surgery.plan import Plan
+
+if TYPE_CHECKING:
+    from slm_pipeline.models.sizes import Sizes
 
 Window = tuple[int, int]  # closed range (low, high) of original layers
 Similarity = Callable[[tuple[Any, ...]], float]  # of the stack from some layer up
@@ -112,6 +115,10 @@ class ThresholdMerging(Method):
 
     def code(self) -> dict[str, str]:
         return super().code() | plugins.code_of(SIMILARITIES[self.similarity].measure)
+
+    def memory(self, sizes: Sizes) -> int:
+        """All dense states, a candidate's, and the final ones once more; a batch in a block."""
+        return sizes.states(sizes.tokens, sizes.layers + 4) + sizes.running(sizes.batch_tokens(8192))
 
     @abstractmethod
     def one_pass(self, similarity: Similarity, num_layers: int) -> Pass:

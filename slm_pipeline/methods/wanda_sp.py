@@ -34,6 +34,7 @@ class WandaSP(WidthRemoval):
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(128, 128))
 
     name: ClassVar[str] = "wanda_sp"
+    streams: ClassVar[bool] = True
 
     def channel_scores(self, weight: Tensor, mean: Tensor, variance: Tensor, sublayer: str) -> Tensor:
         """As above, with the root mean square in the place of the norm: a factor for all."""

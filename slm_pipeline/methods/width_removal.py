@@ -114,6 +114,11 @@ class WidthRemoval(ProtectsEnds):
 
     def check(self, context: Context) -> None:
         super().check(context)
+        if context.config.model.device == "stream" and self.allocation == "sensitivity":
+            raise UserError(
+                "method.allocation=sensitivity runs the stack once for each sublayer, which model.device=stream cannot;"
+                " use method.allocation=uniform or global"
+            )
         if self.export == "stock":
             unequal = (f"allocation={self.allocation}", self.allocation != "uniform")
             for said, is_so in (unequal, ("protect_*", self.num_protected)):

@@ -43,9 +43,8 @@ def load_checked(model_class: Any, place: Path | str, **options: Any) -> Any:
         transformers_log.removeFilter(_is_no_load_report)
     problems = [fault_words.lacking(sorted(found["missing_keys"]))] if found["missing_keys"] else []
     problems += fault_words.unequal({name: (saved, wanted) for name, saved, wanted in sorted(found["mismatched_keys"])})
-    if not problems and (names := [name for name, tensor in model.named_parameters() if not _is_finite(tensor)]):
-        dtype = str(model.dtype).removeprefix("torch.")
-        problems.append(f"not every value of {fault_words.tensor_names(names)} is a finite number in {dtype}")
+    if not problems and (names := [name for name, tensor in model.named_parameters() if not is_finite(tensor)]):
+        problems.append(fault_words.not_finite(names, str(model.dtype)))
     if problems:
         raise UserError(f"{place}: {'; '.join(problems)}")
     if found["unexpected_keys"]:
@@ -53,7 +52,7 @@ def load_checked(model_class: Any, place: Path | str, **options: Any) -> Any:
     return model
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite: least and greatest are NaN if any is; some 20 GB/s on a processor."""
     return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.detach().aminmax())
 

@@ -29,6 +29,7 @@ _HOW_TO_LOAD = (
     " `trust_remote_code=True` only."
 )
 MAX_SHARD = "5GB"  # of one file of weights; transformers 5 would write up to 50
+MAX_STREAMED_SHARD = "2GB"  # in memory while it is written
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # relative, of the logits; equal in most cases
 
 
@@ -47,7 +48,7 @@ def save(model: Any, tokenizer: Any, folder: Path, *, card: str, config: ModelCo
     model.config.dtype = config.dtype
     model.config.tie_word_embeddings = view.ties_embeddings
     with our_bars():
-        model.save_pretrained(partial, max_shard_size=MAX_SHARD)
+        model.save_pretrained(partial, max_shard_size=MAX_SHARD if view.stream is None else MAX_STREAMED_SHARD)
     if model.config.model_type.startswith(PRUNED):
         _add_modelling_file(partial)
         card = f"{card}\n\n{_HOW_TO_LOAD}\n"
@@ -57,7 +58,9 @@ def save(model: Any, tokenizer: Any, folder: Path, *, card: str, config: ModelCo
     give_usual_modes(partial)
     expected, expected_ids = probe(model), tokenizer(_PROBE_TEXT)["input_ids"]
     windows, num_parameters = view.attention_windows(), view.num_parameters()
-    if not hasattr(model, "hf_device_map"):  # a model spread over GPUs cannot be moved; there both copies must fit
+    if view.stream is not None:
+        view.stream.close()
+    elif not hasattr(model, "hf_device_map"):  # a model spread over GPUs cannot be moved; there both copies must fit
         model.to("meta")
     del model, view
     memory.free()

@@ -27,6 +27,11 @@ def _shape(sizes: Iterable[int | None]) -> str:
     return f"[{', '.join('?' if size is None else str(size) for size in sizes)}]"
 
 
+def not_finite(names: Iterable[str], dtype: str) -> str:
+    """Words for tensors with a value that is NaN or infinite."""
+    return f"not every value of {tensor_names(names)} is a finite number in {dtype.removeprefix('torch.')}"
+
+
 def not_used(place: str, names: Iterable[str]) -> str:
     """Words for tensors of the files that are not part of the model."""
     names = list(names)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from slm_pipeline.config import ModelConfig
@@ -17,6 +18,7 @@ from slm_pipeline.machine import gpus
 from slm_pipeline.models import bundled, fault_words, folder, modeling_pruned
 from slm_pipeline.models.architectures import PRUNED
 from slm_pipeline.models.checked import load_checked
+from slm_pipeline.models.layer_stream import load_streamed
 from slm_pipeline.models.source import RANDOM_POSITIONS, ModelSource, drawn_on
 from slm_pipeline.models.view import ModelView
 
@@ -113,6 +115,8 @@ def _load_tokenizer(place: str, trust_remote_code: bool, revision: str | None = 
 
 def _load(place: str, config: ModelConfig, revision: str | None) -> Any:
     device = resolve_device(config.device)
+    if config.device == "stream":
+        return load_streamed(_model_class(place), _folder(place, revision), config, torch.device(device))
     options: dict[str, Any] = {"device_map": "balanced"} if device == "balanced" else {}
     with refused_in_one_line(f"cannot load the model {place}"):
         model = load_checked(
@@ -129,6 +133,14 @@ def _load(place: str, config: ModelConfig, revision: str | None) -> Any:
         return model.eval() if device == "balanced" else model.to(device).eval()
 
 
+def _folder(place: str, revision: str | None) -> Path:
+    """Where a model's files are, those of the hub in its local cache."""
+    if os.path.isdir(place):
+        return Path(place)
+    with refused_in_one_line(f"cannot load the model {place}"):
+        return Path(snapshot_download(place, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+
+
 def _model_class(place: str) -> Any:
     """transformers' own choice; this package's own for a checkpoint whose layers differ, which brings our file."""
     file = Path(place) / "config.json"
@@ -139,13 +151,13 @@ def _model_class(place: str) -> Any:
 
 
 def resolve_device(device: str) -> str:
-    """``auto`` resolved to cuda or cpu, everything else as it is.
+    """``auto`` and ``stream`` resolved to cuda or cpu, everything else as it is.
 
     Raises:
         UserError: a GPU is asked for and there is none of that number.
     """
     num_gpus = torch.cuda.device_count()
-    if device == "auto":
+    if device in ("auto", "stream"):
         return "cuda" if num_gpus else "cpu"
     gpus.check_device(device, num_gpus)
     return device

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from slm_pipeline.assets.cache import cache_dir
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
 from slm_pipeline.machine import gpus, memory, network
@@ -15,6 +18,7 @@ from slm_pipeline.models.architectures import PRUNED, Architecture
 from slm_pipeline.models.bundled import BUNDLED_MODELS, model_fingerprint
 from slm_pipeline.models.description import check_description, num_parameters
 from slm_pipeline.models.json_files import read_json
+from slm_pipeline.models.stored_tensors import check_stored_as
 from slm_pipeline.store.checksums import digest
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -35,6 +39,7 @@ class ModelSource:
         special_tokens: which of bos, eos, pad its tokenizer has; None if only loading it tells.
         warnings: what may not be as meant in it, in words.
         commit: of a model on the hub.
+        description: config.json's content, or what it would be; None when that is not known without fetching the model.
     """
 
     config: ModelConfig
@@ -46,6 +51,7 @@ class ModelSource:
     warnings: tuple[str, ...] = ()
     commit: str | None = None
     num_parameters: int | None = None  # about; None if unknown
+    description: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -77,8 +83,8 @@ def describe(config: ModelConfig) -> ModelSource:
     """
     if config.dtype not in DTYPES:
         raise UserError(f"model.dtype={config.dtype!r} is not one of {', '.join(DTYPES)}")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|balanced", config.device):
-        raise UserError(f"model.device={config.device!r} is not one of auto, cpu, cuda, cuda:N, balanced")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|balanced|stream", config.device):
+        raise UserError(f"model.device={config.device!r} is not one of auto, cpu, cuda, cuda:N, balanced, stream")
     makers = {"bundled": _bundled, "hub": _hub, "local": _local, "random": _random}
     if config.source not in makers:
         raise UserError(f"model.source={config.source!r} is not one of {', '.join(makers)}")
@@ -98,6 +104,12 @@ def _bundled(config: ModelConfig) -> ModelSource:
         raise UserError(f"model.name={config.name!r} is not bundled; bundled: {', '.join(BUNDLED_MODELS)}")
     bundled = BUNDLED_MODELS[config.name]
     fingerprint = f"{model_fingerprint(config.name)}:{config.dtype}"
+    if config.device == "stream" and config.dtype != "float32":
+        raise UserError(
+            "model.device=stream reads weights as they are stored, those of bundled models in float32; use"
+            " model.dtype=float32"
+        )
+    file = cache_dir() / "models" / config.name / "config.json"
     return ModelSource(
         config,
         fingerprint,
@@ -105,6 +117,7 @@ def _bundled(config: ModelConfig) -> ModelSource:
         bundled.model_type,
         bundled.max_positions,
         num_parameters=bundled.num_parameters,
+        description=read_json(file) if file.is_file() else None,
     )
 
 
@@ -138,6 +151,7 @@ def _hub(config: ModelConfig) -> ModelSource:
         description.get("max_position_embeddings"),
         commit=commit,
         num_parameters=num_parameters(description),
+        description=description,
     )
 
 
@@ -148,6 +162,8 @@ def _local(config: ModelConfig) -> ModelSource:
     if not os.path.isdir(path):
         raise UserError(f"model.path={config.path!r} is not a folder")
     found = folder.look(path, f"model.path={config.path!r}", trust_remote_code=config.trust_remote_code)
+    if config.device == "stream":
+        check_stored_as(found.tensors.values(), config)
     return ModelSource(
         config,
         f"local:{found.fingerprint()}:{config.dtype}",
@@ -157,6 +173,7 @@ def _local(config: ModelConfig) -> ModelSource:
         found.special_tokens,
         found.warnings,
         num_parameters=num_parameters(found.description),
+        description=found.description,
     )
 
 
@@ -175,21 +192,32 @@ def _random(config: ModelConfig) -> ModelSource:
             f" and be a multiple of model.num_kv_heads={config.num_kv_heads}"
         )
     _check_size(config)
-    if config.device == "balanced":
-        raise UserError("model.device=balanced spreads stored weights over GPUs; random ones are drawn on one device")
+    if config.device in ("balanced", "stream"):
+        does = {"balanced": "spreads stored weights over GPUs", "stream": "reads stored weights layer by layer"}
+        raise UserError(f"model.device={config.device} {does[config.device]}; random ones are drawn on one device")
     irrelevant = ("name", "device", "published_thresholds")
     options = {key: value for key, value in asdict(config).items() if key not in irrelevant}
     options["drawn_on"] = drawn_on(config)
     assert config.architecture is not None
-    learned = architectures.find({"model_type": config.architecture}).learned_positions
+    architecture = architectures.find({"model_type": config.architecture})
+    description = {
+        "model_type": config.architecture,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        architecture.intermediate_size: config.intermediate_size,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads if config.architecture not in ("opt", "gpt_neox") else None,
+        "vocab_size": config.vocab_size,
+    }
     return ModelSource(
         config,
         f"random:{digest(options)}",
         config.num_layers,
         config.architecture,
-        RANDOM_POSITIONS if learned else None,
+        RANDOM_POSITIONS if architecture.learned_positions else None,
         frozenset(("bos", "eos", "pad")),
         num_parameters=_matrices(config),
+        description=description,
     )
 
 

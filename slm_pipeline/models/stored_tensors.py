@@ -9,11 +9,13 @@ import json
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slm_pipeline.config import ModelConfig
+from slm_pipeline.errors import UserError
 from slm_pipeline.models import architectures
 from slm_pipeline.models.architectures import Architecture
 from slm_pipeline.models.description import shown
@@ -23,6 +25,7 @@ from slm_pipeline.models.json_files import file_problem, read_json
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK_BYTES = 64 * 2**10  # read at a time
 
+TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # as model.dtype and as headers call them
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
 
@@ -171,6 +174,18 @@ def check_tensors(
     shapes = {name: (tensor.shape, expected[name]) for name, tensor in present.items()}
     problems += unequal({name: pair for name, pair in shapes.items() if not quantised and not _fits(*pair)})
     return problems
+
+
+def check_stored_as(tensors: Iterable[Stored], config: ModelConfig) -> None:
+    """Raise `UserError` unless tensors that are to be streamed are in ``model.dtype``: they are not converted."""
+    found = {stored.dtype for stored in tensors}
+    if found - {TYPES[config.dtype]}:
+        names = [name for name, stored in TYPES.items() if stored in found]
+        advice = f"use model.dtype={names[0]}" if len(found) == len(names) == 1 else "save the checkpoint in one type"
+        raise UserError(
+            f"model.device=stream reads weights as they are stored, {', '.join(names or sorted(found))};"
+            f" model.dtype={config.dtype} is another type: {advice}"
+        )
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:

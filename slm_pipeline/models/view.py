@@ -84,6 +84,28 @@ class ModelView:
         return cast(torch.device, self.decoder.get_submodule(self.architecture.embedding).weight.device)
 
     @property
+    def stream(self) -> Any | None:
+        """The `LayerStream` of a model whose blocks stay on disk, else None."""
+        return getattr(self.model, "layer_stream", None)
+
+    def device_of(self, layer: int) -> torch.device:
+        """Where a block runs."""
+        if self.stream is not None:
+            return cast(torch.device, self.stream.device)
+        return next(self.layers[layer].parameters()).device
+
+    def bring(self, layer: int) -> nn.Module:
+        """The block, where it runs; of a model whose blocks stay on disk the only one that is there then."""
+        if self.stream is not None:
+            self.stream.enter(self.layers[layer])
+        return self.layers[layer]
+
+    def rest(self) -> None:
+        """Of a model whose blocks stay on disk let go of the one that was run last: before weights are changed."""
+        if self.stream is not None:
+            self.stream.leave()
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the head's weight, in which logits are computed."""
         return cast(torch.dtype, self.head.weight.dtype)
@@ -152,7 +174,7 @@ class ModelView:
         """Set a sublayer's last projection to zero, so that it adds nothing; the model's class and size stay."""
         with torch.no_grad():
             for parameter in self.output(layer, sublayer).parameters():
-                parameter.zero_()
+                parameter.data = torch.zeros_like(parameter)
 
     def become_pruned(self) -> None:
         """Give the model its architecture's class of `modeling_pruned`."""
@@ -335,3 +357,5 @@ class ModelView:
             for key in settings.keys() & set(architectures.LAYER_PERIODS):
                 delattr(self.config, key)
         self.config.num_hidden_layers = len(blocks)
+        if self.stream is not None:
+            self.stream.blocks = [*blocks]

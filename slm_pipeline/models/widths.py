@@ -27,7 +27,7 @@ def changes_shapes(view: ModelView, layer: int, parameters: Mapping[str, Tensor]
 
 
 def put(block: nn.Module, parameters: Mapping[str, Tensor]) -> list[str]:
-    """Copy ``parameters`` into a block; one of another shape takes the place of the block's own as it is.
+    """Put copies of ``parameters`` into a block; one of another shape takes the place of the block's own as it is.
 
     Returns:
         Names of the projections that had no bias and have one now. `settle` must hear of them.
@@ -36,7 +36,7 @@ def put(block: nn.Module, parameters: Mapping[str, Tensor]) -> list[str]:
     with torch.no_grad():
         for name, value in parameters.items():
             if name in own and own[name].shape == value.shape:
-                own[name].copy_(value)
+                own[name].data = value.to(own[name].device, own[name].dtype, copy=True)
                 continue
             module, _, kind = name.rpartition(".")
             beside = next(block.get_submodule(module).parameters())
@@ -48,7 +48,7 @@ def put(block: nn.Module, parameters: Mapping[str, Tensor]) -> list[str]:
 
 def resized(view: ModelView, layer: int, parameters: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a block with ``parameters``, of whatever shape, in the place of its own."""
-    block = copy.deepcopy(view.layers[layer])
+    block = copy.deepcopy(view.layers[layer]).to(view.device_of(layer))
     put(block, parameters)
     if not view.lacks(layer, "attention"):
         output = cast(nn.Linear, block.get_submodule(view.architecture.attention_output))

@@ -19,6 +19,7 @@ from slm_pipeline.config import plugins, ranges
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.models.source import ModelSource
     from slm_pipeline.surgery.plan import Plan
 
@@ -104,6 +105,10 @@ class Recovery(ABC):
         """
         code = plugins.code_of(type(self))
         return {"recovery": self.name, "options": self.options(), **({"plugins": code} if code else {})}
+
+    def memory(self, sizes: Sizes) -> int | None:
+        """Bytes at the most, the model's weights among them, of a model of these sizes; None where it is not known."""
+        return None
 
     def check(self, source: ModelSource, num_layers: int | None) -> None:  # noqa: B027  # most work on any model
         """Raise `UserError` if it cannot work on this model; called before anything expensive, without torch.

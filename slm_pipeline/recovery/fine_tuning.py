@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.models.source import ModelSource
 
 LARGE = 1_000_000_000  # parameters of the dense model from which on published learning rates are the default
@@ -153,6 +154,19 @@ class FineTuning(Recovery):
     def options(self) -> dict[str, Any]:
         """Without the place of the file: what is in it stands in `identity`."""
         return {**super().options(), "path": None}
+
+    def activations(self, sizes: Sizes) -> int:
+        """Bytes that a micro batch of full rows keeps for the way back, roughly: in each block the states around its
+        norms, queries, keys and values, the hidden neurons, and what enters each projection once more in float32, for
+        its adapter; then logits, in float32 as well, and their gradient."""
+        tokens, wide = self.micro_batch_size * self.cutoff_len, 4 if self.dtype == "float32" else sizes.item_bytes
+        inner = (sizes.inputs + 2) * sizes.neurons + 2 * (sizes.queries + sizes.keys)
+        entering = (3 + sizes.inputs) * sizes.hidden + sizes.queries + sizes.neurons
+        block = tokens * (4 * 4 * sizes.hidden + wide * inner + 5 * entering)
+        blocks = sizes.layers * block
+        if self.gradient_checkpointing:
+            blocks = sizes.states(tokens, sizes.layers) + block
+        return blocks + tokens * sizes.vocabulary * (2 * wide + 8)
 
     def identity(self, data_dir: Path | None) -> dict[str, Any]:
         fingerprint = examples.examples_fingerprint(

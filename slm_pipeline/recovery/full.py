@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult
 from slm_pipeline.recovery.fine_tuning import FineTuning
+
+if TYPE_CHECKING:
+    from slm_pipeline.models.sizes import Sizes
 
 
 @dataclass(kw_only=True)
@@ -18,6 +21,9 @@ class Full(FineTuning):
 
     learning_rates: ClassVar[tuple[float, float]] = (5e-4, 2e-5)  # the latter is Stanford Alpaca's
     name: ClassVar[str] = "full"
+
+    def memory(self, sizes: Sizes) -> int:
+        return 16 * sizes.parameters + self.activations(sizes)
 
     def run(self, problem: RecoveryProblem) -> RecoveryResult:
         """Train; leaves nothing in ``out`` but checkpoints."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
+    from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.models.source import ModelSource
 
 
@@ -48,6 +49,15 @@ class Lora(FineTuning):
                 f"recovery.target_modules: the blocks of a {source.model_type} model have no linear layer"
                 f" {unknown[0]!r}; they have {', '.join(sorted(known))}"
             )
+
+    def memory(self, sizes: Sizes) -> int | None:
+        """The weights; each adapter with its gradient and AdamW's two moments, in float32; what is kept of each token
+        for the way back, and its logits. Not told where not every linear layer has an adapter."""
+        if self.target_modules is not None or self.use_dora:
+            return None
+        attention = 4 * sizes.hidden + 2 * (sizes.queries + sizes.keys)
+        adapters = self.rank * sizes.layers * (attention + (sizes.inputs + 1) * (sizes.hidden + sizes.neurons))
+        return sizes.weights + 16 * adapters + self.activations(sizes)
 
     def run(self, problem: RecoveryProblem) -> RecoveryResult:
         """Train and merge; leaves ``adapter/`` in ``out``."""

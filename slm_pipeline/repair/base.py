@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slm_pipeline.models.context import Context
+    from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.models.view import ModelView
 
 
@@ -54,10 +55,12 @@ class Repair(ABC):
 
     Attributes:
         name: as in conf/repair/<name>.yaml.
+        streams: whether it works on a model whose layers stay on disk, see `slm_pipeline.methods.base.Method`.
         calibration: the text that it looks at; that of the method, unless something else is said, but more of it.
     """
 
     name: ClassVar[str]
+    streams: ClassVar[bool] = False
 
     calibration: CalibrationConfig
 
@@ -94,6 +97,10 @@ class Repair(ABC):
             "calibration": text,
             **({"plugins": code} if code else {}),
         }
+
+    def memory(self, sizes: Sizes) -> int | None:
+        """Bytes at the most beside the weights; None where that is not known. ``sizes`` has the repair's own text."""
+        return None
 
     def check(self, context: Context) -> None:
         """Raise `UserError` if it cannot work on this model, or its text is missing; called before anything

@@ -12,6 +12,7 @@ from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
     from slm_pipeline.models.context import Context
+    from slm_pipeline.models.sizes import Sizes
 
 
 @dataclass(kw_only=True)
@@ -31,6 +32,7 @@ class Rescale(Repair):
     """
 
     name: ClassVar[str] = "rescale"
+    streams: ClassVar[bool] = True
 
     def check(self, context: Context) -> None:
         super().check(context)
@@ -40,10 +42,13 @@ class Rescale(Repair):
                 f" {context.source.model_type} model, a norm follows them; use repair=refit"
             )
 
+    def memory(self, sizes: Sizes) -> int:
+        return sizes.passing(2048) + sizes.running(sizes.batch_tokens(2048))
+
     def repair(self, problem: RepairProblem) -> Plan:
         import torch
 
-        from slm_pipeline.engine.blocks import BlockRunner, batches
+        from slm_pipeline.engine.blocks import batches, dense_passes
         from slm_pipeline.engine.statistics import MAX_BATCH_TOKENS, check_finite
 
         view, plan = problem.view, problem.plan
@@ -51,8 +56,8 @@ class Rescale(Repair):
         below = [-1, *(group[-1] for group in groups[:-1])]
         cuts = [(low + 1, group[0]) for low, group in zip(below, groups, strict=True) if group[0] > low + 1]
         sizes = torch.zeros(view.num_layers + 1, view.config.hidden_size, dtype=torch.float64)
-        for batch in batches(problem.input_ids, MAX_BATCH_TOKENS) if cuts else []:
-            states = BlockRunner(view, batch).states
+        for runner in dense_passes(view, batches(problem.input_ids, MAX_BATCH_TOKENS) if cuts else []):
+            states = runner.states
             check_finite(states)
             for layer in {layer for cut in cuts for layer in cut}:
                 sizes[layer] += states[layer].float().abs().sum(dim=(0, 1), dtype=torch.float64).cpu()

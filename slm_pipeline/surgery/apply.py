@@ -26,6 +26,7 @@ def apply(plan: Plan, model: Any) -> Any:
         UserError: the plan is for another depth, or its tensors are for other widths.
     """
     view = ModelView(model)
+    view.rest()
     blocks = planned_blocks(plan, view)
     are_resized = any(widths.changes_shapes(view, block.body, block.replaced) for block in blocks)
     gained = [widths.put(view.layers[block.body], block.replaced) for block in blocks]

@@ -49,6 +49,7 @@ def job_of(store: Path, *, stages=STAGES, force=(), repair: Any = None, recovery
     return SimpleNamespace(
         config=config,
         pruning_ratio=SimpleNamespace(of_latency=False),
+        source=SimpleNamespace(description=None),
         repair=repair,
         recovery=recovery,
         evaluation=evaluation,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.tracking import Tracker
+from slm_pipeline.models.sizes import Sizes
 from slm_pipeline.store.artifact import Artifact
 
 
@@ -40,6 +41,15 @@ class Stage(ABC):
     @abstractmethod
     def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any] | None:
         """What the result depends on; None while that is not known before an earlier stage has run."""
+
+    def memory(self, job: Job, sizes: Sizes) -> int | None:
+        """Bytes at the most of all that lies where the model does; None where that cannot be told beforehand."""
+        return None
+
+    def halved(self, job: Job) -> Iterator[tuple[str, Stage, Job]]:
+        """Smaller batches of what the stage alone reads, the largest first: in words, and the stage and job with
+        them."""
+        return iter(())
 
     def preflight(self, job: Job) -> None:  # noqa: B027
         """Raise `UserError` for what is cheap to know and would end the stage; called before the first stage runs."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.tracking import Tracker
+from slm_pipeline.models.sizes import Sizes
 from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.store.files import write_json
 
@@ -31,6 +32,13 @@ class Calibrate(Stage):
 
     def identity(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any]:
         return {"version": VERSION, "model": job.source.fingerprint, "calibration": job.calibration.identity()}
+
+    def memory(self, job: Job, sizes: Sizes) -> int:
+        """The states behind all layers, of a batch of `MAX_BATCH_TOKENS` in float32 too, twice; [L + 1, L + 1]
+        similarities of each of its tokens, and Gram matrices for CKA."""
+        tokens, states = sizes.batch_tokens(2048), sizes.layers + 1
+        reduced = 4 * tokens * (2 * states * sizes.hidden + 3 * states**2) + 3 * 8 * states * 256**2
+        return sizes.weights + sizes.passing(2048) + max(reduced, sizes.running(tokens))
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         from safetensors.torch import save_file

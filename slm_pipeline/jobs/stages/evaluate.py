@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.merge import load_pruned
 from slm_pipeline.jobs.tracking import Tracker
 from slm_pipeline.machine import gpus
+from slm_pipeline.models.sizes import Sizes
 from slm_pipeline.recovery.fine_tuning import FineTuning
 from slm_pipeline.results.number import Number
 from slm_pipeline.store.artifact import Artifact
@@ -72,6 +74,19 @@ class Evaluate(Stage):
     def preflight(self, job: Job) -> None:
         """The part has what the measure needs of it; see `Measure.preflight`."""
         self.measure.preflight(self.part, job.dense_tokenizer, job)
+
+    def memory(self, job: Job, sizes: Sizes) -> int | None:
+        scored = sizes if self.target == "dense" else sizes.with_layers(job.num_layers)
+        beside = self.measure.memory(scored)
+        return None if beside is None else scored.weights + self.measure.reads_dense * sizes.weights + beside
+
+    def halved(self, job: Job) -> Iterator[tuple[str, Stage, Job]]:
+        smaller: Any = self.measure
+        size = getattr(smaller, "batch_size", 1)
+        while size > 1:
+            size //= 2
+            smaller = replace(smaller, batch_size=size)
+            yield f"evaluation.{self.measure.name}.batch_size={size}", Evaluate(self.target, smaller, self.part), job
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         from slm_pipeline.models.loading import load_dense

@@ -17,6 +17,7 @@ from slm_pipeline.jobs.stages.time_blocks import load_block_times
 from slm_pipeline.jobs.tracking import Tracker
 from slm_pipeline.methods.latency import plan_for_speedup
 from slm_pipeline.methods.target import ParameterCounts, Speedup
+from slm_pipeline.models.sizes import Sizes
 from slm_pipeline.results.of_run import of_pruning
 from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.store.checksums import digest
@@ -54,6 +55,10 @@ class Merge(Stage):
             "pruning_ratio": job.pruning_ratio.identity() if job.threshold.floor is None else None,
             **({"block_times": results["time_blocks"].key} if "time_blocks" in self.needs else {}),
         }
+
+    def memory(self, job: Job, sizes: Sizes) -> int:
+        """The search. What is saved and loaded again is smaller than the dense model, which has gone by then."""
+        return sizes.weights + job.method.memory(sizes)
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         from slm_pipeline.models.loading import load_dense

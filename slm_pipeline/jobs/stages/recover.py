@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.merge import load_plan, load_pruned
 from slm_pipeline.jobs.tracking import Tracker
+from slm_pipeline.models.sizes import Sizes
 from slm_pipeline.recovery import workers
 from slm_pipeline.recovery.base import Log, RecoveryProblem
 from slm_pipeline.store.artifact import Artifact
@@ -53,6 +54,18 @@ class Recover(Stage):
             **job.identities["recovery"],
             "seed": job.config.seed,
         }
+
+    def memory(self, job: Job, sizes: Sizes) -> int | None:
+        assert job.recovery is not None
+        return job.recovery.memory(sizes.with_layers(job.num_layers))
+
+    def halved(self, job: Job) -> Iterator[tuple[str, Stage, Job]]:
+        smaller: Any = job.recovery
+        size = getattr(smaller, "micro_batch_size", 1)
+        while size % 2 == 0:
+            size //= 2
+            smaller = replace(smaller, micro_batch_size=size)
+            yield f"recovery.micro_batch_size={size}", self, replace(job, recovery=smaller)
 
     def preflight(self, job: Job) -> None:
         assert job.recovery is not None

@@ -6,6 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.merge import checkpoint_id, load_plan, save_pruned
 from slm_pipeline.jobs.tracking import Tracker
+from slm_pipeline.models.sizes import Sizes
 from slm_pipeline.repair.base import RepairProblem
 from slm_pipeline.results.of_run import of_repair
 from slm_pipeline.store.artifact import Artifact
@@ -46,6 +48,12 @@ class Repair(Stage):
             "checkpoint": results["merge"].record()["result"]["checkpoint"],
             **job.identities["repair"],
         }
+
+    def memory(self, job: Job, sizes: Sizes) -> int | None:
+        assert job.repair is not None
+        text = job.repair.calibration
+        beside = job.repair.memory(replace(sizes, num_samples=text.num_samples, seq_len=text.seq_len))
+        return None if beside is None else sizes.weights + beside
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         from slm_pipeline.models.loading import load_dense

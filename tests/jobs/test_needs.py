@@ -1,0 +1,125 @@
+"""What stages take in memory is the sum of what lies there, and what would fit is the smallest change that does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from conftest import run_slm
+
+from slm_pipeline.jobs import needs
+from slm_pipeline.jobs.command_line import compose_job
+from slm_pipeline.jobs.steps import steps
+from slm_pipeline.models.sizes import Sizes
+from slm_pipeline.models.view import ModelView
+
+# 4 layers of 32 wide in float32, 40 neurons, 2 of 4 heads for keys; 512 tokens; 8 samples of 16 tokens.
+SMALL = Sizes(
+    layers=4, hidden=32, neurons=40, vocabulary=512, queries=32, keys=16, inputs=2, is_tied=False, item_bytes=4,
+    num_samples=8, seq_len=16,
+)  # fmt: skip
+BLOCK = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 32 * 40 + 2 * 32
+
+
+def test_parameters_are_those_of_the_model(any_model):
+    found = Sizes.of(any_model.config.to_dict(), "float32", num_samples=1, seq_len=1)
+    assert found.parameters == pytest.approx(ModelView(any_model).num_parameters(), rel=0.05)  # biases and q/k norms
+
+
+def test_weights_of_a_model_that_streams_are_two_blocks_and_what_is_outside():
+    outside = 2 * 512 * 32 + 32
+    assert SMALL.weights == 4 * (4 * BLOCK + outside)
+    assert Sizes(**{**vars(SMALL), "streams": True}).weights == 4 * (2 * BLOCK + outside)
+    assert Sizes(**{**vars(SMALL), "item_bytes": 2, "is_tied": True}).weights == 2 * (4 * BLOCK + 512 * 32 + 32)
+
+
+def test_states_are_counted_by_batch():
+    state = 4 * 32  # of one token
+    assert SMALL.batch_tokens(50) == 48  # whole samples
+    assert SMALL.batch_tokens(3) == 16
+    assert SMALL.passing(48) == 2 * 48 * 5 * state  # those of the last batch and of the next
+    assert SMALL.passing(100) == 128 * 5 * state  # there are no more
+    assert SMALL.running(10) == 10 * 4 * (2 * 32 + 4 * 40)
+    dense, walking = 128 * 5 * state, 16 * 3 * 4 * state
+    assert SMALL.walking(4) == dense + walking + 12 * 16 * 512
+
+
+WORDS = [
+    "model=random", "model.hidden_size=1024", "model.intermediate_size=4096", "model.num_heads=8",
+    "model.num_kv_heads=8", "model.num_layers=8", "model.vocab_size=4096", "model.device=cpu", "calibration=text_file",
+    "calibration.num_samples=64", "calibration.seq_len=128", "recovery=none", "evaluation=perplexity",
+    "evaluation.of=[dense]", "tracker=jsonl",
+]  # fmt: skip
+
+
+def job_of(tmp_path, *more):
+    text = tmp_path / "text.txt"
+    text.write_text("The river runs past the mill and the tree.\n" * 400)
+    more = (f"calibration.path={text}", f"evaluation.perplexity.corpora=[{text}]", f"output_dir={tmp_path}/out", *more)
+    return [*WORDS, *more]
+
+
+def stage_of(job, name):
+    return next(step.stage for step in steps(job) if step.stage.name.startswith(name))
+
+
+def test_a_stage_takes_its_weights_what_it_computes_and_the_process(tmp_path):
+    job = compose_job(["slm"], job_of(tmp_path, "method=slm"))
+    weights = 4 * (8 * (4 * 1024**2 + 3 * 1024 * 4096 + 2 * 1024) + 2 * 4096 * 1024 + 1024)
+    process = needs._OF_PROCESS["merge"] + needs._OF_TOKEN * 4096
+    states = 64 * 128 * 1024 * 4 * (8 + 4)
+    running = 64 * 128 * 4 * (2 * 1024 + 4 * 4096)
+    found = needs.need(stage_of(job, "merge"), job)
+    assert found.num_bytes == weights + states + running + process
+    assert str(found) == f"{found.num_bytes / 1e9:.2f} GB of main memory"
+    assert found.advice is None
+    by_magnitude = compose_job(["slm"], job_of(tmp_path, "method=shortened_magnitude", "method.protect_first=1"))
+    assert needs.need(stage_of(by_magnitude, "merge"), by_magnitude).num_bytes == weights + process
+
+
+@pytest.mark.parametrize(
+    ("stage", "less", "advice"),
+    [
+        ("evaluate", 1, "evaluation.perplexity.batch_size=2 would fit"),
+        ("evaluate", 400_000_000, "evaluation.perplexity.batch_size=1 would fit"),
+        ("evaluate", 580_000_000, "model.dtype=bfloat16 would fit"),
+        ("merge", 1, "calibration.num_samples=32 would fit"),
+        ("merge", 800_000_000, "calibration.num_samples=8 would fit"),
+        ("merge", 980_000_000, "calibration.num_samples=1 would fit"),
+        ("merge", 1_000_000_000, "use model.dtype=bfloat16, or a larger machine"),
+    ],
+)
+def test_the_smallest_change_that_fits_is_named(stage, less, advice, tmp_path, monkeypatch):
+    job = compose_job(["slm"], job_of(tmp_path, "method=slm"))
+    taken = needs.need(stage_of(job, stage), job).num_bytes
+    monkeypatch.setattr(needs.memory, "of_machine", lambda: taken - less)
+    assert advice in needs.need(stage_of(job, stage), job).advice
+
+
+def test_a_stored_model_that_is_too_large_is_to_be_streamed(sound_models, tmp_path, monkeypatch):
+    words = ["model=local", f"model.path={sound_models['llama']}", "model.dtype=bfloat16", "model.device=cpu"]
+    words += ["recovery=none", "evaluation=none", f"output_dir={tmp_path}/out", "calibration.num_samples=1"]
+    job = compose_job(["slm"], words)
+    job = replace(job, source=replace(job.source, description={**job.source.description, "num_hidden_layers": 10**6}))
+    monkeypatch.setattr(needs.memory, "of_machine", lambda: 4_000_000_000)
+    monkeypatch.setattr(type(job.method), "memory", lambda *_: 0)
+    assert needs.need(stage_of(job, "merge"), job).advice == "model.device=stream would fit, by the estimate"
+
+
+def test_a_dry_run_says_what_is_taken_and_warns_of_what_is_not_there(tmp_path, monkeypatch):
+    *stages, last = run_slm(*job_of(tmp_path), "dry_run=true").out.splitlines()
+    assert all(line.endswith(" GB of main memory") for line in (*stages, last))
+    monkeypatch.setattr(needs.memory, "of_machine", lambda: 1_250_000_000)
+    warnings = [line for line in run_slm(*job_of(tmp_path), "dry_run=true").out.splitlines() if "warning" in line]
+    assert warnings[0].startswith("warning: calibrate takes 1.")
+    assert warnings[0].endswith(
+        "by the estimate, and there are 1.25; calibration.num_samples=8 would fit, by the estimate"
+    )
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda:1", "balanced"])
+def test_gpus_have_what_their_driver_lists_but_for_their_context(device, monkeypatch):
+    monkeypatch.setattr(needs.gpus, "visible", lambda: ["0", "1"])
+    monkeypatch.setattr(needs.gpus, "memory", lambda: [80_000_000_000, 40_000_000_000])
+    place = needs.Place.of(device)
+    assert (place.num_bytes, place.is_host) == ({"auto": 79e9, "cuda:1": 39e9, "balanced": 118e9}[device], False)
