@@ -63,7 +63,7 @@ class Streams:
         self.view = view
         self.dense = self.pruned = Stream(view, input_ids).states
         self.middle = self.leaving = self.dense
-        self._runner = BlockRunner(view, input_ids[:1])
+        self._runner = BlockRunner(view, input_ids[:1], whole=False)
         self._passed = (0, 0)  # the dense layers between the two ends of the streams
 
     def look_ahead(self, start: int, end: int) -> None:
@@ -79,9 +79,10 @@ class Streams:
                 _, _, written, states = self._runner.observed(Block(start), states, "attention")
                 middle = middle + written
             self.middle[rows] = middle
-            for layer in range(start + 1, end):
-                states = self._runner.run(Block(layer), self._on_device(states, layer))
             self.leaving[rows] = states
+        for layer in range(start + 1, end):
+            for rows in self._rows():
+                self.leaving[rows] = self._runner.run(Block(layer), self._on_device(self.leaving[rows], layer))
 
     def sums(self, block: Block, sublayer: str, *, target: str, weighting: str) -> Sums:
         """What a least-squares fit of a sublayer's last projection is made of; a bias counts as a last input of 1.
@@ -197,9 +198,10 @@ class Streams:
     def weight(self, block: Block, sublayer: str) -> Tensor:
         """[d, n] float64 of a sublayer's last projection; its bias, if it has one, as a last column, and its rows
         multiplied by the gains of a norm behind it."""
-        weight = block.parameter(self.view, f"{self.view.output_name(sublayer)}.weight").double()
+        device = self.view.device_of(block.body)
+        weight = block.parameter(self.view, f"{self.view.output_name(sublayer)}.weight").to(device).double()
         if (bias := self.bias(block, sublayer)) is not None:
-            weight = torch.cat([weight, bias.double()[:, None]], dim=1)
+            weight = torch.cat([weight, bias.to(device).double()[:, None]], dim=1)
         norm = self.view.output_norm(block.body, sublayer)
         return weight if norm is None else weight * _invertible(norm[1]).to(weight)[:, None]
 
@@ -258,7 +260,7 @@ class Streams:
         return [slice(start, start + step) for start in range(0, len(self.dense), step)]
 
     def _on_device(self, states: Tensor, layer: int) -> Tensor:
-        return states.to(next(self.view.layers[layer].parameters()).device)
+        return states.to(self.view.device_of(layer))
 
 
 def _invertible(gains: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ class Refit(Repair):
     held_out: Annotated[float, Range(above=0, below=1)] = 0.2  # share of the samples that nothing is fitted to
 
     name: ClassVar[str] = "refit"
+    streams: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
