@@ -379,7 +379,7 @@ def test_the_store_names_the_package_and_its_code_in_the_keys_of_what_it_made(pr
     assert listed.count("runs  louder after halved\n") == 3
     for method in ("every_third", "damped", "reverse"):
         assert f"runs  halved after {method}, 4 layers\n" in listed
-    assert f"  distinct/pairs {number(summary_of(study / '0'), 'pruned'):.1f} +-" in listed
+    assert f": distinct/pairs {number(summary_of(study / '0'), 'pruned'):.1f} +-" in listed
     (digest,) = {identity["plugins"]["stranger"] for identity in records(project, "recover")}
     assert len(digest) == 64
     assert {identity["plugins"]["stranger"] for identity in records(project, "repair")} == {digest}

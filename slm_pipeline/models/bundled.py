@@ -91,7 +91,7 @@ def model_dir(name: str) -> Path:
     same logits.
 
     Raises:
-        UserError: unknown name, the files cannot be fetched or written, or this transformers reads its tokenizer wrongly.
+        UserError: unknown name, the files cannot be fetched or written, or its tokenizer is read wrongly.
     """
     model = _bundled_model(name)
 
@@ -147,8 +147,8 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
     if tuple(found) != _bundled_model(name).sentence_ids:
         raise UserError(
             f"transformers {transformers.__version__} reads the tokenizer of {name} wrongly from its GGUF file: it cuts"
-            f" {SENTENCE!r} into {len(found)} tokens, {found}; another version may not (5.23 does not), and the folder that"
-            " it makes in the cache can be copied here"
+            f" {SENTENCE!r} into {len(found)} tokens, {found}; another version may not (5.23 does not), and the folder"
+            " that it makes in the cache can be copied here"
         )
 
 
