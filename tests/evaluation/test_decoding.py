@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import peculiar_model, random_source
 from plans import narrowing
 
-from slm_pipeline.evaluation.decoding import FixedDecoding, cache_bytes_per_token
+from slm_pipeline.evaluation.decoding import FixedDecoding, cache_bytes_per_token, compiled
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.models.widths import cut_out, settle
@@ -95,3 +98,26 @@ def test_a_step_moves_no_buffer_and_asks_the_host_for_nothing(input_ids):
                 patched.setattr(torch.Tensor, name, lambda *_: pytest.fail("a tensor was read by the host"))
             decoding.step()
     assert places == [layer.keys.data_ptr() for layer in decoding.cache.layers]
+
+
+def test_each_of_many_models_is_compiled_and_let_go(monkeypatch):
+    """torch compiles one code eight times, and runs what comes then as it is."""
+    compiles, made = [], torch.compile
+
+    def backend(graph, inputs):
+        compiles.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda step, **options: made(step, backend=backend, dynamic=False))
+    input_ids, gone = torch.zeros(1, 2, dtype=torch.int64), []
+    for seed in range(10):
+        model, _ = load_dense(random_source(num_layers=1, seed=seed, intermediate_size=8 + seed))
+        with torch.no_grad():
+            tokens = FixedDecoding(model, input_ids, 3, compiled).run()
+            assert torch.equal(tokens, FixedDecoding(model, input_ids, 3).run())
+        assert len(compiles) == 1
+        compiles.clear()
+        gone.append(weakref.ref(model))
+        del model
+    gc.collect()
+    assert not any(model() for model in gone)

@@ -115,6 +115,8 @@ def test_what_is_out_of_reach_is_said_with_what_is_not(method, speedup, why, inp
         (["pruning_ratio=latency", "pruning_ratio.speedup=2", "pruning_ratio.mode=fast"], "mode='fast' is not one of"),
         (["pruning_ratio=latency", "pruning_ratio.speedup=2", "pruning_ratio.mode=graph", "model.device=cpu"],
          "pruning_ratio.mode=graph replays a CUDA graph, and model.device=cpu is the CPU here"),
+        (["pruning_ratio=latency", "pruning_ratio.speedup=2", "model.num_layers=1", "method=wanda_sp"],
+         "pruning_ratio.of=latency times a model without some of its layers; this one has only one"),
         (["pruning_ratio=latency", "pruning_ratio.speedup=2", "threshold=fixed", "threshold.value=0.8",
           "method=slm"],
          "a fixed threshold alone decides how much is removed"),
