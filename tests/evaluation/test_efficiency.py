@@ -130,6 +130,8 @@ def test_unusable_settings_are_user_errors(tiny_llama, setting, settings, messag
 def test_a_machine_without_a_compiler_says_so_before_anything_is_timed(monkeypatch):
     monkeypatch.setenv("CXX", "none-such")
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match=r"a\.mode=compile: torch.compile needs a C\+\+ compiler, .* \(none-such, g\+\+"):
+    with pytest.raises(
+        UserError, match=r"a\.mode=compile: torch.compile needs a C\+\+ compiler, .* \(none-such, g\+\+"
+    ):
         check_machine("a.mode", "compile", "cpu")
     check_machine("a.mode", "eager", "cpu")
