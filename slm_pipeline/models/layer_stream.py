@@ -84,7 +84,7 @@ class LayerStream:
             self._ahead = (following, self._start(following))
 
     def leave(self) -> None:
-        """Let go of the block that is there, and of the next: all parameters are mapped ones, in whose place others may be put."""
+        """Let go of the block that is there, and of the next: all parameters are mapped ones, which may be replaced."""
         for parameter, home in self._homes:
             parameter.data = home
         self._homes, self._present = [], None
