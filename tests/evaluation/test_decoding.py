@@ -100,24 +100,34 @@ def test_a_step_moves_no_buffer_and_asks_the_host_for_nothing(input_ids):
     assert places == [layer.keys.data_ptr() for layer in decoding.cache.layers]
 
 
-def test_each_of_many_models_is_compiled_and_let_go(monkeypatch):
+class Steps:
+    """In the place of a model: what it has differs in size from the next one's."""
+
+    def __init__(self, size):
+        self.taken = torch.zeros(size)
+
+    def step(self):
+        self.taken.add_(1)
+
+
+def test_each_of_many_steps_is_compiled_and_let_go(monkeypatch):
     """torch compiles one code eight times, and runs what comes then as it is."""
-    compiles, made = [], torch.compile
+    compiles, made, gone = [], torch.compile, []
 
     def backend(graph, inputs):
         compiles.append(graph)
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda step, **options: made(step, backend=backend, dynamic=False))
-    input_ids, gone = torch.zeros(1, 2, dtype=torch.int64), []
-    for neurons in range(8, 17):
-        model, _ = load_dense(random_source(num_layers=1, intermediate_size=neurons))
-        with torch.no_grad():
-            tokens = FixedDecoding(model, input_ids, 3, compiled).run()
-            assert torch.equal(tokens, FixedDecoding(model, input_ids, 3).run())
-        assert len(compiles) == 1
-        compiles.clear()
-        gone.append(weakref.ref(model))
-        del model
+    for size in range(2, 12):
+        steps = Steps(size)
+        replayed = compiled(steps.step)
+        before = steps.taken.clone()
+        replayed()
+        assert torch.equal(steps.taken, before + 1)
+        assert len(compiles) == size - 1
+        gone.append(weakref.ref(steps))
+    del steps, replayed
+    compiles.clear()
     gc.collect()
-    assert not any(model() for model in gone)
+    assert not any(left() for left in gone)
