@@ -220,8 +220,16 @@ def lower_hull(
     return stretches
 
 
-def too_many(remove: int, most: int) -> UserError:
-    return UserError(
+class TooMany(UserError):
+    """More is to go than may; ``most`` is what may, in parameters."""
+
+    most = 0
+
+
+def too_many(remove: int, most: int) -> TooMany:
+    error = TooMany(
         f"{remove} parameters cannot go: heads and neurons that may be removed have {max(0, most)}, as every sublayer"
         " keeps one, or method.multiple_of neurons; ask for a lower pruning_ratio"
     )
+    error.most = max(0, most)
+    return error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -227,10 +228,19 @@ class FixedDecoding:
 def compiled(step: Callable[[], None]) -> Callable[[], None]:
     """``step`` by ``torch.compile``; on a GPU as CUDA graphs of its parts (``mode="reduce-overhead"``)."""
     mode = "reduce-overhead" if torch.cuda.is_available() else "default"
-    made: Callable[[], None] = torch.compile(step, mode=mode, dynamic=False)
+    made: Callable[[], None] = torch.compile(_with_own_code(step), mode=mode, dynamic=False)
     for _ in range(_WARM_UP):
         made()
     return made
+
+
+def _with_own_code(step: Any) -> Callable[[], None]:
+    """A method that does the same. torch keeps what it compiles by the code that it is made of, and of one code no more
+    than eight: what comes then it runs uncompiled. So the next model would be, and graphs of models that are gone would
+    stay in memory."""
+    function = step.__func__
+    code = function.__code__.replace()
+    return MethodType(FunctionType(code, function.__globals__, closure=function.__closure__), step.__self__)
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:

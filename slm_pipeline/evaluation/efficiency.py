@@ -20,6 +20,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -152,7 +153,7 @@ class Efficiency(Measure):
     def preflight(self, part: str, tokenizer: PreTrainedTokenizerBase, context: Context) -> None:
         from slm_pipeline.models.loading import num_positions
 
-        check_has_gpu(f"{_OPTION}.mode", self.mode, context.config.model.device)
+        check_machine(f"{_OPTION}.mode", self.mode, context.config.model.device)
         setting = self.setting(part)
         length = len(tokenizer(self.prompt)["input_ids"]) if setting.prompt_len is None else setting.prompt_len
         check_lengths(length, setting.new, num_positions(context.source))
@@ -413,10 +414,20 @@ def check_mode(option: str, mode: str, device: str = "auto") -> None:
         raise _no_gpu(option, device)
 
 
-def check_has_gpu(option: str, mode: str, device: str) -> None:
-    """Raise `UserError` if the mode needs a GPU and there is none here."""
+def check_machine(option: str, mode: str, device: str) -> None:
+    """Raise `UserError` if the mode needs a GPU, or a compiler, and there is none here."""
     if mode == "graph" and device == "auto" and not gpus.visible():
         raise _no_gpu(option, device)
+    if mode == "compile" and not any(map(shutil.which, _compilers())):
+        raise UserError(
+            f"{option}=compile: torch.compile needs a C++ compiler, and there is none here ({', '.join(_compilers())}):"
+            f" install one, or use {option}=eager{' or graph' if gpus.visible() else ''}"
+        )
+
+
+def _compilers() -> list[str]:
+    named = [value for name in ("CXX", "CC") if (value := os.environ.get(name))]
+    return [*named, "g++", "clang++", "gcc", "clang"]
 
 
 def _no_gpu(option: str, device: str) -> UserError:

@@ -3,8 +3,8 @@ how much to remove.
 
 The target is turned into layers or parameters, the time of the plan is looked up, and the method is asked again for
 more or less as long as that is needed. Layers: as many more, one by one, as are missing. Parameters: by linear
-interpolation between the plans that were too slow and fast enough, until one is within 1 % of the target and not slower
-than it, or six were made; the smallest that is fast enough is taken.
+interpolation between the plans that were too slow and fast enough, and no more than the method can remove, until one is
+within 1 % of the target and not slower than it, or six were made; the smallest that is fast enough is taken.
 """
 
 from __future__ import annotations
@@ -123,18 +123,24 @@ class _Search:
         )
 
     def by_parameters(self) -> _Found:
+        from slm_pipeline.engine.allocation import TooMany
+
         every = sum(size.whole for size in self.dense)
         # parameters removed and time left, of the largest plan that is too slow and of the smallest that is not
         slow, fast = (0, self.times.seconds), (every, self.times.seconds - self.times.blocks)
         best: _Found | None = None
+        most, refused = every, None  # that the method can remove, and how it said so
         while self.made < _TRIES:
             goal = self.budget * (1 - _TOLERANCE / 2)
             share = (slow[1] - goal) / (slow[1] - fast[1]) if slow[1] > fast[1] else 0.5
-            remove = slow[0] + round(min(0.98, max(0.02, share)) * (fast[0] - slow[0]))
-            if remove in (slow[0], fast[0]):
+            remove = min(most, slow[0] + round(min(0.98, max(0.02, share)) * (fast[0] - slow[0])))
+            if remove <= slow[0] or remove == fast[0]:
                 break
             try:
                 found = self._plan(Parameters(remove))
+            except TooMany as error:
+                most, refused = min(remove - 1, error.most), error
+                continue
             except UserError as error:
                 if best is None:
                     reached = self.times.seconds / slow[1]
@@ -148,6 +154,9 @@ class _Search:
             fast, best = (remove, found.seconds), found
             if found.seconds >= self.budget * (1 - _TOLERANCE):
                 break
+        if best is None and refused is not None:
+            reached = self.times.seconds / slow[1]
+            raise self._out_of_reach(f"{reached:.2f} times as fast, and then {refused}") from refused
         if best is None:
             raise self._out_of_reach(f"{self.made} plans were at most {self.times.seconds / slow[1]:.2f} times as fast")
         return best

@@ -124,5 +124,5 @@ class LayerwiseRemoval(WidthRemoval):
             stay = [units.without(order[:number]) for order in orders]
             kept = [columns[of.to(gram.device)].flatten() for of in stay]
             best, new = least_squares.best_refit(weight, gram, kept, penalty=penalty)
-            found.append(Narrowed(stay[best], weight=new))
+            found.append(Narrowed(stay[best], weight=new.float().cpu()))  # as the plan has them
         return found

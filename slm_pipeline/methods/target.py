@@ -142,6 +142,13 @@ class PruningRatio:
                 f"method={self.method.name} cannot aim at pruning_ratio=latency yet; use pruning_ratio.of=parameters,"
                 " or another method"
             )
+        if context.config.model.device == "stream":
+            raise UserError(
+                "pruning_ratio.of=latency times models that are whole in memory, which model.device=stream has not; use"
+                " another model.device, or pruning_ratio.of=parameters"
+            )
+        if context.source.num_layers == 1:
+            raise UserError("pruning_ratio.of=latency times a model without some of its layers; this one has only one")
         check_mode("pruning_ratio.mode", options.mode, context.config.model.device)
         most = context.source.max_positions
         if most is not None and options.context + NEW > most:

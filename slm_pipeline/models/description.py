@@ -12,6 +12,7 @@ from typing import Any
 from slm_pipeline.errors import UserError
 from slm_pipeline.models import architectures
 from slm_pipeline.models.architectures import Architecture
+from slm_pipeline.models.sizes import Sizes
 
 MAX_SIZE = 2**31 - 1
 _MAX_LAYERS = 10_000
@@ -244,16 +245,9 @@ def shown(value: Any) -> str:
 
 
 def num_parameters(description: Mapping[str, Any]) -> int | None:
-    """About as many parameters as a model of this config.json has: those of its matrices; None if it lacks a size."""
+    """About as many parameters as a model of this config.json has: those of `Sizes`; None if it lacks a size."""
     architecture = architectures.find(description)
     names = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", architecture.intermediate_size)
-    sizes = [description.get(name) for name in names]
-    if not all(is_size(size, MAX_SIZE) for size in sizes):
+    if not all(is_size(description.get(name), MAX_SIZE) for name in names):
         return None
-    hidden, layers, vocabulary, heads, neurons = (int(size or 0) for size in sizes)
-    width = int(description.get("head_dim") or hidden // heads)
-    groups = int(description.get("num_key_value_heads") or heads)
-    attention = 2 * hidden * width * (heads + groups)
-    feed_forward = hidden * neurons * len((*architecture.mlp_inputs, architecture.mlp_output))
-    embeddings = vocabulary * hidden * (1 if description.get("tie_word_embeddings") else 2)
-    return embeddings + layers * (attention + feed_forward)
+    return Sizes.of(description, "float32", num_samples=1, seq_len=1).parameters

@@ -84,7 +84,7 @@ class LayerStream:
             self._ahead = (following, self._start(following))
 
     def leave(self) -> None:
-        """Let go of the block that is there, and of the next: all parameters are mapped ones, and may be changed."""
+        """Let go of the block that is there, and of the next: all parameters are mapped ones, which may be replaced."""
         for parameter, home in self._homes:
             parameter.data = home
         self._homes, self._present = [], None
@@ -138,7 +138,7 @@ class Files:
         self._places: dict[int, tuple[mmap.mmap, int, int]] = {}  # by address: file, first and last byte
 
     def tensor(self, stored: Stored) -> Tensor:
-        """The values as they lie in the file; private to this process, should somebody write to them."""
+        """The values as they lie in the file, which nobody changes. Not to be written to: `let_go` forgets what was."""
         if stored.file not in self._maps:
             with open(stored.file, "rb") as handle:
                 self._maps[stored.file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -216,7 +216,7 @@ def _random(config: ModelConfig) -> ModelSource:
         config.architecture,
         RANDOM_POSITIONS if architecture.learned_positions else None,
         frozenset(("bos", "eos", "pad")),
-        num_parameters=_matrices(config),
+        num_parameters=num_parameters(description),
         description=description,
     )
 

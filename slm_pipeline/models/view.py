@@ -199,12 +199,12 @@ class ModelView:
 
     def output_norm(self, layer: int, sublayer: str) -> tuple[str, Tensor] | None:
         """Of the norm between a sublayer's last projection and the residual stream its name within the block, and the
-        gains [d] float32 by which it multiplies; None if there is none."""
+        gains [d] float32 by which it multiplies, where the block runs; None if there is none."""
         if not self.architecture.output_norms:
             return None
         name = (self.architecture.attention_norms if sublayer == "attention" else self.architecture.mlp_norms)[-1]
-        gains = self.layers[layer].get_parameter(f"{name}.weight").detach().float() + self.architecture.gain_offset
-        return name, gains
+        gains = self.layers[layer].get_parameter(f"{name}.weight").detach().to(self.device_of(layer))
+        return name, gains.float() + self.architecture.gain_offset
 
     def attention_output(self, layer: int) -> nn.Module:
         """The projection at the end of a block's attention; its input is the concatenated heads."""

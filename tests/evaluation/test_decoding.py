@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import peculiar_model, random_source
 from plans import narrowing
 
-from slm_pipeline.evaluation.decoding import FixedDecoding, cache_bytes_per_token
+from slm_pipeline.evaluation.decoding import FixedDecoding, cache_bytes_per_token, compiled
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.models.widths import cut_out, settle
@@ -95,3 +98,36 @@ def test_a_step_moves_no_buffer_and_asks_the_host_for_nothing(input_ids):
                 patched.setattr(torch.Tensor, name, lambda *_: pytest.fail("a tensor was read by the host"))
             decoding.step()
     assert places == [layer.keys.data_ptr() for layer in decoding.cache.layers]
+
+
+class Steps:
+    """In the place of a model: what it has differs in size from the next one's."""
+
+    def __init__(self, size):
+        self.taken = torch.zeros(size)
+
+    def step(self):
+        self.taken.add_(1)
+
+
+def test_each_of_many_steps_is_compiled_and_let_go(monkeypatch):
+    """torch compiles one code eight times, and runs what comes then as it is."""
+    compiles, made, gone = [], torch.compile, []
+
+    def backend(graph, inputs):
+        compiles.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda step, **options: made(step, backend=backend, dynamic=False))
+    for size in range(2, 12):
+        steps = Steps(size)
+        replayed = compiled(steps.step)
+        before = steps.taken.clone()
+        replayed()
+        assert torch.equal(steps.taken, before + 1)
+        assert len(compiles) == size - 1
+        gone.append(weakref.ref(steps))
+    del steps, replayed
+    compiles.clear()
+    gc.collect()
+    assert not any(left() for left in gone)

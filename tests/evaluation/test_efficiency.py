@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from slm_pipeline.errors import UserError
-from slm_pipeline.evaluation.efficiency import Efficiency, Setting, efficiency
+from slm_pipeline.evaluation.efficiency import Efficiency, Setting, check_machine, efficiency
 
 OPTIONS = {"mode": "eager", "num_runs": 5, "num_warmup": 2, "prompt": "The Leaning Tower"}
 TWO_BY_FIVE = Setting(2, None, 5)
@@ -125,3 +125,13 @@ def test_unusable_settings_are_user_errors(tiny_llama, setting, settings, messag
     model, tokenizer = tiny_llama
     with pytest.raises(UserError, match=message):
         efficiency(model, tokenizer, setting, **{**OPTIONS, **settings})
+
+
+def test_a_machine_without_a_compiler_says_so_before_anything_is_timed(monkeypatch):
+    monkeypatch.setenv("CXX", "none-such")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(
+        UserError, match=r"a\.mode=compile: torch.compile needs a C\+\+ compiler, .* \(none-such, g\+\+"
+    ):
+        check_machine("a.mode", "compile", "cpu")
+    check_machine("a.mode", "eager", "cpu")

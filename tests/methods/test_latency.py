@@ -87,6 +87,16 @@ def test_methods_that_count_parameters_are_asked_until_time_is_right(method, uni
     assert found["plans"] <= 6
 
 
+def test_a_method_that_cannot_remove_what_is_guessed_is_asked_for_the_most_that_it_can(input_ids):
+    """Without all but one neuron of each layer 57.5 - 6 * 47 / 8 = 22.25 s are left: 2.584 times as fast. Networks are
+    faster to lose than the mean parameter, so that more of them is guessed than there is."""
+    method = WandaSP(allocation="uniform", export="custom", sublayers="mlp", massive=None)
+    found = plan_of(method, 2.57, input_ids).scores["latency"]
+    assert (found["predicted"], found["plans"]) == (pytest.approx(57.5 / 22.25), 1)
+    with pytest.raises(UserError, match="2.58 times as fast, and then .* may be removed have 27072"):
+        plan_of(method, 2.6, input_ids)
+
+
 @pytest.mark.parametrize(
     ("method", "speedup", "why"),
     [
@@ -115,6 +125,8 @@ def test_what_is_out_of_reach_is_said_with_what_is_not(method, speedup, why, inp
         (["pruning_ratio=latency", "pruning_ratio.speedup=2", "pruning_ratio.mode=fast"], "mode='fast' is not one of"),
         (["pruning_ratio=latency", "pruning_ratio.speedup=2", "pruning_ratio.mode=graph", "model.device=cpu"],
          "pruning_ratio.mode=graph replays a CUDA graph, and model.device=cpu is the CPU here"),
+        (["pruning_ratio=latency", "pruning_ratio.speedup=2", "model.num_layers=1", "method=wanda_sp"],
+         "pruning_ratio.of=latency times a model without some of its layers; this one has only one"),
         (["pruning_ratio=latency", "pruning_ratio.speedup=2", "threshold=fixed", "threshold.value=0.8",
           "method=slm"],
          "a fixed threshold alone decides how much is removed"),

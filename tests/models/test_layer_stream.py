@@ -154,6 +154,12 @@ def test_the_checkpoint_is_that_of_the_model_in_memory(ops, llama, tmp_path):
     assert configs[0] == configs[1]
 
 
+def test_gains_of_norms_are_where_blocks_run_whichever_is_there(tmp_path):
+    _, view = views(saved(tmp_path, "gemma2"))
+    view.stream.device = torch.device("meta")  # in the place of a GPU
+    assert view.output_norm(1, "mlp")[1].device == view.device_of(1)
+
+
 def test_a_damaged_weight_is_named_when_its_block_is_read(tmp_path):
     folder = saved(tmp_path)
     tensors = load_file(folder / "model.safetensors")
@@ -194,7 +200,9 @@ def test_a_job_streams_what_it_can_and_another_device_goes_on(llama, tmp_path, m
         ([], "cannot evaluate, which go through the whole model again and again; use stages=[calibrate,merge,repair"),
         (["evaluation=none", "method=shortened_taylor"], "method=shortened_taylor does not work layer by layer, as"),
         (["evaluation=none", "method=flap", "method.allocation=sensitivity"], "once for each sublayer, which model.de"),
-    ):
+        (["evaluation=none", "method=reverse", "pruning_ratio=latency", "pruning_ratio.speedup=1.3"],
+         "pruning_ratio.of=latency times models that are whole in memory, which model.device=stream has not"),
+    ):  # fmt: skip
         outcome = run_slm(*words, "model.device=stream", *more)
         assert outcome.status == 2
         assert message in outcome.err

@@ -17,21 +17,33 @@ GROUPED = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 57
 SMOLLM2 = {**LLAMA_2, **GROUPED, "num_hidden_layers": 30, "vocab_size": 49152, "tie_word_embeddings": True}
 OPT = {
     "model_type": "opt", "hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 50272, "num_attention_heads": 32,
-    "ffn_dim": 16384, "tie_word_embeddings": True,
+    "ffn_dim": 16384, "tie_word_embeddings": True, "max_position_embeddings": 2048,
+}  # fmt: skip
+PHI_3 = {
+    "model_type": "phi3", "hidden_size": 3072, "num_hidden_layers": 32, "vocab_size": 32064, "num_attention_heads": 32,
+    "intermediate_size": 8192,
+}  # fmt: skip
+GEMMA_3 = {  # of 1B
+    "model_type": "gemma3_text", "hidden_size": 1152, "num_hidden_layers": 26, "vocab_size": 262144,
+    "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "intermediate_size": 6912,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("description", "norms_and_biases", "whole"),
+    ("description", "missing", "whole"),
     [
-        (LLAMA_2, 65 * 4096, 6_738_415_616),
-        (SMOLLM2, 61 * 576, 134_515_008),
-        # positions, norms with biases, biases of the projections
-        (OPT, 2050 * 4096 + 65 * 2 * 4096 + 32 * (5 * 4096 + 16384), 6_658_473_984),
+        (LLAMA_2, 0, 6_738_415_616),
+        (SMOLLM2, 0, 134_515_008),
+        # two positions, biases of the norms and of the projections
+        (OPT, 2 * 4096 + 65 * 4096 + 32 * (5 * 4096 + 16384), 6_658_473_984),
+        (PHI_3, 0, 3_821_079_552),  # gate and up are one matrix
+        # its head is the embedding, which its config.json leaves to the class; two more norms a layer, and those of
+        # queries and keys
+        (GEMMA_3, 26 * 2 * (1152 + 256), 999_885_952),
     ],
 )
-def test_a_models_size_is_that_of_its_matrices(description, norms_and_biases, whole):
-    assert num_parameters(description) + norms_and_biases == whole
+def test_a_models_size_is_that_of_its_weights(description, missing, whole):
+    assert num_parameters(description) + missing == whole
     assert num_parameters({**description, "hidden_size": None}) is None
 
 

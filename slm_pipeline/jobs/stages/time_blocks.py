@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_pipeline.evaluation.block_times import BlockTimes, measure
-from slm_pipeline.evaluation.efficiency import check_has_gpu, machine
+from slm_pipeline.evaluation.efficiency import check_machine, machine
 from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.tracking import Tracker
@@ -40,7 +40,7 @@ class TimeBlocks(Stage):
         return {"mode": asked.mode, "batch_size": asked.batch_size, "context": asked.context}
 
     def preflight(self, job: Job) -> None:
-        check_has_gpu("pruning_ratio.mode", job.config.pruning_ratio.mode, job.config.model.device)
+        check_machine("pruning_ratio.mode", job.config.pruning_ratio.mode, job.config.model.device)
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         from slm_pipeline.models.loading import load_dense
