@@ -39,8 +39,9 @@ VERSION = 2  # raised when the same candidate gets another number
 class Joint(ProtectsEnds):
     """Ours: which layers go and how wide the others stay, at one total of parameters.
 
-    A candidate is filled from the lowest layer up, as `repair=refit` and `obs` would: the neurons and heads that the
-    others can best make up for go, the last projections get new weights towards the dense stream. Its number is the KL
+    A candidate is filled from the lowest layer up: the neurons whose values are most nearly combinations of the others'
+    go (as in `nystrom`; ``units=obs``: as in `obs`), and the heads that the others can best make up for; the last
+    projections get new weights towards the dense stream, as `repair=refit` gives them. Its number is the KL
     divergence of its predictions from the dense model's, in nats a token, on samples that nothing was fitted to. So
     candidates are compared after repair; the plan holds the decision, ``repair=refit`` the weights.
 

@@ -216,7 +216,7 @@ class Refit(Repair):
         tensors: dict[str, np.ndarray] = {}
         layers: list[dict[str, Any]] = []
         prefix = _free_prefix(problem.plan)
-        walk = "_".join(map("{:g}".format, how.ridges)) + ("" if how.reads is None else f"_reads_{how.reads:g}")
+        walk = "_".join(map(str, how.ridges)) + ("" if how.reads is None else f"_reads_{how.reads}")
         dense_layers = spans(groups, problem.view.num_layers)
         for position, (block, span) in enumerate(zip(ProgressBar(blocks, desc="refit"), dense_layers, strict=True)):
             for streams in (fitted, other):
