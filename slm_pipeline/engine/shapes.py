@@ -1,7 +1,8 @@
 """Depth and width of a pruned model as one thing, and how good a model of some shape is after a refit.
 
 A shape says how many key-value groups and neurons each dense layer keeps. `Fitting` turns one into blocks: from the
-lowest layer up some units go (`Fitting.units` says which neurons), and the projections that are left get new weights by least squares, so that a shape is judged by what it can do once it is repaired.
+lowest layer up some units go (`Fitting.units` says which neurons), and the projections that are left get new weights by
+least squares, so that a shape is judged by what it can do once it is repaired.
 """
 
 from __future__ import annotations
