@@ -107,8 +107,8 @@ def test_the_method_that_the_documents_show_works(place, here, monkeypatch):
         write(here / "mypackage", {"__init__.py": "", "every_other.py": code, "conf/method/every_other.yaml": option})
     outcome = run_slm(
         "--config-dir=conf" if place == "inside" else "plugins=[mypackage]", "method=every_other", "model=random",
-        "model.num_layers=8", "pruning_ratio=r35", "calibration=text_file", "calibration.path=text.txt", "recovery=none",
-        "evaluation=none", "tracker=jsonl",
+        "model.num_layers=8", "pruning_ratio=r35", "calibration=text_file", "calibration.path=text.txt",
+        "recovery=none", "evaluation=none", "tracker=jsonl",
     )  # fmt: skip
     assert outcome.status == 0, outcome.err
     (summary,) = Path("outputs/runs").glob("*/*/summary.json")
@@ -132,7 +132,12 @@ def commands_of(document: Path) -> list[str]:
     return [command for command in commands if not _SCHEMATIC.search(command)]
 
 
-COMMANDS = list(dict.fromkeys(command for document in DOCUMENTS for command in commands_of(document)))
+# Those of the tutorial build on one another: test_tutorial.py runs them.
+COMMANDS = list(
+    dict.fromkeys(
+        command for document in DOCUMENTS if document.name != "tutorial.md" for command in commands_of(document)
+    )
+)
 
 
 def test_commands_are_found_wherever_they_stand(tmp_path):
