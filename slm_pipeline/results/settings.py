@@ -9,8 +9,8 @@ from typing import Any
 
 from slm_pipeline.results.number import Number
 
-# Whose it is, words for people, and what follows from the text and the model's tokenizer
-_ASIDE = ("how", "measure", "part", "chance")
+# Whose it is, words for people, what follows from the text, and devices: `devices` compares nothing across them
+_ASIDE = ("how", "measure", "part", "chance", "device")
 _LONGEST = 12  # characters of a value in a name
 
 

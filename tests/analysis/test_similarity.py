@@ -107,8 +107,8 @@ def test_tokens_are_shuffled_alike_in_every_state():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (Settings(minibatch=11), "tiny: 10 rows are fewer than --minibatch=11; give it more text"),
-        (Settings(features="tokens", minibatch=62), "tiny: 61 rows are fewer than --minibatch=62"),
+        (Settings(minibatch=11), "tiny: 10 rows are fewer than analysis.minibatch=11; give it more text"),
+        (Settings(features="tokens", minibatch=62), "tiny: 61 rows are fewer than analysis.minibatch=62"),
         (
             Settings(features="flattened", minibatch=4),
             "tiny: --features=flattened needs texts of one length, these have 1 to 12 tokens; --max-tokens=1 cuts",

