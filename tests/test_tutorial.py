@@ -1,4 +1,4 @@
-"""docs/tutorial.md from its first command to its last, on a random model of six layers and texts of some words."""
+"""docs/tutorial.md from its first command to its last, on a random model of ten layers and texts of some words."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ TUTORIAL = (Path(__file__).resolve().parent.parent / "docs/tutorial.md").read_te
 TUTORIAL = TUTORIAL.replace("perplexity/bundled", "perplexity/text.txt")  # the text that SMALL has in its place
 # What follows the tutorial's own words on every command line of slm; the last of two counts.
 SMALL = [
-    *("model=random", "model.num_layers=10", "model.hidden_size=32", "model.intermediate_size=48", "tracker=jsonl"),
-    *("data_dir=data", "calibration=text_file", "calibration.path=text.txt"),
+    *("model=random", "model.num_layers=10", "model.hidden_size=32", "model.intermediate_size=48"),
+    *("tracker=jsonl", "pictures=false", "data_dir=data", "calibration=text_file", "calibration.path=text.txt"),
     *("calibration.num_samples=8", "calibration.seq_len=32", "evaluation.perplexity.corpora=[text.txt]"),
     *("evaluation.perplexity.window=128", "evaluation.perplexity.max_tokens=1024"),
 ]
