@@ -272,6 +272,8 @@ def _draw_search(summary: Mapping[str, Any], results: Mapping[str, Artifact], pa
     from slm_pipeline.show import pictures
 
     plan = load_plan(results["merge"]) if "merge" in results else None
+    if plan is not None and plan.scores.get("trace"):
+        return pictures.search_candidates(plan.scores["trace"], path_stem, title=_title(summary))
     if plan is None or not plan.scores.get("steps"):
         return []
     return pictures.search_steps(plan.scores["steps"], plan.threshold, path_stem, title=_title(summary))

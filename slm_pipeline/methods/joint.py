@@ -59,7 +59,7 @@ class Joint(ProtectsEnds):
     What was measured is kept beside the calibration: a killed search goes on, and those for other ratios share it.
 
     Scores in the plan: trace, of each candidate gone (layers), heads and neurons (least and most of those that stay),
-    num_tokens and kl; and held_out, kl and same_top_1 of the chosen one on the last eighth.
+    parameters (of the layers), num_tokens and kl; and held_out, kl and same_top_1 of the chosen one on the last eighth.
     """
 
     # stock: the dense model's class, one width | custom: widths by layer, attention or feed-forward networks may go; a
@@ -338,6 +338,8 @@ class _Search:
         return max(1, len(self.fitting.fit) // divisor)
 
     def kl(self, shape: Shape, num_samples: int) -> float:
+        from slm_pipeline.engine.shapes import parameters
+
         key = ("shape", shape, num_samples)
         if key not in self.memo:
             kl = self.fitting.fill(shape, num_samples).kl
@@ -347,6 +349,7 @@ class _Search:
             "gone": [layer for layer, kept in enumerate(shape) if kept == (0, 0)],
             "heads": [min(heads), max(heads)],
             "neurons": [min(neurons), max(neurons)],
+            "parameters": parameters(shape, self.fitting.sizes),
             "num_tokens": num_samples * self.fitting.fit.shape[1],
             "kl": self.memo[key],
         }

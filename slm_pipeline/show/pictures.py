@@ -76,6 +76,47 @@ def search_steps(
         return _save(figure, path_stem)
 
 
+def search_candidates(trace: Sequence[Mapping[str, Any]], path_stem: Path, *, title: str) -> list[Path]:
+    """What a search over models tried: how far each candidate is from the dense model, over its size.
+
+    Args:
+        trace: a plan's ``scores.trace``: ``parameters`` of the layers, ``num_tokens`` that weights were fitted to, and
+            ``kl`` in nats a token. The best of the last size on most text is marked.
+        path_stem: where to write, without ``.png`` and ``.svg``.
+        title: the picture's title.
+
+    Returns:
+        The files written.
+    """
+    tokens = sorted({row["num_tokens"] for row in trace})
+    most = [row for row in trace if row["num_tokens"] == tokens[-1]]
+    best = min(most, key=lambda row: row["kl"])
+    with _figure(WIDTH, 3.4) as figure:
+        axes = figure.subplots()
+        for rank, number in enumerate(tokens, start=1):
+            of = [row for row in trace if row["num_tokens"] == number]
+            places = [row["parameters"] / 1e6 for row in of], [row["kl"] for row in of]
+            alpha = rank / len(tokens)
+            axes.scatter(*places, s=18, color=COLORS["accepted"], alpha=alpha, label=f"{number:,} tokens", zorder=2)
+        axes.scatter(
+            best["parameters"] / 1e6,
+            best["kl"],
+            s=90,
+            fc="none",
+            ec=COLORS["rejected"],
+            lw=1.4,
+            label="taken",
+            zorder=3,
+        )
+        axes.invert_xaxis()
+        if spans_decades([row["kl"] for row in trace]):
+            log_scale(axes, "y")
+        axes.set_title(title, loc="left")
+        axes.set(xlabel="million parameters in the layers", ylabel="KL from the dense model (nats)")
+        axes.legend(loc="upper left", borderpad=0.0)
+        return _save(figure, path_stem)
+
+
 def committed_windows(steps: Sequence[Mapping[str, Any]]) -> list[int]:
     """Indices of the steps whose window was merged: of the windows accepted with one upper end, the longest."""
     longest: dict[int, int] = {}

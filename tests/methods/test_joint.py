@@ -300,6 +300,25 @@ def test_committing_a_part_first_measures_again_and_narrows_what_is_left(ask, mo
         assert place[0] in plan.dropped or final.get(place) is None or final[place] <= number
 
 
+def test_a_search_for_another_ratio_finds_the_steps_that_both_take(ask, tmp_path, monkeypatch):
+    measured, filled = [], []
+    damages, fill = Fitting.damages, Fitting.fill
+    monkeypatch.setattr(Fitting, "damages", lambda self, *about: measured.append(about[0]) or damages(self, *about))
+    monkeypatch.setattr(Fitting, "fill", lambda self, *about: filled.append(about) or fill(self, *about))
+    options = {"export": "custom", "commit": 1 / 6, "swaps": 0}
+    joint(**options).plan(ask(num_remove=1, memo=tmp_path))
+    assert len(measured) == 1
+    known = set(filled)
+    filled.clear()
+    plan = joint(**options).plan(ask(num_remove=2, memo=tmp_path))
+    assert len(measured) == 2  # in the model that lacks a sixth
+    assert (
+        len(known.intersection(filled)) == 1
+    )  # that model, to measure in it; what the first search knew is not filled
+    alone = joint(**options).plan(ask(num_remove=2))
+    assert alone.content() == plan.content()
+
+
 def test_sensitivities_that_are_known_are_not_measured_again(ask, tmp_path, monkeypatch):
     measured = []
     damages = Fitting.damages

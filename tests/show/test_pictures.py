@@ -44,6 +44,18 @@ def test_committed_windows_are_the_longest_accepted_of_each_upper_end():
     assert pictures.committed_windows(STEPS[2:4]) == []
 
 
+def test_candidates_stand_over_their_size_and_the_best_on_most_text_is_ringed(figure):
+    rows = [(4, 100, 0.2), (4, 100, 0.3), (2, 100, 0.5), (2, 100, 0.7), (2, 200, 0.65), (2, 200, 0.6)]
+    trace = [{"parameters": m * 1e6, "num_tokens": tokens, "kl": kl} for m, tokens, kl in rows]
+    (axes,) = figure(pictures.search_candidates, trace, title="joint").axes
+    few, most, ring = axes.collections
+    assert few.get_offsets().tolist() == [[4, 0.2], [4, 0.3], [2, 0.5], [2, 0.7]]
+    assert most.get_offsets().tolist() == [[2, 0.65], [2, 0.6]]
+    assert ring.get_offsets().tolist() == [[2, 0.6]]
+    assert few.get_alpha() < most.get_alpha() == 1
+    assert axes.get_xlim()[0] > axes.get_xlim()[1]  # smaller to the right
+
+
 def test_search_steps_tells_accepted_rejected_and_committed_apart(figure):
     above, below = figure(pictures.search_steps, STEPS, 0.81, title="search").axes
     accepted, rejected = (collection.get_offsets().tolist() for collection in above.collections)
