@@ -26,7 +26,7 @@ SMALL = [
 ]
 TRAINING = [
     *("recovery.source=file", "recovery.path=alpaca.json", "recovery.num_examples=20", "recovery.validation_size=4"),
-    *("recovery.max_steps=2", "recovery.eval_steps=1"),
+    *("recovery.max_steps=2", "recovery.eval_steps=1", "recovery.cutoff_len=256"),  # bytes are many tokens
 ]
 REPAIR = ["repair.calibration.num_samples=8", "repair.calibration.seq_len=32"]
 
