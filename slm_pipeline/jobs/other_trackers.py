@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -88,7 +89,8 @@ class MLflow(Service):
             mlflow.log_params(dict(settings[first : first + 100]))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        self._mlflow.log_metrics(dict(values), step=step)
+        # it refuses all of them for one name with another character, such as that of a setting of speed, 1x32+128
+        self._mlflow.log_metrics({re.sub(r"[^\w.:/ -]", "_", name): value for name, value in values.items()}, step=step)
 
     def end(self, *, failed: bool) -> None:
         self._mlflow.end_run("FAILED" if failed else "FINISHED")

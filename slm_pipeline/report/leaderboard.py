@@ -15,6 +15,7 @@ from slm_pipeline.config import TARGETS
 from slm_pipeline.report.runs import text_of
 from slm_pipeline.report.study import Study
 from slm_pipeline.report.winners import Choice, choice_of, winners
+from slm_pipeline.results.devices import device_of
 from slm_pipeline.results.number import Number, parted
 from slm_pipeline.results.of_run import parameters_at_work
 from slm_pipeline.results.settings import settings
@@ -97,7 +98,8 @@ def _plain(key: str) -> str:
 
 
 def _choices(study: Study) -> Iterator[tuple[tuple[str, str], Choice]]:
-    """Each with the dense model and, as JSON, how its number was measured; its size is the percent left, in steps."""
+    """Each with the dense model and, as JSON, how and where its number was measured; its size is the percent left, in
+    steps."""
     for values, members in study.groups(study.varied).items():
         alike: dict[tuple[str, str, str], list[tuple[int, Number, float | None]]] = {}
         for i in members:
@@ -105,7 +107,7 @@ def _choices(study: Study) -> Iterator[tuple[tuple[str, str], Choice]]:
             counts = study.newest[i] and study.within_budget[i] and "parameters" in summary
             if number is not None and counts and math.isfinite(number.value):
                 left = 100 * parameters_at_work(summary) / summary["parameters"]["dense"]
-                way = json.dumps(settings(number), sort_keys=True, default=str)
+                way = json.dumps({**settings(number), "device": device_of(number)}, sort_keys=True, default=str)
                 alike.setdefault((str(summary.get("model", "")), way, number.target), []).append((i, number, left))
         for (model, way, _), found in alike.items():
             choice = choice_of(values, found)

@@ -13,7 +13,7 @@ from slm_pipeline.config import TARGETS
 from slm_pipeline.errors import UserError
 from slm_pipeline.report import damage
 from slm_pipeline.report.runs import STATUSES, Run, Value, read_runs, text_of
-from slm_pipeline.report.winners import Winner, winners_of
+from slm_pipeline.report.winners import Winner, scope, winners_of
 from slm_pipeline.results.before import key_of
 from slm_pipeline.results.certainty import chance
 from slm_pipeline.results.devices import devices_of
@@ -149,8 +149,7 @@ class Study:
     def remarks(self) -> list[str]:
         """What is to be known before reading the table, besides what all runs share: the order, the metric."""
         lines = []
-        if self.dense:
-            dense = (number for number in self.dense.values() if not number.detail)
+        if dense := [number for number in self.dense.values() if not number.detail]:
             lines.append("Dense model: " + ", ".join(f"{n.quantity} {n.shown(n.value)}" for n in dense))
         if self.metric is not None and len(self.runs) > 1:
             direction = self.kinds[self.metric].direction or "lower"
@@ -158,7 +157,8 @@ class Study:
             guessing = f", guessing scores {self.kinds[self.metric].shown(levels[0])}" if levels else ""
             lines.append(f"Metric: {self.metric}, {direction} is better{guessing}")
             tied = ", and what noise does not tell from it" if any(winner.tied for winner in self.winners) else ""
-            lines.append(f"Bold: the best{' of each size' if len(self.winners) > 1 else ''}{tied}")
+            behind = "" if all(winner.on_front for winner in self.winners) else ", unless a smaller one is as good"
+            lines.append(f"Bold: the best{scope(self)}{tied}{behind}")
         missed: dict[str, list[str]] = {}
         for run in self.runs:
             if line := ratio_missed(run.summary or {}):

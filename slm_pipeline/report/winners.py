@@ -46,9 +46,15 @@ class Choice:
 
     def is_told_from(self, other: Choice) -> bool:
         """Whether the two means differ by more than noise; without errors, whether they differ at all."""
-        one, two = (replace(choice.metric, stderr=choice.error, measured={}) for choice in (self, other))
+        one, two = (choice._with_error() for choice in (self, other))
         alike = within_noise(one, two)
         return one.value != two.value if alike is None else not alike
+
+    def _with_error(self) -> Number:
+        """The metric with the error for comparisons; a single run's own error comes with the interval of its sample."""
+        if self.metric.stderr is not None and self.metric.stderr == self.error:
+            return self.metric
+        return replace(self.metric, stderr=self.error, measured={})
 
 
 @dataclass(frozen=True)
@@ -133,15 +139,30 @@ def _by_size(choices: Sequence[Choice]) -> list[list[Choice]]:
 
 
 def winners_of(study: Study) -> list[Winner]:
-    """The winners among a study's runs: the newest ones that are done, all seeds of which keep to its budget."""
-    choices = []
+    """The winners among a study's runs: the newest ones that are done, all seeds of which keep to its budget.
+
+    Each dense model has its own: with another tokenizer perplexities do not compare, with other weights sizes do not.
+    """
+    of_models: dict[str, list[Choice]] = {}
     for values, members in study.groups(study.varied).items():
         known = {i: study.value(i, study.metric) for i in members if study.newest[i]}
         done = [i for i, value in known.items() if value is not None and math.isfinite(value)]
         if done and all(study.within_budget[i] for i in done):
             found = [(i, study.numbers[i][str(study.metric)], study.value(i, "parameters")) for i in done]
-            choices.append(choice_of(values, found))
-    return winners(choices, higher_is_better=study.is_higher_better(study.metric))
+            of_models.setdefault(_model(study, done[0]), []).append(choice_of(values, found))
+    higher = study.is_higher_better(study.metric)
+    return [winner for choices in of_models.values() for winner in winners(choices, higher_is_better=higher)]
+
+
+def _model(study: Study, run: int) -> str:
+    return str((study.runs[run].summary or {}).get("model", ""))
+
+
+def scope(study: Study) -> str:
+    """What each winner is the best of, as the end of a sentence: sizes, dense models; empty of a single winner."""
+    models = [_model(study, winner.best.runs[0]) for winner in study.winners]
+    sizes = " at each size" if len(set(models)) < len(models) else ""
+    return sizes + (" of each model" if len(set(models)) > 1 else "")
 
 
 def table(study: Study) -> Table:
@@ -175,7 +196,7 @@ def table(study: Study) -> Table:
 def title(study: Study) -> str:
     """What `table` shows, in words."""
     over = f" over {' and '.join(study.repeated)}, +- standard deviation" if study.repeated else ""
-    return f"Best at each size{over}" if len(study.winners) > 1 else f"Best{over}"
+    return f"Best{scope(study)}{over}"
 
 
 def _in_words(choices: Sequence[Choice]) -> str:

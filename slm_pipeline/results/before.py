@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,21 @@ def _known(said: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 def _zero_shot(said: Mapping[str, Any]) -> str:
     examples = "all examples" if said["limit"] is None else f"the first {said['limit']} examples of each task"
     return f"lm-eval {said['lm_eval_version']}, {examples}, batch size {said['batch_size']}"
+
+
+def with_limits(numbers: Mapping[str, Number]) -> dict[str, Number]:
+    """The numbers; the limit of an average of tasks, if it was not written down, is that which all its tasks have."""
+    found = dict(numbers)
+    for key, number in numbers.items():
+        about = number.measured
+        if about.get("measure") == "zero_shot" and "tasks" in about and "limit" not in about:
+            start = key.removesuffix("average")
+            limits = {
+                numbers[f"{start}{task}"].measured.get("limit") for task in about["tasks"] if start + task in numbers
+            }
+            limit = limits.pop() if len(limits) == 1 else None
+            found[key] = replace(number, measured={**about, "limit": limit})
+    return found
 
 
 def _perplexity(said: Mapping[str, Any]) -> str:

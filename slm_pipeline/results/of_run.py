@@ -8,6 +8,7 @@ from typing import Any
 from slm_pipeline.results import before
 from slm_pipeline.results.number import PERCENT, Number, by_key
 from slm_pipeline.surgery.changes import Changes
+from slm_pipeline.surgery.ops.resize import NARROWER
 
 Summary = Mapping[str, Any]  # what summary.json holds
 
@@ -15,10 +16,13 @@ Summary = Mapping[str, Any]  # what summary.json holds
 def numbers_of(summary: Summary) -> dict[str, Number]:
     """Every number of a run by its key; what was not measured is absent."""
     if "numbers" in summary:
-        return {key: Number.from_json(key, said) for key, said in summary["numbers"].items()}
+        found = {key: Number.from_json(key, said) for key, said in summary["numbers"].items()}
+        shares = {number.key: number for number in of_ratio(summary)}  # which earlier versions left to `pruning_ratio`
+        return before.with_limits({**found, **{key: share for key, share in shares.items() if key not in found}})
     job = of_job(summary)
     took = [number for number in job if number.cost]
-    return by_key([*(number for number in job if not number.cost), *before.measured(summary), *took])
+    numbers = [*(number for number in job if not number.cost), *before.measured(summary), *took]
+    return before.with_limits(by_key(numbers))
 
 
 def of_job(summary: Summary) -> list[Number]:
@@ -95,7 +99,8 @@ def ratio_missed(summary: Summary) -> str | None:
     if layers is None or not isinstance(asked, float) or of not in ("layers", "parameters"):
         return None
     got = ratio[f"got_{of}"]
-    if of == "layers" and layers["pruned"] == layers["dense"]:  # width: as many parameters as these layers have
+    in_part = any(mark.label == NARROWER or mark.part != "whole" for mark in Changes.of(summary).marks)
+    if of == "layers" and (in_part or layers["pruned"] == layers["dense"]):  # as many parameters as these layers have
         return None
     rounding = 0.5 / layers["dense"] if of == "layers" else 0.01
     if abs(got - asked) <= rounding + 1e-4:

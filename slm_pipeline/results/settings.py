@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from slm_pipeline.results.devices import device_of
 from slm_pipeline.results.number import Number
 
 # Whose it is, words for people, what follows from the text, and devices: `devices` compares nothing across them
@@ -18,9 +19,10 @@ def settings(number: Number) -> dict[str, Any]:
     """What two numbers of one key have to agree in, to be compared.
 
     Counts follow from the text and the tokenizer. The batch size moves scores and perplexities by rounding alone; of
-    speed it is the first thing to know.
+    speed, or whatever else belongs to a device, it is the first thing to know.
     """
-    aside = _ASIDE if number.measured.get("measure") == "efficiency" else (*_ASIDE, "batch_size")
+    is_speed = number.measured.get("measure") == "efficiency" or device_of(number) is not None
+    aside = _ASIDE if is_speed else (*_ASIDE, "batch_size")
     return {
         name: value
         for name, value in number.measured.items()

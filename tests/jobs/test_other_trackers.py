@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
+import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -116,3 +119,28 @@ def test_a_service_that_is_not_installed_is_named_with_what_to_do(kind, monkeypa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"tracker={kind} needs {kind}.*: pip install {kind}, or tracker=jsonl"):
         tracking.check_tracker(TrackerConfig(kind=kind))
+
+
+def test_mlflow_gets_names_that_it_takes(tmp_path, monkeypatch):
+    """It refuses a whole call for one name with a character that is not among these."""
+    logged: dict[str, float] = {}
+
+    def log_metrics(values: Mapping[str, float], step: int) -> None:
+        assert all(re.fullmatch(r"[\w\-. :/]+", name) for name in values)
+        logged.update(values)
+
+    fake = types.SimpleNamespace(__spec__=object(), log_metrics=log_metrics, log_params=dict)
+    for name in ("set_experiment", "start_run", "end_run"):
+        setattr(fake, name, lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    with open_tracker(tmp_path, "mlflow") as tracker:
+        speed = Number("pruned/efficiency/1x32+128/speedup", 1.5, stderr=0.1)
+        tracker.numbers([speed, *NUMBERS], stage="evaluate_pruned")
+        tracker.summary({number.key: number for number in [speed, *NUMBERS]})
+    assert logged == {
+        "pruned/efficiency/1x32_128/speedup": 1.5,
+        "pruned/perplexity/bundled": 20.5,
+        "pruned/average": 41.25,
+        "pruned/efficiency/1x32_128/speedup/stderr": 0.1,
+        "pruned/average/stderr": 2.5,
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from studies import finished, perplexity, write_run
+from studies import finished, perplexity, with_speedup, write_run
 
 from slm_pipeline.report.leaderboard import Board, label, leaderboards, outcome
 from slm_pipeline.report.study import Study, read_study
@@ -82,3 +82,18 @@ def test_a_run_over_its_budget_competes_with_nobody(tmp_path):
     write(tmp_path, 1, "laco", 20.0, 40.0)
     study = read_study(tmp_path / "s")
     assert [name for name, *_ in shown(study, leaderboards(study)[0])[20]] == ["laco"]
+
+
+def test_the_speeds_of_two_devices_have_boards_of_their_own(tmp_path):
+    """One recovered on a CPU, one only pruned, on a GPU: no number of either model is of two devices."""
+    for job, (device, target) in enumerate([("cpu", "recovered"), ("cpu", "recovered"), ("H100", "pruned")]):
+        done = with_speedup(finished(tmp_path, 24, 20.0), 1.5 + job, device)
+        speed = done["numbers"].pop("pruned/efficiency/speedup")
+        done["numbers"][f"{target}/efficiency/speedup"] = speed
+        write_run(tmp_path / "s" / str(job), [f"method=m{job}"], done)
+    study = read_study(tmp_path / "s", metric="recovered/efficiency/speedup")
+    boards = leaderboards(study)
+    assert [[place.choice.runs for size in board.sizes for place in size.places] for board in boards] == [
+        [(1,), (0,)],
+        [(2,)],
+    ]

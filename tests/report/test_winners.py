@@ -100,7 +100,7 @@ def test_a_study_over_sizes_names_the_best_of_each_and_not_the_least_pruned(tmp_
     assert "jobs 0, 1: asked 20% of the layers, got 10%\n" in text
     assert "job 4: asked 20% of the layers, got 30%\n" in text
     assert "Bold" not in text
-    assert "Bold: the best of each size\n" in documents.markdown(study)
+    assert "Bold: the best at each size, unless a smaller one is as good\n" in documents.markdown(study)
 
 
 @pytest.mark.parametrize(
@@ -117,4 +117,31 @@ def test_a_study_over_sizes_names_the_best_of_each_and_not_the_least_pruned(tmp_
 )
 def test_what_was_asked_and_not_got_is_said(asked, of, layers, got_parameters, said):
     ratio = {"asked": asked, "of": of, "got_layers": round(1 - layers / 30, 4), "got_parameters": got_parameters}
-    assert ratio_missed({"pruning_ratio": ratio, "num_layers": {"dense": 30, "pruned": layers}}) == said
+    summary = {"pruning_ratio": ratio, "num_layers": {"dense": 30, "pruned": layers}}
+    assert ratio_missed(summary) == said
+    for mark in ({"label": "narrower", "layers": [0], "part": "whole"}, {"label": "x", "layers": [0], "part": "upper"}):
+        expected = None if of == "layers" else said  # what went of a layer counts too: depth and width together
+        assert ratio_missed({**summary, "changes": {"marks": [mark]}}) == expected
+
+
+def test_each_dense_model_has_winners_of_its_own(tmp_path):
+    """They may cut the same text into other tokens: their perplexities do not compare."""
+    for job, (model, value) in enumerate([("coarse", 40.0), ("coarse", 45.0), ("fine", 8.0)]):
+        result = finished(tmp_path, 24, value, model=model)
+        write_run(tmp_path / "s" / str(job), [f"model={model}", f"method=m{job}"], result)
+    study = read_study(tmp_path / "s", metric="pruned/perplexity/bundled")
+    assert study.best_runs == {0, 2}
+    assert [winner.best.metric.value for winner in study.winners] == [40.0, 8.0]
+    assert documents.text(study).partition("\n\n")[2].startswith("Best of each model\n")
+    assert "Bold: the best of each model\n" in documents.markdown(study)
+
+
+def test_a_score_of_few_examples_competes_with_its_uneven_interval():
+    """0 and 4 of 20: the usual interval of the difference, +-17.5, excludes 0, Newcombe's (-41.6, 0.0 ...) does not."""
+    found = []
+    for name, right in (("none", 0), ("four", 4)):
+        share = right / 20
+        measured = {"num_examples": 20}
+        number = Number("x/boolq", 100 * share, "%", 100 * math.sqrt(share * (1 - share) / 19), True, measured)
+        found.append(choice_of((name,), [(len(found), number, None)]))
+    assert said(winners(found, higher_is_better=True)) == [("four", ["none"], True)]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from slm_pipeline.results.number import Number
+import pytest
+from studies import finished
+
+from slm_pipeline.results.number import Number, by_key
+from slm_pipeline.results.of_run import numbers_of, of_pruning
 from slm_pipeline.results.settings import told_apart
 
 
@@ -41,6 +45,15 @@ def test_the_batch_size_is_a_setting_of_speed_and_a_long_value_is_cut():
         ["a[batch_size=1]"],
         ["a[batch_size=8]"],
     ]
+    # whatever belongs to a device is a speed, such as one that is predicted by the times of single blocks
+    predicted = [
+        {"latency": {"device": "cpu", "mode": "eager", "context": 128, "batch_size": size, "predicted": 1.5}}
+        for size in (1, 64)
+    ]
+    assert [list(run)[-1] for run in told_apart([by_key(of_pruning(one)) for one in predicted])[0]] == [
+        "predicted_speedup[batch_size=1]",
+        "predicted_speedup[batch_size=64]",
+    ]
     runs = [speed(prompt=f"Once upon a time, {size}") for size in (40, 80)]
     assert keys(*runs, runs[0]) == [
         ["a[prompt=Once upon a]"],
@@ -48,3 +61,23 @@ def test_the_batch_size_is_a_setting_of_speed_and_a_long_value_is_cut():
         ["a[prompt=Once upon a]"],
     ]
     assert keys(speed(device="NVIDIA H100 80GB"), speed(device="cpu")) == [["a"], ["a"]]  # see `results.devices`
+
+
+@pytest.mark.parametrize("limit", [20, None])
+def test_an_average_of_before_its_limit_was_written_down_has_that_of_its_tasks(tmp_path, limit):
+    def run(task_limit: int | None, **said: object) -> dict[str, Number]:
+        numbers = [
+            Number(f"dense/{task}", 50.0, "%", 4.0, True, {"measure": "zero_shot", "part": task, "limit": task_limit})
+            for task in ("boolq", "piqa")
+        ]
+        measured = {"measure": "zero_shot", "tasks": ["boolq", "piqa"], **said}
+        numbers.append(Number("dense/average", 50.0, "%", 3.0, True, measured))
+        return numbers_of({"numbers": {number.key: number.to_json() for number in numbers}})
+
+    before, now, other = run(limit), run(limit, limit=limit), run(100, limit=100)
+    assert list(told_apart([before, now])[0][0]) == ["dense/boolq", "dense/piqa", "dense/average"]
+    names = {key for found in told_apart([before, now, other])[0] for key in found if "average" in key}
+    assert names == {f"dense/average[limit={limit or 'null'}]", "dense/average[limit=100]"}
+    # and of before numbers had keys
+    summary = finished(tmp_path, 24, 20.0)
+    assert numbers_of(summary)["pruned/average"].measured["limit"] == 20

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _UNITS = {"attention": "heads", "mlp": "neurons"}
 _NAMES = {"heads": "key-value groups", "neurons": "neurons"}
+NARROWER = "narrower"  # label of the marks
 
 
 @register
@@ -147,7 +148,7 @@ class Resize(Op):
 
     @classmethod
     def marks(cls, ops: Sequence[Op]) -> list[Mark]:
-        return [Mark("narrower", sorted({op.layers[0] for op in ops}))]
+        return [Mark(NARROWER, sorted({op.layers[0] for op in ops}))]
 
 
 def resize(
