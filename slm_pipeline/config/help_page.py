@@ -24,7 +24,7 @@ _GROUPS = (
 )
 
 _INTRODUCTION = """\
-slm: compress a language model by depth. One command calibrates, merges layers, recovers and evaluates.
+slm: compress a language model by depth and width. One command calibrates, prunes, repairs or trains, and evaluates.
 
   slm                                                     the defaults
   slm pruning_ratio=r35 recovery=none                     another option of a group

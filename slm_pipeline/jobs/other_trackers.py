@@ -147,9 +147,9 @@ class OtherTracker(Tracker):
         self._pass_on({**found, **errors}, 0)
 
     def _pass_on(self, values: Mapping[str, float], step: int) -> None:
-        self._logged |= values.keys()
         with only_warned_about(f"{self._kind} lacks some metrics", self._warned_about):
             self._service.log(values, step)
+            self._logged |= values.keys()  # what failed is said again at the end
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

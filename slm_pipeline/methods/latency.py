@@ -145,6 +145,7 @@ class _Search:
                 if best is None:
                     reached = self.times.seconds / slow[1]
                     raise self._out_of_reach(f"{reached:.2f} times as fast, and then {error}") from error
+                log.warning("%s: no plan nearer to the speedup: %s", self.method.name, error)
                 break
             if found.is_idle:
                 raise self._out_of_reach("what is gone stays as zeros, which take as long; use method.export=custom")

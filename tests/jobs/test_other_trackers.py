@@ -105,6 +105,24 @@ def test_a_service_that_fails_costs_a_warning_and_no_number(tmp_path, monkeypatc
     assert Fails.ended == [True]
 
 
+def test_a_number_that_did_not_arrive_is_sent_again_at_the_end(tmp_path, monkeypatch):
+    sent: list[dict[str, float]] = []
+
+    class Late(Fails):
+        def log(self, values: Mapping[str, float], step: int) -> None:
+            sent.append(dict(values))
+            if len(sent) == 1:
+                raise OSError("gone")
+
+    monkeypatch.setitem(other_trackers.SERVICES, "mlflow", Late)
+    tracker = open_tracker(tmp_path, "mlflow")
+    numbers = [Number(key, value, "") for key, value in (("pruned/a", 1.0), ("pruned/b", 2.0))]
+    for number in numbers:
+        tracker.numbers([number], stage="evaluate")
+    tracker.summary({number.key: number for number in numbers})
+    assert sent == [{"pruned/a": 1.0}, {"pruned/b": 2.0}, {"pruned/a": 1.0}]
+
+
 def test_a_service_that_does_not_begin_is_an_error_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.setitem(other_trackers.SERVICES, "trackio", Fails)
     begun: dict[str, Any] = {"name": "x", "run_config": {}, "group": None, "tags": [], "job_type": "merge"}
