@@ -44,6 +44,36 @@ class Sums:
         return Sums(self.gram[kept][:, kept], self.moment[:, kept], self.energy)
 
 
+class _SumsSoFar:
+    """`Sums` while tokens come in: products in float32, added up in float64."""
+
+    def __init__(self) -> None:
+        self._gram: Gram | None = None
+        self._moment: Tensor | None = None
+        self._energy = 0.0
+
+    def add(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
+        """Take in [tokens, n], [tokens, d] and [tokens]."""
+        if self._gram is None or self._moment is None:
+            self._gram = Gram(inputs.shape[1], inputs.device)
+            size = targets.shape[1], inputs.shape[1]
+            self._moment = torch.zeros(size, dtype=torch.float64, device=inputs.device)
+        self._gram.add(inputs, weights)
+        weighted = targets * weights[:, None]
+        with full_float32():
+            self._moment += (weighted.T @ inputs.float()).double()
+        self._energy += float((weighted.double() * targets.double()).sum())
+
+    def sums(self, not_finite: str) -> Sums:
+        """What has come in. Raises `UserError` with these words if it is not finite."""
+        assert self._gram is not None
+        assert self._moment is not None
+        sums = Sums(self._gram.matrix, self._moment, self._energy)
+        if not (math.isfinite(sums.energy) and bool(sums.gram.isfinite().all()) and bool(sums.moment.isfinite().all())):
+            raise UserError(f"{not_finite}; try model.dtype=float32")
+        return sums
+
+
 class Streams:
     """The residual streams of N samples in the dense and in the pruned model, at one place of the stack.
 
@@ -102,9 +132,7 @@ class Streams:
         has_bias = self.bias(block, sublayer) is not None
         whole = self.undone(block, sublayer)
         norm = self.view.output_norm(block.body, sublayer)
-        gram: Gram | None = None
-        moment: Tensor | None = None
-        energy = 0.0
+        so_far = _SumsSoFar()
         for rows in self._rows():
             entering = self._on_device(self.pruned[rows], block.body)
             inputs, output, written, leaving = self._runner.observed(block, entering, sublayer)
@@ -129,22 +157,10 @@ class Streams:
             weights = weights / lengths[:, 0].square().clamp_min(1e-12)
             if has_bias:
                 inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
-            if gram is None or moment is None:
-                gram = Gram(inputs.shape[1], inputs.device)
-                moment = torch.zeros(wanted.shape[1], inputs.shape[1], dtype=torch.float64, device=inputs.device)
-            gram.add(inputs, weights)
-            weighted = wanted * weights[:, None]
-            with full_float32():
-                moment += (weighted.T @ inputs.float()).double()
-            energy += float((weighted.double() * wanted.double()).sum())
-        assert gram is not None
-        assert moment is not None
-        if not (math.isfinite(energy) and bool(gram.matrix.isfinite().all()) and bool(moment.isfinite().all())):
-            raise UserError(
-                f"what enters the last projection of layer {block.body}'s {sublayer}, or is to leave it, is not finite;"
-                " try model.dtype=float32"
-            )
-        return Sums(gram.matrix, moment, energy)
+            so_far.add(inputs, wanted, weights)
+        return so_far.sums(
+            f"what enters the last projection of layer {block.body}'s {sublayer}, or is to leave it, is not finite"
+        )
 
     def gram(self, block: Block, sublayer: str) -> Gram:
         """Of what enters a sublayer's last projection in the pruned model, all tokens alike and without a bias."""
@@ -163,27 +179,14 @@ class Streams:
         Raises:
             UserError: they are not finite.
         """
-        gram: Gram | None = None
-        moment: Tensor | None = None
-        energy = 0.0
+        so_far = _SumsSoFar()
         for rows in self._rows():
             pruned, dense = (self._on_device(states[rows], block.body) for states in (self.pruned, self.dense))
             inputs = self._runner.read_by(block, pruned, sublayer)
             wanted = self._runner.read_by(Block(block.body), dense, sublayer).float()
             weights = wanted.square().mean(dim=-1).clamp_min(1e-12).reciprocal()
-            if gram is None or moment is None:
-                gram = Gram(inputs.shape[1], inputs.device)
-                moment = torch.zeros_like(gram.matrix)
-            gram.add(inputs, weights)
-            weighted = wanted * weights[:, None]
-            with full_float32():
-                moment += (weighted.T @ inputs.float()).double()
-            energy += float((weighted.double() * wanted.double()).sum())
-        assert gram is not None
-        assert moment is not None
-        if not (math.isfinite(energy) and bool(gram.matrix.isfinite().all()) and bool(moment.isfinite().all())):
-            raise UserError(f"what layer {block.body}'s {sublayer} reads is not finite; try model.dtype=float32")
-        return Sums(gram.matrix, moment, energy)
+            so_far.add(inputs, wanted, weights)
+        return so_far.sums(f"what layer {block.body}'s {sublayer} reads is not finite")
 
     def lacks(self, block: Block, sublayer: str) -> bool:
         """Whether a sublayer is gone, by the plan or in the dense model already."""
