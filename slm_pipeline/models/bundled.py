@@ -138,17 +138,26 @@ def _tokenizer(gguf: Path, *, single_digits: bool) -> Any:
     return tokenizer
 
 
-def check_tokenizer(tokenizer: Any, name: str) -> None:
+def check_tokenizer(tokenizer: Any, name: str, folder: Path | None = None) -> None:
     """Raise `UserError` unless the tokenizer cuts a sentence as that of the bundled model does: transformers 5.17 reads
-    that of Gemma 3 from its GGUF file without merges, and nothing else would say so."""
+    that of Gemma 3 from its GGUF file without merges, and nothing else would say so.
+
+    Args:
+        folder: that it was loaded from; None: it was read from the GGUF file just now.
+    """
     import transformers
 
     found = tokenizer(SENTENCE, add_special_tokens=False)["input_ids"]
     if tuple(found) != _bundled_model(name).sentence_ids:
+        where, remedy = (
+            "from its GGUF file",
+            "use another version, such as 5.23, or a folder that one made in its cache",
+        )
+        if folder is not None:
+            where, remedy = f"in {folder}, or an earlier one wrote it so", "remove that folder, and it is made again"
         raise UserError(
-            f"transformers {transformers.__version__} reads the tokenizer of {name} wrongly from its GGUF file: it cuts"
-            f" {SENTENCE!r} into {len(found)} tokens, {found}; another version may not (5.23 does not), and the folder"
-            " that it makes in the cache can be copied here"
+            f"transformers {transformers.__version__} reads the tokenizer of {name} wrongly {where}: it cuts"
+            f" {SENTENCE!r} into {len(found)} tokens, {found}; {remedy}"
         )
 
 

