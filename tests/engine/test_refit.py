@@ -352,3 +352,7 @@ def test_behind_a_norm_the_direction_is_fitted(architecture, sublayer):
             assert float(alike.min()) > 0.999
         else:
             assert sublayer == "attention" or float(alike.mean()) < limit  # the attention is still the dense model's
+    streams.pruned = streams.dense.clone()
+    streams.pruned[0, 0, 0] = float("nan")
+    with pytest.raises(UserError, match="what layer 0's attention reads is not finite; try model.dtype=float32"):
+        streams.reading_sums(Block(0), "attention")
