@@ -326,6 +326,10 @@ def test_sums_that_are_not_finite_are_an_error():
     streams.leaving[0, 0, 0] = float("inf")
     with pytest.raises(UserError, match="last projection of layer 0's mlp, or is to leave it, is not finite"):
         streams.sums(Block(0), "mlp", target="dense_stream", weighting="none")
+    streams.pruned = streams.dense.clone()
+    streams.pruned[0, 0, 0] = float("nan")
+    with pytest.raises(UserError, match="what layer 0's attention reads is not finite; try model.dtype=float32"):
+        streams.reading_sums(Block(0), "attention")
 
 
 @torch.no_grad()
@@ -352,7 +356,3 @@ def test_behind_a_norm_the_direction_is_fitted(architecture, sublayer):
             assert float(alike.min()) > 0.999
         else:
             assert sublayer == "attention" or float(alike.mean()) < limit  # the attention is still the dense model's
-    streams.pruned = streams.dense.clone()
-    streams.pruned[0, 0, 0] = float("nan")
-    with pytest.raises(UserError, match="what layer 0's attention reads is not finite; try model.dtype=float32"):
-        streams.reading_sums(Block(0), "attention")
