@@ -292,6 +292,59 @@ def allocate(
     return as_shape() if missing <= 0 else None
 
 
+def transferred(
+    shape: Shape,
+    sizes: Sequence[LayerSize],
+    giver: tuple[int, str],
+    taker: tuple[int, str],
+    *,
+    most: int,
+    share: int,
+    multiple_of: int,
+) -> Shape | None:
+    """The shape in which one sublayer, (layer, attention | mlp), has given units to another, and no more than are used.
+
+    Args:
+        most: parameters that the layers may have.
+        share: the giver gives a ``share``-th of its dense neurons, or one group of heads; where the taker can take
+            nothing for that, as often as it takes.
+        multiple_of: of neurons that stay.
+
+    Returns:
+        None where the giver has too little, the taker is whole, or more than one unit of neurons would be left over.
+    """
+
+    def units(place: tuple[int, str]) -> int:
+        return shape[place[0]][SUBLAYERS.index(place[1])]
+
+    def step(place: tuple[int, str]) -> int:
+        return multiple_of if place[1] == "mlp" else 1
+
+    def changed(gives: int, takes: int) -> Shape:
+        new = [dict(zip(SUBLAYERS, of, strict=True)) for of in shape]
+        new[giver[0]][giver[1]], new[taker[0]][taker[1]] = gives, takes
+        return tuple((of["attention"], of["mlp"]) for of in new)
+
+    def grown(place: tuple[int, str], least: int, greatest: int, other: int) -> int:
+        """The most units of a sublayer, beside so many of the other one, that the parameters allow."""
+        for number in range(greatest, least, -1):
+            pair = (number, other) if place == giver else (other, number)
+            if (number == greatest or number % step(place) == 0) and parameters(changed(*pair), sizes) <= most:
+                return number
+        return least
+
+    given, taken = units(giver), units(taker)
+    portion = max(1, sizes[giver[0]].neurons // share // multiple_of) * multiple_of if giver[1] == "mlp" else 1
+    while given > 0 and taken == units(taker):
+        given = max(0, given - portion)
+        taken = grown(taker, units(taker), _whole(sizes[taker[0]], taker[1]), given)
+    if taken == units(taker):
+        return None
+    new = changed(grown(giver, given, units(giver), taken), taken)
+    unit = max(size.per_neuron for size in sizes) * multiple_of
+    return new if parameters(new, sizes) > parameters(shape, sizes) - unit else None
+
+
 def _gained(size: LayerSize, sublayer: str, high: int, low: int) -> int:
     return _gain(size, sublayer, low) - _gain(size, sublayer, high)
 

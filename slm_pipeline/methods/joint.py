@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,8 +52,10 @@ class Joint(ProtectsEnds):
     and the KL divergence measured; the least sum of damages, by a Lagrange multiplier, is a candidate. The sum knows
     nothing of how damages add up. So only ``commit`` of the parameters go before the damages are measured again, in the
     model as it is then, refitted; and each time two numbers are searched, uphill and in smaller steps at last: how much
-    more a damage counts towards the input, and how much more one of attention. Then halving: few tokens for all, twice
-    as many for the better half, and so on; last, ``swaps`` exchanges of a layer that went for its neighbour.
+    more a damage counts towards the input, and how much more one of attention. Then ``transfers``: a sublayer drawn at
+    random gives units, another takes what their parameters allow, and the shape stays if it is better, as in EvoPress
+    (2410.14649), whose levels change places so. Halving between what was found so far: few tokens for all, twice as
+    many for the better half, and so on; last, ``swaps`` exchanges of a layer that went for its neighbour.
 
     Of the calibration samples an eighth chooses (ridges, candidates), another eighth does nothing but tell, at the end,
     what the chosen plan does to text that no decision has seen.
@@ -74,6 +77,7 @@ class Joint(ProtectsEnds):
     commit: Annotated[float, Range(above=0, at_most=1)] = 0.1
     search_tokens: Count = 2048  # that the greedy search, or each width of a sublayer, is measured on
     multiple_of: Count = 1  # neurons that stay are a multiple, such as 64
+    transfers: Annotated[int, Range(at_least=0, at_most=10_000)] = 32  # custom: tried, of units between two sublayers
     swaps: Annotated[int, Range(at_least=0, at_most=1000)] = 8  # exchanges tried at the end; 0: none
     massive: Annotated[float, Range(above=0, at_most=1e6)] | None = 100.0  # as for obs: neurons that stay; null: off
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(64, 512))
@@ -129,7 +133,9 @@ class Joint(ProtectsEnds):
 
     @contextmanager
     def _memo(self, problem: PruningProblem) -> Iterator[WindowMemo]:
-        options = {name: value for name, value in self.options().items() if name not in ("depths", "swaps")}
+        options = {
+            name: value for name, value in self.options().items() if name not in ("depths", "transfers", "swaps")
+        }
         with problem.windows.open("joint", digest([VERSION, options])[:12]) as memo:
             yield memo
 
@@ -230,7 +236,25 @@ class Joint(ProtectsEnds):
             point, tried = self._tilted(search, damages, shape, goal, point)
             shape = tried[point]
             base = search.fitting.fill(shape, search.num_samples(4)) if goal < remove else None
-        return search.halved(search.ranked(list(tried.values()), divisor=4)[:4])
+        moved = self._transferred(search, shape, remove)
+        return search.halved(search.ranked([moved, *tried.values()], divisor=4)[:4])
+
+    def _transferred(self, search: _Search, best: Shape, remove: int) -> Shape:
+        """The shape, or a better one that transfers led to: of an eighth of a network's neurons first, then of less."""
+        from slm_pipeline.engine.shapes import transferred
+        from slm_pipeline.show.progress import ProgressBar
+
+        sizes, number = search.fitting.sizes, search.num_samples(4)
+        places = [(layer, part) for layer in self.candidates(len(sizes)) for part in SUBLAYERS]
+        most = sum(size.whole for size in sizes) - remove
+        least, draw = search.kl(best, number), random.Random(0)
+        for step in ProgressBar(range(self.transfers), desc="transfers"):
+            giver, taker = draw.sample(places, 2)
+            share = 8 << 3 * step // self.transfers
+            shape = transferred(best, sizes, giver, taker, most=most, share=share, multiple_of=self.multiple_of)
+            if shape is not None and (kl := search.kl(shape, number)) < least:
+                best, least = shape, kl
+        return best
 
     def _tilted(
         self,

@@ -16,7 +16,7 @@ from slm_pipeline.config import CONF_DIR
 from slm_pipeline.config.groups import build
 from slm_pipeline.engine import shapes
 from slm_pipeline.engine.refit import Refit
-from slm_pipeline.engine.shapes import Fitting, allocate, originals, parameters
+from slm_pipeline.engine.shapes import Fitting, allocate, originals, parameters, transferred
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.engine.streams import Streams, first_changed, spans
 from slm_pipeline.errors import UserError
@@ -89,6 +89,26 @@ def test_the_least_damage_at_a_target_is_found():
     assert allocate(damages, [SIZE, SIZE], 281, 1) is None
 
 
+def test_what_one_sublayer_gives_another_takes():
+    def move(shape, giver, taker, most=200, multiple_of=1):
+        return transferred(shape, [SIZE, SIZE], giver, taker, most=most, share=4, multiple_of=multiple_of)
+
+    shape = ((2, 5), (3, 9))
+    total = parameters(shape, [SIZE, SIZE])
+    assert total == 1 + 30 + 60 + 141
+    at_most = {"most": total}
+    assert move(shape, (1, "mlp"), (0, "mlp"), **at_most) == ((2, 7), (3, 7))
+    assert move(shape, (1, "mlp"), (0, "attention"), **at_most) == ((3, 5), (3, 8))  # one comes back
+    assert move(shape, (1, "attention"), (0, "mlp"), **at_most) == ((2, 6), (2, 9))
+    assert move(shape, (1, "attention"), (0, "attention"), **at_most) == ((3, 5), (2, 9))
+    assert move(shape, (0, "mlp"), (1, "mlp"), **at_most) is None  # that is whole
+    assert move(((2, 8), (3, 9)), (1, "attention"), (0, "mlp"), most=262) == ((2, 9), (2, 9))
+    assert move(((2, 9), (3, 0)), (1, "mlp"), (0, "attention"), most=172) is None  # has nothing
+    assert move(shape, (1, "mlp"), (0, "mlp"), most=total, multiple_of=3) == ((2, 6), (3, 6))
+    gone = ((0, 0), (3, 9))  # a network of a layer that was gone costs what stands beside its neurons, and its norms
+    assert move(gone, (1, "mlp"), (0, "mlp"), most=141) == ((0, 2), (3, 5))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "opt", "gpt_neox", "gemma3_text"])
 def test_filling_a_shape_is_refitting_the_plan_that_it_leads_to(architecture):
@@ -136,7 +156,7 @@ def test_the_dense_shape_is_the_dense_model():
 @pytest.mark.parametrize("export", ["stock", "custom"])
 def test_the_target_is_met_within_one_unit(ask, export):
     problem = ask(num_parameters=9000)
-    plan = joint(export=export, swaps=2).plan(problem)
+    plan = joint(export=export, transfers=4, swaps=2).plan(problem)
     view = problem.view
     sizes, model = layer_sizes(view), lively()[1]
     before = view.num_parameters()
@@ -159,7 +179,7 @@ def test_neurons_that_stay_are_a_multiple(ask):
 
 @pytest.mark.parametrize(("export", "commit"), [("stock", 1.0), ("custom", 1.0), ("custom", 0.1)])
 def test_a_killed_search_goes_on_and_ends_the_same(ask, export, commit, tmp_path, monkeypatch):
-    options = {"export": export, "commit": commit, "swaps": 2}
+    options = {"export": export, "commit": commit, "transfers": 3, "swaps": 2}
     whole = joint(**options).plan(ask(num_remove=1, memo=tmp_path / "whole"))
     filled = []
     fill = Fitting.fill
@@ -279,6 +299,18 @@ def test_what_a_sublayer_of_a_model_already_pruned_does_is_measured_in_that_mode
     assert damages[1, "mlp"][12] == pytest.approx(kl(1, block), abs=1e-4)
 
 
+def test_transfers_only_make_it_better(ask):
+    problem = ask(num_parameters=9000)
+    rows = joint(export="custom", commit=1.0, transfers=12, swaps=0).plan(problem).scores["trace"]
+    without = joint(export="custom", commit=1.0, transfers=0, swaps=0).plan(problem).scores["trace"]
+    number = rows[0]["num_tokens"]
+    kls, before = ([row["kl"] for row in of if row["num_tokens"] == number] for of in (rows, without))
+    assert kls[: len(before)] == before
+    assert min(kls) < min(before)
+    largest = max(row["parameters"] for row in without)
+    assert all(largest - 2 * layer_sizes(problem.view)[0].per_neuron < row["parameters"] <= largest for row in rows)
+
+
 def test_committing_a_part_first_measures_again_and_narrows_what_is_left(ask, monkeypatch):
     bases = []
     damages = Fitting.damages
@@ -289,7 +321,7 @@ def test_committing_a_part_first_measures_again_and_narrows_what_is_left(ask, mo
 
     monkeypatch.setattr(Fitting, "damages", seen)
     problem = ask(num_parameters=9000)
-    plan = joint(export="custom", commit=0.1, swaps=0).plan(problem)
+    plan = joint(export="custom", commit=0.1, transfers=0, swaps=0).plan(problem)
     sizes = layer_sizes(problem.view)
     block_parameters = sum(size.whole for size in sizes)
     assert len(bases) == -(-9000 // round(0.1 * block_parameters))
@@ -305,7 +337,7 @@ def test_a_search_for_another_ratio_finds_the_steps_that_both_take(ask, tmp_path
     damages, fill = Fitting.damages, Fitting.fill
     monkeypatch.setattr(Fitting, "damages", lambda self, *about: measured.append(about[0]) or damages(self, *about))
     monkeypatch.setattr(Fitting, "fill", lambda self, *about: filled.append(about) or fill(self, *about))
-    options = {"export": "custom", "commit": 1 / 6, "swaps": 0}
+    options = {"export": "custom", "commit": 1 / 6, "transfers": 0, "swaps": 0}
     joint(**options).plan(ask(num_remove=1, memo=tmp_path))
     assert len(measured) == 1
     known = set(filled)
@@ -335,9 +367,9 @@ def test_sensitivities_that_are_known_are_not_measured_again(ask, tmp_path, monk
 
     monkeypatch.setattr(Fitting, "damages", until(5))
     with pytest.raises(KeyboardInterrupt):
-        joint(export="custom", commit=1.0, swaps=0).plan(ask(num_remove=1, memo=tmp_path))
+        joint(export="custom", commit=1.0, transfers=0, swaps=0).plan(ask(num_remove=1, memo=tmp_path))
     monkeypatch.setattr(Fitting, "damages", until(None))
-    plan = joint(export="custom", commit=1.0, swaps=0).plan(ask(num_remove=1, memo=tmp_path))
+    plan = joint(export="custom", commit=1.0, transfers=0, swaps=0).plan(ask(num_remove=1, memo=tmp_path))
     assert measured == [(layer, part) for layer in range(6) for part in ("attention", "mlp")]
     monkeypatch.setattr(Fitting, "damages", damages)
-    assert plan.content() == joint(export="custom", commit=1.0, swaps=0).plan(ask(num_remove=1)).content()
+    assert plan.content() == joint(export="custom", commit=1.0, transfers=0, swaps=0).plan(ask(num_remove=1)).content()
