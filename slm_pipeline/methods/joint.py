@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from slm_pipeline.engine.shapes import Fitted, Fitting, Shape
     from slm_pipeline.engine.window_memo import WindowMemo
     from slm_pipeline.models.context import Context
+    from slm_pipeline.surgery.ops import LayerSize
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class Joint(ProtectsEnds):
     Of the calibration samples an eighth chooses (ridges, candidates), another eighth does nothing but tell, at the end,
     what the chosen plan does to text that no decision has seen.
 
+    Aiming at a speedup it counts picoseconds of the table of block times in the place of parameters.
+
     What was measured is kept beside the calibration: a killed search goes on, and those for other ratios share it.
 
     Scores in the plan: trace, of each candidate gone (layers), heads and neurons (least and most of those that stay),
@@ -84,6 +87,7 @@ class Joint(ProtectsEnds):
 
     name: ClassVar[str] = "joint"
     targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
+    takes_prices: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,8 +158,8 @@ class Joint(ProtectsEnds):
 
     def _stock(self, problem: PruningProblem, search: _Search, remove: int) -> Shape:
         """The best of the candidates with one width for all layers that stay."""
-        sizes = search.fitting.sizes
-        block = sum(size.whole for size in sizes) // len(sizes)
+        sizes = problem.prices or search.fitting.sizes
+        block = max(1, sum(size.whole for size in sizes) // len(sizes))
         most = min(remove // block, len(self.candidates(len(sizes))) - 1)
         orders = self._orders(problem, search, most)
         numbers = sorted({round(most * step / (self.depths - 1)) for step in range(self.depths)})
@@ -208,7 +212,7 @@ class Joint(ProtectsEnds):
         found["greedy"] = {number: known[:number] for number in numbers}
         return found
 
-    def _uniform(self, sizes: Any, gone: Sequence[int], remove: int) -> Shape | None:
+    def _uniform(self, sizes: Sequence[LayerSize], gone: Sequence[int], remove: int) -> Shape | None:
         """The shape without these layers whose others lose as many neurons as are still to go; None if they cannot."""
         kept = [layer for layer in range(len(sizes)) if layer not in gone]
         missing = remove - sum(sizes[layer].whole for layer in gone)
@@ -224,7 +228,7 @@ class Joint(ProtectsEnds):
         """The best of the candidates with widths by layer."""
         from slm_pipeline.engine.shapes import allocate
 
-        sizes = search.fitting.sizes
+        sizes = problem.prices or search.fitting.sizes
         shape: Shape = tuple((size.heads, size.neurons) for size in sizes)
         places = [(layer, part) for layer in self.candidates(len(sizes)) for part in SUBLAYERS]
         if allocate({place: {0: 0.0} for place in places}, sizes, remove, 1) is None:
@@ -233,18 +237,18 @@ class Joint(ProtectsEnds):
         base, point = None, (0.0, 0.0)
         for goal in [*range(step, remove, step), remove]:
             damages = self._damages(search, shape, base)
-            point, tried = self._tilted(search, damages, shape, goal, point)
+            point, tried = self._tilted(search, damages, sizes, shape, goal, point)
             shape = tried[point]
             base = search.fitting.fill(shape, search.num_samples(4)) if goal < remove else None
-        moved = self._transferred(search, shape, remove)
+        moved = self._transferred(search, sizes, shape, remove)
         return search.halved(search.ranked([moved, *tried.values()], divisor=4)[:4])
 
-    def _transferred(self, search: _Search, best: Shape, remove: int) -> Shape:
+    def _transferred(self, search: _Search, sizes: Sequence[LayerSize], best: Shape, remove: int) -> Shape:
         """The shape, or a better one that transfers led to: of an eighth of a network's neurons first, then of less."""
         from slm_pipeline.engine.shapes import transferred
         from slm_pipeline.show.progress import ProgressBar
 
-        sizes, number = search.fitting.sizes, search.num_samples(4)
+        number = search.num_samples(4)
         places = [(layer, part) for layer in self.candidates(len(sizes)) for part in SUBLAYERS]
         most = sum(size.whole for size in sizes) - remove
         least, draw = search.kl(best, number), random.Random(0)
@@ -260,6 +264,7 @@ class Joint(ProtectsEnds):
         self,
         search: _Search,
         damages: dict[tuple[int, str], dict[int, float]],
+        sizes: Sequence[LayerSize],
         shape: Shape,
         remove: int,
         best: tuple[float, float],
@@ -267,7 +272,7 @@ class Joint(ProtectsEnds):
         """Uphill from ``best``: the pair of tilts whose shape is best, and the shapes of all that were tried."""
         from slm_pipeline.engine.shapes import allocate
 
-        sizes, number = search.fitting.sizes, search.num_samples(4)
+        number = search.num_samples(4)
         tried: dict[tuple[float, float], Shape] = {}
 
         def worth(point: tuple[float, float]) -> float:
