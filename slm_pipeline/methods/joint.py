@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 EXPORTS = ("stock", "custom")
 UNITS = ("leverage", "obs")
+OBJECTIVES = {"kl_divergence": "kl", "next_token_loss": "loss"}  # and what the trace calls them
+JUDGED = ("repaired", "pruned")
 VERSION = 2  # raised when the same candidate gets another number
 
 
@@ -66,7 +68,8 @@ class Joint(ProtectsEnds):
     What was measured is kept beside the calibration: a killed search goes on, and those for other ratios share it.
 
     Scores in the plan: trace, of each candidate gone (layers), heads and neurons (least and most of those that stay),
-    parameters (of the layers), num_tokens and kl; and held_out, kl and same_top_1 of the chosen one on the last eighth.
+    parameters (of the layers), num_tokens and kl, or loss; and held_out, kl and same_top_1 of the chosen one on the
+    last eighth.
     """
 
     # stock: the dense model's class, one width | custom: widths by layer, attention or feed-forward networks may go; a
@@ -74,6 +77,8 @@ class Joint(ProtectsEnds):
     export: str = "stock"
     # Which neurons go: leverage: whose values are combinations of the others' | obs: that the others best make up for.
     units: str = "leverage"
+    objective: str = "kl_divergence"  # that candidates are judged by | next_token_loss
+    judged: str = "repaired"  # candidates are judged after a refit | pruned: before it
     ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.1])
     depths: Annotated[int, Range(at_least=2, at_most=100)] = 5  # stock: numbers of layers that are tried first
     # custom: share of the layers' parameters after which the damages are measured again; 1: they are measured once.
@@ -91,10 +96,10 @@ class Joint(ProtectsEnds):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.export not in EXPORTS:
-            raise UserError(f"method.export={self.export!r} is not one of {', '.join(EXPORTS)}")
-        if self.units not in UNITS:
-            raise UserError(f"method.units={self.units!r} is not one of {', '.join(UNITS)}")
+        choices = {"export": EXPORTS, "units": UNITS, "objective": [*OBJECTIVES], "judged": JUDGED}
+        for option, known in choices.items():
+            if (value := getattr(self, option)) not in known:
+                raise UserError(f"method.{option}={value!r} is not one of {', '.join(known)}")
         if not self.ridges:
             raise UserError("method.ridges=[] must name at least one ridge, such as [0.1]")
 
@@ -122,8 +127,9 @@ class Joint(ProtectsEnds):
             remove = remove * sum(size.whole for size in sizes) // len(sizes)
         fit, choose, tell = _parts(problem.input_ids)
         fitting = Fitting(
-            view, fit, choose, sizes, Refit(ridges=self.ridges), units=self.units, fixed=self._massive(problem)
-        )
+            view, fit, choose, sizes, Refit(ridges=self.ridges), units=self.units, fixed=self._massive(problem),
+            objective=self.objective, refitted=self.judged == "repaired",
+        )  # fmt: skip
         with self._memo(problem) as memo:
             search = _Search(fitting, memo)
             if self.export == "stock":
@@ -202,7 +208,7 @@ class Joint(ProtectsEnds):
         rows = max(1, self.search_tokens // problem.input_ids.shape[1])
         known = [int(search.memo["greedy", step]) for step in range(most) if ("greedy", step) in search.memo]
         if most and len(known) < most:
-            walk = RemovalWalk(problem.view, search.fitting.choose[:rows], criterion="kl_divergence")
+            walk = RemovalWalk(problem.view, search.fitting.choose[:rows], criterion=self.objective)
             for layer in known:
                 walk.remove(Removal(layer))
             left = [Removal(layer) for layer in candidates if layer not in known]
@@ -251,13 +257,13 @@ class Joint(ProtectsEnds):
         number = search.num_samples(4)
         places = [(layer, part) for layer in self.candidates(len(sizes)) for part in SUBLAYERS]
         most = sum(size.whole for size in sizes) - remove
-        least, draw = search.kl(best, number), random.Random(0)
+        least, draw = search.score(best, number), random.Random(0)
         for step in ProgressBar(range(self.transfers), desc="transfers"):
             giver, taker = draw.sample(places, 2)
             share = 8 << 3 * step // self.transfers
             shape = transferred(best, sizes, giver, taker, most=most, share=share, multiple_of=self.multiple_of)
-            if shape is not None and (kl := search.kl(shape, number)) < least:
-                best, least = shape, kl
+            if shape is not None and (score := search.score(shape, number)) < least:
+                best, least = shape, score
         return best
 
     def _tilted(
@@ -281,7 +287,7 @@ class Joint(ProtectsEnds):
                 if found is None:
                     raise UserError(f"method=joint: {remove} parameters cannot go; ask for a lower pruning_ratio")
                 tried[point] = found
-            return search.kl(tried[point], number)
+            return search.score(tried[point], number)
 
         step = 1.0
         while step >= 0.5:
@@ -318,7 +324,7 @@ class Joint(ProtectsEnds):
     def _swapped(self, search: _Search, best: Shape, depth: int) -> tuple[Shape, Fitted]:
         """The shape, or a better one in which a layer that went has changed places with its neighbour, filled."""
         tried, number = {best}, search.num_samples(1)
-        least = search.kl(best, number)
+        least = search.score(best, number)
         left, improved = self.swaps, True
         while improved and left > 0:
             improved = False
@@ -327,8 +333,8 @@ class Joint(ProtectsEnds):
                     continue
                 left -= 1
                 tried.add(shape)
-                if (kl := search.kl(shape, number)) < least:
-                    best, least, improved = shape, kl, True
+                if (score := search.score(shape, number)) < least:
+                    best, least, improved = shape, score, True
                     break
         return best, search.fitting.fill(best, number)
 
@@ -367,13 +373,13 @@ class _Search:
     def num_samples(self, divisor: int) -> int:
         return max(1, len(self.fitting.fit) // divisor)
 
-    def kl(self, shape: Shape, num_samples: int) -> float:
+    def score(self, shape: Shape, num_samples: int) -> float:
         from slm_pipeline.engine.shapes import parameters
 
         key = ("shape", shape, num_samples)
         if key not in self.memo:
-            kl = self.fitting.fill(shape, num_samples).kl
-            self.memo.add(key, kl if math.isfinite(kl) else 1e9)
+            score = self.fitting.fill(shape, num_samples).score
+            self.memo.add(key, score if math.isfinite(score) else 1e9)
         heads, neurons = ([kept[i] for kept in shape if kept[i]] or [0] for i in range(2))
         row = {
             "gone": [layer for layer, kept in enumerate(shape) if kept == (0, 0)],
@@ -381,7 +387,7 @@ class _Search:
             "neurons": [min(neurons), max(neurons)],
             "parameters": parameters(shape, self.fitting.sizes),
             "num_tokens": num_samples * self.fitting.fit.shape[1],
-            "kl": self.memo[key],
+            OBJECTIVES[self.fitting.objective]: self.memo[key],
         }
         if row not in self.trace:
             log.info("joint: %s", row)
@@ -391,7 +397,7 @@ class _Search:
     def ranked(self, shapes: Sequence[Shape], divisor: int) -> list[Shape]:
         """Without doubles, the best first, fitted to a part of the text."""
         number = self.num_samples(divisor)
-        return sorted(dict.fromkeys(shapes), key=lambda shape: self.kl(shape, number))
+        return sorted(dict.fromkeys(shapes), key=lambda shape: self.score(shape, number))
 
     def halved(self, shapes: Sequence[Shape]) -> Shape:
         """The best: half of them survive each time that the text is doubled."""

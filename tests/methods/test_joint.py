@@ -143,6 +143,31 @@ def test_filling_a_shape_is_refitting_the_plan_that_it_leads_to(architecture):
 
 
 @torch.no_grad()
+def test_before_repair_and_by_loss_a_shape_is_judged_as_its_plan_makes_it():
+    source, model = lively()
+    view = ModelView(model)
+    ids = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(2))
+    whole = (view.num_kv_heads, view.num_neurons)
+    shape = (whole, (whole[0], 31), (0, 0), (max(1, whole[0] - 1), whole[1]), (0, 20), whole)
+    how = {"objective": "next_token_loss", "refitted": False}
+    fit = fitting(view, ids, **how)
+    filled = fit.fill(shape, 6)
+    damages = dict(fit.damages([(1, "mlp"), (4, "attention")], {"attention": [0], "mlp": [0, 12]}, ids[6:8]))
+    dense_loss = float(model(input_ids=ids[6:8], labels=ids[6:8]).loss)
+    for place, part in ((1, "mlp"), (4, "attention")):
+        name = f"layers.{place}.{view.output_name(part)}.weight"
+        weight = dict(view.decoder.named_parameters())[name]
+        before = weight.detach().clone()
+        weight.zero_()
+        loss = float(model(input_ids=ids[6:8], labels=ids[6:8]).loss)
+        weight.copy_(before)
+        assert damages[place, part][0] == pytest.approx(loss - dense_loss, abs=1e-5)
+    plan = joint(export="custom")._shape_plan(problem_of(model, source, ids, num_remove=1), shape, filled, [], {})
+    pruned = apply(plan, model)
+    assert filled.score == pytest.approx(float(pruned(input_ids=ids[6:8], labels=ids[6:8]).loss), abs=1e-5)
+
+
+@torch.no_grad()
 def test_the_dense_shape_is_the_dense_model():
     _, model = lively()
     view = ModelView(model)
@@ -211,6 +236,8 @@ def test_a_killed_search_goes_on_and_ends_the_same(ask, export, commit, tmp_path
     ("options", "message"),
     [
         ({"export": "padded"}, "method.export='padded' is not one of stock, custom"),
+        ({"objective": "mse"}, "method.objective='mse' is not one of kl_divergence, next_token_loss"),
+        ({"judged": "twice"}, "method.judged='twice' is not one of repaired, pruned"),
         ({"ridges": []}, r"method.ridges=\[\] must name at least one"),
         ({"depths": 1}, "method.depths=1"),
         ({"multiple_of": 0}, "method.multiple_of=0"),
@@ -297,6 +324,13 @@ def test_what_a_sublayer_of_a_model_already_pruned_does_is_measured_in_that_mode
               and n != name}  # fmt: skip
     block = dataclasses.replace(base.blocks[1], replaced={**base.blocks[1].replaced, **narrow, name: solved.float()})
     assert damages[1, "mlp"][12] == pytest.approx(kl(1, block), abs=1e-4)
+
+
+@pytest.mark.parametrize("export", ["stock", "custom"])
+def test_the_trace_says_what_candidates_were_judged_by(ask, export):
+    options = {"objective": "next_token_loss", "judged": "pruned", "transfers": 1, "swaps": 1, "commit": 1.0}
+    scores = joint(export=export, **options).plan(ask(num_parameters=9000)).scores
+    assert all(5 < row["loss"] < 20 and "kl" not in row for row in scores["trace"])
 
 
 def test_transfers_only_make_it_better(ask):
