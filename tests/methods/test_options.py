@@ -46,6 +46,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "reverse": {"protect_first": (6, {"protect_last": 0}), "protect_last": 1},
     "finercut": {
         "objective": "euclidean", "protect_first": 6, "protect_last": 6, "export": "custom",
+        "counts": "sublayers",
     },
     "replaceme": {
         "protect_first": 6, "protect_last": 6, "held_out": 0.5, "solver": "cosine", "ridge": 1.0,
