@@ -188,7 +188,9 @@ def test_a_run_is_pushed_with_its_full_card(slm_export, run, stand_in):
     assert asked.get("visibility") == "private" or asked.get("private") is True  # by the version of huggingface_hub
 
 
-def test_the_plan_of_a_checkpoint_of_before_lies_beside_its_weights_and_goes_where_it_belongs(slm_export, run, tmp_path):
+def test_the_plan_of_a_checkpoint_of_before_lies_beside_its_weights_and_goes_where_it_belongs(
+    slm_export, run, tmp_path
+):
     """vLLM reads every *.safetensors beside the weights as weights."""
     model = shutil.copytree(json.loads((run / "summary.json").read_text())["checkpoint"], tmp_path / "model")
     for file in (model / "plan").iterdir():

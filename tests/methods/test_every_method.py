@@ -113,7 +113,9 @@ def test_a_share_of_all_parameters_is_met_within_one_unit(name, input_ids, eight
         "a neuron of every layer": 8 * size.per_neuron,
     }[UNITS.get(name, "a layer")]
     steps = {"first": angular_and_wanda_sp("angular", 0.5), "second": angular_and_wanda_sp("wanda_sp", None)}
-    method = method_of(name) if name != "combined" else Combined(steps=steps, published_calibration=CalibrationSize(8, 16))
+    method = (
+        method_of(name) if name != "combined" else Combined(steps=steps, published_calibration=CalibrationSize(8, 16))
+    )
     for ratio in (0.03, 0.07, 0.14) if name == "head_importance" else (0.1, 0.2, 0.3):
         asked = PruningRatio(PruningRatioConfig(of="parameters", ratio=ratio), method).target(sizes)
         problem = problem_of(model, source, input_ids, statistics=statistics, num_remove=1)

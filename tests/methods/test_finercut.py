@@ -110,6 +110,19 @@ def test_the_number_of_parameters_decides(input_ids):
         assert sum(sizes) >= wanted > sum(sizes[:-1])
 
 
+def test_a_number_of_layers_is_their_parameters_or_twice_as_many_sublayers(input_ids):
+    """Where attention, the smaller sublayer, matters least: of 3,104 and 4,640 parameters, so that 15,488 are in two layers."""
+    problem = problem_for("llama", input_ids)
+    with torch.no_grad():
+        for layer in problem.view.layers:
+            layer.self_attn.o_proj.weight.mul_(1e-3)
+    removed = {
+        counts: [row["removed"].partition(".")[2] for row in FinerCut(counts=counts).plan(problem).scores["rounds"]]
+        for counts in ("parameters", "sublayers")
+    }
+    assert removed == {"parameters": ["attention"] * 5, "sublayers": ["attention"] * 4}
+
+
 def test_protected_layers_keep_both(input_ids):
     plan = FinerCut(protect_first=2, protect_last=1).plan(problem_for("llama", input_ids, num_remove=2))
     assert {int(row["removed"].split(".")[0]) for row in plan.scores["rounds"]} <= {2, 3}
