@@ -70,7 +70,6 @@ class FinerCut(ProtectsEnds):
 
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         from slm_pipeline.engine.walk import Removal, RemovalWalk
-
         from slm_pipeline.surgery.apply import layer_sizes
 
         target = problem.target

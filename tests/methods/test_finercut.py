@@ -111,7 +111,7 @@ def test_the_number_of_parameters_decides(input_ids):
 
 
 def test_a_number_of_layers_is_their_parameters_or_twice_as_many_sublayers(input_ids):
-    """Where attention, the smaller sublayer, matters least: of 3,104 and 4,640 parameters, so that 15,488 are in two layers."""
+    """Where attention, the smaller sublayer, matters least: of 3,104 and 4,640 parameters, 15,488 in two layers."""
     problem = problem_for("llama", input_ids)
     with torch.no_grad():
         for layer in problem.view.layers:
