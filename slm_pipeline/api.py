@@ -20,7 +20,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.jobs import command_line
 from slm_pipeline.jobs.job import Job, make_output_root
 from slm_pipeline.report.runs import Run, read_runs
-from slm_pipeline.surgery.plan import Plan
+from slm_pipeline.surgery.plan import Plan, file_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -150,11 +150,11 @@ def save_model(
         title=f"{name}, {plan.num_layers} layers ({plan.method})",
         base=model_card.Base(name),
         paragraphs=[model_card.in_words(plan, []), model_card.REPLAY],
-        command=shlex.join(["slm", "method=from_plan", "method.path=plan.json", "pruning_ratio=none"]),
+        command=shlex.join(["slm", "method=from_plan", "method.path=plan/plan.json", "pruning_ratio=none"]),
     )
     place.parent.mkdir(parents=True, exist_ok=True)
     device = "balanced" if hasattr(model, "hf_device_map") else str(model.device)
     config = ModelConfig(name=name, source="local", path=str(place), dtype=dtype, device=device)
     loaded: PreTrainedModel = checkpoint.save(model, tokenizer, place, card=card, config=config)
-    plan.write(place / "plan.json")
+    plan.write(file_of(place))
     return loaded

@@ -79,7 +79,7 @@ def test_a_plan_applied_to_a_model_in_memory_gives_the_pipelines_checkpoint(ran,
 def test_what_is_saved_is_the_pruned_model_with_its_plan_and_its_card(ran):
     folder, names = ran
     torch.testing.assert_close(logits(names["again"]), logits(names["pruned"]))
-    assert slm_pipeline.Plan.read(folder / "pruned_model/plan.json") == names["plan"]
+    assert slm_pipeline.Plan.read(folder / "pruned_model/plan/plan.json") == names["plan"]
     assert "random, 6 layers (slm)" in (folder / "pruned_model/README.md").read_text()
     assert not list(folder.glob("*.partial"))
 

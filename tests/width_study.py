@@ -91,6 +91,7 @@ def run(row: Row, data: Path, folder: Path) -> list[str]:
 def check_checkpoints(summary: dict[str, Any], row: Row, data: Path, folder: Path) -> str:
     """Load them, compare and generate; the class of the pruned model."""
     import torch
+    from transformers import AutoModelForCausalLM
 
     from slm_pipeline import compose
     from slm_pipeline.models.loading import load_checkpoint, load_dense
@@ -106,6 +107,9 @@ def check_checkpoints(summary: dict[str, Any], row: Row, data: Path, folder: Pat
         expected = apply(Plan.read(merged / "plan.json"), dense)(input_ids=ids, use_cache=False).logits
         pruned = load_checkpoint(merged / "model", config)
         torch.testing.assert_close(pruned(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+        plain = AutoModelForCausalLM.from_pretrained(merged / "model", dtype="float32", trust_remote_code=True).eval()
+        torch.testing.assert_close(plain(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+        del plain
         assert sum(parameter.numel() for parameter in pruned.parameters()) == summary["parameters"]["pruned"]
         recovered = load_checkpoint(Path(summary["checkpoint"]), config)
         assert type(recovered) is type(pruned)

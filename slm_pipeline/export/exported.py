@@ -17,7 +17,7 @@ from slm_pipeline.export.model_card import Base
 from slm_pipeline.models import folder as model_folder
 from slm_pipeline.models.json_files import read_json
 from slm_pipeline.store.run_folder import RUNNING, SUMMARY
-from slm_pipeline.surgery.plan import Plan
+from slm_pipeline.surgery.plan import Plan, file_of
 
 WHICH = {"recovered": "recover", "repaired": "repair", "pruned": "merge"}  # stage that made it, the last of a run first
 
@@ -49,8 +49,8 @@ class Exported:
 
     @cached_property
     def plan(self) -> Plan | None:
-        """The plan that lies beside the weights."""
-        file = self.folder / "plan.json"
+        """The plan that lies with the weights."""
+        file = file_of(self.folder)
         return Plan.read(file) if file.is_file() else None
 
     def card(self, place: str, description: Mapping[str, Any] | None = None) -> str:

@@ -15,8 +15,13 @@ def files(found: Exported, repo: str) -> dict[str, Path | bytes]:
     """What a repository gets: everything in the model's folder, with the full card; name -> file or content."""
     inside = sorted(file for file in found.folder.rglob("*") if file.is_file() and not file.name.startswith("."))
     named = {file.relative_to(found.folder).as_posix(): file for file in inside}
-    kept: dict[str, Path | bytes] = {name: file for name, file in named.items() if name not in _LEFT_OUT}
+    kept: dict[str, Path | bytes] = {_place(name): file for name, file in named.items() if name not in _LEFT_OUT}
     return {"README.md": f"{found.card(repo)}\n".encode(), **kept}
+
+
+def _place(name: str) -> str:
+    """Of a plan that lies beside the weights, as checkpoints of before have it, where it belongs."""
+    return f"plan/{name}" if name in ("plan.json", "plan.safetensors") else name
 
 
 def sizes(content: Mapping[str, Path | bytes]) -> dict[str, int]:

@@ -22,7 +22,7 @@ from slm_pipeline.surgery.plan import Plan, format_fit, format_groups
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-REPLAY = "The whole decision, replayable with `slm method=from_plan`, is in `plan.json`."
+REPLAY = "The whole decision, replayable with `slm method=from_plan`, is in `plan/plan.json`."
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def in_words(plan: Plan, lines: Sequence[str]) -> str:
 def recovered_in_words(plan: Plan, lines: Sequence[str], recovery: str, metrics: Mapping[str, float]) -> str:
     """What was done to a recovered model, in a sentence. ``lines`` as of `in_words`."""
     return (
-        f"Pruned with `{plan.method}` (see `plan.json`), then trained with `{recovery}`: "
+        f"Pruned with `{plan.method}` (see `plan/plan.json`), then trained with `{recovery}`: "
         + ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in metrics.items())
         + "".join(f"; {line}" for line in lines)
         + "."

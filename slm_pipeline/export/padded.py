@@ -19,7 +19,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.models import checkpoint
 from slm_pipeline.models.architectures import PRUNED
 from slm_pipeline.models.view import ModelView
-from slm_pipeline.surgery.plan import Plan
+from slm_pipeline.surgery.plan import Plan, file_of
 
 _ABOUT = "Layers that were narrower, or lacked a sublayer, are filled up with zeros here: the class is a stock one."
 _BIAS_SETTINGS = {"attention": "attention_bias", "mlp": "mlp_bias"}  # of all projections of a sublayer at once
@@ -50,7 +50,7 @@ def save(
     about = f"{card(folder.name, stock.config.to_dict())}\n\n{_ABOUT}\n"
     checkpoint.save(stock, tokenizer, folder, card=about, config=config)
     if plan is not None:
-        plan.write(folder / "plan.json")
+        plan.write(file_of(folder))
 
 
 @torch.no_grad()

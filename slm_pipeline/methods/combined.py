@@ -14,8 +14,9 @@ from slm_pipeline.config.groups import build
 from slm_pipeline.config.ranges import UpToOne
 from slm_pipeline.engine.window_memo import WindowMemos
 from slm_pipeline.errors import UserError
-from slm_pipeline.methods.base import Method, PruningProblem
+from slm_pipeline.methods.base import LayerRemoval, Method, PruningProblem
 from slm_pipeline.methods.finercut import FinerCut
+from slm_pipeline.methods.replaceme import ReplaceMe
 from slm_pipeline.methods.target import Layers, NoTarget, Parameters, PruningRatio
 from slm_pipeline.methods.width_removal import WidthRemoval
 from slm_pipeline.surgery.changes import measure_changes
@@ -76,8 +77,8 @@ class Combined(Method):
     is auto, and a method that has a floor looks for one that reaches its share.
 
     What cannot follow what is refused beforehand: methods that mix the weights of layers (`Method.mixes_layers`) after
-    one that gives layers widths of their own, two that narrow the same sublayers, and after FinerCut anything but a
-    width method, which leaves alone what is gone and needs its ``export=custom``.
+    one that gives layers widths of their own, two that narrow the same sublayers, and after FinerCut, whose ``export``
+    must be custom then, what would make a layer of several, of which one lacks something.
 
     Scores in the plan: parts, for each step its name, method, share, target ({layers} or {parameters}), the layers and
     parameters that it found, threshold, and its own scores, in layers of the model that it saw.
@@ -243,12 +244,19 @@ def _check_order(before: str, first: Method, after: str, second: Method) -> None
         why = (
             f"{second.name} mixes the weights of layers, which have lost different heads and neurons; let it come first"
         )
-    elif isinstance(first, FinerCut) and not isinstance(second, WidthRemoval):
-        why = "finercut leaves layers without a sublayer; let it come last, or before a method that narrows layers"
+    elif isinstance(first, FinerCut) and not (isinstance(second, WidthRemoval) or _only_removes(second)):
+        why = (
+            "finercut leaves layers without a sublayer; let it come last, or before a method that narrows or removes"
+            " layers"
+        )
     elif isinstance(first, FinerCut) and first.export == "stock":
-        why = f"finercut leaves zeros, of which nothing can be cut; use method.{before}.export=custom"
+        why = f"finercut leaves zeros, which would count as if they did something; use method.{before}.export=custom"
     if why is not None:
         raise UserError(f"method.{after} ({second.name}) cannot come after method.{before} ({first.name}): {why}")
+
+
+def _only_removes(method: Method) -> bool:
+    return isinstance(method, LayerRemoval) and not method.mixes_layers and not isinstance(method, ReplaceMe)
 
 
 def _problem(problem: PruningProblem, plan: Plan, method: Method, target: Layers | Parameters) -> PruningProblem:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from slm_pipeline.models.sizes import Sizes
 
 OBJECTIVES = ("angular", "euclidean", "jensen_shannon")
+COUNTS = ("parameters", "sublayers")
 
 
 @dataclass(kw_only=True)
@@ -27,11 +28,11 @@ class FinerCut(ProtectsEnds):
     """FinerCut, arXiv 2405.18218: greedy over 2 x layers candidates, each an attention or a feed-forward network with
     its norm, by how much the model's output differs from the dense model's.
 
-    A ratio or a number of layers counts sublayers: twice as many of them go as another method would remove layers. A
-    ratio of parameters counts those at work, with either export; zeroed ones do no work. A layer that loses both goes
-    altogether. All candidates of a round walk up the stack together
-    (`slm_pipeline.engine.walk`). There is no published code, and of the paper only the abstract could be read: sample
-    size, default objective and search range are ours.
+    A ratio or a number of layers means as many parameters as these layers have, so that rows of one ratio are of one
+    size; with ``counts=sublayers``, as in the paper, twice as many sublayers. Parameters are those at work, with either
+    export; zeroed ones do no work. A layer that loses both goes altogether. All candidates of a round walk up the stack
+    together (`slm_pipeline.engine.walk`). There is no published code, and of the paper only the abstract could be read:
+    sample size, default objective and search range are ours.
 
     The ends that are protected keep both sublayers.
 
@@ -46,6 +47,9 @@ class FinerCut(ProtectsEnds):
     # are zero; same function, nothing faster or smaller. custom: they are absent, which is faster and smaller; the
     # checkpoint brings a modelling file and loads with trust_remote_code=True.
     export: str = "stock"
+    # parameters | sublayers: what a number of layers stands for: as many parameters as they have, or twice as many
+    # sublayers, of which attention is the smaller one.
+    counts: str = "parameters"
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(10, 128))
 
     name: ClassVar[str] = "finercut"
@@ -54,7 +58,7 @@ class FinerCut(ProtectsEnds):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, allowed in (("objective", OBJECTIVES), ("export", EXPORTS)):
+        for option, allowed in (("objective", OBJECTIVES), ("export", EXPORTS), ("counts", COUNTS)):
             if getattr(self, option) not in allowed:
                 raise UserError(f"method.{option}={getattr(self, option)!r} is not one of {', '.join(allowed)}")
 
@@ -66,8 +70,12 @@ class FinerCut(ProtectsEnds):
 
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         from slm_pipeline.engine.walk import Removal, RemovalWalk
+        from slm_pipeline.surgery.apply import layer_sizes
 
         target = problem.target
+        if isinstance(target, Layers) and self.counts == "parameters":
+            sizes = layer_sizes(problem.view)
+            target = Parameters(target.remove * sum(size.at_work for size in sizes) // len(sizes))
         walk = RemovalWalk(problem.view, problem.input_ids, criterion=self.objective)
         layers = self.candidates(problem.view.num_layers)
         candidates = [

@@ -182,6 +182,7 @@ class ModelView:
             return
         pruned = getattr(modeling_pruned, f"Pruned{type(self.model).__name__}")
         self.config.__class__ = pruned.config_class  # the modules share this object, so it is changed where it is
+        self.config.model_type = pruned.config_class.model_type  # one that was read from a file has its own
         self.model.__class__ = pruned
 
     def allows_kv_heads(self, groups: int) -> bool:

@@ -54,17 +54,23 @@ def measure_changes(plan: Plan, dense: Sequence[LayerSize]) -> tuple[list[LayerS
     Args:
         dense: sizes of the dense model's layers.
     """
+    kept = {layer for group in plan.layer_groups for layer in group}
     taken: dict[str, int] = {}  # parameters that do no work any more, by kind of operation
+
+    def is_told(op: Op) -> bool:  # not what was done within a layer that went later
+        return op.takes_whole or kept.issuperset(op.layers)
 
     def step(op: Op, members: list[LayerSize]) -> LayerSize | None:
         left = op.count(members)
         lost = sum(member.at_work for member in members) - (left.at_work if left else 0)
-        taken[op.name] = taken.get(op.name, 0) + lost
+        taken[op.name] = taken.get(op.name, 0) + (lost if is_told(op) else 0)
         return left
 
     sizes = walk(plan.ops, dense, step)
     changes = Changes(idle_parameters=sum(size.idle for size in sizes))
-    for kind, ops in plan.ops_by_kind():
+    for kind, every in plan.ops_by_kind():
+        if not (ops := [op for op in every if is_told(op)]):
+            continue
         changes.lines.extend(kind.lines(ops, taken[kind.name]))
         changes.marks.extend(kind.marks(ops))
         changes.facts.update(kind.facts(ops, taken[kind.name]))

@@ -258,6 +258,16 @@ class Plan:
             op.check_sizes(self.tensors, widths, f"op {number} of the plan")
 
 
+def file_of(model: Path) -> Path:
+    """The plan.json of a model's folder.
+
+    In a folder of its own: vLLM and others read every ``*.safetensors`` beside the weights as weights. Checkpoints of
+    before have it beside them.
+    """
+    file, beside = model / "plan" / "plan.json", model / "plan.json"
+    return beside if beside.is_file() and not file.is_file() else file
+
+
 def _positions(sublayers: Sequence[frozenset[str]]) -> dict[str, list[int]]:
     return {name: [position for position, found in enumerate(sublayers) if name in found] for name in SUBLAYERS}
 

@@ -19,7 +19,8 @@ from small_pipeline import write_data
 from transformers import AutoModelForCausalLM
 
 from slm_pipeline.commands import export
-from slm_pipeline.export import hub
+from slm_pipeline.export import exported, hub
+from slm_pipeline.surgery.plan import Plan
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_a_run_becomes_a_folder_of_the_stock_class(slm_export, run, input_ids):
     unequal = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     assert type(stock).__name__ == "LlamaForCausalLM"
     torch.testing.assert_close(stock(input_ids).logits, unequal(input_ids).logits, rtol=0, atol=1e-5)
-    assert Path("padded/plan.json").read_text() == (run / "plan.json").read_text()
+    assert Path("padded/plan/plan.json").read_text() == (run / "plan.json").read_text()
     card = Path("padded/README.md").read_text()
     assert "filled up with zeros" in card
     assert "trust_remote_code" not in card
@@ -175,7 +176,9 @@ def test_a_run_is_pushed_with_its_full_card(slm_export, run, stand_in):
     assert status == 0, err
     assert out.endswith("/me/x/commit/1\n")
     model = Path(json.loads((run / "summary.json").read_text())["checkpoint"])
-    assert stand_in.committed.keys() == {file.name for file in model.iterdir()}
+    files = {file.relative_to(model).as_posix() for file in model.rglob("*") if file.is_file()}
+    assert stand_in.committed.keys() == files
+    assert {name for name in files if name.endswith(".safetensors")} == {"model.safetensors", "plan/plan.safetensors"}
     assert stand_in.committed["model.safetensors"] == (model / "model.safetensors").read_bytes()
     card = ModelCard(stand_in.committed["README.md"].decode())
     assert len(card.data.eval_results) == 1
@@ -183,6 +186,22 @@ def test_a_run_is_pushed_with_its_full_card(slm_export, run, stand_in):
     ((_, asked),) = stand_in.asked
     assert (asked["name"], asked["organization"]) == ("x", "me")
     assert asked.get("visibility") == "private" or asked.get("private") is True  # by the version of huggingface_hub
+
+
+def test_the_plan_of_a_checkpoint_of_before_lies_beside_its_weights_and_goes_where_it_belongs(
+    slm_export, run, tmp_path
+):
+    """vLLM reads every *.safetensors beside the weights as weights."""
+    model = shutil.copytree(json.loads((run / "summary.json").read_text())["checkpoint"], tmp_path / "model")
+    for file in (model / "plan").iterdir():
+        file.rename(model / file.name)
+    found = exported.find(model)
+    assert found.plan is not None
+    assert found.plan.fingerprint() == Plan.read(run / "plan.json").fingerprint()
+    placed = hub.files(found, "me/x")
+    assert {name: file for name, file in placed.items() if "plan" in name} == {
+        f"plan/{name}": model / name for name in ("plan.json", "plan.safetensors")
+    }
 
 
 def test_a_dry_run_pushes_nothing(slm_export, run, stand_in):

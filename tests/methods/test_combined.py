@@ -97,6 +97,7 @@ def test_tensors_of_two_plans_do_not_stand_for_one_another():
 ORDERS = [
     ("slm", "wanda_sp"), ("come", "flap"), ("angular", "flap"), ("mka", "wanda_sp"), ("slm", "come"),
     ("wanda_sp", "shortgpt"), ("flap", "slm"), ("flap", "finercut"), ("replaceme", "flap"), ("finercut", "flap"),
+    ("finercut", "shortgpt"),
 ]  # fmt: skip
 
 

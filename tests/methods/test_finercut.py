@@ -76,7 +76,7 @@ def test_it_equals_the_plain_loop(architecture, objective, input_ids, monkeypatc
     monkeypatch.setattr(walk, "_TEXT_TOKENS", 12)  # one sample after the other
     problem = problem_for(architecture, input_ids)
     removed, values = naive(problem.view.model, input_ids, objective, 4)
-    plan = FinerCut(objective=objective).plan(problem)
+    plan = FinerCut(objective=objective, counts="sublayers").plan(problem)
     assert [row["removed"] for row in plan.scores["rounds"]] == [f"{layer}.{part}" for layer, part in removed]
     for row, expected in zip(plan.scores["rounds"], values, strict=True):
         measured = {name: value for name, value in row["distances"].items() if value is not None}
@@ -102,10 +102,25 @@ def test_the_number_of_parameters_decides(input_ids):
     problem = problem_for("llama", input_ids)
     view = problem.view
     attention, mlp = view.sublayer_parameters(0, "attention"), view.sublayer_parameters(0, "mlp")
-    for wanted in (1, attention + mlp, 3 * attention + 2 * mlp):
-        plan = FinerCut().plan(problem_for("llama", input_ids, num_parameters=wanted))
+    asked = {wanted: {"num_parameters": wanted} for wanted in (1, attention + mlp, 3 * attention + 2 * mlp)}
+    asked[2 * view.block_parameters(0)] = {"num_remove": 2}  # of layers: as many parameters as they have
+    for wanted, target in asked.items():
+        plan = FinerCut().plan(problem_for("llama", input_ids, **target))
         sizes = [attention if row["removed"].endswith("attention") else mlp for row in plan.scores["rounds"]]
         assert sum(sizes) >= wanted > sum(sizes[:-1])
+
+
+def test_a_number_of_layers_is_their_parameters_or_twice_as_many_sublayers(input_ids):
+    """Where attention, the smaller sublayer, matters least: of 3,104 and 4,640 parameters, 15,488 in two layers."""
+    problem = problem_for("llama", input_ids)
+    with torch.no_grad():
+        for layer in problem.view.layers:
+            layer.self_attn.o_proj.weight.mul_(1e-3)
+    removed = {
+        counts: [row["removed"].partition(".")[2] for row in FinerCut(counts=counts).plan(problem).scores["rounds"]]
+        for counts in ("parameters", "sublayers")
+    }
+    assert removed == {"parameters": ["attention"] * 5, "sublayers": ["attention"] * 4}
 
 
 def test_protected_layers_keep_both(input_ids):
@@ -119,6 +134,7 @@ def test_protected_layers_keep_both(input_ids):
     [
         ({"objective": "cosine"}, "'cosine' is not one of angular"),
         ({"export": "onnx"}, "'onnx' is not one of stock"),
+        ({"counts": "layers"}, "'layers' is not one of parameters"),
         ({"protect_first": -1}, "-1 must be at least 0"),
     ],
 )

@@ -25,7 +25,7 @@ from slm_pipeline.store.files import write_text
 from slm_pipeline.store.unfinished import note_complete
 from slm_pipeline.surgery.changes import measure_changes
 from slm_pipeline.surgery.mergekit import can_name, to_mergekit
-from slm_pipeline.surgery.plan import Plan, format_groups
+from slm_pipeline.surgery.plan import Plan, file_of, format_groups
 
 log = logging.getLogger(__name__)
 
@@ -164,4 +164,4 @@ def save_pruned(plan: Plan, model: Any, tokenizer: Any, folder: Path, job: Job) 
         command=job.command,
     )
     checkpoint.save(apply(plan, model), tokenizer, folder, card=card, config=job.config.model)
-    plan.write(folder / "plan.json")
+    plan.write(file_of(folder))

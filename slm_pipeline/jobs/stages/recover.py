@@ -22,6 +22,7 @@ from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.store.files import write_json
 from slm_pipeline.store.unfinished import note_complete
 from slm_pipeline.surgery.changes import Changes
+from slm_pipeline.surgery.plan import file_of
 
 # 2: checkpoints hold what trains alone, zeroed sublayers stay zero; 3: padding on the right; 4: the steps of a training
 # in parts add up; 5: losses on logits have names of their own; 6: checkpoints that transformers 4 reads alike;
@@ -74,7 +75,7 @@ class Recover(Stage):
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         if not (out / "model").is_dir():  # else an attempt was interrupted after its model was safe
             self._train(job, results[self.after], out, tracker)
-            load_plan(results[self.after]).write(out / "model" / "plan.json")
+            load_plan(results[self.after]).write(file_of(out / "model"))
             note_complete(out, *(path.name for path in out.iterdir() if path.name not in NOT_KEPT))
         else:
             self._log_curve(_curve(out), tracker)

@@ -280,8 +280,7 @@ def check_keys(values: Mapping[str, Any], where: str, *more: str) -> None:
 
 
 def check_whole(op: Op, members: Sequence[Layer], where: str) -> None:
-    """Raise `UserError` unless ``members`` are all that ``op`` names, whole, and have lost nothing."""
-    _check_nothing_lost(op, members, where)
+    """Raise `UserError` unless ``members`` are all that ``op`` names, whole."""
     if sorted(layer for member in members for layer in member.originals) != [*op.layers]:
         raise UserError(f"{where}: layers={short([*op.layers])} are not whole layers of the model at that point")
 
@@ -292,16 +291,18 @@ def check_one(op: Op, members: Sequence[Layer], where: str) -> Layer:
     Raises:
         UserError: it is none, or has.
     """
-    _check_nothing_lost(op, members, where)
+    check_nothing_lost(op, members, where)
     if len(op.layers) != 1 or not members:
         raise _not_one(op.layers, where)
     return members[0]
 
 
-def _check_nothing_lost(op: Op, members: Sequence[Layer], where: str) -> None:
+def check_nothing_lost(op: Op, members: Sequence[Layer], where: str) -> None:
+    """Raise `UserError` if one of ``members`` lacks a sublayer, of which ``op`` would have to make something."""
     if any(member.missing for member in members):
         raise UserError(
-            f"{where}: layers={short([*op.layers])} have lost a sublayer already, which is the last that may be"
+            f"{where}: layers={short([*op.layers])} have lost a sublayer already, after which a layer can"
+            " only become narrower or go"
         )
 
 

@@ -38,7 +38,7 @@ _MARKS = {
 @register
 @dataclass(frozen=True)
 class DropSublayer(Op):
-    """One layer loses a sublayer, as the last that happens to it.
+    """One layer loses a sublayer; after that it may become narrower in the other, or go.
 
     Attributes:
         sublayer: attention | mlp.

@@ -19,6 +19,7 @@ from slm_pipeline.surgery.ops.base import (
     Tensors,
     Widths,
     check_keys,
+    check_nothing_lost,
     check_whole,
     read_choice,
     read_layers,
@@ -90,6 +91,7 @@ class Merge(Op):
         return [f"{self.tensors}.{kind}.{part}" for part in range(parts)]
 
     def check(self, members: Sequence[Layer], where: str) -> Layer:
+        check_nothing_lost(self, members, where)
         check_whole(self, members, where)
         if self.rule in SHARING_RULES and len(self.shares or ()) != len(members):
             raise UserError(f"{where} needs one share for each of its {len(members)} parts")

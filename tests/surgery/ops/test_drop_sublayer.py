@@ -1,4 +1,4 @@
-"""Layers that lose a sublayer: as the last that happens to them, all in one way."""
+"""Layers that lose a sublayer: then they can become narrower or go, and no more; all lose it in one way."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ LOST = {"op": "drop_sublayer", "layers": [2], "sublayer": "mlp", "export": "stoc
             [LOST, {"op": "merge", "layers": [2, 3, 4], "rule": "mean"}],
             r"op 1: layers=\[2, 3, 4\] have lost a sublayer",
         ),
-        ([LOST, {"op": "drop", "layers": [2]}], "op 1: .* have lost a sublayer"),
         ([LOST, {**LOST, "sublayer": "attention"}], "op 1: .* have lost a sublayer"),
         ([LOST, {**LOST, "layers": [0], "export": "custom"}], "written in one way, not as"),
     ],
 )
-def test_nothing_follows_the_loss_of_a_sublayer(ops, message, tmp_path):
+def test_nothing_is_made_of_a_layer_that_has_lost_a_sublayer(ops, message, tmp_path):
     with pytest.raises(UserError, match=message):
         read(tmp_path, ops=ops)
 
@@ -61,3 +60,15 @@ def test_after_a_merge_the_lowest_layer_stands_for_the_loss(export, tmp_path):
     assert [(mark.layers, mark.part) for mark in changes.marks] == [([5], "upper"), ([2], "lower")]
     assert Changes.of({"changes": changes.to_json()}) == changes
     assert Changes.of(changes.facts) == changes  # as results and summaries of before say it
+
+
+def test_what_a_layer_lost_before_it_went_is_not_told(tmp_path):
+    ops = [LOST, {**LOST, "layers": [0]}, {"op": "drop", "layers": [2]}]
+    groups = [[0], [1], [3], [4], [5]]
+    plan = read(tmp_path, ops=ops, layer_groups=groups, dropped=[2])
+    assert plan.zeroed() == {"attention": [], "mlp": [0]}
+    sizes, changes = measure_changes(plan, [LayerSize(10, 100, other=1)] * 6)
+    assert [size.at_work for size in sizes] == [11, 111, 111, 111, 111]
+    assert changes.facts == {"sublayers": {"export": "stock", "attention": [], "mlp": [0], "parameters": 100}}
+    assert changes.idle_parameters == 100
+    assert [mark.layers for mark in changes.marks] == [[0]]
