@@ -35,7 +35,7 @@ from slm_pipeline.results.number import Number
 from slm_pipeline.results.of_run import numbers_of
 from slm_pipeline.store import run_folder, users
 from slm_pipeline.store.artifact import Artifact, check_store
-from slm_pipeline.store.files import is_held, write_json, write_text
+from slm_pipeline.store.files import from_here, is_held, write_json, write_text
 from slm_pipeline.store.heard import Heard
 
 log = logging.getLogger(__name__)
@@ -228,9 +228,9 @@ def _produce(
         )
     if was_reused:
         _say([*_made_otherwise(stage, record, job), *record.get("warnings", [])], said)
-        log.info("%s: reused, %s", stage.name, artifact.path)
+        log.info("%s: reused, %s", stage.name, from_here(artifact.path))
     else:
-        log.info("%s: done in %.1f s, %s", stage.name, time.monotonic() - started, artifact.path)
+        log.info("%s: done in %.1f s, %s", stage.name, time.monotonic() - started, from_here(artifact.path))
         if not isinstance(stage, Evaluate):  # it leaves a model for the next
             memory.free()  # looks at every object there is: not after a stage that made none
     return was_reused

@@ -22,6 +22,7 @@ from slm_pipeline.results.number import Number, parted
 from slm_pipeline.results.of_run import numbers_of, ratio_missed
 from slm_pipeline.results.settings import told_apart
 from slm_pipeline.show.tables import Table, in_order
+from slm_pipeline.store.checksums import digest
 
 # Options that change no number: where things go, and what a study says of itself.
 _ASIDE = ("hydra", "study", "sweeps", "output_dir", "data_dir", "tracker", "dry_run", "keep", "local")
@@ -49,6 +50,23 @@ class Study:
         A key says how a number was measured where not all runs have measured it alike: see `told_apart`.
         """
         return _numbers(self.runs)[0]
+
+    @cached_property
+    def models(self) -> list[str]:
+        """For each run its dense model: the name, and which where several have it, as folders that changed do.
+
+        Runs of a version that did not say which are of the one that others name, if they all name one.
+        """
+        said = [run.summary or {} for run in self.runs]
+        names = [str(summary.get("model", "")) for summary in said]
+        prints = [str(summary.get("fingerprint", "")) for summary in said]
+        several = {
+            name for name in names if len({p for n, p in zip(names, prints, strict=True) if n == name and p}) > 1
+        }
+        return [
+            f"{name} {digest(which)[:6] if which else '(unknown)'}" if name in several else name
+            for name, which in zip(names, prints, strict=True)
+        ]
 
     @cached_property
     def kinds(self) -> dict[str, Number]:
