@@ -182,11 +182,12 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
 
 
 def _finished_beside(run_dir: Path) -> Iterator[Mapping[str, Number]]:
-    """The numbers of the other jobs of a multirun that are done and whole."""
-    for file in run_dir.parent.glob("*/summary.json"):
-        if file.parent != run_dir:
-            with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-                yield numbers_of(json.loads(file.read_text(encoding="utf-8")))
+    """The numbers of the other jobs of a multirun that are done and whole; of a search also those of before."""
+    for folder in study.parts_of_search(run_dir.parent):
+        for file in folder.glob("*/summary.json"):
+            if file.parent != run_dir:
+                with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+                    yield numbers_of(json.loads(file.read_text(encoding="utf-8")))
 
 
 def _runs(step: Step, job: Job, artifact: Artifact) -> bool:
