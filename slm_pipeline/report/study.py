@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_pipeline.config import TARGETS
-from slm_pipeline.errors import UserError
+from slm_pipeline.errors import UserError, did_you_mean
 from slm_pipeline.report import damage
 from slm_pipeline.report.runs import STATUSES, Run, Value, read_runs, text_of
 from slm_pipeline.report.winners import Winner, scope, winners_of
@@ -331,7 +331,9 @@ def read_study(
             return None
         if wanted in found or (or_option and any(run.option(wanted) is not None for run in runs)):
             return str(wanted)
-        message = f"{key}={wanted!r} is not a column of this table; columns: {', '.join([*found, *options])}"
+        near = did_you_mean(wanted, [*found, *options])  # without one there are too many to guess from
+        message = f"{key}={wanted!r} is not a column of this table"
+        message += near or f"; columns: {', '.join([*found, *options])}"
         if given and found:
             raise UserError(message)
         notes.append(message if given is None else f"{key}={wanted!r}: no run is done yet")
@@ -344,7 +346,8 @@ def read_study(
         usual = [name for name in ("model", "method", "repair", "recovery") if name in options and name != x]
         series = list(declared.get("series") or ([] if declared.get("metric") else usual))
     if unknown := [name for name in series if all(run.option(name) is None for run in runs)]:
-        message = f"series={unknown[0]!r} is not an option of these runs; they differ in: {', '.join(options)}"
+        near = did_you_mean(unknown[0], options)
+        message = f"series={unknown[0]!r} is not an option of these runs{near}; they differ in: {', '.join(options)}"
         if given_series:
             raise UserError(message)
         notes.append(message)
