@@ -16,15 +16,13 @@ from typing import Any
 import pytest
 import yaml
 from conftest import run_slm
+from shown_commands import COMMANDS, DOCUMENTS, REPOSITORY, RUN, commands_of
 from task_rows import TASK_ROWS
 
 import slm_pipeline
 from slm_pipeline.config import ModelConfig, plugins
 from slm_pipeline.jobs import command_line, study
 from slm_pipeline.models.source import ModelSource
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -115,31 +113,6 @@ def test_the_method_that_the_documents_show_works(place, here, monkeypatch):
     assert json.loads(summary.read_text())["dropped"] == [1, 3, 5]
 
 
-_LINE = re.compile(r"^(?:    (?:\$ )?)?(slm(?:-[a-z]+)? .*)$", re.MULTILINE)
-_INLINE = re.compile(r"`(slm(?:-[a-z]+)? [^`]*)`")
-_SCHEMATIC = re.compile(r"\.\.\.|\||ANALYSIS|^slm -m$")
-
-
-def commands_of(document: Path) -> list[str]:
-    """Every command of ours that it shows: lines of blocks without what is said beside them, and between backticks.
-
-    What has an ellipsis, a bar or ANALYSIS in it stands for several, and is left out.
-    """
-    text = re.sub(r"\\\n\s*", "", document.read_text(encoding="utf-8"))
-    shown = [re.split(r"\s{2,}", line)[0] for line in _LINE.findall(text)]
-    shown += [" ".join(inline.split()) for inline in _INLINE.findall(text)]
-    commands = [command.strip() for line in shown for command in re.split(r"; (?=slm)", line)]
-    return [command for command in commands if not _SCHEMATIC.search(command)]
-
-
-# Those of the tutorial build on one another: test_tutorial.py runs them.
-COMMANDS = list(
-    dict.fromkeys(
-        command for document in DOCUMENTS if document.name != "tutorial.md" for command in commands_of(document)
-    )
-)
-
-
 def test_commands_are_found_wherever_they_stand(tmp_path):
     document = tmp_path / "document.md"
     document.write_text(
@@ -187,9 +160,10 @@ def without_network(config: ModelConfig) -> ModelSource:
     return ModelSource(config, "elsewhere", 32, "llama")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in RUN])
 def test_every_command_that_a_document_shows_is_understood(command, here, monkeypatch):
-    """With files of the names that it uses, up to the first expensive second; the hub is left out."""
+    """With files of the names that it uses, up to the first expensive second; the hub is left out. Those of `RUN` go on
+    to their end in test_commands.py."""
     write_files(here)
     monkeypatch.setattr("slm_pipeline.models.source._hub", without_network)
     monkeypatch.setattr("slm_pipeline.models.source._local", without_network)

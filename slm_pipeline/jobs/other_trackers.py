@@ -1,7 +1,7 @@
 """TensorBoard, MLflow and Trackio beside metrics.jsonl: each a class that begins a run, logs numbers and ends it.
 
 Not accelerate's trackers, which do the same: they need its process state, which a job must leave to the training to
-set. Tables and pictures stay in the run's folder.
+set. Tables stay in the run's folder.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ class Service(ABC):
     def log(self, values: Mapping[str, float], step: int) -> None: ...
 
     @abstractmethod
+    def image(self, name: str, path: Path) -> None:
+        """``path``: a PNG file."""
+
+    @abstractmethod
     def end(self, *, failed: bool) -> None: ...
 
 
@@ -66,6 +70,14 @@ class TensorBoard(Service):
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def image(self, name: str, path: Path) -> None:
+        import numpy
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            self._writer.add_image(name, numpy.asarray(picture.convert("RGB")), dataformats="HWC")
         self._writer.flush()
 
     def end(self, *, failed: bool) -> None:
@@ -92,6 +104,9 @@ class MLflow(Service):
         # it refuses all of them for one name with another character, such as that of a setting of speed, 1x32+128
         self._mlflow.log_metrics({re.sub(r"[^\w.:/ -]", "_", name): value for name, value in values.items()}, step=step)
 
+    def image(self, name: str, path: Path) -> None:
+        self._mlflow.log_artifact(str(path), "pictures")
+
     def end(self, *, failed: bool) -> None:
         self._mlflow.end_run("FAILED" if failed else "FINISHED")
 
@@ -104,12 +119,16 @@ class Trackio(Service):
     def __init__(self, run: Begun) -> None:
         import trackio
 
+        self._trackio: Any = trackio
         quiet: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         config = {**run.settings, "tags": ", ".join(run.tags)}
         self._run: Any = trackio.init(run.project, run.name, group=run.group, config=config, **quiet)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
+
+    def image(self, name: str, path: Path) -> None:
+        self._run.log({name: self._trackio.Image(str(path))})
 
     def end(self, *, failed: bool) -> None:
         self._run.finish()
@@ -145,6 +164,10 @@ class OtherTracker(Tracker):
         found = {key: number.value for key, number in numbers.items() if key not in self._logged}
         errors = {f"{key}/stderr": one.stderr for key, one in numbers.items() if one.stderr is not None}
         self._pass_on({**found, **errors}, 0)
+
+    def image(self, name: str, path: Path) -> None:
+        with only_warned_about(f"{self._kind} lacks the picture {name}"):
+            self._service.image(name, path)
 
     def _pass_on(self, values: Mapping[str, float], step: int) -> None:
         with only_warned_about(f"{self._kind} lacks some metrics", self._warned_about):

@@ -35,7 +35,7 @@ from slm_pipeline.results.number import Number
 from slm_pipeline.results.of_run import numbers_of
 from slm_pipeline.store import run_folder, users
 from slm_pipeline.store.artifact import Artifact, check_store
-from slm_pipeline.store.files import is_held, write_json, write_text
+from slm_pipeline.store.files import from_here, is_held, write_json, write_text
 from slm_pipeline.store.heard import Heard
 
 log = logging.getLogger(__name__)
@@ -182,11 +182,12 @@ def execute(job: Job, run_dir: Path, tracker: Tracker, warnings: list[str]) -> d
 
 
 def _finished_beside(run_dir: Path) -> Iterator[Mapping[str, Number]]:
-    """The numbers of the other jobs of a multirun that are done and whole."""
-    for file in run_dir.parent.glob("*/summary.json"):
-        if file.parent != run_dir:
-            with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-                yield numbers_of(json.loads(file.read_text(encoding="utf-8")))
+    """The numbers of the other jobs of a multirun that are done and whole; of a search also those of before."""
+    for folder in study.parts_of_search(run_dir.parent):
+        for file in folder.glob("*/summary.json"):
+            if file.parent != run_dir:
+                with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+                    yield numbers_of(json.loads(file.read_text(encoding="utf-8")))
 
 
 def _runs(step: Step, job: Job, artifact: Artifact) -> bool:
@@ -228,9 +229,9 @@ def _produce(
         )
     if was_reused:
         _say([*_made_otherwise(stage, record, job), *record.get("warnings", [])], said)
-        log.info("%s: reused, %s", stage.name, artifact.path)
+        log.info("%s: reused, %s", stage.name, from_here(artifact.path))
     else:
-        log.info("%s: done in %.1f s, %s", stage.name, time.monotonic() - started, artifact.path)
+        log.info("%s: done in %.1f s, %s", stage.name, time.monotonic() - started, from_here(artifact.path))
         if not isinstance(stage, Evaluate):  # it leaves a model for the next
             memory.free()  # looks at every object there is: not after a stage that made none
     return was_reused

@@ -17,6 +17,7 @@ from slm_pipeline.jobs.stages.recover import Recover
 from slm_pipeline.jobs.stages.repair import Repair
 from slm_pipeline.jobs.stages.time_blocks import TimeBlocks
 from slm_pipeline.store.artifact import Artifact
+from slm_pipeline.store.files import from_here
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,11 @@ def describe_plan(job: Job, said: dict[Path, str] | None = None) -> str:
     width = max([20, *(len(step.stage.name) for step, _ in planned)])
     for step, artifact in planned:
         if artifact is None:
-            action, where = "run", f"{job.store / step.stage.stage}/ (named once the plan is known)"
+            action, where = "run", f"{from_here(job.store / step.stage.stage)}/ (named once the plan is known)"
         else:
             action = "reuse" if step.stage.is_whole(job, artifact) and not step.forced else "run"
             resumed = " (continues an interrupted one)" if action == "run" and artifact.partial.exists() else ""
-            where = f"{artifact.path}{resumed}"
+            where = f"{from_here(artifact.path)}{resumed}"
         if action == "run":
             where = f"{where}  {need(step.stage, job)}".rstrip()
         lines.append(f"{step.stage.name:<{width}} {action:<6} {where}")

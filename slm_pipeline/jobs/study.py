@@ -1,7 +1,8 @@
 """A multirun as a whole: the jobs it has, which of them run, and its report when it ends. Imports nothing heavy.
 
 <sweep>/study.json            {"format", "command", "jobs": the overrides of each, "folders": of each, below <sweep>,
-                              "launcher": its class}; jobs and folders are null for a search
+                              "launcher": its class}; jobs and folders are null for a search, which has "search":
+                              what it is called and where its trials are kept, null if they are kept nowhere
 <sweep>/.study.lock           held as long as the process lives that starts the jobs
 <sweep>/<job>/.running.lock   held as long as the job's process lives, however it ends
 <sweep>/study/                the study's own W&B run, with its table and plots
@@ -97,6 +98,18 @@ def place(hydra: Any) -> str:
     ended = sum(_ended_after(directory / name, since) for name in begun["folders"])
     left = f"; about {duration((time.time() - since) / ended * (total - ended))} left" if ended else ""
     return f"{number} of {total}: {own(overrides, begun['jobs'])}".rstrip(": ") + left
+
+
+def parts_of_search(directory: Path) -> list[Path]:
+    """The folders of the multiruns that belong to the same search as the one in ``directory``, and it itself.
+
+    A search goes on in a new folder each time; those that lie beside one another are found.
+    """
+    search = (run_folder.study_of(directory) or {}).get("search")
+    if search is None:
+        return [directory]
+    beside = (path.parent for path in directory.parent.glob(f"*/{STUDY}") if path.parent != directory)
+    return [directory, *(path for path in beside if (run_folder.study_of(path) or {}).get("search") == search)]
 
 
 def _ended_after(run_dir: Path, since: float) -> bool:
@@ -200,7 +213,11 @@ def begin(composed: DictConfig) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / STARTING)
     lock.acquire()
-    content = {"format": FORMAT, "command": command, "jobs": listed, "folders": names}
+    content: dict[str, Any] = {"format": FORMAT, "command": command, "jobs": listed, "folders": names}
+    if listed is None:
+        sweeper = composed.hydra.sweeper
+        kept = sweeper.get("storage")
+        content["search"] = f"{sweeper.get('study_name')} in {kept}" if kept else None
     write_json(file, {**content, "launcher": str(composed.hydra.launcher.get("_target_"))})
     tracker: Any = OmegaConf.to_container(composed.tracker, resolve=True)
     _begun[:] = [_Begun(directory, composed.name, TrackerConfig(**tracker), command, names, lock, before)]

@@ -50,6 +50,7 @@ def build(
         "name": config.name,
         "command": job.command,
         "model": job.source.name,
+        "fingerprint": job.source.fingerprint_of_weights,
         "method": job.method.name,
         "seed": config.seed,
     }

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline.errors import UserError, only_warned_about
+from slm_pipeline.store.files import from_here
 
 if TYPE_CHECKING:
     from slm_pipeline.config import TrackerConfig
@@ -141,7 +142,7 @@ class WandbTracker(Tracker):
                 reason = " ".join(str(error).split())
                 raise UserError(f"W&B did not start a run: {reason}; tracker=jsonl does without it") from error
             self._close = undo.pop_all()
-        logger.info("W&B run: %s", self._run.url if mode == "online" else Path(self._run.dir).parent)
+        logger.info("W&B run: %s", self._run.url if mode == "online" else from_here(Path(self._run.dir).parent))
 
     def log(self, metrics: Mapping[str, float], *, stage: str, step: int | None = None) -> None:
         super().log(metrics, stage=stage, step=step)

@@ -58,6 +58,11 @@ class ModelSource:
         return self.config.name
 
     @property
+    def fingerprint_of_weights(self) -> str:
+        """The fingerprint without the dtype in which the weights are to be loaded: the same model in any."""
+        return self.fingerprint.replace(f":{self.config.dtype}", "")
+
+    @property
     def architecture(self) -> Architecture:
         return architectures.find({"model_type": self.model_type})
 

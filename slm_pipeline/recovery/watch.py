@@ -21,6 +21,7 @@ from slm_pipeline.recovery.checkpoints import Progress, mark_complete
 from slm_pipeline.recovery.fine_tuning import FineTuning
 from slm_pipeline.recovery.loss_module import LossModule
 from slm_pipeline.recovery.phase import Phase
+from slm_pipeline.show.numerals import duration
 from slm_pipeline.show.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ class Watch(TrainerCallback):
 
     def _time_left(self, state: TrainerState) -> str:
         done = state.global_step - self.first_step
-        if not done:
+        if not done or state.global_step >= state.max_steps:
             return ""
         seconds = (self.progress.seconds - self.first_second) / done * (state.max_steps - state.global_step)
-        return f", {seconds / 60:.1f} minutes left"
+        return f", {duration(seconds)} left"

@@ -7,6 +7,7 @@ what trains is a recovery. Repairs are imported for ``slm dry_run=true``, so the
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,14 +120,26 @@ class Repair(ABC):
 
 @contextmanager
 def _said_of_the_repair() -> Iterator[None]:
-    """A calibration's errors name the options of the job's own; here they are the repair's."""
+    """A calibration's errors and log lines name the options of the job's own; here they are the repair's."""
+
+    def renamed(record: logging.LogRecord) -> bool:
+        record.msg, record.args = _of_the_repair(record.getMessage()), ()
+        return True
+
+    spoken = logging.getLogger(Calibration.__module__)
+    spoken.addFilter(renamed)
     try:
         yield
     except UserError as error:
-        said = re.sub(
-            r"\bcalibration\.(?=(?:source|path|num_samples|seq_len|sampling)=)", "repair.calibration.", str(error)
-        )
-        raise UserError(re.sub(r"\bcalibration=", "repair.calibration.source=", said)) from error
+        raise UserError(_of_the_repair(str(error))) from error
+    finally:
+        spoken.removeFilter(renamed)
+
+
+def _of_the_repair(words: str) -> str:
+    names = "source|path|num_samples|seq_len|sampling|bos"
+    said = re.sub(rf"(?<!\.)\bcalibration\.(?=(?:{names})=)", "repair.calibration.", words)
+    return re.sub(r"\bcalibration=", "repair.calibration.source=", said)
 
 
 def extended(plan: Plan, **changes: Any) -> Plan:

@@ -120,6 +120,7 @@ class Refit(Repair):
         failure = None
         by_ridge = [[ridge] for ridge in self.ridges] if self.choice == "stack" else [self.ridges]
         walks: list[tuple[list[float], float | None]] = [(ridges, None) for ridges in by_ridge]
+        numbers = (f"refit {number} of {len(by_ridge) + len(self.reads)}" for number in itertools.count(1))
         while walks:
             ridges, reads = walks.pop(0)
             option, name = (
@@ -127,7 +128,7 @@ class Refit(Repair):
             )
             fitted, other = Streams(view, to_fit), Streams(view, held_out)
             try:
-                walked = self._walk(problem, fitted, other, blocks, groups, self._how(ridges, reads))
+                walked = self._walk(problem, fitted, other, blocks, groups, self._how(ridges, reads), next(numbers))
                 kl, same = other.divergence()
             except UserError as error:  # a ridge too small to solve leaves the others
                 failure = error
@@ -205,6 +206,7 @@ class Refit(Repair):
         blocks: list[Block],
         groups: list[list[int]],
         how: engine.Refit,
+        name: str,
     ) -> _Walked:
         """The operations that put new weights in, their tensors, and what became of each layer; both streams are at the
         top then."""
@@ -218,7 +220,7 @@ class Refit(Repair):
         prefix = _free_prefix(problem.plan)
         walk = "_".join(map(str, how.ridges)) + ("" if how.reads is None else f"_reads_{how.reads}")
         dense_layers = spans(groups, problem.view.num_layers)
-        for position, (block, span) in enumerate(zip(ProgressBar(blocks, desc="refit"), dense_layers, strict=True)):
+        for position, (block, span) in enumerate(zip(ProgressBar(blocks, desc=name), dense_layers, strict=True)):
             for streams in (fitted, other):
                 streams.look_ahead(*span)
             if first is not None and position >= first:

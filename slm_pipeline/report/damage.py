@@ -182,6 +182,7 @@ _DIVERGENCE = {"kl": number, "same_top_1": number}
 # What a report relies on in a summary.json.
 SUMMARY: Mapping[str, Any] = {
     "command?": text,
+    "fingerprint?": text,
     "threshold?": maybe(number),
     "num_layers?": _COUNTS,
     "parameters?": _COUNTS,

@@ -31,15 +31,16 @@ def markdown(study: Study) -> str:
 
 
 def text(study: Study) -> str:
-    """The same for the terminal."""
-    columns = study.shown_columns()
+    """The same for the terminal, where the metric stands beside the options: other columns may follow far below."""
+    columns = sorted(study.shown_columns(), key=lambda name: name != study.metric)
+    unfinished = any(run.status != "done" for run in study.runs)
     title = [study.question] if study.question else []
     shared = [f"All jobs: {' '.join(study.shared())}"] if study.shared() else []
     remarks = [*shared, *(line for line in study.remarks() if not line.startswith("Bold"))]
     parts = ["".join(wrapped(line, "") for line in (*title, study.counts(), *remarks))]
     if best := winners.table(study):
         parts.append(f"{winners.title(study)}\n{best.text()}")
-    runs = study.table(columns)
+    runs = study.table(columns, status=unfinished)
     left = len(runs.rows) - MOST_RUNS
     more = f"  and {left} more, in summary.md and report.html\n" if left > 0 else ""
     parts.append(("Runs\n" if best else "") + replace(runs, rows=runs.rows[:MOST_RUNS]).text() + more)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from slm_pipeline.config import TARGETS
 from slm_pipeline.report.runs import text_of
@@ -84,12 +85,29 @@ def leaderboards(study: Study) -> list[Board]:
 
 
 def label(study: Study, choice: Choice) -> str:
-    """What its runs were told, as far as runs differ in that; a single job's folder where they differ in nothing."""
+    """What its runs were told, as far as runs differ in that and the number depends on it; a single job's folder where
+    they differ in nothing."""
     run = study.runs[choice.runs[0]]
-    told = [name for name in study.varied if name not in ("name", "model", "stages")]
+    told = [name for name in study.varied if _counts(name, choice.metric.target, run.summary or {})]
     told = [name for name in told if run.option(name) not in (None, "", "none")]
     words = [text_of(run.option(name)) if "." not in name else f"{name}={text_of(run.option(name))}" for name in told]
     return ", ".join(words) or f"job {run.job}"
+
+
+# What a board has in common, and what changes no model.
+_NOT_TOLD = ("name", "model", "stages", "force", "evaluation", "measure", "objective", "pictures")
+_OF_MODEL = ("model.name", "model.source", "model.path", "model.repo", "model.revision")  # which model it is
+
+
+def _counts(option: str, target: str, summary: Mapping[str, Any]) -> bool:
+    """Whether a model, ``pruned``, ``repaired`` or ``recovered``, may depend on an option."""
+    group = option.partition(".")[0]
+    if option in _OF_MODEL or option in _NOT_TOLD or ("." in option and group in _NOT_TOLD and group != "model"):
+        return False
+    if group in ("repair", "recovery"):  # they may have been chosen and not run
+        return TARGETS.index(target) >= TARGETS.index({"repair": "repaired", "recovery": "recovered"}[group])
+    planned = group in ("threshold", "calibration") and "merge" in summary.get("stages", ())
+    return not planned or summary.get(group) is not None  # some methods have no use for them
 
 
 def _plain(key: str) -> str:
@@ -108,20 +126,15 @@ def _choices(study: Study) -> Iterator[tuple[tuple[str, str], Choice]]:
             if number is not None and counts and math.isfinite(number.value):
                 left = 100 * parameters_at_work(summary) / summary["parameters"]["dense"]
                 way = json.dumps({**settings(number), "device": device_of(number)}, sort_keys=True, default=str)
-                alike.setdefault((str(summary.get("model", "")), way, number.target), []).append((i, number, left))
+                alike.setdefault((study.models[i], way, number.target), []).append((i, number, left))
         for (model, way, _), found in alike.items():
             choice = choice_of(values, found)
             yield (model, way), replace(choice, size=float(STEP * round((choice.size or 0.0) / STEP)))
 
 
 def _sizes(choices: list[Choice], higher_is_better: bool) -> list[Size]:
-    sign = -1 if higher_is_better else 1
     sizes = []
     for winner in winners(choices, higher_is_better=higher_is_better):
-        same = [choice for choice in choices if choice.size == winner.best.size]
-        tied = {choice.runs for choice in winner.tied}
-        places = [
-            Place(choice, choice.runs in tied) for choice in sorted(same, key=lambda one: sign * one.metric.value)
-        ]
+        places = [Place(choice, choice in winner.tied) for choice in (winner.best, *winner.others)]
         sizes.append(Size(round(100 - (winner.best.size or 0.0)), places, winner.on_front))
     return sizes

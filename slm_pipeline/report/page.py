@@ -146,8 +146,9 @@ def _board(study: Study, board: Board, *, several: bool) -> dict[str, Any]:
             "*: a smaller one is as good" if behind else "",
         ])
     )  # fmt: skip
-    heads = ["size", "", board.quantity, "run", "model", "runs"]
-    numbers = (False, False, True, False, False, True)
+    repeated = any(len(place.choice.runs) > 1 for size in board.sizes for place in size.places[:PLACES])
+    heads = ["size", "", board.quantity, "run", *(["runs"] if repeated else [])]
+    numbers = (False, False, True, False, True)
     rows = []
     for size in board.sizes:
         for rank, place in enumerate(size.places[:PLACES], 1):
@@ -159,12 +160,11 @@ def _board(study: Study, board: Board, *, several: bool) -> dict[str, Any]:
                 _text((named if size.on_front else f"{named}*") if first else "", "size"),
                 _text("\N{ALMOST EQUAL TO}" if place.ties else f"{rank}.", "quiet"),
                 _text(value, f"number{bold}", error),
-                _text(label(study, choice), f"wide{bold}", f"job {job_of(study, choice.runs)}"),
-                _text(choice.metric.target, "quiet"),
-                _text(str(len(choice.runs)), "number"),
+                _text(label(study, choice), f"wide{bold}", f"{choice.metric.target}, job {job_of(study, choice.runs)}"),
+                *([_text(str(len(choice.runs)), "number")] if repeated else []),
             ]
             rows.append({"cells": cells, "first": first})
-    table = {"heads": [{"text": t, "number": n} for t, n in zip(heads, numbers, strict=True)], "rows": rows}
+    table = {"heads": [{"text": t, "number": n} for t, n in zip(heads, numbers, strict=False)], "rows": rows}
     return {"title": title, "note": note, "table": table}
 
 

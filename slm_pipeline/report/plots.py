@@ -149,7 +149,7 @@ def series_looks(
 
     Of the options that differ the first decides the colour, the second the marker, the last of three the line; but the
     method, if it is one of them, always decides the colour. Combinations that this leaves alike, in a fourth option
-    say, keep the colour and get another marker.
+    say, keep the colour and get another marker; with four options lines do not count, for most points stand alone.
     """
     if not options:
         return dict.fromkeys(keys, _PLAIN)
@@ -168,7 +168,7 @@ def series_looks(
     if len(telling) == 1:
         return {key: tables[telling[0]][str(key[telling[0]])] for key in ordered}
     found = [combined(*(tables[place][str(key[place])] for place in telling[:3])) for key in ordered]
-    return dict(zip(ordered, told_apart(found), strict=True))
+    return dict(zip(ordered, told_apart(found, markers=len(telling) > 3), strict=True))
 
 
 def _point(study: Study, column: str, place: float, members: Sequence[int]) -> Point:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_pipeline.config import TARGETS
-from slm_pipeline.errors import UserError
+from slm_pipeline.errors import UserError, did_you_mean
 from slm_pipeline.report import damage
 from slm_pipeline.report.runs import STATUSES, Run, Value, read_runs, text_of
 from slm_pipeline.report.winners import Winner, scope, winners_of
@@ -22,6 +22,7 @@ from slm_pipeline.results.number import Number, parted
 from slm_pipeline.results.of_run import numbers_of, ratio_missed
 from slm_pipeline.results.settings import told_apart
 from slm_pipeline.show.tables import Table, in_order
+from slm_pipeline.store.checksums import digest
 
 # Options that change no number: where things go, and what a study says of itself.
 _ASIDE = ("hydra", "study", "sweeps", "output_dir", "data_dir", "tracker", "dry_run", "keep", "local")
@@ -49,6 +50,23 @@ class Study:
         A key says how a number was measured where not all runs have measured it alike: see `told_apart`.
         """
         return _numbers(self.runs)[0]
+
+    @cached_property
+    def models(self) -> list[str]:
+        """For each run its dense model: the name, and which where several have it, as folders that changed do.
+
+        Runs of a version that did not say which are of the one that others name, if they all name one.
+        """
+        said = [run.summary or {} for run in self.runs]
+        names = [str(summary.get("model", "")) for summary in said]
+        prints = [str(summary.get("fingerprint", "")) for summary in said]
+        several = {
+            name for name in names if len({p for n, p in zip(names, prints, strict=True) if n == name and p}) > 1
+        }
+        return [
+            f"{name} {digest(which)[:6] if which else '(unknown)'}" if name in several else name
+            for name, which in zip(names, prints, strict=True)
+        ]
 
     @cached_property
     def kinds(self) -> dict[str, Number]:
@@ -313,7 +331,9 @@ def read_study(
             return None
         if wanted in found or (or_option and any(run.option(wanted) is not None for run in runs)):
             return str(wanted)
-        message = f"{key}={wanted!r} is not a column of this table; columns: {', '.join([*found, *options])}"
+        near = did_you_mean(wanted, [*found, *options])  # without one there are too many to guess from
+        message = f"{key}={wanted!r} is not a column of this table"
+        message += near or f"; columns: {', '.join([*found, *options])}"
         if given and found:
             raise UserError(message)
         notes.append(message if given is None else f"{key}={wanted!r}: no run is done yet")
@@ -326,7 +346,8 @@ def read_study(
         usual = [name for name in ("model", "method", "repair", "recovery") if name in options and name != x]
         series = list(declared.get("series") or ([] if declared.get("metric") else usual))
     if unknown := [name for name in series if all(run.option(name) is None for run in runs)]:
-        message = f"series={unknown[0]!r} is not an option of these runs; they differ in: {', '.join(options)}"
+        near = did_you_mean(unknown[0], options)
+        message = f"series={unknown[0]!r} is not an option of these runs{near}; they differ in: {', '.join(options)}"
         if given_series:
             raise UserError(message)
         notes.append(message)

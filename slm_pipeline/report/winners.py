@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from slm_pipeline.report.runs import Value, text_of
@@ -62,13 +63,18 @@ class Winner:
     """The best choice of a size.
 
     Attributes:
-        tied: the choices of that size that noise does not tell from it, the better ones first.
+        others: the other choices of that size, the better ones first.
         on_front: whether no smaller one is as good: these are the Pareto set of size and metric.
     """
 
     best: Choice
-    tied: tuple[Choice, ...]
+    others: tuple[Choice, ...]
     on_front: bool
+
+    @cached_property
+    def tied(self) -> tuple[Choice, ...]:
+        """The others that noise does not tell from the best."""
+        return tuple(choice for choice in self.others if not choice.is_told_from(self.best))
 
     @property
     def runs(self) -> frozenset[int]:
@@ -109,9 +115,8 @@ def winners(choices: Sequence[Choice], *, higher_is_better: bool) -> list[Winner
     found: list[Winner] = []
     for members in _by_size(choices):  # the smallest first
         first, *others = sorted(members, key=rank)
-        tied = tuple(choice for choice in others if not choice.is_told_from(first))
         on_front = all(rank(first) < rank(smaller.best) for smaller in found)
-        found.append(Winner(first, tied, on_front))
+        found.append(Winner(first, tuple(others), on_front))
     return found[::-1]
 
 
@@ -149,18 +154,14 @@ def winners_of(study: Study) -> list[Winner]:
         done = [i for i, value in known.items() if value is not None and math.isfinite(value)]
         if done and all(study.within_budget[i] for i in done):
             found = [(i, study.numbers[i][str(study.metric)], study.value(i, "parameters")) for i in done]
-            of_models.setdefault(_model(study, done[0]), []).append(choice_of(values, found))
+            of_models.setdefault(study.models[done[0]], []).append(choice_of(values, found))
     higher = study.is_higher_better(study.metric)
     return [winner for choices in of_models.values() for winner in winners(choices, higher_is_better=higher)]
 
 
-def _model(study: Study, run: int) -> str:
-    return str((study.runs[run].summary or {}).get("model", ""))
-
-
 def scope(study: Study) -> str:
     """What each winner is the best of, as the end of a sentence: sizes, dense models; empty of a single winner."""
-    models = [_model(study, winner.best.runs[0]) for winner in study.winners]
+    models = [study.models[winner.best.runs[0]] for winner in study.winners]
     sizes = " at each size" if len(set(models)) < len(models) else ""
     return sizes + (" of each model" if len(set(models)) > 1 else "")
 

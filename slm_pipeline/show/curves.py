@@ -287,7 +287,7 @@ def _draw_training(axes: Axes, training: Training, rows: Sequence[Mapping[str, f
     look = training.look
     for key in ("loss", "eval_loss"):
         if points := pictures.loss_points(rows, key):
-            style: dict[str, Any] = {"lw": 0.6, "alpha": 0.6, "zorder": 2}
+            style: dict[str, Any] = {"lw": 0.6, "alpha": 0.6, "zorder": 2, "marker": "" if len(points) > 1 else "."}
             if key == "eval_loss":
                 style = {"lw": 1.3, "marker": look.marker, "ms": 3.5, "label": training.label, "zorder": 3}
             axes.plot(*zip(*points, strict=True), color=look.color, ls=look.line, **style)

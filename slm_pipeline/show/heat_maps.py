@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 LABELS = {"cosine": "cosine similarity", "cka": "CKA"}
 _PLAN_COLORS = ["#D55E00", "#CC79A7", "#56B4E9", "#009E73"]  # Okabe and Ito's, which stand out on cividis
 _COLUMNS = 4
+_ONE = 3.9  # inches, of a picture with a single map
+_LETTERS = 14  # of a title to an inch
 
 
 def heat_maps(
@@ -40,8 +43,10 @@ def heat_maps(
     rows = math.ceil(len(panels) / columns)
     large = columns < 3
     labels = list(dict.fromkeys(panel.get("label") or LABELS[panel["metric"]] for panel in panels))
-    with new_figure(WIDTH if columns > 1 else 3.6, rows * (WIDTH - 0.8) / columns + 0.8) as figure:
-        figure.suptitle(title, fontsize=9)
+    width = WIDTH if columns > 1 else _ONE
+    words = textwrap.wrap(title, int(_LETTERS * width))
+    with new_figure(width, rows * (width - 0.8) / columns + 0.65 + 0.15 * len(words)) as figure:
+        figure.suptitle("\n".join(words), fontsize=9)
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)

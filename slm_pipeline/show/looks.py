@@ -109,13 +109,20 @@ def unused(taken: Iterable[Look]) -> Iterator[Look]:
     return cycle([Look(c, m, LINES[(i + turn) % len(LINES)]) for turn in rounds for i, (m, c) in enumerate(free)])
 
 
-def told_apart(looks: Sequence[Look]) -> list[Look]:
-    """The looks in their order; of those that are equal all but the first keep the colour alone."""
+def told_apart(looks: Sequence[Look], *, markers: bool = False) -> list[Look]:
+    """The looks in their order; of those that are equal all but the first keep the colour alone.
+
+    ``markers``: those with one colour and marker count as equal, as far as there are other markers: a point that stands
+    alone has no line.
+    """
     found: list[Look] = []
     for look in looks:
-        if look in found:
-            others = (Look(look.color, marker, line) for line, marker in product(LINES, MARKERS))
-            look = next((one for one in others if one not in found and one not in looks), look)
+        taken = {(one.color, one.marker) for one in found}
+        if look in found or (markers and (look.color, look.marker) in taken):
+            others = [Look(look.color, marker, line) for line, marker in product(LINES, MARKERS)]
+            free = [one for one in others if one not in found and one not in looks]
+            free.sort(key=lambda one: markers and (one.color, one.marker) in taken)
+            look = next(iter(free), look)
         found.append(look)
     return found
 

@@ -153,8 +153,9 @@ def loss_curve(
         for axes, (unit, rows) in zip(grid[0], panels.items(), strict=True):
             parts = trainings(rows)
             for number, part in enumerate(parts):
-                for key, name, marker in (("loss", "training", ""), ("eval_loss", "validation", "o")):
+                for key, name in (("loss", "training"), ("eval_loss", "validation")):
                     if points := loss_points(part, key):
+                        marker = "o" if key == "eval_loss" or len(points) == 1 else ""  # one point has no line
                         style: dict[str, Any] = {"color": COLORS[name], "lw": 1.3, "marker": marker, "ms": 4}
                         axes.plot(*zip(*points, strict=True), **style, label=None if number else name)
             validation = [(row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row]

@@ -14,7 +14,7 @@ from slm_pipeline.show.numerals import duration
 
 AFTER = 10.0  # seconds before the first line in a log; what is done by then needs none
 EVERY = 30.0  # seconds between two
-_BAR = "{desc}: {percentage:3.0f}%|{bar:30}| {n_fmt} of {total_fmt}, {remaining} left{postfix}"
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt}, {remaining} left{postfix}"
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,8 @@ class ProgressBar(tqdm):
         self._on_terminal = sys.stderr.isatty()
         self._next_line = time.monotonic() + AFTER
         options["disable"] = bool(options.get("disable"))
-        options |= {"leave": False, "file": sys.stderr}
+        # the time left goes by all that is done: steps that were quick or slow for once would make it jump
+        options |= {"leave": False, "file": sys.stderr, "smoothing": 0}
         if self._on_terminal:
             options |= {
                 "bar_format": _BAR if _has_length(iterable, options) else None,

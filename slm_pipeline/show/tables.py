@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shutil
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,8 @@ from typing import Any
 
 from slm_pipeline.errors import printable
 
-WIDTH = 100  # columns of the text for the terminal
+WIDTH = 100  # columns of text that goes to no terminal, and of lines to be read
+_NARROWEST = 60  # terminals that are less wide break the lines themselves
 MARK = "~"  # may stand behind a number: of two that may be the same
 _NUMBER = re.compile(r"[-+0-9]|\([0-9]")  # how one begins, or an interval
 
@@ -43,7 +46,7 @@ class Table:
         return "".join(f"| {' | '.join(_pad(row, widths, right))} |\n" for row in (escaped[0], rule, *escaped[1:]))
 
     def text(self) -> str:
-        """Aligned columns; those that do not fit in `WIDTH` follow below, the first column repeated."""
+        """Aligned columns; those that do not fit beside them follow below, the first column repeated."""
         heads = [column.split("\n") for column in self.columns]
         depth = max(map(len, heads))
         above = [[*([""] * (depth - len(head))), *head] for head in heads]
@@ -53,9 +56,10 @@ class Table:
                 for row in cells:
                     row[column] += "" if row[column].endswith(MARK) else " "
         widths, right = self._widths(cells), self._flush_right()
+        there = _width()
         blocks: list[list[int]] = [[0]]
         for column in range(1, len(widths)):
-            if len(blocks[-1]) > 1 and sum(widths[i] + 2 for i in [*blocks[-1], column]) > WIDTH:
+            if len(blocks[-1]) > 1 and sum(widths[i] + 2 for i in [*blocks[-1], column]) > there:
                 blocks.append([0])
             blocks[-1].append(column)
         lines = []
@@ -163,11 +167,18 @@ def _longer_than(text: str, least: int) -> str:
     return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
+def _width() -> int:
+    """Columns that a line has."""
+    there = shutil.get_terminal_size((WIDTH, 0)).columns if sys.stdout.isatty() else WIDTH
+    return max(_NARROWEST, there)
+
+
 def wrapped(line: str, indent: str) -> str:
-    """The line in lines of at most `WIDTH` columns, save for words that are longer; further ones are set in."""
+    """The line in lines that fit on the terminal and are not too long to read, save for words that are longer; further
+    ones are set in."""
     lines = textwrap.wrap(
         printable(line),
-        WIDTH,
+        min(WIDTH, _width()),
         initial_indent=indent,
         subsequent_indent=indent + "  ",
         break_long_words=False,

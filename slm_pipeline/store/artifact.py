@@ -175,7 +175,6 @@ class Artifact:
         heard = Heard(self.partial / FILE)
         with memory.measured() as peak, heard:  # a stage may make a result inside another's making
             result = make(self.partial)
-        (self.partial / FILE).unlink(missing_ok=True)
         record = {
             "format": STORE_FORMAT,
             "stage": self.stage,
@@ -198,6 +197,7 @@ class Artifact:
         if os.path.lexists(self.path):
             os.replace(self.path, old)
         os.replace(self.partial, self.path)
+        (self.path / FILE).unlink(missing_ok=True)  # not before: an attempt after a kill would lack the warnings
         remove(old)
 
 

@@ -46,6 +46,12 @@ def give_usual_modes(folder: Path) -> None:
             file.chmod(0o666 & ~mask)
 
 
+def from_here(path: Path) -> Path:
+    """The path as people here would type it: from the current folder if it lies below."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def is_held(lock: Path) -> bool:
     """Whether a living process holds the lock file, or may hold it; asking needs no right to write."""
     try:

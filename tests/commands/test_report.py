@@ -59,7 +59,8 @@ def test_a_study_gets_everything_into_its_folder(study, slm_report):
         "summary.tex",
     ]
     assert out.startswith("ratios: 2 jobs, 2 done\n")
-    assert "  job  pruning_ratio  num_layers  parameters  pruned/perplexity/bundled" in out
+    assert "  job  pruning_ratio  pruned/perplexity/bundled  num_layers  parameters" in out
+    assert "status" not in out  # all are done
     assert out.count("wrote ratios/") == 12
     assert "wrote ratios/plots/metric.png\n" in out
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from slm_pipeline.config import TrackerConfig
 from slm_pipeline.errors import UserError
@@ -42,6 +43,9 @@ def events(folder: Path) -> list[tuple[str, int, float | str]]:
         (size,) = struct.unpack_from("<Q", content, place)
         event = Event.FromString(content[place + 12 : place + 12 + size])
         for value in event.summary.value:
+            if value.image.width:
+                found.append((value.tag, event.step, f"{value.image.width} x {value.image.height}"))
+                continue
             text = value.tensor.string_val[0].decode() if value.tensor.string_val else value.simple_value
             found.append((value.tag.removesuffix("/text_summary"), event.step, text))
         place += size + 16
@@ -54,6 +58,8 @@ def test_tensorboard_has_every_number_under_its_key_and_curves_at_their_steps(tm
         tracker.log({"loss": 2.0}, stage="recover", step=1)  # another training: steps need not grow
         tracker.numbers(NUMBERS, stage="evaluate_pruned")
         tracker.summary({number.key: number for number in [*NUMBERS, Number("num_layers", 24.0, "layers")]})
+        Image.new("RGBA", (40, 20)).save(tmp_path / "layers.png")
+        tracker.image("layers", tmp_path / "layers.png")
     settings, *found = events(tmp_path / "run" / "tensorboard")
     assert found == [
         ("recover/loss", 3, 2.5),
@@ -62,6 +68,7 @@ def test_tensorboard_has_every_number_under_its_key_and_curves_at_their_steps(tm
         ("pruned/average", 0, 41.25),
         ("num_layers", 0, 24.0),  # what no stage had logged
         ("pruned/average/stderr", 0, 2.5),
+        ("layers", 0, "40 x 20"),
     ]
     lines = str(settings[2]).splitlines()
     assert lines[:4] == ["    seed: 7", "    method.name: slm", "    method.steps: [1, 2]", "    recovery: None"]
@@ -87,6 +94,9 @@ class Fails(other_trackers.Service):
             raise OSError("gone")
         self.taken += 1
 
+    def image(self, name: str, path: Path) -> None:
+        raise OSError("gone")
+
     def end(self, *, failed: bool) -> None:
         self.ended.append(failed)
         raise OSError("gone")
@@ -97,10 +107,12 @@ def test_a_service_that_fails_costs_a_warning_and_no_number(tmp_path, monkeypatc
     tracker = open_tracker(tmp_path, "mlflow")
     for step in range(3):
         tracker.log({"loss": 1.0}, stage="recover", step=step)
+    tracker.image("layers", tmp_path / "layers.png")
     error = RuntimeError("the job")
     tracker.__exit__(RuntimeError, error, None)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     assert caplog.text.count("mlflow lacks some metrics: OSError: gone") == 1
+    assert "mlflow lacks the picture layers: OSError: gone" in caplog.text
     assert "the mlflow run was not closed: OSError: gone" in caplog.text
     assert Fails.ended == [True]
 

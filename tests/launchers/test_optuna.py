@@ -10,6 +10,8 @@ import pytest
 import yaml
 from conftest import run_slm
 
+from slm_pipeline.jobs.runner import _finished_beside
+from slm_pipeline.jobs.study import parts_of_search
 from slm_pipeline.results.objective import OVER_BUDGET
 
 
@@ -56,6 +58,9 @@ def test_a_search_goes_on_where_it_ended_and_keeps_its_budget(search, tmp_path):
     values = [value for _, _, value in trials(tmp_path / "out")]
     assert len(values) == 6
 
+    first_part, second_part = sweeps(tmp_path / "out")
+    assert parts_of_search(first_part) == [first_part, second_part]  # whose devices must be one, see _finished_beside
+    assert [len([*_finished_beside(part / "0")]) for part in (first_part, second_part)] == [5, 5]
     found = []
     for sweep in sweeps(tmp_path / "out"):
         for job in ("0", "1", "2"):
@@ -91,6 +96,8 @@ def test_other_choices_need_another_search_and_another_model_is_one(search, tmp_
     assert run_slm(*once, "threshold.value=choice(0.5,0.6)", "model.num_layers=8").status == 0
     done = [number for number, state, _ in trials(tmp_path / "out") if state == "COMPLETE"]
     assert done == [0, 0]  # the first of each search
+    parts = [parts_of_search(part) for part in sweeps(tmp_path / "out")]
+    assert [len(found) for found in parts] == [1, 1]
 
 
 def test_a_search_in_which_nothing_succeeds(search, tmp_path):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from repairs import refit
 
 from slm_pipeline.config import CalibrationConfig
+from slm_pipeline.data import calibration
 from slm_pipeline.errors import UserError
 from slm_pipeline.models.loading import byte_tokenizer
 
@@ -43,3 +46,17 @@ def test_a_text_of_too_few_tokens_is_an_error_too(tmp_path):
     (tmp_path / "text.txt").write_text("é" * 19)
     with pytest.raises(UserError, match="has 38 tokens; repair.calibration.num_samples=8 x"):
         repair.samples(tokenizer, tmp_path)
+
+
+def test_log_lines_about_its_text_name_its_options(monkeypatch, caplog):
+    """And those of the job's own calibration name the job's, before and after."""
+    monkeypatch.setattr(calibration.texts, "bundled_texts", lambda name: ["a passage"] * 10)
+    repair = refit()
+    repair.calibration = CalibrationConfig(source="bundled", num_samples=2, seq_len=20)
+    caplog.set_level(logging.INFO)
+    calibration.Calibration(repair.calibration, None).sample(byte_tokenizer())
+    repair.samples(byte_tokenizer(), None)
+    calibration.Calibration(repair.calibration, None).sample(byte_tokenizer())
+    line = "only 0 of 10 rows have {0}.seq_len=20 tokens, {0}.num_samples=2 are needed: the passages are joined"
+    wanted = [line.format(name) for name in ("calibration", "repair.calibration", "calibration")]
+    assert [message.partition(" to one")[0] for message in caplog.messages] == wanted

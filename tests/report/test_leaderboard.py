@@ -77,6 +77,48 @@ def test_other_models_and_other_ways_of_measuring_have_boards_of_their_own(tmp_p
     assert [len(board.sizes[0].places) for board in boards] == [2, 1, 1]
 
 
+def test_a_folder_whose_weights_changed_is_another_model(tmp_path):
+    """One name, two fingerprints; a run that says none is not taken for either of them."""
+    for job, (method, value, weights) in enumerate(
+        [("slm", 30.0, "a"), ("laco", 40.0, "a"), ("mka", 9.0, "b"), ("come", 50.0, None), ("flap", 8.0, "b")]
+    ):
+        done = finished(
+            tmp_path, 20, value, model="mine", method=method, **({"fingerprint": weights} if weights else {})
+        )
+        write_run(tmp_path / "s" / str(job), [f"method={method}"], done)
+    study = read_study(tmp_path / "s")
+    assert [len({study.models[i] for i in runs}) for runs in ((0, 1), (2, 4), (0, 2, 3))] == [1, 1, 3]
+    assert study.models[3] == "mine (unknown)"
+    boards = leaderboards(study)
+    assert [(board.model, board.sizes[0].places[0].choice.metric.value) for board in boards] == [
+        (study.models[0], 30.0), (study.models[2], 8.0), (study.models[3], 50.0),
+    ]  # fmt: skip
+    assert {winner.best.metric.value for winner in study.winners} == {30.0, 8.0, 50.0}
+
+
+def test_a_run_of_before_is_of_the_only_model_of_its_name(tmp_path):
+    for job, changes in enumerate([{"fingerprint": "a"}, {}]):
+        write_run(tmp_path / "s" / str(job), [f"method=m{job}"], finished(tmp_path, 20, 20.0 + job, **changes))
+    (board,) = leaderboards(read_study(tmp_path / "s"))
+    assert (board.model, len(board.sizes[0].places)) == ("smollm2_135m", 2)
+
+
+def test_a_label_has_what_its_model_depends_on(tmp_path):
+    """Not how it was measured, nor a recovery that did not run, nor a threshold that the method has not."""
+    told = [
+        ["method=slm", "threshold.value=0.7", "recovery=lora", "evaluation=quick", "model.path=/m"],
+        ["method=flap", "threshold.value=0.8", "recovery=none", "evaluation=full", "model.path=/n"],
+    ]
+    for job, (words, threshold) in enumerate(zip(told, (0.7, None), strict=True)):
+        write_run(tmp_path / "s" / str(job), words, finished(tmp_path, 20 + job, 20.0, threshold=threshold))
+    study = read_study(tmp_path / "s")
+    assert set(study.varied) == {word.partition("=")[0] for word in told[0]}
+    (board,) = leaderboards(study)
+    assert {label(study, place.choice) for size in board.sizes for place in size.places} == {
+        "slm, threshold.value=0.7", "flap",
+    }  # fmt: skip
+
+
 def test_a_run_over_its_budget_competes_with_nobody(tmp_path):
     write(tmp_path, 0, "slm", 20.0, 30.0, config={"objective": {"max_layers": 10}})
     write(tmp_path, 1, "laco", 20.0, 40.0)

@@ -65,6 +65,11 @@ def test_an_unknown_column_is_an_error_that_lists_the_columns(sweep, key):
         read_study(sweep, series=["method"])
 
 
+def test_a_column_that_is_nearly_one_is_answered_with_it(sweep):
+    with pytest.raises(UserError, match=r"metric='prund/average' is not a column of this table \(did you mean pruned/av"):
+        read_study(sweep, metric="prund/average")
+
+
 def test_a_wish_of_the_configuration_that_cannot_be_met_is_a_note(tmp_path):
     study = {"question": "Why?", "metric": "recovered/average", "x": "num_layers", "series": ["recovery.rank"]}
     for job in range(2):

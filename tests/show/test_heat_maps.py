@@ -68,6 +68,22 @@ def test_all_maps_share_one_range_and_one_bar_that_names_both_metrics(draw):
     assert [axes.get_ylabel() for axes in figure.axes if not axes.images] == ["CKA and cosine similarity"]
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_long_title_and_all_else_lie_within_the_picture(number, monkeypatch):
+    monkeypatch.setattr(heat_maps, "save", lambda figure, path_stem: figure)
+    title = "smollm2_135m, float32: CKA of each text's mean state, unbiased, linear kernel, states scaled to length 1"
+    figure = heat_maps.heat_maps([panel(MATRIX)] * number, Path("unused"), title=title)
+    figure.draw_without_rendering()
+    box = figure.get_tightbbox()
+    width, height = figure.get_size_inches()
+    assert box.x0 > 0
+    assert box.y0 > 0
+    assert box.x1 < width
+    assert box.y1 < height
+    map_, bar = figure.axes[0].get_window_extent(), figure.axes[-1].get_window_extent()
+    assert 0.75 < map_.height / bar.height < 1.35  # neither is lost beside the other
+
+
 def test_eight_maps_stand_in_two_rows_and_deep_models_have_few_labels(draw):
     deep = np.eye(81).tolist()
     figure = draw([panel(deep, patches=[])] * 7)

@@ -95,5 +95,14 @@ def test_looks_that_are_alike_keep_their_colour_alone():
     assert {look.color for look in found[:3]} == {METHODS["slm"].color}
 
 
+def test_points_that_stand_alone_differ_in_colour_or_marker_as_far_as_there_are_markers():
+    alike = [Look("#0072B2", "o", line) for line in ("-", "--", "-.")]
+    assert told_apart(alike) == alike
+    assert [look.marker for look in told_apart(alike, markers=True)] == ["o", "s", "D"]
+    many = told_apart([Look("#0072B2", "o", "-")] * 12, markers=True)
+    assert len({look.marker for look in many}) == 8
+    assert len(set(many)) == 12
+
+
 def test_two_options_share_out_colour_and_marker():
     assert combined(METHODS["slm"], RECOVERIES["distill"]) == Look("#0072B2", "^", "-.")

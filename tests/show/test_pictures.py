@@ -98,6 +98,13 @@ def test_loss_curve_marks_the_best_validation_loss(figure):
     assert axes.get_yscale() == "linear"
 
 
+def test_a_single_training_mean_is_a_point(figure):
+    rows = [{"step": 0, "eval_loss": 9.0}, {"step": 4, "loss": 7.0}, {"step": 4, "eval_loss": 5.0}]
+    training, validation, _ = figure(pictures.loss_curve, rows, title="loss").axes[0].lines
+    assert (training.get_xydata().tolist(), training.get_marker()) == ([[2.5, 7.0]], "o")
+    assert validation.get_xydata().tolist() == [[0, 9.0], [4, 5.0]]
+
+
 def test_a_training_mean_stands_in_the_middle_of_its_steps():
     """Logged every 10 steps: the mean over steps 1 to 10 is at 5.5. The second training begins at step 20."""
     rows = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.0}, {"step": 20, "eval_loss": 2.5}]

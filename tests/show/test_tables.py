@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 import unicodedata
 
 import pytest
@@ -21,6 +22,20 @@ def test_a_wide_table_goes_on_below_and_pipes_are_escaped():
         f"  x      {'2|3'.rjust(60)}\n  y      {'4'.rjust(60)}\n"
     )
     assert "2\\|3 |\n" in table.markdown()
+
+
+@pytest.mark.parametrize(("columns", "blocks", "longest"), [("80", 3, 80), ("150", 1, 100), ("20", 3, 60)])
+def test_on_a_terminal_a_table_is_as_wide_as_that_and_lines_are_not_too_long_to_read(
+    columns, blocks, longest, monkeypatch
+):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", columns)
+    table = Table(["model", "a" * 40, "b" * 40, "c" * 40], [["x", "1", "2", "3"]])
+    assert table.text().count("model") == blocks
+    lines = Lines(["a word and " * 30]).text().splitlines()
+    assert longest - 4 <= max(map(len, lines)) <= longest
 
 
 def test_bold_cells_keep_their_column_flush_right():
