@@ -1,7 +1,7 @@
 """Blocks that torch.compile has made kernels for.
 
-What lies between their matrix products (norms, rotary embeddings, the activation times its gate, residuals) takes a third
-of a 7B block's time on an H100 when PyTorch runs it piece by piece.
+What lies between their matrix products (norms, rotary embeddings, the activation times its gate, residuals) takes a
+third of a 7B block's time on an H100 when PyTorch runs it piece by piece.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def blocks_compiled(view: ModelView, wanted: bool) -> Iterator[None]:
 
     blocks = [*view.layers]
     limits = torch._dynamo.config.patch(recompile_limit=_MOST_VERSIONS, fail_on_recompile_limit_hit=True)
-    options = {"emulate_precision_casts": True} if _BACKEND == "inductor" else None
+    options: Any = {"emulate_precision_casts": True} if _BACKEND == "inductor" else None
     try:
         for block in blocks:
             block.forward = torch.compile(block.forward, dynamic=False, backend=_BACKEND, options=options)
