@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 METHODS = (
     *("slm", "laco", "come", "come_posterior", "sleb", "shortened_ppl", "finercut"),
-    *("shortgpt", "angular", "streamline", "replaceme", "shortened_taylor"),
+    *("shortgpt", "angular", "streamline", "replaceme", "shortened_taylor", "mka"),
 )
 _DEFAULTS = ["recovery=none", "evaluation=none", "tracker=jsonl"]
 
@@ -94,7 +94,7 @@ def _problem(job: Job, view: ModelView, tokenizer: Any) -> PruningProblem:
 
 
 def _compare(job: Job, problem: PruningProblem) -> tuple[Measurement, Measurement]:
-    from slm_pipeline.commands.published_loops import LOOPS, READ_STATISTICS, decision_of
+    from slm_pipeline.commands.published.loops import LOOPS, READ_STATISTICS, decision_of
     from slm_pipeline.engine.statistics import collect
 
     method = job.method
