@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slm_pipeline.commands.bench_results import Result, leave
 from slm_pipeline.data.batches import Collator
 from slm_pipeline.errors import UserError
 from slm_pipeline.jobs import command_line
@@ -46,18 +47,20 @@ _DEFAULTS = [
 
 def recovery(words: list[str]) -> None:
     """Measure and print; ``words`` is the command line: overrides as for slm."""
-    job = command_line.compose_job(["slm-bench", "recovery"], words, _DEFAULTS)
+    job = job_of(words)
     lora = job.recovery
     if not isinstance(lora, Lora):
         name = "none" if lora is None else lora.name
         raise UserError(f"recovery={name}: slm-bench recovery measures recovery=lora, and distillation alike")
-    if lora.num_processes > 1:
-        _scaling(job, lora)
-    else:
-        _side_by_side(job, lora)
+    results = [scaling(job, lora)] if lora.num_processes > 1 else _side_by_side(job, lora)
+    leave("recovery", job, words, results)
 
 
-def _side_by_side(job: Job, lora: Lora) -> None:
+def job_of(words: list[str]) -> Job:
+    return command_line.compose_job(["slm-bench", "recovery"], words, _DEFAULTS)
+
+
+def _side_by_side(job: Job, lora: Lora) -> list[Result]:
     """Print our speed over a bare script's, and what distillation costs over its two halves."""
     distill = Distill(**{name: getattr(lora, name) for name in FineTuning.__dataclass_fields__})
     bench = Bench(job)
@@ -68,14 +71,17 @@ def _side_by_side(job: Job, lora: Lora) -> None:
         f" tokens/s: {bare / ours:.3f} of its speed, {bench.num_tokens} tokens",
         flush=True,
     )
+    results = [Result("LoRA, of a bare script's speed", bare / ours, how=f"{bench.num_tokens / ours:.0f} tokens/s")]
     ours, halves = _best_of_two(lambda: bench.ours(distill), lambda: bench.teacher_and_layers(distill))
     print(
         f"distillation of {len(changed_spans(bench.plan))} merged layers: {bench.num_tokens / ours:.0f} tokens/s,"
         f" {ours / halves:.2f} times a forward pass of the teacher and a forward and backward pass of those layers"
     )
+    how = f"{bench.num_tokens / ours:.0f} tokens/s"
+    return [*results, Result("distillation, of its two halves' time", ours / halves, how=how)]
 
 
-def _scaling(job: Job, options: Lora) -> None:
+def scaling(job: Job, options: Lora) -> Result:
     """Print how much faster several processes train than one: the faster of two runs each."""
     lora = Lora(**{**vars(options), "num_processes": 1})
     bench = Bench(job)
@@ -86,6 +92,8 @@ def _scaling(job: Job, options: Lora) -> None:
         f"{job.source.name}, LoRA: {tokens / one:.0f} tokens/s on one GPU, {bench.num_tokens / several:.0f} on {n}:"
         f" {bench.num_tokens / several / (tokens / one):.2f} times as many, {tokens} tokens"
     )
+    how = f"{tokens / one:.0f} and {tokens / several:.0f} tokens/s"
+    return Result(f"{n} GPUs, LoRA", one / several, at_least=0.9 * n, how=how)
 
 
 class Bench:

@@ -21,6 +21,7 @@ from pathlib import Path
 import yaml
 
 from slm_pipeline import config
+from slm_pipeline.commands.bench_results import Result, leave
 from slm_pipeline.jobs import command_line
 from slm_pipeline.jobs.runner import execute
 from slm_pipeline.jobs.tracking import Tracker
@@ -67,6 +68,10 @@ def sweep(words: list[str]) -> None:
     finally:
         shutil.rmtree(folder)
     print(table(rows))
+    all_alone, all_shared = sum(row[1].seconds for row in rows), sum(row[2].seconds for row in rows)
+    how = f"{all_alone:.1f} and {all_shared:.1f} s"
+    result = Result("a study of thresholds, shared against alone", all_alone / all_shared, how=how)
+    leave("sweep", command_line.compose_job(["slm-bench", "sweep"], words, _DEFAULTS), words, [result])
 
 
 def table(rows: list[tuple[str, Cost, Cost]]) -> str:

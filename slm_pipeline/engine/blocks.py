@@ -155,6 +155,8 @@ class BlockRunner:
 
     def _module_of(self, block: Block) -> tuple[nn.Module, dict[str, Tensor]]:
         """A module that runs ``block``, and parameters to be put in the place of its own meanwhile."""
+        if not block.replaced:
+            return self.view.bring(block.body), {}
         absent = {child for sublayer in block.without for child in self.view.sublayer(sublayer)}
         device = self.view.device_of(block.body)
         tensors = {

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from slm_pipeline.config.ranges import Count, NumLayersOrZero
+from slm_pipeline.engine import compiled
 from slm_pipeline.methods.base import CalibrationSize, LayerRemoval, PruningProblem
 from slm_pipeline.methods.target import Layers, Parameters
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
+    from slm_pipeline.models.context import Context
     from slm_pipeline.models.sizes import Sizes
 
 
@@ -33,6 +35,7 @@ class Sleb(LayerRemoval):
     # times faster, ours, and not always the published choice. None: all that can still win.
     shortlist: Count | None = None
     strict: bool = False  # keep the published batch shapes; matters for ties in bfloat16 only, and is slower
+    compile: bool = False  # blocks compiled by torch: faster on a GPU after some seconds; the last digits differ
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(5, 2048))
 
     name: ClassVar[str] = "sleb"
@@ -41,10 +44,18 @@ class Sleb(LayerRemoval):
     removes_by_order: ClassVar[bool] = True
     min_seq_len: ClassVar[int] = 2
 
+    def check(self, context: Context) -> None:
+        super().check(context)
+        compiled.check(self.compile, context)
+
     def memory(self, sizes: Sizes) -> int:
         return sizes.walking(sizes.layers)
 
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
+        with compiled.blocks_compiled(problem.view, self.compile):
+            return self._plan(problem)
+
+    def _plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         from slm_pipeline.engine.walk import Removal, RemovalWalk
 
         walk = RemovalWalk(problem.view, problem.input_ids, strict=self.strict)

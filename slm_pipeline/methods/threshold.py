@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from slm_pipeline.config import plugins
+from slm_pipeline.engine import compiled
 from slm_pipeline.engine.similarities import SIMILARITIES
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import Method, PruningProblem
@@ -18,6 +19,7 @@ from slm_pipeline.surgery.ops.merge import Merge
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
+    from slm_pipeline.models.context import Context
     from slm_pipeline.models.sizes import Sizes
 
 Window = tuple[int, int]  # closed range (low, high) of original layers
@@ -99,6 +101,7 @@ class ThresholdMerging(Method):
     # final_hidden | last_token | per_token | logits_kl: cosine of the flattened final-normed states, of the last
     # token's, the mean of each token's; or exp of minus the mean KL divergence from dense to pruned. Or a plugin's.
     similarity: str = "final_hidden"
+    compile: bool = False  # blocks compiled by torch: faster on a GPU after some seconds; the last digits differ
 
     targets: ClassVar[tuple[type, ...]] = (Layers, Floor)
 
@@ -108,6 +111,10 @@ class ThresholdMerging(Method):
             raise UserError(f"method.merge_rule={self.merge_rule!r} is not one of {', '.join(RULES)}")
         if self.similarity not in SIMILARITIES:
             raise UserError(f"method.similarity={self.similarity!r} is not one of {', '.join(SIMILARITIES)}")
+
+    def check(self, context: Context) -> None:
+        super().check(context)
+        compiled.check(self.compile, context)
 
     @property
     def mixes_layers(self) -> bool:
@@ -129,7 +136,11 @@ class ThresholdMerging(Method):
 
         num_layers = problem.view.num_layers
         judged_by = "_".join([self.similarity, *plugins.code_of(SIMILARITIES[self.similarity].measure).values()])
-        with problem.windows.open(self.merge_rule, judged_by) as memo:
+        judged_by += "_compiled" if self.compile else ""
+        with (
+            compiled.blocks_compiled(problem.view, self.compile),
+            problem.windows.open(self.merge_rule, judged_by) as memo,
+        ):
             similarity = StackSimilarity(problem.view, problem.input_ids, self.merge_rule, self.similarity, memo)
             one_pass = self.one_pass(similarity, num_layers)
             if isinstance(problem.target, Floor):

@@ -1,4 +1,4 @@
-"""What ``slm-analyze`` left below some folders."""
+"""What ``slm-analyze`` and ``slm-bench`` left below some folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 from slm_pipeline.report.damage import Damaged, read_json, text
 from slm_pipeline.report.plots import Picture
 
-ANALYSES = ("dynamic_skip", "similarity", "painters")  # the names of their JSON files
+_BENCHMARKS = ("search", "methods", "repair", "joint", "sweep", "efficiency", "recovery", "disk", "performance")
+# The names of their JSON files.
+ANALYSES = ("dynamic_skip", "similarity", "painters", *(f"bench_{group}" for group in _BENCHMARKS))
 _OTHERS = {".hydra", "summary.json", "failure.json", "identity.json"}  # of a run, of a result in the store
 _HEADER = {"command": text, "model": {"name": text}}
 

@@ -174,6 +174,7 @@ TABLE = [
     Row("method.protect_first", 2, MERGE),
     Row("method.protect_last", 2, MERGE),
     Row("method.max_window", 2, MERGE),
+    Row("method.compile", True, MERGE),
     Row("method.published_calibration", {"num_samples": 5, "seq_len": 16}, NOTHING),
     Row("threshold.kind", "fixed", MERGE, along=FIXED),
     Row("threshold.value", 0.7, MERGE, given=FIXED),

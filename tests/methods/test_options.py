@@ -12,6 +12,7 @@ from problems import problem_of
 
 from slm_pipeline.config import CONF_DIR
 from slm_pipeline.config.groups import build
+from slm_pipeline.engine import compiled
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.target import Floor
@@ -23,10 +24,11 @@ from slm_pipeline.models.view import ModelView
 CHANGES: dict[str, dict[str, object]] = {
     "slm": {
         "merge_rule": "mean", "similarity": "logits_kl", "protect_first": 5, "protect_last": 3, "max_window": 2,
+        "compile": True,
     },
     "laco": {
         "merge_rule": "keep_lowest", "similarity": "per_token", "num_merged": 2, "lowest": 6, "highest": 4,
-        "interval": (3, {"num_merged": 2}),
+        "interval": (3, {"num_merged": 2}), "compile": True,
     },
     "come": {
         "protect_first": 6, "protect_last": 6, "run_length": 3, "repeat": "allow", "power": 4.0,
@@ -54,7 +56,7 @@ CHANGES: dict[str, dict[str, object]] = {
         "learning_rate": (1e-2, {"solver": "cosine"}), "num_epochs": (2, {"solver": "cosine"}),
         "batch_tokens": (7, {"solver": "cosine"}),
     },
-    "sleb": {"protect_first": 6, "protect_last": 6, "shortlist": 1, "strict": True},
+    "sleb": {"protect_first": 6, "protect_last": 6, "shortlist": 1, "strict": True, "compile": True},
     "shortened_ppl": {"protect_first": 6, "protect_last": 6},
     "shortened_taylor": {"protect_first": 6, "protect_last": 6},
     "wanda_sp": {
@@ -110,7 +112,10 @@ CHANGES: dict[str, dict[str, object]] = {
     },
     "shortened_magnitude": {"protect_first": 6, "protect_last": 6, "power": 2},
 }  # fmt: skip
-ONLY_FASTER = {("sleb", "strict")}  # or slower, with the same numbers in float32
+ONLY_FASTER = {
+    ("sleb", "strict"),
+    *((name, "compile") for name in ("slm", "laco", "sleb")),
+}  # or slower, with the same numbers in float32
 ONLY_LIMITS = {("reverse", "protect_first")}  # how much can be asked for: what goes first is at the other end
 NARROWER = ("wanda_sp", "flap", "obs", "nystrom", "llm_pruner", "head_importance", "fisher_mask", "kcm")
 ONLY_WITH_WEAK_ATTENTION = {("finercut", "counts")}  # test_finercut
@@ -158,7 +163,8 @@ def test_the_table_has_every_option(name):
 @pytest.mark.parametrize(
     ("name", "option"), [(name, option) for name, options in CHANGES.items() for option in options]
 )
-def test_every_option_changes_the_plan(name, option, make_problem):
+def test_every_option_changes_the_plan(name, option, make_problem, monkeypatch):
+    monkeypatch.setattr(compiled, "_BACKEND", "eager")
     change = CHANGES[name][option]
     value, common = change if isinstance(change, tuple) else (change, {})
     before, after = method_of(name, **common), method_of(name, **{**common, option: value})

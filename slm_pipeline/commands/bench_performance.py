@@ -1,0 +1,272 @@
+"""``slm-bench performance``: the table of docs/performance.md, with what is asked beside what was got.
+
+slm-bench performance                                   all pieces, one after the other
+slm-bench performance slm sleb output_dir=o             some of them, on a GPU that nothing else uses
+slm-bench performance table output_dir=o                what all pieces in o found, as Markdown
+slm-bench performance decode model.num_layers=4 ...     another shape; words with a = are overrides as for slm
+
+| piece | |
+|---|---|
+| slm | one threshold and the automatic one beside the published pass, with and without `method.compile` |
+| sleb | beside the published loop, likewise |
+| end_to_end | load, calibrate, SLM, save and verify in one command, from weights on disk; needs 40 GB there |
+| decode | `slm-bench efficiency` |
+| joint | depth and width together, and the refit |
+| stream | 70B, blocks on disk: ShortGPT, SLM, refit; needs 16 GB of disk and of page cache |
+| two_gpus | calibration, refit and SLEB, and LoRA, on two GPUs beside one |
+
+Weights are random, of the shape of Llama-2-7B in bfloat16 (stream: 70B), and so is the text; nothing is downloaded.
+Each piece leaves its numbers when it is done, and several may share an output folder. The published passes run as they
+are: nothing is extrapolated.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from slm_pipeline.commands import bench_efficiency, bench_methods, bench_recovery, bench_results, bench_shards
+from slm_pipeline.commands.bench_results import QUIET, SHAPE, Result
+from slm_pipeline.commands.bench_stages import of_stages, run_slm, scratch
+from slm_pipeline.errors import UserError
+from slm_pipeline.jobs import command_line
+from slm_pipeline.jobs.job import Job
+from slm_pipeline.recovery.lora import Lora
+
+_GROUP = "performance"
+_PLAN_ONLY = ["recovery=none", "keep=plan", *QUIET]
+
+
+def performance(words: list[str]) -> None:
+    """Run pieces, print a table of each and leave it; ``words`` is the command line."""
+    named = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    if unknown := sorted(set(named) - {*PIECES, "table"}):
+        raise UserError(f"{unknown[0]!r} is no piece of this table; there are: {', '.join(PIECES)}, table")
+    job = _job([*SHAPE, *_text(overrides), *overrides])
+    folder = Path(job.config.output_dir).expanduser() / "bench" / _GROUP
+    for name in [name for name in named if name != "table"] or ([] if named else [*PIECES]):
+        started = time.monotonic()
+        results = PIECES[name]([*_text(overrides), *overrides])
+        results.append(Result(f"{name}: the whole piece", time.monotonic() - started, "s"))
+        print(bench_results.table(results), flush=True)
+        bench_results.leave(_GROUP, job, [name, *overrides], results, folder / name)
+    print(table(folder))
+
+
+def table(folder: Path) -> str:
+    """All pieces below a folder as Markdown, each with its date, command, device and versions.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [file for name in PIECES if (file := folder / name / f"bench_{_GROUP}.json").is_file()]
+    if not found:
+        raise UserError(f"{folder} has no piece of the table; slm-bench performance makes them")
+    results, conditions = [], []
+    for file in found:
+        about, numbers = bench_results.read(file)
+        results += numbers
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        conditions.append(f"- `{about['command']}`: {about['date']}, {about['device']}; {versions}\n")
+    return f"{bench_results.table(results)}\n{''.join(conditions)}"
+
+
+def _job(words: Sequence[str]) -> Job:
+    return command_line.compose_job(["slm-bench", _GROUP], [*words], [*_PLAN_ONLY, "method=none", "pruning_ratio=none"])
+
+
+def _text(overrides: Sequence[str]) -> list[str]:
+    """Random words to calibrate and to train on, in the output folder; unless another text is said."""
+    if any(word.startswith("calibration=") for word in overrides):
+        return []
+    folder = Path(_job([*SHAPE, *overrides]).config.output_dir).expanduser().absolute() / "bench"
+    draw = random.Random(1234)
+    letters = "etaoinshrdlu"
+    vocabulary = ["".join(draw.choices(letters, k=draw.randint(2, 9))) for _ in range(2000)]
+    text, rows = folder / "random_words.txt", folder / "random_words.json"
+    if not rows.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        text.write_text("\n\n".join(" ".join(draw.choices(vocabulary, k=400)) for _ in range(800)))
+        examples = [
+            {
+                "instruction": " ".join(draw.choices(vocabulary, k=15)),
+                "output": " ".join(draw.choices(vocabulary, k=60)),
+            }
+            for _ in range(3000)
+        ]
+        rows.write_text(json.dumps(examples))
+    return ["calibration=text_file", f"calibration.path={text}"]
+
+
+def slm(words: list[str]) -> list[Result]:
+    """Ours at one threshold, and the automatic one against ten halvings."""
+    fixed = ["method=slm", "threshold=fixed", "threshold.value=0.81", "pruning_ratio=none"]
+    automatic = ["method=slm", "pruning_ratio=r20"]
+    return [
+        *_beside(words, fixed, "SLM, one threshold, against the published pass", 20.0, repeats=5),
+        *_beside(words, automatic, "SLM, automatic threshold, against ten halvings of it", 30.0, repeats=3),
+    ]
+
+
+def sleb(words: list[str]) -> list[Result]:
+    size = [] if any(word.startswith("calibration.seq_len") for word in words) else ["calibration.num_samples=10"]
+    asked = ["method=sleb", "method.strict=true", "pruning_ratio=ratio", "pruning_ratio.ratio=0.25", *size]
+    return _beside(words, asked, "SLEB, a quarter of the layers, equal decisions", 2.2)
+
+
+def _beside(words: Sequence[str], asked: Sequence[str], what: str, at_least: float, repeats: int = 1) -> list[Result]:
+    """Ours, and ours compiled, beside the published loop, on one model."""
+    results = []
+    words = [*SHAPE, *words]
+    job = bench_methods.job_of([*asked, *words])
+    bench = bench_methods.SideBySide(job)
+    problem = bench.problem(job)
+    theirs = bench_methods.theirs(job.method, problem)
+    for how in ("", ", compiled"):
+        own = bench_methods.job_of([*asked, *words, f"method.compile={'true' if how else 'false'}"])
+        ours = bench_methods.ours(own.method, problem, repeats)
+        results.append(bench_methods.result(what + how, ours, theirs, at_least))
+        print(f"{results[-1].what}: {results[-1].got:.2f}, {results[-1].how}", flush=True)
+    return results
+
+
+def end_to_end(words: list[str]) -> list[Result]:
+    """One command, from weights on disk to a verified checkpoint on disk."""
+    from slm_pipeline.models.loading import load_dense
+
+    with scratch(words, _GROUP) as folder:
+        model, tokenizer = load_dense(_job([*SHAPE, *words]).source)
+        gigabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
+        model.save_pretrained(folder / "dense")
+        tokenizer.save_pretrained(folder / "dense")
+        del model
+        _free()
+        text = [word for word in words if word.startswith("calibration")]
+        local = ["model=local", f"model.path={folder / 'dense'}", "model.dtype=bfloat16", *text]
+        costs = run_slm(
+            [*local, "method=slm", "pruning_ratio=r20", "stages=[calibrate,merge]", "recovery=none", *QUIET],
+            folder / "o",
+        )
+    seconds, peak = costs["command"].seconds, costs["command"].peak_gb
+    how = f"calibrate {costs['calibrate'].seconds:.1f} s, merge and save {costs['merge'].seconds:.1f} s"
+    return [
+        Result(
+            "load, calibrate, SLM, save and verify", seconds, "s", at_most=60, how=f"{how}, the rest is Python's start"
+        ),
+        Result("its peak, of the weights", peak / gigabytes, at_most=1.25, how=f"{peak:.2f} of {gigabytes:.2f} GB"),
+    ]
+
+
+def decode(words: list[str]) -> list[Result]:
+    return bench_efficiency.measure_speed([word for word in words if not word.startswith("calibration")])
+
+
+def joint(words: list[str]) -> list[Result]:
+    with scratch(words, _GROUP) as folder:
+        costs = run_slm(["method=joint", "pruning_ratio=r20", "repair=refit", *_PLAN_ONLY, *SHAPE, *words], folder)
+    return of_stages("joint, r20", costs, ["calibrate", "merge", "repair"])
+
+
+def stream(words: list[str]) -> list[Result]:
+    """ShortGPT, SLM and a refit of a model whose blocks stay on disk, beside reading its weights."""
+    results: list[Result] = []
+    model = _job([*SHAPE, *words]).config.model
+    shape = bench_shards.Shape()
+    if any(word.startswith("model.num_layers=") for word in words):
+        shape = bench_shards.Shape.of(model)
+    with scratch(words, _GROUP) as folder:
+        bench_shards.write(folder / "dense", shape)
+        text = [word for word in words if word.startswith("calibration")]
+        local = ["model=local", f"model.path={folder / 'dense'}", "model.dtype=bfloat16", "model.device=stream", *text]
+        reading = bench_shards.seconds_of_a_pass(_job(local).source)
+        results.append(Result("stream: all blocks brought once, nothing run", reading, "s"))
+        jobs = {
+            "ShortGPT": (["method=shortgpt", "pruning_ratio=r20"], "calibrate"),
+            "SLM": (["method=slm", "threshold=fixed", "threshold.value=0.9", "pruning_ratio=none"], "merge"),
+            "refit": (["method=shortgpt", "pruning_ratio=r20", "repair=refit"], "repair"),
+        }
+        for name, (asked, stage) in jobs.items():
+            what = f"stream: {name}, time of {stage} over reading what it reads"
+            try:
+                costs = run_slm([*asked, "stages=[calibrate,merge]", *_PLAN_ONLY, *local], folder / name)
+            except UserError as error:
+                results.append(Result(what, None, at_most=1.5, how=str(error)[-200:]))
+                continue
+            passes = _passes(stage, folder / name, shape.layers)
+            cost = costs.get(stage, costs["command"])
+            how = f"{cost.seconds:.1f} s, {passes:.1f} times the weights, peak {costs['command'].peak_gb:.1f} GB"
+            results.append(Result(what, cost.seconds / (passes * reading), at_most=1.5, how=how))
+    return results
+
+
+def _passes(stage: str, folder: Path, layers: int) -> float:
+    """How often a stage reads all blocks: calibration once; a search as often as it says, after a dense pass; a refit
+    dense and pruned streams side by side, and the held-out text."""
+    if stage == "calibrate":
+        return 1.0
+    plans = list(folder.glob("runs/*/*/plan.json"))
+    scores = json.loads(plans[0].read_text(encoding="utf-8"))["scores"] if plans else {}
+    return 1 + scores.get("num_block_evaluations", layers) / layers
+
+
+def two_gpus(words: list[str]) -> list[Result]:
+    """Each stage on one GPU and as two processes on two; and LoRA."""
+    results = []
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    size = ["calibration.num_samples=32", "calibration.seq_len=2048"]
+    jobs = {
+        "calibration": (["method=shortgpt", *size], "calibrate"),
+        "refit": (["method=shortgpt", "repair=refit"], "repair"),
+        "SLEB": (
+            ["method=sleb", "pruning_ratio=ratio", "pruning_ratio.ratio=0.1", "calibration.num_samples=16"],
+            "merge",
+        ),
+    }
+    for name, (asked, stage) in jobs.items():
+        with scratch(words, _GROUP) as folder:
+            job = ["pruning_ratio=r20", *asked, *_PLAN_ONLY, *SHAPE, *words]
+            try:
+                one = run_slm([*job, "model.device=cuda:0"], folder / "one")[stage].seconds
+                both = run_slm(job, folder / "two", two)[stage].seconds
+            except UserError as error:
+                results.append(Result(f"two GPUs, {name}", None, at_least=1.8, how=str(error)[-200:]))
+                continue
+        results.append(Result(f"two GPUs, {name}", one / both, at_least=1.8, how=f"{one:.1f} and {both:.1f} s"))
+    return [*results, _lora(words)]
+
+
+def _lora(words: Sequence[str]) -> Result:
+    path = next(word for word in words if word.startswith("calibration.path=")).removeprefix("calibration.path=")
+    examples = [
+        "recovery.source=file",
+        f"recovery.path={Path(path).with_suffix('.json')}",
+        "recovery.num_examples=2560",
+    ]
+    steps = ["recovery.max_steps=20", "recovery.validation_size=8", "recovery.num_processes=2"]
+    job = bench_recovery.job_of(
+        [*SHAPE, *examples, *steps, *(word for word in words if not word.startswith("calibration"))]
+    )
+    assert isinstance(job.recovery, Lora)
+    return bench_recovery.scaling(job, job.recovery)
+
+
+def _free() -> None:
+    from slm_pipeline.machine import memory
+
+    memory.free()
+
+
+PIECES: dict[str, Callable[[list[str]], list[Result]]] = {
+    "slm": slm,
+    "sleb": sleb,
+    "end_to_end": end_to_end,
+    "decode": decode,
+    "joint": joint,
+    "stream": stream,
+    "two_gpus": two_gpus,
+}
