@@ -111,6 +111,10 @@ class FineTuning(Recovery):
         if self.sharding and self.num_processes == 1:
             raise UserError("recovery.sharding=true spreads the model over recovery.num_processes, which is 1")
 
+    @property
+    def places_blocks(self) -> bool:
+        return self.sharding
+
     def refuse_unless(self, *names: str, **needed: str) -> None:
         """Raise `UserError` if one of ``names`` is set although an option that it ``needed`` has another value."""
         ((option, value),) = needed.items()
