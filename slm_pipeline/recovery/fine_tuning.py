@@ -130,10 +130,11 @@ class FineTuning(Recovery):
                 f"recovery.packing=true: a {source.model_type} model in transformers lets packed examples see each"
                 " other; use recovery.packing=false"
             )
-        if self.num_processes > 1 and source.config.device not in ("auto", "cuda", "cpu"):
+        allowed = ["auto", "cuda", "cpu", *(["balanced"] if self.places_blocks else [])]
+        if self.num_processes > 1 and source.config.device not in allowed:
             raise UserError(
                 f"recovery.num_processes={self.num_processes}: each process takes a GPU of its own, so model.device="
-                f"{source.config.device} cannot be; use model.device=auto, cuda or cpu"
+                f"{source.config.device} cannot be; use model.device={', '.join(allowed[:-1])} or {allowed[-1]}"
             )
 
     def preflight(self, source: ModelSource, data_dir: Path | None) -> None:
@@ -145,7 +146,7 @@ class FineTuning(Recovery):
                 f"model.device={source.config.device}: a recovery trains on the first GPU in sight; let"
                 " CUDA_VISIBLE_DEVICES show that one alone, and use model.device=cuda"
             )
-        if self.num_processes > 1 and resolve_device(source.config.device) == "cuda":
+        if self.num_processes > 1 and resolve_device(source.config.device) != "cpu":
             from torch.cuda import device_count
 
             if self.num_processes > device_count():

@@ -61,6 +61,7 @@ MIXED = {  # float32 adapters among bfloat16 weights; an embedding that is the h
     "bfloat16": dataclasses.replace(SHARDED["sharded_lora"], dtype="bfloat16"),
     "tied": SHARDED["sharded_full"],
     "narrowed": SHARDED["sharded_full"],
+    "int8": dataclasses.replace(RECOVERIES["lora"], num_processes=2, quantize="int8"),  # not sharded, but placed too
 }
 NARROWED = narrowing({1: ([1], list(range(0, 64, 3))), 4: (None, list(range(7)))})
 

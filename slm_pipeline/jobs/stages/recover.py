@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_pipeline.config import plugins
+from slm_pipeline.errors import UserError
 from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.merge import load_plan, load_pruned
@@ -69,6 +70,11 @@ class Recover(Stage):
 
     def preflight(self, job: Job) -> None:
         assert job.recovery is not None
+        if job.recovery.places_blocks and job.config.keep == "plan":
+            raise UserError(
+                f"recovery={job.recovery.name} with sharding or quantize reads the {self.after} stage's weights from its"
+                " files, which keep=plan leaves out; use keep=model"
+            )
         job.recovery.preflight(job.source, job.data_dir)
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
@@ -136,8 +142,8 @@ def recovery_problem(job: Job, pruned: Artifact, out: Path, log: Log) -> Recover
     from slm_pipeline.models.loading import load_dense, load_mapped, load_tokenizer
 
     plugins.use(job.config.plugins)  # a training process of its own has not imported them
-    folder = pruned.path / "model"
-    if job.recovery is not None and job.recovery.places_blocks and folder.is_dir():
+    if job.recovery is not None and job.recovery.places_blocks:
+        folder = pruned.path / "model"
         model, tokenizer = load_mapped(folder, job.config.model), load_tokenizer(folder)
     else:
         model, tokenizer = load_pruned(job, pruned)
