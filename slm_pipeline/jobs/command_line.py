@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +148,8 @@ def _check_study(composed: DictConfig, overrides: Sequence[Override]) -> None:
     check_output_root(str(study.folder(composed, "hydra.sweep.dir")), option="hydra.sweep.dir")
     if composed.hydra.runtime.choices["hydra/launcher"] == "gpus":
         gpus.check(composed.hydra.launcher.n_jobs)
+    if str(composed.hydra.launcher.get("_target_")).endswith("RayLauncher") and not find_spec("hydra_plugins.hydra_ray_launcher"):
+        raise UserError("hydra/launcher=ray needs hydra-ray-launcher: pip install 'slm-pipeline[ray]'")
     if not study.is_search(composed):
         return
     if composed.objective.metric is None:

@@ -57,8 +57,7 @@ class LayerStream:
         self._present: nn.Module | None = None
         self._homes: list[tuple[nn.Parameter, Tensor]] = []  # of the present block: parameters, and what they were
         self._ahead: tuple[nn.Module, dict[nn.Parameter, Future[Tensor]]] | None = None
-        for block in self.blocks:
-            block.register_forward_pre_hook(lambda module, args: self.enter(module))
+        self._hooks = [block.register_forward_pre_hook(lambda module, args: self.enter(module)) for block in self.blocks]
 
     def enter(self, block: nn.Module) -> None:
         """Let ``block`` be the one that is there; nothing is done for a module that is no block of the model.
@@ -96,6 +95,14 @@ class LayerStream:
         """Let go of everything; the model is not run again."""
         self.leave()
         self._readers.shutdown()
+
+    def release(self) -> None:
+        """Leave the blocks to whoever puts their weights where they are to be: they stay mapped and run where they are
+        put. Not all of them have been checked for numbers that are not finite."""
+        self.close()
+        for hook in self._hooks:
+            hook.remove()
+        del self._model.layer_stream
 
     def _coming(self, block: nn.Module) -> dict[nn.Parameter, Future[Tensor]]:
         ahead, self._ahead = self._ahead, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,20 @@ def _place(source: ModelSource) -> tuple[str, str | None]:
 def load_checkpoint(path: Path, config: ModelConfig) -> Any:
     """A model saved by this package, placed as ``config`` says."""
     return _load(str(path), config, None)
+
+
+def load_mapped(path: Path, config: ModelConfig) -> Any:
+    """A model saved by this package for somebody who brings its blocks to where they run, one after the other.
+
+    Their weights are memory-mapped files, of which the processes of a host share one copy; embeddings, final norm and
+    head lie on the GPU, or the CPU where there is none.
+
+    Raises:
+        UserError: a tensor is missing, or of another shape or type than it should be.
+    """
+    model = load_checkpoint(path, replace(config, device="stream"))
+    model.layer_stream.release()
+    return model
 
 
 def load_tokenizer(path: Path) -> Any:

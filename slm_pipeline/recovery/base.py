@@ -31,7 +31,7 @@ class RecoveryResult:
     """A recovered model and how it got there.
 
     Attributes:
-        model: of the same class, dtype and device as the pruned one.
+        model: of the same class and dtype as the pruned one, and on the same device, or in main memory.
         metrics: what ``stage.json`` and the tables show, JSON values: at least ``num_tokens`` and ``seconds``, what was
             spent, and with a curve ``loss``, which says what its losses are.
         curve: ``{"step", "loss", "learning_rate"}`` and ``{"step", "eval_loss"}`` in the order logged; with
@@ -53,7 +53,8 @@ class RecoveryProblem:
 
     Attributes:
         teacher: loads the dense model.
-        model: the pruned model on its device, in evaluation mode; the recovery may change it.
+        model: the pruned model on its device, in evaluation mode; the recovery may change it. Of a recovery that
+            `places_blocks` the blocks may lie in mapped files instead (`loading.load_mapped`).
         plan: how the pruned model came out of the dense one.
         out: where checkpoints and results go. It survives a kill: called again with the same ``out``, the training
             goes on from its last complete checkpoint and ends as if it had not been interrupted. What lies in
@@ -92,6 +93,12 @@ class Recovery(ABC):
     @property
     def num_processes(self) -> int:
         return 1
+
+    @property
+    def places_blocks(self) -> bool:
+        """Whether it takes a model whose blocks lie in mapped files, where that is to be had, and brings each to where
+        it trains. The recovered model then lies in main memory."""
+        return False
 
     def options(self) -> dict[str, Any]:
         """What the recovered model depends on, as JSON; it goes into the artefact's key."""

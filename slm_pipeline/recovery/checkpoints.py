@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from slm_pipeline.recovery import collective, sharding
@@ -54,12 +55,11 @@ def save_trained(model: nn.Module, folder: Path) -> None:
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Put the parameters of `save_trained` back in their places."""
-    kept = load_file(folder / TRAINED)
-    with torch.no_grad():
+    """Put the parameters of `save_trained` back in their places, each in the type that it has there."""
+    with torch.no_grad(), safe_open(folder / TRAINED, framework="pt") as kept:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(sharding.spread_like(kept[name], parameter))
+                parameter.copy_(sharding.spread_like(kept.get_tensor(name), parameter))
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:

@@ -111,6 +111,10 @@ class FineTuning(Recovery):
         if self.sharding and self.num_processes == 1:
             raise UserError("recovery.sharding=true spreads the model over recovery.num_processes, which is 1")
 
+    @property
+    def places_blocks(self) -> bool:
+        return self.sharding
+
     def refuse_unless(self, *names: str, **needed: str) -> None:
         """Raise `UserError` if one of ``names`` is set although an option that it ``needed`` has another value."""
         ((option, value),) = needed.items()
@@ -126,10 +130,11 @@ class FineTuning(Recovery):
                 f"recovery.packing=true: a {source.model_type} model in transformers lets packed examples see each"
                 " other; use recovery.packing=false"
             )
-        if self.num_processes > 1 and source.config.device not in ("auto", "cuda", "cpu"):
+        allowed = ["auto", "cuda", "cpu", *(["balanced"] if self.places_blocks else [])]
+        if self.num_processes > 1 and source.config.device not in allowed:
             raise UserError(
                 f"recovery.num_processes={self.num_processes}: each process takes a GPU of its own, so model.device="
-                f"{source.config.device} cannot be; use model.device=auto, cuda or cpu"
+                f"{source.config.device} cannot be; use model.device={', '.join(allowed[:-1])} or {allowed[-1]}"
             )
 
     def preflight(self, source: ModelSource, data_dir: Path | None) -> None:
@@ -141,7 +146,7 @@ class FineTuning(Recovery):
                 f"model.device={source.config.device}: a recovery trains on the first GPU in sight; let"
                 " CUDA_VISIBLE_DEVICES show that one alone, and use model.device=cuda"
             )
-        if self.num_processes > 1 and resolve_device(source.config.device) == "cuda":
+        if self.num_processes > 1 and resolve_device(source.config.device) != "cpu":
             from torch.cuda import device_count
 
             if self.num_processes > device_count():

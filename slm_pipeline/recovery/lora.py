@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -18,13 +20,16 @@ if TYPE_CHECKING:
     from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.models.source import ModelSource
 
+QUANTIZED = {"nf4": 0.516, "int8": 1.01}  # bytes of a weight with its scales
+
 
 @dataclass(kw_only=True)
 class Lora(FineTuning):
     """LoRA (arXiv 2106.09685) with peft, then merged into the weights.
 
     The adapters are float32 and stay in ``out/adapter`` in peft's format. Merging happens in float32 and is rounded
-    to the model's own dtype once. Rank, alpha and dropout are those of ``script/lora_slm.sh`` in SLM's code.
+    to the model's own dtype once. With ``quantize`` they train beside a model in 4 or 8 bits, and are then merged into
+    the weights that it was made of, which lie in main memory meanwhile, or in their files. Rank, alpha and dropout are those of ``script/lora_slm.sh`` in SLM's code.
     """
 
     rank: Annotated[int, Range(at_least=1, at_most=2**16)] = 8
@@ -33,6 +38,7 @@ class Lora(FineTuning):
     target_modules: list[str] | None = None  # None: every linear layer of every block, seven for Llama
     use_dora: bool = False  # arXiv 2402.09353
     use_rslora: bool = False  # arXiv 2312.03732: scale alpha / sqrt(rank) instead of alpha / rank
+    quantize: str | None = None  # nf4 | int8: the blocks' weights beside the adapters, while they train
 
     name: ClassVar[str] = "lora"
 
@@ -40,9 +46,30 @@ class Lora(FineTuning):
         super().__post_init__()
         if self.target_modules == []:
             raise UserError("recovery.target_modules=[] trains nothing; name layers, or null for all")
+        if self.quantize not in (None, *QUANTIZED):
+            raise UserError(f"recovery.quantize={self.quantize!r} is not one of null, {', '.join(QUANTIZED)}")
+        if self.quantize is not None and self.sharding:
+            raise UserError(
+                f"recovery.sharding=true spreads weights of 16 or 32 bits, not recovery.quantize={self.quantize}; use"
+                " one of the two"
+            )
+        if self.quantize is not None and self.use_dora:
+            raise UserError(
+                f"recovery.use_dora=true learns how long the rows of weights are, and recovery.quantize={self.quantize}"
+                " changes that; use one of the two"
+            )
+
+    @property
+    def places_blocks(self) -> bool:
+        return super().places_blocks or self.quantize is not None
 
     def check(self, source: ModelSource, num_layers: int | None) -> None:
         super().check(source, num_layers)
+        if self.quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"recovery.quantize={self.quantize} needs bitsandbytes: pip install 'slm-pipeline[quantize]', or use"
+                " recovery.quantize=null"
+            )
         known = {path.rpartition(".")[2] for path in source.architecture.projections}
         if unknown := sorted(set(self.target_modules or []) - known):
             raise UserError(
@@ -61,19 +88,27 @@ class Lora(FineTuning):
 
     def run(self, problem: RecoveryProblem) -> RecoveryResult:
         """Train and merge; leaves ``adapter/`` in ``out``."""
+        import torch
         from peft import get_peft_model
         from transformers import set_seed
 
-        from slm_pipeline.recovery import collective
+        from slm_pipeline.recovery import collective, quantized
         from slm_pipeline.recovery.training_loop import fit
 
+        # peft imports it where it is installed; on a processor it then asks for a package that is fetched from the hub
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         train, validation = self.tokenized_split(problem.tokenizer, problem.data_dir)
         set_seed(problem.seed)
-        adapted: Any = get_peft_model(problem.model, self._peft_config(list(silent_modules(problem))))
+        left_out, plain = list(silent_modules(problem)), {}
+        if self.quantize is not None:
+            plain = quantized.quantize(problem.model, self.quantize, getattr(torch, self.dtype))
+        adapted: Any = get_peft_model(problem.model, self._peft_config(left_out))
         trained = fit(adapted, train, validation, self, problem)
         adapted.peft_config["default"].base_model_name_or_path = problem.base_path
         if collective.rank() == 0:
             adapted.save_pretrained(str(problem.out / "adapter"), save_embedding_layers=False)
+        if plain:
+            adapted = quantized.on_plain_weights(adapted, plain)
         return RecoveryResult(merge_adapter(adapted), trained.metrics, trained.curve)
 
     def _peft_config(self, left_out: list[str]) -> LoraConfig:

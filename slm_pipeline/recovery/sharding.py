@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -18,16 +18,23 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.recovery import collective
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Leave each process its part of every parameter, in place.
+def shard(model: nn.Module, blocks: Iterable[nn.Module], prepare: Callable[[nn.Module], None]) -> None:
+    """Leave each process its part of every parameter, in place, one block after the other.
 
-    A block's weights are put together while it runs, those outside all blocks (embedding, head) for a whole forward
-    or backward pass. Whoever keeps a reference to an old parameter keeps it in memory.
+    Blocks may lie anywhere, in mapped files for instance: at a time one of them is whole where it trains, so that a
+    device holds the parts and a block, never the model. Later a block's weights are put together while it runs, those
+    outside all blocks (embedding, head) for a whole forward or backward pass. Whoever keeps a reference to an old
+    parameter keeps it in memory.
+
+    Args:
+        prepare: called with each block, and with the model when its blocks are spread, where it trains and whole.
     """
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
     for block in blocks:
+        prepare(block.to(device))
         fully_shard(block, mesh=mesh)
+    prepare(model.to(device))
     fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else the rest is whole when it is saved
 
 

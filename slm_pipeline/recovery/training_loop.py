@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, TrainerState, set_seed
 
 from slm_pipeline.data.batches import Collator, blank
@@ -57,10 +58,12 @@ def fit(
 
     In a process of `workers.train`, every process trains on its part of each step's examples. Which examples a step
     has does not depend on how many processes there are; what dropout leaves out does. With ``options.sharding`` the
-    model is of no use there afterwards, and `collective.Trained` is raised: the checkpoints are what is left.
+    model is of no use there afterwards, and `collective.Trained` is raised: the checkpoints are what is left. Who has
+    nothing to train but a finished checkpoint to take over needs no room beside the weights.
 
     Args:
-        model: it ends on the device where it began, in evaluation mode.
+        model: it ends on the device where it began, in evaluation mode. Its blocks may lie in mapped files if they are
+            to be spread.
         train, validation: rows of `tokenize_examples` or of `pack`.
 
     Raises:
@@ -69,15 +72,23 @@ def fit(
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     logger.info("training %d of %d parameters on %d examples", trainable, total, len(train))
-    with _in_float32(model, everything=options.dtype == "float32"):
-        sharded = options.sharding and collective.count() > 1
-        if sharded:
-            sharding.shard(model, ModelView(problem.model).layers)
-        last, progress = _train(model, train, validation, options, problem, phase)
-        if sharded:
-            raise collective.Trained
-        kept, curve, metrics = _summarize(last, progress, phase)
-        load_trained(model, kept)
+    everything = options.dtype == "float32"
+    last = last_complete_checkpoint(problem.out / phase.folder)
+    progress = Progress() if last is None else read_progress(last)
+    if last is not None:
+        logger.info("recovery goes on from %s", last)
+    if options.sharding and collective.count() > 1:
+        if not progress.finished:
+            prepare = functools.partial(_to_float32, everything=everything)
+            sharding.shard(model, ModelView(problem.model).layers, prepare)
+            _train(model, train, validation, options, problem, phase, last, progress)
+        raise collective.Trained
+    if last is None or not progress.finished:
+        dtypes = _to_float32(model, everything=everything)
+        last = _train(model, train, validation, options, problem, phase, last, progress)
+        _cast(model, dtypes)
+    kept, curve, metrics = _summarize(last, progress, phase)
+    load_trained(model, kept)
     model.eval()
     metrics["loss"] = "nats per answer token" if options.completion_only else "nats per token"
     if metrics["eval_loss"] > metrics["initial_eval_loss"] and collective.count() == 1:  # else the parent says it
@@ -96,15 +107,11 @@ def _train(
     options: FineTuning,
     problem: RecoveryProblem,
     phase: Phase,
-) -> tuple[Path, Progress]:
-    """Train to the end; the last checkpoint and what was counted."""
+    checkpoint: Path | None,
+    progress: Progress,
+) -> Path:
+    """Train to the end, from a checkpoint if there is one; the last checkpoint. ``progress`` counts on."""
     folder = problem.out / phase.folder
-    checkpoint = last_complete_checkpoint(folder)
-    progress = Progress() if checkpoint is None else read_progress(checkpoint)
-    if checkpoint is not None:
-        logger.info("recovery goes on from %s", checkpoint)
-        if progress.finished:
-            return checkpoint, progress
     begin, end = (round(share * options.num_steps(train)) for share in (phase.begin, phase.end))
     num_steps = max(1, end - begin)
     if (warmup := options.warmup(num_steps)) != options.warmup_steps:
@@ -141,16 +148,20 @@ def _train(
         model.gradient_checkpointing_disable()
     checkpoint = last_complete_checkpoint(folder)
     assert checkpoint is not None
-    return checkpoint, progress
+    return checkpoint
 
 
-@contextmanager
-def _in_float32(model: nn.Module, *, everything: bool) -> Iterator[None]:
-    """What trains in float32 for a while, or every parameter."""
-    dtypes = {name: p.dtype for name, p in model.named_parameters() if everything or p.requires_grad}
-    _cast(model, dict.fromkeys(dtypes, torch.float32))
-    yield  # a model whose training failed stays as it is
-    _cast(model, dtypes)
+def _to_float32(module: nn.Module, *, everything: bool) -> dict[str, torch.dtype]:
+    """Cast what trains, or every parameter but quantised and spread ones; what they were, by name."""
+    dtypes = {
+        name: parameter.dtype
+        for name, parameter in module.named_parameters()
+        if (everything or parameter.requires_grad)
+        and parameter.is_floating_point()
+        and not isinstance(parameter, DTensor)
+    }
+    _cast(module, dict.fromkeys(dtypes, torch.float32))
+    return dtypes
 
 
 def _cast(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -242,6 +242,7 @@ TABLE = [
     Row("recovery.dropout", 0.1, RECOVERY),
     Row("recovery.target_modules", ["q_proj"], RECOVERY),
     Row("recovery.use_dora", True, RECOVERY),
+    Row("recovery.quantize", "nf4", RECOVERY),
     Row("recovery.use_rslora", True, RECOVERY),
     #
     Row("evaluation.of", ["dense", "pruned"], NOTHING),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_pipeline.config import plugins
+from slm_pipeline.errors import UserError
 from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.merge import load_plan, load_pruned
@@ -70,6 +71,11 @@ class Recover(Stage):
 
     def preflight(self, job: Job) -> None:
         assert job.recovery is not None
+        if job.recovery.places_blocks and job.config.keep == "plan":
+            raise UserError(
+                f"recovery={job.recovery.name} with sharding or quantize reads the {self.after} stage's weights from its"
+                " files, which keep=plan leaves out; use keep=model"
+            )
         job.recovery.preflight(job.source, job.data_dir)
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
@@ -116,7 +122,10 @@ class Recover(Stage):
             command=job.command,
         )
         silence_zeroed(plan, result.model)  # whatever trained, what the plan removed stays removed
-        checkpoint.save(result.model, problem.tokenizer, out / "model", card=card, config=job.config.model)
+        model, placed = result.model, job.config.model
+        if job.recovery.places_blocks:  # it may be larger than a GPU
+            model, placed = model.to("cpu"), replace(placed, device="cpu")
+        checkpoint.save(model, problem.tokenizer, out / "model", card=card, config=placed)
 
     def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
         if reused:  # a curve that is being trained was logged as it went
@@ -131,10 +140,14 @@ class Recover(Stage):
 
 def recovery_problem(job: Job, pruned: Artifact, out: Path, log: Log) -> RecoveryProblem:
     """What the job's recovery gets; ``pruned`` is the finished merge or repair, ``out`` where it may write."""
-    from slm_pipeline.models.loading import load_dense
+    from slm_pipeline.models.loading import load_dense, load_mapped, load_tokenizer
 
     plugins.use(job.config.plugins)  # a training process of its own has not imported them
-    model, tokenizer = load_pruned(job, pruned)
+    if job.recovery is not None and job.recovery.places_blocks:
+        folder = pruned.path / "model"
+        model, tokenizer = load_mapped(folder, job.config.model), load_tokenizer(folder)
+    else:
+        model, tokenizer = load_pruned(job, pruned)
     return RecoveryProblem(
         teacher=lambda: load_dense(job.source)[0],
         model=model,
