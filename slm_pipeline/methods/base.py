@@ -84,6 +84,8 @@ class Method(ABC):
             any of them; of layers of one size it is told a number.
         streams: whether it lets all text through a layer before it goes on to the next, without gradients, so that
             it works on a model whose layers stay on disk (``model.device=stream``).
+        shares_samples: whether processes that a launcher started share out its text; what it decides comes from sums
+            over all of it. Else the first process plans alone.
         num_protected: layers that it never touches; a plan keeps at least one more.
     """
 
@@ -91,6 +93,7 @@ class Method(ABC):
     targets: ClassVar[tuple[type, ...]] = (Layers,)
     removes_by_order: ClassVar[bool] = False
     streams: ClassVar[bool] = False
+    shares_samples: ClassVar[bool] = False
     min_seq_len: ClassVar[int] = 1
 
     published_calibration: CalibrationSize
