@@ -96,8 +96,8 @@ class Streams:
         input_ids: [N, length] int64 tokens.
 
     Attributes:
-        dense, pruned: [N, length, d] states in the model's dtype, of this process's samples alone; the same tensor while
-            the models are alike.
+        dense, pruned: [N, length, d] states in the model's dtype, of this process's samples; the same tensor while the
+            models are alike.
         middle, leaving: the dense stream after the attention of the layer that `look_ahead` began with, and after the
             last layer that it passed.
     """

@@ -88,6 +88,8 @@ def read_environment() -> Launched | None:
     global _launched, _apart
     _launched = Launched.of(os.environ)
     _apart = _launched is not None
+    if _apart:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no lines about each connection that is lost
     return _launched
 
 

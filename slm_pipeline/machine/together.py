@@ -39,7 +39,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MEETING_TIME = timedelta(minutes=10)  # for all to be there
-_REFUSED_TIME = timedelta(minutes=1)  # for the first, if this one's command line is refused: the first's is too, mostly
+_REFUSED_TIME = timedelta(
+    seconds=30
+)  # for the first, if this one's command line is refused: the first's is too, mostly
 _NOTICE_TIME = 20.0  # seconds in which the first process should fall out of its work when another has ended
 _TOKEN_BYTES = 32
 
@@ -231,8 +233,10 @@ def follow(refused: UserError | None = None) -> None:
     """
     place = ranks.launched()
     assert place is not None
+    patience = _MEETING_TIME if refused is None else _REFUSED_TIME
     try:
-        store = _store(place, _MEETING_TIME if refused is None else _REFUSED_TIME)
+        _wait_for(place, patience)
+        store = _store(place, patience)
         port, token = json.loads(store.get("meeting"))
         connection = _connection(socket.create_connection((place.host, port)))
     except (OSError, RuntimeError):  # the first process has ended, and said why
@@ -256,6 +260,19 @@ def follow(refused: UserError | None = None) -> None:
         connection.send(("done", None))
         memory.free()
     _part()
+
+
+def _wait_for(place: Launched, patience: timedelta) -> None:
+    """Return when the first process, or its launcher, can be reached; `OSError` if that is never."""
+    deadline = time.monotonic() + patience.total_seconds()
+    while True:
+        try:
+            socket.create_connection((place.host, place.port), timeout=10.0).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def _hear(connection: Connection, calls: queue.SimpleQueue[bytes | None]) -> None:
