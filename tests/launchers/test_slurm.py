@@ -252,11 +252,7 @@ def test_srun_starts_one_job_in_two_processes(slurm, tmp_path, monkeypatch):
         "calibration=text_file", f"calibration.path={tmp_path}/text.txt", "calibration.num_samples=40",
         "calibration.seq_len=64", "method=sleb", "stages=[calibrate,merge]", f"output_dir={tmp_path}",
     ]  # fmt: skip
-    for words, status, expected in (
-        ([], 0, "2 processes of srun work on this"),
-        (["model.device=balanced"], 2, "error: model.device=balanced: each process of srun takes a GPU of its own"),
-    ):
-        outcome = subprocess.run(["srun", "--ntasks=2", *command, *words], capture_output=True, text=True, timeout=200)
-        assert outcome.returncode == status, outcome.stderr
-        assert outcome.stderr.count(expected) == 1
+    outcome = subprocess.run(["srun", "--ntasks=2", *command], capture_output=True, text=True, timeout=200)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stderr.count("2 processes of srun work on this") == outcome.stderr.count("merge: done") == 1
     assert len(list(tmp_path.glob("store/merge/*/plan.json"))) == 1
