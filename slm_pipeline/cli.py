@@ -28,7 +28,7 @@ from slm_pipeline.config import COMPOSITION_ERRORS, help_page
 from slm_pipeline.errors import Terminated, UserError, printable
 from slm_pipeline.jobs import study
 from slm_pipeline.jobs.command_line import check_command_line, run_inside_hydra, set_environment, use_plugins
-from slm_pipeline.machine import signals
+from slm_pipeline.machine import ranks, signals, together
 
 VERSION = f"slm_pipeline {__version__}"
 
@@ -51,6 +51,10 @@ def _hydra_main(composed: DictConfig) -> float | None:
 def main() -> None:
     """Console entry point. Exit status 0, 2 for a user's error (one ``error:`` line), 1 for anything else."""
     be_heard_or_not()
+    with errors_in_one_line():
+        place = ranks.read_environment()
+    if place is not None and place.rank:
+        together.be_quiet()
     set_environment()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries among themselves: nothing a user can do
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach us instead of being printed by Hydra
@@ -65,6 +69,9 @@ def main() -> None:
             use_plugins(arguments.overrides)
             print(help_page.text(arguments.config_dir), flush=True)
         return
+    if place is not None and place.rank:
+        _follow(arguments)
+        return
     with errors_in_one_line():
         use_plugins(arguments.overrides)
         if not _only_asks_hydra(arguments) and check_command_line(arguments):
@@ -73,6 +80,21 @@ def main() -> None:
             _hydra_main()
         if _error_of_single_run:
             raise _error_of_single_run.pop()
+
+
+def _follow(arguments: Namespace) -> None:
+    """What a process that torchrun or srun started beside the first does: it checks the command line, then what the
+    first one calls for. Signals end it at once: it has nothing to lose, and the first one says so."""
+    refused = None
+    try:
+        use_plugins(arguments.overrides)
+        if _only_asks_hydra(arguments) or check_command_line(arguments):
+            return
+    except UserError as error:
+        refused = error
+    except COMPOSITION_ERRORS as error:
+        refused = UserError(config.one_line(error))
+    together.follow(refused)
 
 
 def _read_command_line() -> Namespace:

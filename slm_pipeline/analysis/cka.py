@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine.ranks import Share
 
 KERNELS = ("linear", "rbf")
 LEAST_ROWS = {"unbiased": 4, "biased": 2, "official": 4}  # by estimator: fewer leave it undefined
@@ -147,15 +148,27 @@ class MinibatchCKA:
         self._hsics = found if self._hsics is None else self._hsics + found
         self.num_minibatches += 1
 
+    def gather(self, share: Share) -> None:
+        """Add what other processes have taken in; but in the last, whole minibatches alone."""
+        if share.divided:
+            self._flush()
+            assert self._hsics is not None
+            counts = share.summed(torch.tensor([self.num_rows, self.num_minibatches]))
+            self.num_rows, self.num_minibatches = counts.tolist()
+            self._hsics = share.summed(self._hsics)
+
     def result(self) -> Tensor:
         """[S, S] float64 on the CPU, NaN where undefined. More rows must not be added afterwards.
 
         Raises:
             UserError: fewer rows in all than the estimator needs.
         """
-        if self._waiting:
-            self._take(self._waiting)
-            self._waiting = []
+        self._flush()
         if self._hsics is None:
             raise UserError("CKA of no rows at all")
         return alignment(self._hsics)
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._take(self._waiting)
+            self._waiting = []

@@ -32,6 +32,7 @@ from slm_pipeline.engine.blocks import entering_and_leaving
 from slm_pipeline.engine.statistics import MAX_BATCH_TOKENS, check_finite
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation import zero_shot
+from slm_pipeline.machine.ranks import Share
 from slm_pipeline.show.progress import ProgressBar
 from slm_pipeline.show.tables import Table
 from slm_pipeline.surgery.plan import Plan, merged_windows
@@ -210,6 +211,8 @@ def sample_rows(
 class TokenAlignment:
     """CKA over the tokens that the calibration pass sees: what the picture of every run shows beside the cosine."""
 
+    tokens_together = MINIBATCH["tokens"]
+
     def __init__(self) -> None:
         self._cka = MinibatchCKA(MINIBATCH["tokens"])
 
@@ -217,6 +220,10 @@ class TokenAlignment:
         """Take in the L + 1 states ([batch, length, d]) of a batch without padding."""
         self._cka.add(sample_rows(states))
         self._size = len(states)
+
+    def gather(self, share: Share) -> None:
+        """Add what the other processes have seen."""
+        self._cka.gather(share)
 
     def result(self) -> Tensor:
         """The map of `MinibatchCKA.result`; NaN throughout if there are fewer tokens than the estimator needs."""

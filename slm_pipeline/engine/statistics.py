@@ -6,16 +6,18 @@ residual streams are taken per token from the [layers + 1, layers + 1] Gram matr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from slm_pipeline.engine.blocks import batches, dense_passes
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine.ranks import Share
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.show.progress import ProgressBar
 
@@ -77,14 +79,29 @@ class Statistics:
         return cls(cosine=tensors["cosine"], angle=tensors["angle"], angle_last=tensors["angle_last"], **found)
 
 
+class Observer(Protocol):
+    """Somebody who looks on at the pass.
+
+    Attributes:
+        tokens_together: how many tokens, one after the other, it must be shown in one process.
+    """
+
+    tokens_together: int
+
+    def observe(self, states: Sequence[Tensor]) -> None:
+        """Take in the L + 1 states ([batch, T, d]) of a batch; called before the next one is run."""
+
+    def gather(self, share: Share) -> None:
+        """Add what the other processes have seen; called once, at the end."""
+
+
 @torch.no_grad()
-def collect(
-    view: ModelView, input_ids: Tensor, observe: Callable[[Sequence[Tensor]], None] | None = None
-) -> Statistics:
-    """Run the model once over ``input_ids`` ([N, T] int64) and reduce what it shows.
+def collect(view: ModelView, input_ids: Tensor, observer: Observer | None = None) -> Statistics:
+    """Run the model once over ``input_ids`` ([N, T] int64) and reduce what it shows. Processes that work together
+    share out the batches; sums are those of one process, up to the order in which float64 numbers are added.
 
     Args:
-        observe: is given the L + 1 states ([batch, T, d]) of each batch too, before the next one is run.
+        observer: sees the states too.
     """
     depth = view.num_layers
     attention = [ChannelMoments() for _ in range(depth)]
@@ -97,12 +114,12 @@ def collect(
             hooks.append(view.mlp_output(layer).register_forward_pre_hook(mlp[layer].observe))
     cosine, angle, angle_last = (torch.zeros(depth + 1, depth + 1, dtype=torch.float64) for _ in range(3))
     try:
-        text = batches(input_ids, MAX_BATCH_TOKENS)
+        text, share = _text_of_process(input_ids, 1 if observer is None else observer.tokens_together)
         for runner in ProgressBar(dense_passes(view, text), total=len(text), desc="calibration pass"):
             states = runner.states
             check_finite(states)
-            if observe is not None:
-                observe(states)
+            if observer is not None:
+                observer.observe(states)
             cosines = token_cosines(states)
             angles = cosines.clamp(-1, 1).arccos() / torch.pi
             cosine += cosines.sum(dim=(0, 1), dtype=torch.float64).cpu()
@@ -111,6 +128,11 @@ def collect(
     finally:
         for hook in hooks:
             hook.remove()
+    cosine, angle, angle_last = (share.summed(values) for values in (cosine, angle, angle_last))
+    for moments in (*attention, *mlp):
+        moments.gather(share)
+    if observer is not None:
+        observer.gather(share)
     return Statistics(
         cosine=(cosine / input_ids.numel()).float(),
         angle=(angle / input_ids.numel()).float(),
@@ -122,6 +144,17 @@ def collect(
         mlp_mean_abs=[moments.mean_abs for moments in mlp],
         mlp_variance=[moments.variance for moments in mlp],
     )
+
+
+def _text_of_process(input_ids: Tensor, tokens_together: int) -> tuple[list[Tensor], Share]:
+    """This process's batches, which follow one another, and what it shares: units of as many batches as have a
+    multiple of ``tokens_together`` tokens; what is left at the end belongs to the last."""
+    text = batches(input_ids, MAX_BATCH_TOKENS)
+    unit = tokens_together // math.gcd(tokens_together, text[0].numel())
+    number = max(1, input_ids.numel() // (unit * text[0].numel()))
+    share = Share.of(number)
+    first, end = share.numbers.start, share.numbers.stop
+    return text[first * unit : None if end == number else end * unit], share
 
 
 def check_finite(states: Sequence[Tensor], text: str = "the calibration text") -> None:
@@ -161,6 +194,14 @@ class ChannelMoments:
             self._sum_abs += added[1]
             self._sum_squares += added[2]
         self._count += len(rows)
+
+    def gather(self, share: Share) -> None:
+        """Add what the other processes have seen."""
+        if self._sum is not None and share.divided:
+            self._sum, self._sum_abs, self._sum_squares = map(
+                share.summed, (self._sum, self._sum_abs, self._sum_squares)
+            )
+            self._count = int(share.summed(torch.tensor(self._count)))
 
     @property
     def mean(self) -> Tensor:

@@ -13,6 +13,7 @@ from slm_pipeline.engine.blocks import BlockRunner, max_logit_rows, rows_at_once
 from slm_pipeline.engine.layerwise import Stream
 from slm_pipeline.engine.least_squares import Gram, full_float32
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine.ranks import Share
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.ops.replace import written
@@ -52,6 +53,15 @@ class _SumsSoFar:
         self._moment: Tensor | None = None
         self._energy = 0.0
 
+    def gather(self, share: Share) -> None:
+        """Add what the other processes have taken in."""
+        if share.divided:
+            assert self._gram is not None
+            assert self._moment is not None
+            self._gram.matrix = share.summed(self._gram.matrix)
+            self._moment = share.summed(self._moment)
+            self._energy = float(share.summed(torch.tensor(self._energy, dtype=torch.float64)))
+
     def add(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Take in [tokens, n], [tokens, d] and [tokens]."""
         if self._gram is None or self._moment is None:
@@ -77,6 +87,8 @@ class _SumsSoFar:
 class Streams:
     """The residual streams of N samples in the dense and in the pruned model, at one place of the stack.
 
+    Processes that work together have a part of the samples each; all sums are over all samples, and the same in each.
+
     In memory: two states of each token, two more from `look_ahead` to `pass_through`, and what `sums` returns.
 
     Args:
@@ -84,13 +96,17 @@ class Streams:
         input_ids: [N, length] int64 tokens.
 
     Attributes:
-        dense, pruned: [N, length, d] states in the model's dtype; the same tensor while the models are alike.
+        dense, pruned: [N, length, d] states in the model's dtype, of this process's samples; the same tensor while the
+            models are alike.
         middle, leaving: the dense stream after the attention of the layer that `look_ahead` began with, and after the
             last layer that it passed.
     """
 
     def __init__(self, view: ModelView, input_ids: Tensor):
         self.view = view
+        self._share = Share.of(len(input_ids))
+        self._num_tokens = input_ids.numel()
+        input_ids = input_ids[self._share.numbers.start : self._share.numbers.stop]
         self.dense = self.pruned = Stream(view, input_ids).states
         self.middle = self.leaving = self.dense
         self._runner = BlockRunner(view, input_ids[:1], whole=False)
@@ -158,6 +174,7 @@ class Streams:
             if has_bias:
                 inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
             so_far.add(inputs, wanted, weights)
+        so_far.gather(self._share)
         return so_far.sums(
             f"what enters the last projection of layer {block.body}'s {sublayer}, or is to leave it, is not finite"
         )
@@ -170,6 +187,9 @@ class Streams:
             found = found or Gram(inputs.shape[1], inputs.device)
             found.add(inputs)
         assert found is not None
+        if self._share.divided:
+            found.matrix = self._share.summed(found.matrix)
+            found.num_tokens = int(self._share.summed(torch.tensor(found.num_tokens)))
         return found
 
     def reading_sums(self, block: Block, sublayer: str) -> Sums:
@@ -186,6 +206,7 @@ class Streams:
             wanted = self._runner.read_by(Block(block.body), dense, sublayer).float()
             weights = wanted.square().mean(dim=-1).clamp_min(1e-12).reciprocal()
             so_far.add(inputs, wanted, weights)
+        so_far.gather(self._share)
         return so_far.sums(f"what layer {block.body}'s {sublayer} reads is not finite")
 
     def lacks(self, block: Block, sublayer: str) -> bool:
@@ -250,13 +271,13 @@ class Streams:
                     dense, pruned = (view.logits(states).float().log_softmax(dim=-1) for states in (dense, pruned))
                     total += float((dense.exp() * (dense - pruned)).sum(dtype=torch.float64))
                     same += float((dense.argmax(dim=-1) == pruned.argmax(dim=-1)).sum())
+        total, same = self._share.summed(torch.tensor([total, same], dtype=torch.float64)).tolist()
         if not math.isfinite(total):
             raise UserError(
                 "the KL divergence of the pruned model's predictions from the dense model's is not finite; try"
                 " model.dtype=float32"
             )
-        number = self.dense[..., 0].numel()
-        return total / number, same / number
+        return total / self._num_tokens, same / self._num_tokens
 
     def loss(self, input_ids: Tensor) -> float:
         """At the top of the stack: mean next-token loss of the pruned model on these tokens, in nats."""

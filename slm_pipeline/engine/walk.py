@@ -18,6 +18,8 @@ from torch import Tensor
 from slm_pipeline.engine.blocks import BlockRunner, batches, dense_pass, parts_together, rows_at_once
 from slm_pipeline.engine.criteria import CRITERIA, Sums
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine import ranks
+from slm_pipeline.machine.ranks import Share
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.show.progress import ProgressBar
 from slm_pipeline.surgery.block import Block
@@ -68,6 +70,9 @@ def check_some_finite(losses: Iterable[float]) -> None:
 class RemovalWalk:
     """The model with some parts removed already, and how bad it is to remove one more.
 
+    Processes that work together share out the pieces of the text; what they find is added up in float64, so that all
+    decide alike, and as one process does.
+
     Args:
         view: the dense model; never changed.
         input_ids: [N, T] int64 calibration tokens.
@@ -93,14 +98,19 @@ class RemovalWalk:
         self._strict = strict
         tokens = 1 if strict else min(_TEXT_TOKENS, input_ids.numel() // _FEWEST_PIECES)
         self._input_ids = batches(input_ids.to(view.device), tokens)
-        self._runners = dense_pass(view, self._input_ids)
+        # The first piece is what a shortlist goes by; whoever has it, the others wait for it.
+        self._share = Share.of(len(self._input_ids) - 1)
+        self._rest = [1 + number for number in self._share.numbers]
+        self._first = [0] if ranks.is_first() or not self._share.divided else []
+        numbers = [*self._first, *self._rest]
+        self._runners = dict(zip(numbers, dense_pass(view, [self._input_ids[n] for n in numbers]), strict=True))
         # For each batch, what enters each block, and what leaves the last; cut off where it is out of date.
-        self._prefixes = [runner.states for runner in self._runners]
+        self._prefixes = {number: runner.states for number, runner in self._runners.items()}
 
     def losses(self, candidates: Sequence[Removal]) -> dict[Removal, float]:
         """Mean over tokens of the criterion with each candidate removed as well; infinity where it is not finite."""
         totals = dict.fromkeys(candidates, 0.0)
-        self._go_on(totals, range(len(self._runners)))
+        self._go_on(totals, [*self._first, *self._rest])
         return self._means(totals, math.inf)
 
     def losses_of_contenders(
@@ -118,19 +128,18 @@ class RemovalWalk:
             candidate -> value; infinity for one that was given up.
         """
         totals = dict.fromkeys(candidates, 0.0)
-        first, *rest = range(len(self._runners))
-        self._go_on(totals, [first])
+        self._go_on(totals, self._first)
         leader, *others = sorted(totals, key=lambda candidate: totals[candidate])[:shortlist]
         leading = {leader: totals[leader]}
-        self._go_on(leading, rest)
+        self._go_on(leading, self._rest)
         limit = leading[leader] / self._num_terms
         arrived: dict[int, dict[Removal, Tensor]] = {}
         if self._bound is not None:
             bounds = {candidate: totals[candidate] for candidate in others}
-            self._go_on(bounds, rest, limit, self._bound, arrived)
+            self._go_on(bounds, self._rest, limit, self._bound, arrived)
             others = [candidate for candidate in others if bounds[candidate] <= limit * self._num_terms]
         contending = {candidate: totals[candidate] for candidate in others}
-        self._go_on(contending, rest, limit, known=arrived)
+        self._go_on(contending, self._rest, limit, known=arrived)
         given_up = dict.fromkeys(candidates, math.inf)
         return given_up | self._means({**leading, **contending}, limit)
 
@@ -159,7 +168,7 @@ class RemovalWalk:
         position = next(index for index, block in enumerate(self.blocks) if block.body == removal.layer)
         rest = self._without(self.blocks[position], removal.part)
         self.blocks[position : position + 1] = [] if rest is None else [rest]
-        for prefix in self._prefixes:
+        for prefix in self._prefixes.values():
             del prefix[position + 1 :]
 
     def _go_on(
@@ -177,7 +186,24 @@ class RemovalWalk:
             known: for each batch the states that candidates arrived at. Those found here are added while there is
                 room, so that a second measurement need not walk again.
         """
-        sums = sums or self._criterion.sums
+        before, evaluations = dict(totals), self.num_block_evaluations
+        self._add(totals, numbers, limit, sums or self._criterion.sums, known)
+        if self._share.divided:
+            added = [totals[c] - total if math.isfinite(total) else 0.0 for c, total in before.items()]
+            added.append(self.num_block_evaluations - evaluations)
+            *added, more = self._share.summed(torch.tensor(added, dtype=torch.float64)).tolist()
+            totals.update((c, total + found) for (c, total), found in zip(before.items(), added, strict=True))
+            self.num_block_evaluations = evaluations + more
+
+    def _add(
+        self,
+        totals: dict[Removal, float],
+        numbers: Sequence[int],
+        limit: float,
+        sums: Sums,
+        known: dict[int, dict[Removal, Tensor]] | None,
+    ) -> None:
+        """`_go_on` in this process. Who is over the limit here is so with the sums of the others too."""
         size = parts_together(self.view, self._input_ids, _STATES_OF_CANDIDATE * len(totals))
         groups = [numbers[start : start + size] for start in range(0, len(numbers), size)]
         for group in ProgressBar(groups, desc="candidates", unit="batch", leave=False):

@@ -35,7 +35,7 @@ from slm_pipeline.config.overrides import (
 )
 from slm_pipeline.errors import UserError, did_you_mean
 from slm_pipeline.jobs import study
-from slm_pipeline.machine import gpus
+from slm_pipeline.machine import gpus, ranks
 from slm_pipeline.store import run_folder
 from slm_pipeline.store.files import LONGEST_NAME
 
@@ -87,6 +87,11 @@ def check_command_line(arguments: Namespace) -> bool:
         composed = composed_of(arguments, [first_value(item) for item in overrides])
         from slm_pipeline.jobs.job import make_output_root
 
+        if multirun and (place := ranks.launched()) is not None:
+            raise UserError(
+                f"{place.launcher} starts {place.count} processes for one job; a study (-m) starts its own:"
+                " hydra/launcher=slurm or gpus, without " + place.launcher
+            )
         if multirun:
             _check_study(composed, overrides)
             task = [item.input_line or "" for item in overrides if not item.is_hydra_override()]

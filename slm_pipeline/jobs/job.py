@@ -19,7 +19,7 @@ from slm_pipeline.evaluation.efficiency import Efficiency
 from slm_pipeline.evaluation.evaluation import Evaluation
 from slm_pipeline.jobs.loaded import LoadedModels
 from slm_pipeline.jobs.tracking import check_tracker
-from slm_pipeline.machine import gpus
+from slm_pipeline.machine import gpus, ranks
 from slm_pipeline.methods.base import Method, PruningProblem
 from slm_pipeline.methods.target import ParameterCounts, PruningRatio, Threshold
 from slm_pipeline.models.context import Context, OptionGroup
@@ -134,6 +134,11 @@ def prepare(config: Config, command: str, *, runs_here: bool = True) -> Job:
             f"{group}=none" for group, of in (("repair", "repaired"), ("recovery", "recovered")) if of in evaluation.of
         )
         raise UserError(f"evaluation.of=[{','.join(evaluation.of)}] has nothing to score with {unmade}")
+    if (place := ranks.launched()) is not None and config.model.device not in ("auto", "cuda", "cpu", "stream"):
+        raise UserError(
+            f"model.device={config.model.device}: each process of {place.launcher} takes a GPU of its own; use"
+            " model.device=auto, cuda or cpu"
+        )
     if config.model.device == "stream":
         _check_stream(config, method, repair, recovery, evaluation)
     source = describe(config.model)

@@ -28,7 +28,7 @@ from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.evaluate import Evaluate
 from slm_pipeline.jobs.steps import Step, artifact_of, describe_plan, preflight, steps, too_large
 from slm_pipeline.jobs.tracking import Tracker, open_tracker
-from slm_pipeline.machine import gpus, memory, provenance, signals
+from slm_pipeline.machine import gpus, memory, provenance, signals, together
 from slm_pipeline.report.write import write_summary_so_far
 from slm_pipeline.results import objective
 from slm_pipeline.results.number import Number
@@ -91,7 +91,8 @@ def _run_job(composed: DictConfig, words: Sequence[str], warnings: list[str]) ->
             job_type=config.stages[-1] if config.stages else "none",
         ) as tracker:
             try:
-                found = execute(job, run_dir, tracker, warnings)
+                with together.leading(config.model.device):
+                    found = execute(job, run_dir, tracker, warnings)
             finally:
                 job.loaded.release()  # an error keeps hold of the job
         beside = _finished_beside(run_dir) if multirun else iter(())

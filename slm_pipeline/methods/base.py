@@ -87,6 +87,8 @@ class Method(ABC):
             any of them; of layers of one size it is told a number.
         streams: whether it lets all text through a layer before it goes on to the next, without gradients, so that
             it works on a model whose layers stay on disk (``model.device=stream``).
+        shares_samples: whether processes that a launcher started share out its text; what it decides comes from sums
+            over all of it. Else the first process plans alone.
         takes_prices: whether it counts by `PruningProblem.prices` where there are some.
         num_protected: layers that it never touches; a plan keeps at least one more.
     """
@@ -95,6 +97,7 @@ class Method(ABC):
     targets: ClassVar[tuple[type, ...]] = (Layers,)
     removes_by_order: ClassVar[bool] = False
     streams: ClassVar[bool] = False
+    shares_samples: ClassVar[bool] = False
     takes_prices: ClassVar[bool] = False
     min_seq_len: ClassVar[int] = 1
 

@@ -54,6 +54,7 @@ class FinerCut(ProtectsEnds):
 
     name: ClassVar[str] = "finercut"
     streams: ClassVar[bool] = True
+    shares_samples: ClassVar[bool] = True
     targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
 
     def __post_init__(self) -> None:

@@ -43,6 +43,7 @@ class ShortenedPerplexity(ShortenedLlama):
 
     name: ClassVar[str] = "shortened_ppl"
     streams: ClassVar[bool] = True
+    shares_samples: ClassVar[bool] = True
     min_seq_len: ClassVar[int] = 2
 
     def memory(self, sizes: Sizes) -> int:

@@ -40,6 +40,7 @@ class Sleb(LayerRemoval):
 
     name: ClassVar[str] = "sleb"
     streams: ClassVar[bool] = True
+    shares_samples: ClassVar[bool] = True
     targets: ClassVar[tuple[type, ...]] = (Layers, Parameters)
     removes_by_order: ClassVar[bool] = True
     min_seq_len: ClassVar[int] = 2

@@ -23,6 +23,7 @@ from slm_pipeline.config.ranges import (
 )
 from slm_pipeline.data import batches, examples, tokens
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine import ranks
 from slm_pipeline.recovery.base import Recovery, RecoveryProblem, RecoveryResult
 from slm_pipeline.recovery.freezing import freeze_all_but
 
@@ -108,7 +109,7 @@ class FineTuning(Recovery):
                 f"recovery.micro_batch_size={self.micro_batch_size} for each of"
                 f" recovery.num_processes={self.num_processes} must divide recovery.batch_size={self.batch_size}"
             )
-        if self.sharding and self.num_processes == 1:
+        if self.sharding and self.num_processes == 1 and ranks.launched() is None:
             raise UserError("recovery.sharding=true spreads the model over recovery.num_processes, which is 1")
 
     @property
@@ -125,6 +126,7 @@ class FineTuning(Recovery):
 
     def check(self, source: ModelSource, num_layers: int | None) -> None:
         """Raise `UserError` if the model's architecture or device does not go with packing or several processes."""
+        self._check_launched()
         if self.packing and not source.architecture.packs:
             raise UserError(
                 f"recovery.packing=true: a {source.model_type} model in transformers lets packed examples see each"
@@ -135,6 +137,22 @@ class FineTuning(Recovery):
             raise UserError(
                 f"recovery.num_processes={self.num_processes}: each process takes a GPU of its own, so model.device="
                 f"{source.config.device} cannot be; use model.device={', '.join(allowed[:-1])} or {allowed[-1]}"
+            )
+
+    def _check_launched(self) -> None:
+        """Raise `UserError` if the processes of a launcher cannot share out what an optimizer step is made of."""
+        place = ranks.launched()
+        if place is None:
+            return
+        if self.num_processes > 1:
+            raise UserError(
+                f"recovery.num_processes={self.num_processes}: {place.launcher} has started {place.count} processes,"
+                " which train together; leave it at 1"
+            )
+        if self.batch_size % (self.micro_batch_size * place.count):
+            raise UserError(
+                f"recovery.micro_batch_size={self.micro_batch_size} for each of the {place.count} processes of"
+                f" {place.launcher} must divide recovery.batch_size={self.batch_size}"
             )
 
     def preflight(self, source: ModelSource, data_dir: Path | None) -> None:

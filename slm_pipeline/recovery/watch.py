@@ -104,7 +104,7 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update()
-        self.progress.seconds = collective.of_first(time.monotonic() - self.start, args.device)
+        self.progress.seconds = collective.of_first(time.monotonic() - self.start)
         if self.progress.seconds >= self.max_seconds:
             logger.info(
                 "%.3g of recovery.max_minutes=%g are over at step %d",

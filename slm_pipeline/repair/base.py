@@ -62,6 +62,7 @@ class Repair(ABC):
 
     name: ClassVar[str]
     streams: ClassVar[bool] = False
+    shares_samples: ClassVar[bool] = False
 
     calibration: CalibrationConfig
 

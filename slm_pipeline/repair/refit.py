@@ -13,6 +13,7 @@ import numpy as np
 
 from slm_pipeline.config.ranges import Range
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine import ranks
 from slm_pipeline.repair.base import Repair, RepairProblem, extended
 from slm_pipeline.store.files import write_json
 from slm_pipeline.surgery.ops import Op
@@ -94,6 +95,7 @@ class Refit(Repair):
 
     name: ClassVar[str] = "refit"
     streams: ClassVar[bool] = True
+    shares_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,9 +228,11 @@ class Refit(Repair):
             if first is not None and position >= first:
                 layer = groups[position][0]
                 found = _Kept(problem, f"{prefix}.{layer}.{walk}")
-                if not found.is_there:
+                if not ranks.of_first(found.is_there):  # all make it, or all read it
                     _, what = how.layer(fitted, other, block)
-                    found.write(what)
+                    if ranks.is_first():
+                        found.write(what)
+                ranks.wait()
                 kept, what_json = found.read()
                 of_layer = {f"{prefix}.{layer}.{key}": value for key, value in kept.items()}
                 for op in _ops(layer, f"{prefix}.{layer}", kept):

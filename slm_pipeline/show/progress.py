@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from slm_pipeline.machine import ranks
 from slm_pipeline.show.numerals import duration
 
 AFTER = 10.0  # seconds before the first line in a log; what is done by then needs none
@@ -28,10 +29,10 @@ class ProgressBar(tqdm):
     """
 
     def __init__(self, iterable: Iterable[Any] | None = None, desc: str | None = None, **options: Any) -> None:
-        """As `tqdm`. ``disable`` is for processes that are not to say anything."""
+        """As `tqdm`. ``disable`` is for who is not to say anything, as all processes are but the first of several."""
         self._on_terminal = sys.stderr.isatty()
         self._next_line = time.monotonic() + AFTER
-        options["disable"] = bool(options.get("disable"))
+        options["disable"] = bool(options.get("disable")) or not ranks.is_first()
         # the time left goes by all that is done: steps that were quick or slow for once would make it jump
         options |= {"leave": False, "file": sys.stderr, "smoothing": 0}
         if self._on_terminal:

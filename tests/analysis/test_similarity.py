@@ -134,7 +134,7 @@ def test_the_calibration_pass_gives_the_same_cka(tiny_llama, monkeypatch):
     input_ids = torch.randint(0, 256, (12, 30), generator=torch.Generator().manual_seed(4))
     monkeypatch.setattr(statistics, "MAX_BATCH_TOKENS", 150)
     alignment = similarity.TokenAlignment()
-    found = statistics.collect(view, input_ids, alignment.observe)
+    found = statistics.collect(view, input_ids, alignment)
     maps, _ = similarity.measure(view, Text("same", list(input_ids), {}), Settings(features="tokens", minibatch=256))
     torch.testing.assert_close(found.cosine.double(), maps["cosine"], rtol=0, atol=1e-6)
     torch.testing.assert_close(alignment.result(), maps["cka"], rtol=0, atol=1e-4)  # 360 rows are one minibatch
@@ -145,7 +145,7 @@ def test_the_calibration_pass_gives_the_same_cka(tiny_llama, monkeypatch):
 
 def test_a_calibration_of_three_tokens_has_no_cka(tiny_llama):
     alignment = similarity.TokenAlignment()
-    statistics.collect(ModelView(tiny_llama[0]), torch.tensor([[1, 2, 3]]), alignment.observe)
+    statistics.collect(ModelView(tiny_llama[0]), torch.tensor([[1, 2, 3]]), alignment)
     assert alignment.result().isnan().all()
     assert similarity.map_summary(alignment.result())["matrix"] == [[None] * 7] * 7
 

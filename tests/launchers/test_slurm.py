@@ -240,3 +240,19 @@ def test_a_study_on_slurm_survives_a_requeue_and_a_cancelled_job(slurm, study, t
     assert all(stage["reused"] for stage in reused.values())
     assert not list(store.glob("*/*.partial"))
     assert table(new) == expected
+
+
+def test_srun_starts_one_job_in_two_processes(slurm, tmp_path, monkeypatch):
+    """Real steps of a real Slurm; what comes of it is compared in tests/jobs/test_launched.py."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "text.txt").write_text(" ".join(random.Random(0).choices(["river", "mill", "tree", "runs"], k=1000)))
+    command = [
+        sys.executable, "-m", "slm_pipeline", "model=random", "model.num_layers=6", "tracker=jsonl", "pictures=false",
+        "calibration=text_file", f"calibration.path={tmp_path}/text.txt", "calibration.num_samples=40",
+        "calibration.seq_len=64", "method=sleb", "stages=[calibrate,merge]", f"output_dir={tmp_path}",
+    ]  # fmt: skip
+    outcome = subprocess.run(["srun", "--ntasks=2", *command], capture_output=True, text=True, timeout=200)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stderr.count("2 processes of srun work on this") == outcome.stderr.count("merge: done") == 1
+    assert len(list(tmp_path.glob("store/merge/*/plan.json"))) == 1

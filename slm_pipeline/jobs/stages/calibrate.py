@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.tracking import Tracker
+from slm_pipeline.machine import together
 from slm_pipeline.models.sizes import Sizes
 from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.store.files import write_json
@@ -17,7 +18,9 @@ from slm_pipeline.store.files import write_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slm_pipeline.analysis.similarity import TokenAlignment
     from slm_pipeline.engine.statistics import Statistics
+    from slm_pipeline.models.source import ModelSource
 
 VERSION = 2  # 2: CKA and patches in similarity.json
 
@@ -43,20 +46,16 @@ class Calibrate(Stage):
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         from safetensors.torch import save_file
 
-        from slm_pipeline.analysis.similarity import TokenAlignment, map_summary
-        from slm_pipeline.engine.statistics import collect
-        from slm_pipeline.models.loading import load_dense, load_dense_tokenizer
-        from slm_pipeline.models.view import ModelView
+        from slm_pipeline.analysis.similarity import map_summary
+        from slm_pipeline.models.loading import load_dense_tokenizer
 
         # before the weights: a text that is too short needs no model to be found so
         samples = job.calibration.sample(load_dense_tokenizer(job.source))
-        model, _ = load_dense(job.source)
         save_file({"input_ids": samples.input_ids}, out / "samples.safetensors")
         write_json(
             out / "samples.json", {"mode": samples.mode, "fingerprint": samples.fingerprint, "samples": samples.ids}
         )
-        alignment = TokenAlignment()
-        statistics = collect(ModelView(model), samples.input_ids, alignment.observe)
+        statistics, alignment = together.run(look, job.source, samples.input_ids)
         statistics.save(out / "statistics.safetensors")
         maps = {"cosine": map_summary(statistics.cosine), "cka": map_summary(alignment.result())}
         write_json(
@@ -79,6 +78,19 @@ class Calibrate(Stage):
     def publish(self, artifact: Artifact, tracker: Tracker, *, reused: bool) -> None:
         result = artifact.record()["result"]
         tracker.log({key: result[key] for key in ("num_samples", "seq_len", "num_tokens")}, stage=self.name)
+
+
+def look(source: ModelSource, input_ids: Tensor) -> tuple[Statistics, TokenAlignment]:
+    """What the dense model shows on the samples, [N, length] int64; shared out where several processes do it."""
+    from slm_pipeline.analysis.similarity import TokenAlignment
+    from slm_pipeline.engine.statistics import collect
+    from slm_pipeline.models.loading import load_dense
+    from slm_pipeline.models.view import ModelView
+
+    model, _ = load_dense(source)
+    alignment = TokenAlignment()
+    statistics = collect(ModelView(model), input_ids, alignment)
+    return statistics, alignment
 
 
 def load_statistics(artifact: Artifact) -> Statistics:

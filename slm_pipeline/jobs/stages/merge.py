@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slm_pipeline.engine.window_memo import WindowMemos
 from slm_pipeline.jobs.job import Job
@@ -15,6 +15,7 @@ from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.calibrate import load_samples, load_statistics
 from slm_pipeline.jobs.stages.time_blocks import load_block_times
 from slm_pipeline.jobs.tracking import Tracker
+from slm_pipeline.machine import together
 from slm_pipeline.methods.latency import plan_for_speedup
 from slm_pipeline.methods.target import ParameterCounts, Speedup
 from slm_pipeline.models.sizes import Sizes
@@ -26,6 +27,11 @@ from slm_pipeline.store.unfinished import note_complete
 from slm_pipeline.surgery.changes import measure_changes
 from slm_pipeline.surgery.mergekit import can_name, to_mergekit
 from slm_pipeline.surgery.plan import Plan, file_of, format_groups
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from slm_pipeline.models.view import ModelView
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +72,15 @@ class Merge(Stage):
         from slm_pipeline.models.view import ModelView
         from slm_pipeline.surgery.apply import layer_sizes
 
-        model, tokenizer = load_dense(job.source)
-        view = ModelView(model)
-        counts = ParameterCounts.of(view)
         # Otherwise it was decided by an attempt that was interrupted, or that kept no weights.
         if not (out / "plan.json").is_file():
-            self._plan(job, results, view).write(out / "plan.json")
+            found, view, tokenizer = self._search(job, results)
+            found.write(out / "plan.json")
             note_complete(out, "plan.json", "plan.safetensors")
+        else:
+            model, tokenizer = load_dense(job.source)
+            view = ModelView(model)
+        counts = ParameterCounts.of(view)
         plan = Plan.read(out / "plan.json")
         if plan.ops and all(op.only_removes for op in plan.ops):
             model_name = job.config.model.repo or job.config.model.path or job.source.name
@@ -85,7 +93,7 @@ class Merge(Stage):
         sizes, changes = measure_changes(plan, dense_sizes)
         outside_layers = counts.total - sum(size.whole for size in dense_sizes)
         if job.config.keep == "model":
-            save_pruned(plan, model, tokenizer, out / "model", job)
+            save_pruned(plan, view.model, tokenizer, out / "model", job)
         return {
             "checkpoint": checkpoint_id(job, plan),
             "threshold": plan.threshold,
@@ -114,18 +122,36 @@ class Merge(Stage):
             )
         tracker.numbers(of_pruning(result), stage=self.name)
 
-    def _plan(self, job: Job, results: Mapping[str, Artifact], view: Any) -> Plan:
-        calibration = results["calibrate"]
-        input_ids, identity = load_samples(calibration)
-        windows = WindowMemos(calibration.path, afresh="merge" in job.config.force)
-        problem = job.pruning_problem(view, input_ids, load_statistics(calibration), identity, windows)
-        started = time.monotonic()
-        if isinstance(problem.target, Speedup):
-            plan = plan_for_speedup(job.method, problem, load_block_times(results["time_blocks"]))
-        else:
-            plan = job.method.plan(problem)
-        plan.scores["seconds"] = round(time.monotonic() - started, 3)
-        return plan
+    def _search(self, job: Job, results: Mapping[str, Artifact]) -> tuple[Plan, ModelView, Any]:
+        windows = WindowMemos(results["calibrate"].path, afresh="merge" in job.config.force)
+        if job.method.shares_samples:
+            return together.run(search, job, dict(results), windows=windows)
+        return search(job, results, windows)
+
+
+def search(
+    job: Job, results: Mapping[str, Artifact], windows: WindowMemos | None = None
+) -> tuple[Plan, ModelView, PreTrainedTokenizerBase]:
+    """The method's plan, the dense model that it was made on, and its tokenizer.
+
+    Args:
+        results: those of the stages that the merge needs.
+        windows: what is known of merged windows; None: nothing, and nothing is kept.
+    """
+    from slm_pipeline.models.loading import load_dense
+    from slm_pipeline.models.view import ModelView
+
+    model, tokenizer = load_dense(job.source)
+    view = ModelView(model)
+    input_ids, identity = load_samples(results["calibrate"])
+    problem = job.pruning_problem(view, input_ids, load_statistics(results["calibrate"]), identity, windows)
+    started = time.monotonic()
+    if isinstance(problem.target, Speedup):
+        plan = plan_for_speedup(job.method, problem, load_block_times(results["time_blocks"]))
+    else:
+        plan = job.method.plan(problem)
+    plan.scores["seconds"] = round(time.monotonic() - started, 3)
+    return plan, view, tokenizer
 
 
 def checkpoint_id(job: Job, plan: Plan) -> str:

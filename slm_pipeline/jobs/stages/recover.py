@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.merge import load_plan, load_pruned
 from slm_pipeline.jobs.tracking import Tracker
+from slm_pipeline.machine import memory, ranks, together
 from slm_pipeline.models.sizes import Sizes
 from slm_pipeline.recovery import workers
-from slm_pipeline.recovery.base import Log, RecoveryProblem
+from slm_pipeline.recovery.base import Log, Recovery, RecoveryProblem
+from slm_pipeline.recovery.collective import Trained
+from slm_pipeline.recovery.fine_tuning import FineTuning
 from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.store.files import write_json
 from slm_pipeline.store.unfinished import note_complete
@@ -107,8 +111,11 @@ class Recover(Stage):
 
         if job.recovery.num_processes > 1:
             workers.train(job.recovery, make_problem, log)
+        elif ranks.launched() is not None and isinstance(job.recovery, FineTuning):
+            together.run(train_together, job.recovery, make_problem, log=log)
+            memory.free()
         problem = make_problem(log)
-        result = job.recovery.run(problem)  # after `workers.train` it finds nothing left to train
+        result = job.recovery.run(problem)  # what has been trained together is finished: it finds nothing left to train
         self._log_curve([row for row in result.curve if row not in logged], tracker)  # of parts that were finished
         write_json(out / "curve.json", result.curve)
         write_json(out / "metrics.json", result.metrics)
@@ -136,6 +143,14 @@ class Recover(Stage):
         for row in rows:
             metrics = {name: value for name, value in row.items() if name != "step"}
             tracker.log(metrics, stage=self.name, step=int(row["step"]))
+
+
+def train_together(
+    recovery: Recovery, make_problem: Callable[[Log], RecoveryProblem], log: Log = lambda metrics, step: None
+) -> None:
+    """One process's part of a training, which ends when the finished checkpoints lie in ``out``."""
+    with suppress(Trained):
+        recovery.run(make_problem(log))
 
 
 def recovery_problem(job: Job, pruned: Artifact, out: Path, log: Log) -> RecoveryProblem:
