@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Plan", "Run", "UserError", "apply_plan", "compose", "load", "load_results", "make_plan", "run", "save_model",
-]  # fmt: skip
     "Plan",
     "Run",
     "UserError",
