@@ -13,7 +13,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Plan", "Run", "UserError", "apply_plan", "compose", "load_results", "make_plan", "run", "save_model"]
+__all__ = [
+    "Plan",
+    "Run",
+    "UserError",
+    "apply_plan",
+    "compose",
+    "load",
+    "load_results",
+    "make_plan",
+    "run",
+    "save_model",
+]
 
 
 def __getattr__(name: str) -> Any:

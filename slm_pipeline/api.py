@@ -158,3 +158,23 @@ def save_model(
     loaded: PreTrainedModel = checkpoint.save(model, tokenizer, place, card=card, config=config)
     plan.write(file_of(place))
     return loaded
+
+
+def load(place: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that was saved here, whatever its layers have, and its tokenizer. No code in its folder is run.
+
+    Args:
+        place: a model's folder, or a run's: then the last model that it made.
+
+    Returns:
+        The model on the CPU in the dtype of its files, ready to run, and the tokenizer.
+
+    Raises:
+        UserError: it is neither, or the run kept no model, or something is wrong in the folder.
+    """
+    from slm_pipeline.export import exported
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    model, tokenizer = exported.find(Path(place)).load()
+    return model, tokenizer

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from plans import narrowing
 
 import slm_pipeline
 from slm_pipeline.models.loading import load_dense
@@ -74,6 +75,21 @@ def test_a_plan_applied_to_a_model_in_memory_gives_the_pipelines_checkpoint(ran,
     assert pruned is dense
     of_the_run = transformers.AutoModelForCausalLM.from_pretrained(names["finished"].summary["checkpoint"])
     torch.testing.assert_close(logits(pruned), logits(of_the_run))
+
+
+def test_a_model_with_layers_that_differ_is_loaded_without_its_code(ran, tmp_path):
+    """By its folder; by that of its run in docs/python.md."""
+    _, names = ran
+    model, tokenizer = slm_pipeline.load(names["finished"].path)
+    pruned = slm_pipeline.apply_plan(narrowing({1: ([0], [2, 5])}, num_layers=6), model)
+    plan = narrowing({1: ([0], [2, 5])}, num_layers=6)
+    expected = logits(slm_pipeline.save_model(pruned, tokenizer, tmp_path / "unequal", plan=plan))
+    (tmp_path / "unequal/modeling_pruned.py").write_text("raise SystemExit('this must not run')")
+    again, _ = slm_pipeline.load(tmp_path / "unequal")
+    assert type(again).__name__ == "PrunedLlamaForCausalLM"
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=0)
+    with pytest.raises(slm_pipeline.UserError, match="is neither a run's folder"):
+        slm_pipeline.load(tmp_path)
 
 
 def test_what_is_saved_is_the_pruned_model_with_its_plan_and_its_card(ran):

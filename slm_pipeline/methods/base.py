@@ -140,6 +140,12 @@ class Method(ABC):
                 f"calibration.seq_len={seq_len} must be at least {self.min_seq_len} for method={self.name}, which"
                 " predicts the next token"
             )
+        if self.mixes_layers and context.source.layers_differ:
+            raise UserError(
+                f"method={self.name} mixes the weights of layers, and those of {context.source.name} differ in heads,"
+                " neurons or sublayers; take a method that removes or narrows layers, or slm with"
+                " method.merge_rule=official"
+            )
 
     def identity(self) -> dict[str, Any]:
         code = self.code()

@@ -66,6 +66,12 @@ class ModelSource:
     def architecture(self) -> Architecture:
         return architectures.find({"model_type": self.model_type})
 
+    @property
+    def layers_differ(self) -> bool:
+        """Whether config.json says that its layers have different heads or neurons, or lack a sublayer."""
+        sizes = (self.description or {}).get("layer_sizes") or (self.description or {}).get("widths") or []
+        return any(size != sizes[0] for size in sizes) or bool((self.description or {}).get("absent"))
+
     def puts_bos(self, asked: bool | None) -> bool:
         """Whether the BOS token stands before a text: as asked, else where the model needs it and has one."""
         if asked is not None:

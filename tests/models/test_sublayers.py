@@ -127,3 +127,7 @@ def test_it_can_be_pruned_further(tiny_llama, tmp_path):
     for method in (["method=finercut", "method.export=custom"], ["method=shortgpt"], ["method=flap"]):
         outcome = run_slm(*words, *method)
         assert outcome.status == 0, outcome.err
+    for method in (["method=slm", "method.merge_rule=mean"], ["method=come"]):
+        outcome = run_slm(*words, *method)
+        assert outcome.status == 2
+        assert "mixes the weights of layers, and those of local differ in heads, neurons or sublayers" in outcome.err
