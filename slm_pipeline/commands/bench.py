@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_pipeline.cli import VERSION, errors_in_one_line
 from slm_pipeline.commands import bench_efficiency, bench_recovery, bench_sweep
+from slm_pipeline.commands.arguments import answer_shell
 from slm_pipeline.errors import UserError
 from slm_pipeline.jobs import command_line
 from slm_pipeline.machine import memory
@@ -210,6 +211,7 @@ def main() -> None:
         "sweep": (bench_sweep.sweep, bench_sweep.__doc__),
         "efficiency": (bench_efficiency.benchmark, bench_efficiency.__doc__),
     }
+    answer_shell(benchmarks, lambda name: [*(METHODS if name == "methods" else ()), "model=", "pruning_ratio="])
     run, about = benchmarks.get(arguments[0] if arguments else "methods", (None, None))
     if not arguments or {"-h", "--help"} & set(arguments):
         print(about or __doc__)
