@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from slm_pipeline.analysis.options import PREFIX, DynamicSkip, Options, Painters, Similarity, help_page, read
 from slm_pipeline.analysis.token_metrics import TOKEN_METRICS
 from slm_pipeline.cli import VERSION, errors_in_one_line
+from slm_pipeline.commands.arguments import answer_shell
 from slm_pipeline.config import CalibrationConfig
 from slm_pipeline.config.overrides import parse_overrides
 from slm_pipeline.data import calibration, corpora
@@ -342,8 +343,15 @@ ANALYSES = {
 }
 
 
+def _may_begin(name: str) -> list[str]:
+    """How words after an analysis may begin, for a shell."""
+    own = [f"{PREFIX}{option.name}=" for option in dataclasses.fields(ANALYSES[name].options)]
+    return [*own, "model=", "calibration=", "seed="]
+
+
 def main() -> None:
     """Console entry point."""
+    answer_shell(ANALYSES, _may_begin)
     name, *words = sys.argv[1:] or [""]
     if name in ("", "-h", "--help"):
         print(__doc__)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import argcomplete
 
@@ -15,3 +16,21 @@ def parsed(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) 
     parser.add_argument("--version", action="version", version=VERSION)
     argcomplete.autocomplete(parser)
     return parser.parse_args(words)
+
+
+def answer_shell(names: Iterable[str], options: Callable[[str], Iterable[str]]) -> None:
+    """Answer a shell that asks what may come next after a command that reads its words itself; else nothing.
+
+    Args:
+        names: what the first word may be.
+        options: how the words after such a name may begin.
+    """
+
+    def completer(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+        return list(options(parsed_args.name))
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", choices=list(names))
+    words: Any = parser.add_argument("words", nargs="*")
+    words.completer = completer
+    argcomplete.autocomplete(parser)

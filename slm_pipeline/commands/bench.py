@@ -28,6 +28,7 @@ from slm_pipeline.commands import (
     bench_stages,
     bench_sweep,
 )
+from slm_pipeline.commands.arguments import answer_shell
 
 GROUPS = {
     "search": (bench_methods.search, bench_methods.__doc__),
@@ -42,9 +43,15 @@ GROUPS = {
 }
 
 
+def _words_of(group: str) -> list[str]:
+    """What a shell may complete after ``slm-bench GROUP``."""
+    return [*(bench_methods.METHODS if group in ("methods", "search") else ()), "model=", "pruning_ratio="]
+
+
 def main() -> None:
     """Console entry point."""
     arguments = sys.argv[1:]
+    answer_shell(GROUPS, _words_of)
     run, about = GROUPS.get(arguments[0] if arguments else "", (None, None))
     if not arguments or {"-h", "--help"} & set(arguments):
         print(about or __doc__)

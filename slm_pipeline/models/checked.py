@@ -32,15 +32,10 @@ def load_checked(model_class: Any, place: Path | str, **options: Any) -> Any:
     """
     if find_adapter_config_file(str(place), revision=options.get("revision")):
         raise UserError(f"{place} holds an adapter beside the weights: merge it into them, or move its files away")
-    transformers_log = logging.getLogger("transformers.modeling_utils")
-    transformers_log.addFilter(_is_no_load_report)  # said below, in a line
-    try:
-        with our_bars():
-            model, found = model_class.from_pretrained(
-                place, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
-    finally:
-        transformers_log.removeFilter(_is_no_load_report)
+    with our_bars(), unsaid("transformers.modeling_utils", "LOAD REPORT"):  # said below, in a line
+        model, found = model_class.from_pretrained(
+            place, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     problems = [fault_words.lacking(sorted(found["missing_keys"]))] if found["missing_keys"] else []
     problems += fault_words.unequal({name: (saved, wanted) for name, saved, wanted in sorted(found["mismatched_keys"])})
     if not problems and (names := [name for name, tensor in model.named_parameters() if not is_finite(tensor)]):
@@ -69,5 +64,16 @@ def our_bars() -> Iterator[None]:
         module.tqdm_lib = theirs
 
 
-def _is_no_load_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
+@contextmanager
+def unsaid(logger: str, words: str) -> Iterator[None]:
+    """Messages of a logger that have these words in them are not shown meanwhile."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return words not in record.getMessage()
+
+    spoken = logging.getLogger(logger)
+    spoken.addFilter(is_other)
+    try:
+        yield
+    finally:
+        spoken.removeFilter(is_other)

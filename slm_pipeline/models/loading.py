@@ -18,7 +18,7 @@ from slm_pipeline.errors import UserError, refused_in_one_line
 from slm_pipeline.machine import gpus
 from slm_pipeline.models import bundled, fault_words, folder, modeling_pruned
 from slm_pipeline.models.architectures import PRUNED
-from slm_pipeline.models.checked import load_checked
+from slm_pipeline.models.checked import load_checked, unsaid
 from slm_pipeline.models.layer_stream import load_streamed
 from slm_pipeline.models.source import RANDOM_POSITIONS, ModelSource, drawn_on
 from slm_pipeline.models.view import ModelView
@@ -126,8 +126,12 @@ def load_tokenizer(path: Path) -> Any:
     return _load_tokenizer(str(path), trust_remote_code=False)
 
 
+_OF_NO_MODEL = ("transformers.configuration_utils", "You are using a model of type")
+
+
 def _load_tokenizer(place: str, trust_remote_code: bool, revision: str | None = None) -> Any:
-    with refused_in_one_line(f"cannot load the tokenizer {place}"):
+    # it reads the configuration as that of no model first, and says so of a type that is not its own
+    with refused_in_one_line(f"cannot load the tokenizer {place}"), unsaid(*_OF_NO_MODEL):
         return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
 
 

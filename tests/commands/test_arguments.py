@@ -29,10 +29,19 @@ def test_slm_says_its_version_and_not_hydras():
     assert run_slm("method=laco", "--version").out == f"slm_pipeline {slm_pipeline.__version__}\n"
 
 
-def test_a_shell_is_told_what_may_come_next(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("slm-store ver", ["verify"]),
+        ("slm-analyze pai", ["painters"]),
+        ("slm-analyze similarity analysis.ta", ["analysis.tasks="]),
+        ("slm-bench eff", ["efficiency"]),
+    ],
+)
+def test_a_shell_is_told_what_may_come_next(line, words, tmp_path):
     """As the functions of ``register-python-argcomplete`` ask."""
-    line = "slm-store ver"
     asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
     asked["_ARGCOMPLETE_STDOUT_FILENAME"] = str(tmp_path / "words")
-    subprocess.run([sys.executable, "-m", "slm_pipeline.commands.store"], env={**os.environ, **asked}, check=True)
-    assert (tmp_path / "words").read_text().split() == ["verify"]
+    module = f"slm_pipeline.commands.{line.split()[0].removeprefix('slm-')}"
+    subprocess.run([sys.executable, "-m", module], env={**os.environ, **asked}, check=True)
+    assert (tmp_path / "words").read_text().split() == words

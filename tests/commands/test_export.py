@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import shutil
 import sys
 import threading
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from slm_pipeline.commands import export
 from slm_pipeline.export import exported, hub
+from slm_pipeline.models.loading import load_tokenizer
 from slm_pipeline.surgery.plan import Plan
 
 
@@ -82,6 +84,21 @@ def test_a_run_becomes_a_folder_of_the_stock_class(slm_export, run, input_ids):
     assert "filled up with zeros" in card
     assert "trust_remote_code" not in card
     assert "error: padded is of a stock class already" in slm_export("padded", "padded", "--out", "twice")[2]
+
+
+def test_our_own_class_is_loaded_without_a_word_of_transformers(run):
+    """It takes the tokenizer's folder for one of a model of type ''."""
+    said = []
+    listener = logging.Handler()
+    listener.emit = said.append
+    spoken = logging.getLogger("transformers.configuration_utils")
+    spoken.addHandler(listener)
+    try:
+        load_tokenizer(Path(json.loads((run / "summary.json").read_text())["checkpoint"]))
+        spoken.warning("something else")
+    finally:
+        spoken.removeHandler(listener)
+    assert [record.getMessage() for record in said] == ["something else"]
 
 
 def test_a_run_has_its_full_card_from_the_start(slm_export, run):

@@ -66,7 +66,9 @@ def test_an_unknown_column_is_an_error_that_lists_the_columns(sweep, key):
 
 
 def test_a_column_that_is_nearly_one_is_answered_with_it(sweep):
-    with pytest.raises(UserError, match=r"metric='prund/average' is not a column of this table \(did you mean pruned/av"):
+    with pytest.raises(
+        UserError, match=r"metric='prund/average' is not a column of this table \(did you mean pruned/av"
+    ):
         read_study(sweep, metric="prund/average")
 
 
