@@ -54,6 +54,7 @@ def scratch(words: Sequence[str], group: str) -> Iterator[Path]:
 
 def run_slm(words: Sequence[str], folder: Path, launcher: Sequence[str] = (sys.executable, "-m")) -> dict[str, Cost]:
     """Run ``slm`` with its output in ``folder`` and return what each stage took, and the ``command`` with its start.
+    What it says is in ``folder``/said.txt.
 
     Raises:
         UserError: it failed; with the last line that it said.
@@ -62,6 +63,8 @@ def run_slm(words: Sequence[str], folder: Path, launcher: Sequence[str] = (sys.e
     started = time.monotonic()
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     seconds = time.monotonic() - started
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "said.txt").write_text(run.stdout + run.stderr, encoding="utf-8")
     if run.returncode != 0:
         said = [line for line in (run.stderr + run.stdout).splitlines() if line.strip()]
         raise UserError(f"slm {' '.join(words)} failed: {next(iter(said[-1:]), 'it said nothing')}")

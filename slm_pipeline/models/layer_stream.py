@@ -9,6 +9,7 @@ Code that looks at weights, and not at states, reads the mapped ones, as if the 
 
 from __future__ import annotations
 
+import logging
 import mmap
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,8 @@ from slm_pipeline.models.json_files import read_json
 from slm_pipeline.models.stored_tensors import Stored, check_stored_as, find, stored_tensors
 from slm_pipeline.models.view import ModelView
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _READERS = 4  # threads that copy the tensors of a block
 
@@ -43,6 +46,7 @@ class LayerStream:
 
     Attributes:
         blocks: input side first.
+        num_read: blocks copied to where they run, so far; said in the log whenever the top of the stack is reached.
     """
 
     def __init__(self, model: Any, device: torch.device, files: Files, place: str):
@@ -54,6 +58,7 @@ class LayerStream:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="layer_stream")
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._checked: set[int] = set()
+        self.num_read = 0
         self._present: nn.Module | None = None
         self._homes: list[tuple[nn.Parameter, Tensor]] = []  # of the present block: parameters, and what they were
         self._ahead: tuple[nn.Module, dict[nn.Parameter, Future[Tensor]]] | None = None
@@ -79,6 +84,9 @@ class LayerStream:
                 value.record_stream(torch.cuda.current_stream(self.device))
             parameter.data = value
         self._present = block
+        self.num_read += 1
+        if block is self.blocks[-1]:
+            log.info("%s: %d blocks read", self._place, self.num_read)
         if (following := next(above, None)) is not None:
             self._ahead = (following, self._start(following))
 
