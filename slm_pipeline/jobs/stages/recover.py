@@ -121,7 +121,8 @@ class Recover(Stage):
             command=job.command,
         )
         silence_zeroed(plan, result.model)  # whatever trained, what the plan removed stays removed
-        model, placed = result.model, job.config.model
+        model: Any = result.model
+        placed = job.config.model
         if job.recovery.places_blocks:  # it may be larger than a GPU
             model, placed = model.to("cpu"), replace(placed, device="cpu")
         checkpoint.save(model, problem.tokenizer, out / "model", card=card, config=placed)
