@@ -29,7 +29,8 @@ class Lora(FineTuning):
 
     The adapters are float32 and stay in ``out/adapter`` in peft's format. Merging happens in float32 and is rounded
     to the model's own dtype once. With ``quantize`` they train beside a model in 4 or 8 bits, and are then merged into
-    the weights that it was made of, which lie in main memory meanwhile, or in their files. Rank, alpha and dropout are those of ``script/lora_slm.sh`` in SLM's code.
+    the weights that it was made of, which lie in main memory meanwhile, or in their files. Rank, alpha and dropout are
+    those of ``script/lora_slm.sh`` in SLM's code.
     """
 
     rank: Annotated[int, Range(at_least=1, at_most=2**16)] = 8

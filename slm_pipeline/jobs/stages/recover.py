@@ -72,8 +72,8 @@ class Recover(Stage):
         assert job.recovery is not None
         if job.recovery.places_blocks and job.config.keep == "plan":
             raise UserError(
-                f"recovery={job.recovery.name} with sharding or quantize reads the {self.after} stage's weights from its"
-                " files, which keep=plan leaves out; use keep=model"
+                f"recovery={job.recovery.name} with sharding or quantize reads the weights that {self.after} leaves"
+                " from their files, which keep=plan leaves out; use keep=model"
             )
         job.recovery.preflight(job.source, job.data_dir)
 
