@@ -88,7 +88,7 @@ class Perplexity(Measure):
 
     def memory(self, sizes: Sizes) -> int:
         """A batch in a block, its logits, and some of them in float32, twice."""
-        tokens = self.batch_size * self.window
+        tokens = min(self.batch_size * self.window, self.max_tokens or self.batch_size * self.window)
         pieces = 8 * min(MAX_ELEMENTS, self.window * sizes.vocabulary)
         return max(sizes.running(tokens), sizes.logits(tokens) + pieces)
 

@@ -153,7 +153,9 @@ def _check_study(composed: DictConfig, overrides: Sequence[Override]) -> None:
     check_output_root(str(study.folder(composed, "hydra.sweep.dir")), option="hydra.sweep.dir")
     if composed.hydra.runtime.choices["hydra/launcher"] == "gpus":
         gpus.check(composed.hydra.launcher.n_jobs)
-    if str(composed.hydra.launcher.get("_target_")).endswith("RayLauncher") and not find_spec("hydra_plugins.hydra_ray_launcher"):
+    if str(composed.hydra.launcher.get("_target_")).endswith("RayLauncher") and not find_spec(
+        "hydra_plugins.hydra_ray_launcher"
+    ):
         raise UserError("hydra/launcher=ray needs hydra-ray-launcher: pip install 'slm-pipeline[ray]'")
     if not study.is_search(composed):
         return

@@ -59,8 +59,8 @@ class Need:
     """What a stage takes at the most.
 
     Attributes:
-        num_bytes: None where it cannot be told: of a model that would have to be fetched first, of a recovery or a
-            measure that says nothing of it.
+        num_bytes: on one device, of each process there the same; None where it cannot be told: of a model that would
+            have to be fetched first, of a recovery or a measure that says nothing of it.
         place: where.
         advice: the smallest change with which it would fit, in words; None where it fits.
     """
@@ -130,7 +130,8 @@ def _total(stage: Stage, job: Job, sizes: Sizes, place: Place) -> int | None:
     found = stage.memory(job, sizes)
     if found is None or not place.is_host:
         return found
-    return found + _OF_PROCESS.get(stage.stage, 0) + _OF_TOKEN * sizes.vocabulary
+    number = job.recovery.num_processes if stage.stage == "recover" and job.recovery is not None else 1
+    return number * (found + _OF_PROCESS.get(stage.stage, 0) + _OF_TOKEN * sizes.vocabulary)
 
 
 def _changes(stage: Stage, job: Job, sizes: Sizes, place: Place) -> Iterator[tuple[str, Stage, Job, Sizes, Place]]:

@@ -24,6 +24,7 @@ from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
     from slm_pipeline.models.context import Context
+    from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.surgery.ops import LayerSize
 
 
@@ -134,6 +135,11 @@ class Combined(Method):
 
     def layers_left(self, num_layers: int, target: Layers) -> None:
         return None
+
+    def memory(self, sizes: Sizes) -> int:
+        """That of the step which takes most, each on a model as it was, and the statistics that are taken between."""
+        between = sizes.passing(2048) + sizes.running(sizes.batch_tokens(2048)) if len(self._methods) > 1 else 0
+        return max(between, *(method.memory(sizes) for method in self._methods), 0)
 
     def check(self, context: Context) -> None:
         for name, step in self._taken.items():

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from slm_pipeline.engine.progressive import ProgressiveStack
     from slm_pipeline.models.context import Context
+    from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.surgery.block import Block
 
 REPEATS = ("forbid", "when_needed", "allow")
@@ -98,6 +99,11 @@ class Come(ProtectsEnds):
             " layers become one"
         )
         return max(fewest, self.num_protected + runs), why
+
+    def memory(self, sizes: Sizes) -> int:
+        """All dense states, a candidate's, and the layer that it is."""
+        merged = sizes.item_bytes * sizes.block_parameters
+        return sizes.states(sizes.tokens, sizes.layers + 2) + sizes.running(sizes.batch_tokens(4096)) + 2 * merged
 
     def plan(self, problem: PruningProblem[Layers]) -> Plan:
         from slm_pipeline.engine.progressive import ProgressiveStack

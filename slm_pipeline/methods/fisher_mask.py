@@ -13,6 +13,7 @@ from slm_pipeline.surgery.ops.base import SUBLAYERS
 
 if TYPE_CHECKING:
     from slm_pipeline.engine.allocation import Units
+    from slm_pipeline.models.sizes import Sizes
 
 
 @dataclass(kw_only=True)
@@ -48,6 +49,10 @@ class FisherMask(MaskTuning):
         super().__post_init__()
         if self.allocation != "global":
             self.refuse_unused(f"with method.allocation={self.allocation}", "search")
+
+    def memory(self, sizes: Sizes) -> int:
+        """The way back from a sample, or the tuning, which comes later."""
+        return max(super().memory(sizes), sizes.backward(sizes.seq_len))
 
     def scored(self, problem: PruningProblem, units: Mapping[Place, Units]) -> dict[Place, Units]:
         """With their Fisher information, and with the gradients that it is made of: `Masks`."""

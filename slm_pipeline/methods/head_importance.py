@@ -13,6 +13,8 @@ from slm_pipeline.methods.width_removal import WidthRemoval
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slm_pipeline.models.sizes import Sizes
+
 
 @dataclass(kw_only=True)
 class HeadImportance(WidthRemoval):
@@ -39,6 +41,9 @@ class HeadImportance(WidthRemoval):
 
     name: ClassVar[str] = "head_importance"
     min_seq_len: ClassVar[int] = 2
+
+    def memory(self, sizes: Sizes) -> int:
+        return super().memory(sizes) + sizes.backward(sizes.seq_len)
 
     def unit_scores(self, problem: PruningProblem, places: Sequence[Place]) -> dict[Place, Tensor]:
         import torch

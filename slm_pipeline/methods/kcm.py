@@ -16,6 +16,8 @@ from slm_pipeline.methods.width_removal import inputs_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slm_pipeline.models.sizes import Sizes
+
 RANKINGS = ("both", "representative", "data_driven")
 
 
@@ -53,6 +55,11 @@ class KCM(MaskTuning):
             raise UserError(f"method.ranking={self.ranking!r} is not one of {', '.join(RANKINGS)}")
         if self.ranking == "data_driven":
             self.refuse_unused("with method.ranking=data_driven", "sigma", "tolerance")
+
+    def memory(self, sizes: Sizes) -> int:
+        """The kernel of a layer's neurons, their shares and two products of these, or the tuning, which comes later."""
+        kernel = 0 if self.ranking == "data_driven" else 16 * sizes.neurons**2 + 8 * sizes.hidden * sizes.neurons
+        return max(super().memory(sizes), kernel)
 
     def unit_scores(self, problem: PruningProblem, places: Sequence[Place]) -> dict[Place, Tensor]:
         return {place: self._scores(problem, *place) for place in places}

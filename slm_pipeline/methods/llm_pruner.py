@@ -15,6 +15,7 @@ from slm_pipeline.methods.width_removal import WidthRemoval, standardised
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.models.view import ModelView, Slice
 
 TAYLOR = ("param_first", "param_second", "vectorize")
@@ -56,6 +57,11 @@ class LLMPruner(WidthRemoval):
         super().__post_init__()
         if self.taylor not in TAYLOR:
             raise UserError(f"method.taylor={self.taylor!r} is not one of {', '.join(TAYLOR)}")
+
+    def memory(self, sizes: Sizes) -> int:
+        """The way back from all samples, or from one at a time, and a matrix with its gradient in float32."""
+        tokens = sizes.seq_len if self.taylor == "param_second" else sizes.tokens
+        return super().memory(sizes) + sizes.backward(tokens) + 16 * sizes.hidden * sizes.neurons
 
     def unit_scores(self, problem: PruningProblem, places: Sequence[Place]) -> dict[Place, Tensor]:
         salience = coupled_salience(problem.view, problem.input_ids, places, self.taylor)

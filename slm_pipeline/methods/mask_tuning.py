@@ -13,6 +13,7 @@ from slm_pipeline.methods.width_removal import WidthRemoval
 
 if TYPE_CHECKING:
     from slm_pipeline.engine.allocation import Units
+    from slm_pipeline.models.sizes import Sizes
 
 
 @dataclass(kw_only=True)
@@ -20,7 +21,7 @@ class MaskTuning(WidthRemoval):
     """Scales the units that stay in the candidate layers, as Kwon et al., arXiv 2204.00656, section 4.3, and folds the
     scales into the columns of the last projections. ``allocation=sensitivity`` measures what is not scaled yet.
 
-    Memory: residual streams of all calibration tokens, twice.
+    Memory: residual streams of all calibration tokens, twice, a layer's outputs, and products of neurons.
 
     Departures from the published code:
         - normal equations in float64 with a ridge in units of their own size; there LSMR with a damping of 1;
@@ -39,6 +40,14 @@ class MaskTuning(WidthRemoval):
         super().__post_init__()
         if not self.tuning:
             self.refuse_unused("with method.tuning=false", "damping")
+
+    def memory(self, sizes: Sizes) -> int:
+        """States of all tokens, a layer's and those of its sublayers, and the sums of products in float64."""
+        if not self.tuning:
+            return super().memory(sizes)
+        widest = max(sizes.queries, sizes.neurons if self.sublayers != "attention" else 0)
+        tuning = sizes.states(sizes.tokens, 6) + sizes.running(2048) + 28 * widest**2
+        return max(super().memory(sizes), tuning)
 
     def narrow(
         self, problem: PruningProblem, units: Mapping[Place, Units], gone: Mapping[Place, int]

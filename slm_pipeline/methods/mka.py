@@ -16,6 +16,8 @@ from slm_pipeline.surgery.plan import Plan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slm_pipeline.models.sizes import Sizes
+
 PAIRS = ("similar", "last")
 
 
@@ -83,6 +85,10 @@ class Mka(LayerRemoval):
     @property
     def reads_calibration(self) -> bool:
         return not self.official
+
+    def memory(self, sizes: Sizes) -> int:
+        """States behind all layers; on a processor the clouds too."""
+        return 0 if self.official else sizes.passing(2048) + sizes.running(sizes.batch_tokens(2048))
 
     def plan(self, problem: PruningProblem[Layers]) -> Plan:
         candidates = self.candidates(problem.view.num_layers)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slm_pipeline.models.context import Context
+    from slm_pipeline.models.sizes import Sizes
 
 SOLVERS = ("least_squares", "cosine")
 RIDGE_TARGETS = ("zero", "identity")
@@ -85,6 +86,14 @@ class ReplaceMe(AngularDistance):
                 f"method=replaceme: in {source.name} a norm follows the last projection of the feed-forward network, so"
                 " a linear map cannot be folded into it"
             )
+
+    def memory(self, sizes: Sizes) -> int:
+        """Two matrices of sums in float64, and three more to invert one; or what enters and leaves the map of all
+        tokens, twice while it is put together."""
+        rows = sizes.running(sizes.batch_tokens(2048)) + sizes.states(sizes.batch_tokens(2048), 6)
+        if self.solver == "least_squares":
+            return rows + 5 * 8 * sizes.hidden**2
+        return rows + 2 * sizes.states(sizes.tokens, 3 if self.accurate else 2) + 16 * sizes.hidden**2
 
     def plan(self, problem: PruningProblem[Layers]) -> Plan:
         import torch

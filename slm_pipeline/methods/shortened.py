@@ -82,6 +82,10 @@ class ShortenedTaylor(ShortenedLlama):
     name: ClassVar[str] = "shortened_taylor"
     min_seq_len: ClassVar[int] = 2
 
+    def memory(self, sizes: Sizes) -> int:
+        """The way back from all samples, and a matrix with its gradient in float32."""
+        return sizes.backward(sizes.tokens) + 16 * sizes.hidden * sizes.neurons
+
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         salience = taylor_salience(problem.view, problem.input_ids)
         return self.removal_plan(problem, self.lowest_first(problem, salience), {"salience": salience})

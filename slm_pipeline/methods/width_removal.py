@@ -13,6 +13,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import ProtectsEnds, PruningProblem
 from slm_pipeline.methods.narrowed import Narrowed, Place, operations
 from slm_pipeline.methods.target import Layers, Parameters
+from slm_pipeline.models.sizes import MAX_LOGITS
 from slm_pipeline.surgery.ops.base import SUBLAYERS
 from slm_pipeline.surgery.plan import Plan
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from slm_pipeline.engine.allocation import Units
     from slm_pipeline.models.context import Context
+    from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.models.view import ModelView
     from slm_pipeline.surgery.ops import LayerSize
 
@@ -108,6 +110,16 @@ class WidthRemoval(ProtectsEnds):
     @property
     def adds_constants(self) -> bool:
         return False
+
+    def memory(self, sizes: Sizes) -> int:
+        """A last projection in float32, and its square; where damages are measured, the states of their text behind
+        all layers, those of some variants, and pieces of logits."""
+        scoring = 12 * sizes.hidden * max(sizes.neurons, sizes.queries)
+        if self.allocation != "sensitivity":
+            return scoring
+        tokens = min(sizes.tokens, self.sensitivity_tokens)
+        at_once = sizes.states(tokens, sizes.layers + 12) + sizes.running(min(8192, 4 * tokens))
+        return scoring + at_once + (sizes.item_bytes + 12) * min(MAX_LOGITS, tokens * sizes.vocabulary)
 
     def layers_left(self, num_layers: int, target: Layers) -> int:
         return num_layers

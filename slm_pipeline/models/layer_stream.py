@@ -62,7 +62,9 @@ class LayerStream:
         self._present: nn.Module | None = None
         self._homes: list[tuple[nn.Parameter, Tensor]] = []  # of the present block: parameters, and what they were
         self._ahead: tuple[nn.Module, dict[nn.Parameter, Future[Tensor]]] | None = None
-        self._hooks = [block.register_forward_pre_hook(lambda module, args: self.enter(module)) for block in self.blocks]
+        self._hooks = [
+            block.register_forward_pre_hook(lambda module, args: self.enter(module)) for block in self.blocks
+        ]
 
     def enter(self, block: nn.Module) -> None:
         """Let ``block`` be the one that is there; nothing is done for a module that is no block of the model.

@@ -27,6 +27,7 @@ class Sizes:
         num_samples, seq_len: of the calibration text.
         streams: whether two blocks at a time are in memory.
         positions: rows of a table of learned positions.
+        removed: layers that the dense model has beside these.
     """
 
     layers: int
@@ -42,6 +43,7 @@ class Sizes:
     seq_len: int
     streams: bool = False
     positions: int = 0
+    removed: int = 0
 
     @classmethod
     def of(cls, description: Mapping[str, Any], dtype: str, **more: Any) -> Sizes:
@@ -67,8 +69,18 @@ class Sizes:
         )
 
     def with_layers(self, number: int | None) -> Sizes:
-        """Those of a model with so many layers; the same for None."""
-        return self if number is None else replace(self, layers=number)
+        """Those of what is left of this model when so many layers are; the same for None."""
+        return self if number is None else replace(self, layers=number, removed=self.layers - number)
+
+    @property
+    def dense(self) -> Sizes:
+        """Those of the model that layers were removed from."""
+        return replace(self, layers=self.layers + self.removed, removed=0)
+
+    @property
+    def block_matrices(self) -> int:
+        """Parameters of a block's linear layers."""
+        return self.block_parameters - 2 * self.hidden
 
     @property
     def block_parameters(self) -> int:
@@ -107,6 +119,14 @@ class Sizes:
         """Bytes at the most in a block that so many tokens go through, without gradients: in its feed-forward network
         what enters, the hidden neurons of both projections, the activated ones and their product."""
         return tokens * self.item_bytes * (2 * self.hidden + (self.inputs + 2) * self.neurons)
+
+    def backward(self, tokens: int) -> int:
+        """Bytes that so many tokens keep for the way back through all blocks, in the weights' type: in each block the
+        states around its norms, in float32 too, queries, keys and values, and the hidden neurons; then logits, in
+        float32 as well, their logarithms and their gradient."""
+        inner = (self.inputs + 2) * self.neurons + 3 * self.queries + 2 * self.keys
+        block = tokens * (4 * 4 * self.hidden + self.item_bytes * (inner + 2 * self.hidden))
+        return self.layers * block + tokens * self.vocabulary * (2 * self.item_bytes + 12)
 
     def passing(self, most: int) -> int:
         """Bytes of the states behind all layers of a batch of at most so many tokens, twice where another batch

@@ -50,6 +50,10 @@ class BlockMse(Distill):
     def trains_states(self) -> bool:
         return self.objective == "states"
 
+    @property
+    def has_teacher(self) -> bool:
+        return self.trains_states
+
     def run(self, problem: RecoveryProblem) -> RecoveryResult:
         """Train; leaves nothing in ``out`` but checkpoints."""
         changed = changed_spans(problem.plan, self.gap)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_pipeline.config.ranges import Share
@@ -16,6 +16,7 @@ from slm_pipeline.recovery.phase import Phase
 from slm_pipeline.recovery.spans import Span, changed_spans
 
 if TYPE_CHECKING:
+    from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.recovery.training_loop import Fit
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,25 @@ class Distill(FineTuning):
     def trains_states(self) -> bool:
         """Whether the losses are those of single layers' states."""
         return True
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the dense model is there."""
+        return True
+
+    def memory(self, sizes: Sizes) -> int:
+        """Where each removed layer has a kept one that stands for it, the most there can be. Of each layer its states,
+        the teacher's and its own, and in float32 what the loss is made of; of the whole model what `logit_share` and
+        other losses on its predictions take."""
+        spans = min(sizes.removed or sizes.layers, sizes.layers)
+        together = spans if self.order == "joint" else 1
+        tokens = self.micro_batch_size * self.cutoff_len
+        kept = self.activations(replace(sizes, vocabulary=0), layers=together)
+        kept += tokens * sizes.hidden * (2 * sizes.item_bytes + 6 * 4) * together + sizes.running(tokens)
+        if not self.trains_states or self.logit_share:
+            kept = max(kept, self.activations(sizes) + tokens * sizes.vocabulary * (4 + sizes.item_bytes))
+        teacher = sizes.dense.weights if self.has_teacher else 0
+        return teacher + self.training(sizes, together * sizes.block_parameters) + kept
 
     def run(self, problem: RecoveryProblem) -> RecoveryResult:
         """Train; leaves nothing in ``out`` but checkpoints."""

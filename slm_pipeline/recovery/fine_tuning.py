@@ -178,18 +178,43 @@ class FineTuning(Recovery):
         """Without the place of the file: what is in it stands in `identity`."""
         return {**super().options(), "path": None}
 
-    def activations(self, sizes: Sizes) -> int:
+    def activations(self, sizes: Sizes, *, layers: int | None = None, adapters: bool = False) -> int:
         """Bytes that a micro batch of full rows keeps for the way back, roughly: in each block the states around its
-        norms, queries, keys and values, the hidden neurons, and what enters each projection once more in float32, for
-        its adapter; then logits, in float32 as well, and their gradient."""
-        tokens, wide = self.micro_batch_size * self.cutoff_len, 4 if self.dtype == "float32" else sizes.item_bytes
+        norms, queries, keys and values, the hidden neurons, and what enters each projection, with ``adapters`` also
+        what dropout leaves out; then logits, in float32 as well, and their gradient.
+
+        Args:
+            layers: from the top, that a gradient goes through; None: all.
+        """
+        tokens, wide = self.micro_batch_size * self.cutoff_len, 4 if self.dtype == "float32" else 2
         inner = (sizes.inputs + 2) * sizes.neurons + 2 * (sizes.queries + sizes.keys)
         entering = (3 + sizes.inputs) * sizes.hidden + sizes.queries + sizes.neurons
-        block = tokens * (4 * 4 * sizes.hidden + wide * inner + 5 * entering)
-        blocks = sizes.layers * block
+        block = tokens * (4 * 4 * sizes.hidden + wide * inner + (wide + adapters) * entering)
+        number = sizes.layers if layers is None else min(layers, sizes.layers)
+        blocks = number * block
         if self.gradient_checkpointing:
-            blocks = sizes.states(tokens, sizes.layers) + block
+            blocks = sizes.states(tokens, number) + block
         return blocks + tokens * sizes.vocabulary * (2 * wide + 8)
+
+    def training(self, sizes: Sizes, trained: int, *, frozen: int | None = None) -> int:
+        """Bytes of weights, gradients and moments of a training of ``trained`` parameters, in one of the processes.
+
+        What trains is float32, with a gradient and AdamW's two moments; under autocast a copy in 16 bits is kept for
+        the way back. Spread over processes each has its part, two blocks whole in the type that is computed with, the
+        gradients of one, and what lies outside the blocks; not spread, a second gradient that is being averaged.
+
+        Args:
+            frozen: bytes of the weights that do not train; None: all others of the model.
+        """
+        if frozen is None:
+            frozen = sizes.weights - sizes.item_bytes * trained
+        wide = 4 if self.dtype == "float32" else 2
+        held = max(0, frozen) + 16 * trained
+        if self.sharding:
+            whole = 2 * sizes.block_parameters + sizes.outer_parameters
+            return held // self.num_processes + wide * (whole + sizes.block_parameters)
+        copies = 0 if self.dtype == "float32" else wide * trained
+        return held + copies + (4 * trained if self.num_processes > 1 else 0)
 
     def identity(self, data_dir: Path | None) -> dict[str, Any]:
         fingerprint = examples.examples_fingerprint(

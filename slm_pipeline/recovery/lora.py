@@ -29,7 +29,8 @@ class Lora(FineTuning):
 
     The adapters are float32 and stay in ``out/adapter`` in peft's format. Merging happens in float32 and is rounded
     to the model's own dtype once. With ``quantize`` they train beside a model in 4 or 8 bits, and are then merged into
-    the weights that it was made of, which lie in main memory meanwhile, or in their files. Rank, alpha and dropout are those of ``script/lora_slm.sh`` in SLM's code.
+    the weights that it was made of, which lie in main memory meanwhile, or in their files. Rank, alpha and dropout are
+    those of ``script/lora_slm.sh`` in SLM's code.
     """
 
     rank: Annotated[int, Range(at_least=1, at_most=2**16)] = 8
@@ -77,14 +78,22 @@ class Lora(FineTuning):
                 f" {unknown[0]!r}; they have {', '.join(sorted(known))}"
             )
 
-    def memory(self, sizes: Sizes) -> int | None:
-        """The weights; each adapter with its gradient and AdamW's two moments, in float32; what is kept of each token
-        for the way back, and its logits. Not told where not every linear layer has an adapter."""
-        if self.target_modules is not None or self.use_dora:
-            return None
+    def memory(self, sizes: Sizes) -> int:
+        """The weights, quantised or not; adapters on every linear layer, the most there can be; what is kept of each
+        token for the way back, with DoRA what leaves each layer once more; and its logits."""
         attention = 4 * sizes.hidden + 2 * (sizes.queries + sizes.keys)
         adapters = self.rank * sizes.layers * (attention + (sizes.inputs + 1) * (sizes.hidden + sizes.neurons))
-        return sizes.weights + 16 * adapters + self.activations(sizes)
+        frozen, kept = sizes.weights, self.activations(sizes, adapters=True)
+        if self.quantize is not None:
+            matrices = sizes.layers * sizes.block_matrices
+            frozen += int((QUANTIZED[self.quantize] - sizes.item_bytes) * matrices)
+            kept += sizes.item_bytes * sizes.hidden * sizes.neurons  # the matrix that is multiplied with
+        elif self.dtype == "bfloat16" and sizes.item_bytes == 4 and not self.sharding:
+            kept += 2 * sizes.parameters  # in 16 bits, until the way back
+        if self.use_dora:
+            leaving = 2 * sizes.hidden + sizes.queries + 2 * sizes.keys + sizes.inputs * sizes.neurons
+            kept += 4 * self.micro_batch_size * self.cutoff_len * leaving * sizes.layers
+        return self.training(sizes, adapters, frozen=frozen) + kept
 
     def run(self, problem: RecoveryProblem) -> RecoveryResult:
         """Train and merge; leaves ``adapter/`` in ``out``."""

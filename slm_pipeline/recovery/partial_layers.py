@@ -12,6 +12,7 @@ from slm_pipeline.recovery.base import RecoveryProblem, RecoveryResult
 from slm_pipeline.recovery.fine_tuning import FineTuning
 
 if TYPE_CHECKING:
+    from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.models.source import ModelSource
 
 
@@ -46,6 +47,12 @@ class PartialLayers(FineTuning):
             self._require(num_layers, "the pruned model")
         elif source.num_layers is not None:
             self._require(source.num_layers, source.name)
+
+    def memory(self, sizes: Sizes) -> int:
+        """With a head that is no embedding, if it is not left out."""
+        head = sizes.hidden * sizes.vocabulary if self.head is not False and not sizes.is_tied else 0
+        trained = min(self.num_layers, sizes.layers) * sizes.block_parameters + head + self.final_norm * sizes.hidden
+        return self.training(sizes, trained) + self.activations(sizes, layers=self.num_layers)
 
     def _require(self, num_layers: int, whose: str) -> None:
         if self.num_layers > num_layers:

@@ -42,8 +42,8 @@ def quantize(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> dict[str,
         for name, layer in layers.items():
             if kind == "nf4" and view.device.type == "cpu" and layer.in_features % _PIECE:
                 raise UserError(
-                    f"recovery.quantize=nf4: {names[layer]} has {layer.in_features} inputs, no multiple of {_PIECE}, and"
-                    " bitsandbytes reads other weights from it than it wrote on a processor; use int8, or a GPU"
+                    f"recovery.quantize=nf4: {names[layer]} has {layer.in_features} inputs, no multiple of {_PIECE},"
+                    " and bitsandbytes reads other weights from it than it wrote on a processor; use int8, or a GPU"
                 )
             block.set_submodule(name, _quantized(layer, kind, dtype).to(view.device))
             plain[names[layer]] = layer.to("cpu")

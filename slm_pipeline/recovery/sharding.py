@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.recovery import collective
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], prepare: Callable[[nn.Module], None]) -> None:
+def shard(
+    model: nn.Module, blocks: Iterable[nn.Module], prepare: Callable[[nn.Module], Any], dtype: torch.dtype
+) -> None:
     """Leave each process its part of every parameter, in place, one block after the other.
 
     Blocks may lie anywhere, in mapped files for instance: at a time one of them is whole where it trains, so that a
@@ -28,14 +31,18 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], prepare: Callable[[nn.M
 
     Args:
         prepare: called with each block, and with the model when its blocks are spread, where it trains and whole.
+        dtype: in which weights are put together and computed with; gradients are summed in float32. Autocast alone
+            would keep a copy of every weight in it, whole, until the backward pass.
     """
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
         prepare(block.to(device))
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     prepare(model.to(device))
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else the rest is whole when it is saved
+    # without the last argument the rest would be whole when it is saved
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def whole(tensor: Tensor) -> Tensor:

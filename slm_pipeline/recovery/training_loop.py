@@ -80,7 +80,7 @@ def fit(
     if options.sharding and collective.count() > 1:
         if not progress.finished:
             prepare = functools.partial(_to_float32, everything=everything)
-            sharding.shard(model, ModelView(problem.model).layers, prepare)
+            sharding.shard(model, ModelView(problem.model).layers, prepare, getattr(torch, options.dtype))
             _train(model, train, validation, options, problem, phase, last, progress)
         raise collective.Trained
     if last is None or not progress.finished:

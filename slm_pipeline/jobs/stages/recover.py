@@ -77,8 +77,8 @@ class Recover(Stage):
         assert job.recovery is not None
         if job.recovery.places_blocks and job.config.keep == "plan":
             raise UserError(
-                f"recovery={job.recovery.name} with sharding or quantize reads the {self.after} stage's weights from its"
-                " files, which keep=plan leaves out; use keep=model"
+                f"recovery={job.recovery.name} with sharding or quantize reads the weights that {self.after} leaves"
+                " from their files, which keep=plan leaves out; use keep=model"
             )
         job.recovery.preflight(job.source, job.data_dir)
 
@@ -129,7 +129,8 @@ class Recover(Stage):
             command=job.command,
         )
         silence_zeroed(plan, result.model)  # whatever trained, what the plan removed stays removed
-        model, placed = result.model, job.config.model
+        model: Any = result.model
+        placed = job.config.model
         if job.recovery.places_blocks:  # it may be larger than a GPU
             model, placed = model.to("cpu"), replace(placed, device="cpu")
         checkpoint.save(model, problem.tokenizer, out / "model", card=card, config=placed)
