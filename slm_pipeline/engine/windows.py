@@ -14,12 +14,15 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from slm_pipeline.engine.blocks import BlockRunner, batches, dense_pass
 from slm_pipeline.engine.similarities import SIMILARITIES
 from slm_pipeline.engine.window_memo import WindowMemo
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine import ranks
+from slm_pipeline.machine.ranks import Share
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.merge_rules import merge
@@ -30,6 +33,8 @@ MAX_BATCH_TOKENS = 8192  # bounds the memory of a batch; its cached states stay 
 
 class StackSimilarity:
     """Mean similarity of a merged model's final states to the dense model's, over calibration samples.
+
+    Processes that work together share out the batches, and know what the first one's memo knows.
 
     Args:
         view: the dense model; never changed.
@@ -56,12 +61,17 @@ class StackSimilarity:
     @cached_property
     def _runners(self) -> list[BlockRunner]:
         """The dense pass; not made where the memo knows everything."""
-        return dense_pass(self.view, batches(self.input_ids, MAX_BATCH_TOKENS))
+        text = batches(self.input_ids, MAX_BATCH_TOKENS)
+        self._share = Share.of(len(text))
+        return dense_pass(self.view, text[self._share.numbers.start : self._share.numbers.stop])
 
     @property
     def num_block_evaluations(self) -> int:
         """Blocks run on all batches, the dense pass not counted."""
-        return sum(runner.num_block_evaluations for runner in self._runners) if self.num_evaluated else 0
+        if not self.num_evaluated:
+            return 0
+        number = torch.tensor(sum(runner.num_block_evaluations for runner in self._runners))
+        return int(self._share.summed(number))
 
     def __call__(self, stack: tuple[Group, ...]) -> float:
         """Similarity, at most 1, of the model whose upper end is ``stack``; below it stands the dense model.
@@ -69,6 +79,9 @@ class StackSimilarity:
         Raises:
             UserError: the similarity is not finite.
         """
+        known = ranks.of_first(self._memo[stack]) if stack in self._memo else ranks.of_first(math.nan)
+        if stack not in self._memo and not math.isnan(known):
+            self._memo.add(stack, known)
         if stack not in self._memo:
             self.num_evaluated += 1
             self._merged = {group: self._merged[group] for group in stack if group in self._merged}
@@ -78,6 +91,7 @@ class StackSimilarity:
             for block in blocks:  # all samples through one block, then through the next
                 states = [runner.run(block, hidden) for runner, hidden in zip(self._runners, states, strict=True)]
             total = sum(map(self._measure, self._runners, states))
+            total = float(self._share.summed(torch.tensor(total, dtype=torch.float64)))
             value = self._similarity.of_mean(total / len(self.input_ids))
             if not math.isfinite(value):
                 merged = [f"{layers[0]}..{layers[-1]}" for layers in map(originals, stack) if len(layers) > 1]

@@ -38,6 +38,7 @@ class Laco(ThresholdMerging):
 
     name: ClassVar[str] = "laco"
     streams: ClassVar[bool] = True
+    shares_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

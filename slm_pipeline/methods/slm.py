@@ -42,6 +42,7 @@ class SlidingLayerMerging(ThresholdMerging):
 
     name: ClassVar[str] = "slm"
     streams: ClassVar[bool] = True
+    shares_samples: ClassVar[bool] = True
 
     @property
     def num_protected(self) -> int:

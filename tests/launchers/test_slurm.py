@@ -243,16 +243,26 @@ def test_a_study_on_slurm_survives_a_requeue_and_a_cancelled_job(slurm, study, t
 
 
 def test_srun_starts_one_job_in_two_processes(slurm, tmp_path, monkeypatch):
-    """Real steps of a real Slurm; what comes of it is compared in tests/jobs/test_launched.py."""
+    """Two batches of text, of which each process has one; the same windows are merged."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    (tmp_path / "text.txt").write_text(" ".join(random.Random(0).choices(["river", "mill", "tree", "runs"], k=1000)))
+    (tmp_path / "text.txt").write_text(" ".join(random.Random(0).choices(["river", "mill", "tree", "runs"], k=5000)))
     command = [
         sys.executable, "-m", "slm_pipeline", "model=random", "model.num_layers=6", "tracker=jsonl", "pictures=false",
-        "calibration=text_file", f"calibration.path={tmp_path}/text.txt", "calibration.num_samples=40",
-        "calibration.seq_len=64", "method=sleb", "stages=[calibrate,merge]", f"output_dir={tmp_path}",
+        "calibration=text_file", f"calibration.path={tmp_path}/text.txt", "calibration.num_samples=9",
+        "calibration.seq_len=1024", "method=slm", "threshold=fixed", "threshold.value=0.9",
+        "pruning_ratio=none", "stages=[calibrate,merge]", "keep=plan",
     ]  # fmt: skip
-    outcome = subprocess.run(["srun", "--ntasks=2", *command], capture_output=True, text=True, timeout=200)
+    srun = ["srun", "--ntasks=2", *command, f"output_dir={tmp_path}/two"]
+    outcome = subprocess.run(srun, capture_output=True, text=True, timeout=200)
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stderr.count("2 processes of srun work on this") == outcome.stderr.count("merge: done") == 1
-    assert len(list(tmp_path.glob("store/merge/*/plan.json"))) == 1
+    assert run_slm(*command[3:], f"output_dir={tmp_path}/one").status == 0
+    two, one = (
+        json.loads(next(tmp_path.glob(f"{name}/store/merge/*/plan.json")).read_text()) for name in ("two", "one")
+    )
+    for row, expected in zip(two["scores"].pop("steps"), one["scores"].pop("steps"), strict=True):
+        assert row.pop("similarity") == pytest.approx(expected.pop("similarity"), rel=1e-12)
+        assert row == expected
+    assert two["scores"].pop("seconds") != one["scores"].pop("seconds")
+    assert two == one
