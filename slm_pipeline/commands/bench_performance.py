@@ -121,7 +121,7 @@ def slm(words: list[str]) -> Iterator[Result]:
 
 def sleb(words: list[str]) -> Iterator[Result]:
     size = [] if any(word.startswith("calibration.seq_len") for word in words) else ["calibration.num_samples=10"]
-    asked = ["method=sleb", "method.strict=true", "pruning_ratio=ratio", "pruning_ratio.ratio=0.25", *size]
+    asked = ["method=sleb", "method.strict=true", "pruning_ratio=r25", *size]
     yield from _beside(words, asked, "SLEB, a quarter of the layers, equal decisions", 2.2)
 
 
@@ -217,7 +217,7 @@ def two_gpus(words: list[str]) -> Iterator[Result]:
     """Each stage on one GPU, and as two processes on two."""
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     long = ["calibration.num_samples=64", "calibration.seq_len=2048"]
-    some = ["pruning_ratio=ratio", "pruning_ratio.ratio=0.1", "calibration.num_samples=16"]
+    some = ["pruning_ratio=r10", "calibration.num_samples=16"]
     jobs = {
         "calibration, 64 x 2048 tokens": (["method=shortgpt", *long], "calibrate"),
         "refit": (["method=shortgpt", "repair=refit"], "repair"),
