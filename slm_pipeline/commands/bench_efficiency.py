@@ -63,12 +63,12 @@ class Variant:
 
 def benchmark(words: list[str]) -> None:
     """Measure, print and leave; ``words`` is the command line: overrides as for slm."""
-    results = measure_speed(words)
+    results = [*measure_speed(words)]
     leave("efficiency", command_line.compose_job(["slm-bench", "efficiency"], words, _DEFAULTS), words, results)
 
 
-def measure_speed(words: list[str]) -> list[Result]:
-    """Measure and print; how much of each ideal is reached."""
+def measure_speed(words: list[str]) -> Iterator[Result]:
+    """Measure and print; how much of each ideal is reached, each as soon as it is known."""
     from slm_pipeline.models.loading import load_dense
     from slm_pipeline.models.view import ModelView
     from slm_pipeline.surgery.apply import apply_beside
@@ -89,7 +89,7 @@ def measure_speed(words: list[str]) -> list[Result]:
         f" {_bytes_read(view) / 1e9:.2f} GB without the table of embeddings, mode {measure.mode}",
         flush=True,
     )
-    rows, results = [], []
+    rows = []
     for variant in _variants(view):
         model = apply_beside(variant.plan, view)
         for text, setting in settings.items():
@@ -104,13 +104,12 @@ def measure_speed(words: list[str]) -> list[Result]:
                 dense=lambda: dense,
             )
             rows.append(_row(variant, text, found))
-            results.append(_result(variant, text, found))
             print(f"{variant.name}, {text}: {found['token_speedup']:.3f} times as fast", flush=True)
+            yield _result(variant, text, found)
         del model
         memory.free()
     print("\n" + Table(_COLUMNS, rows).markdown())
     print(f"{found['device']}; {time.monotonic() - started:.0f} s in all")
-    return results
 
 
 def _result(variant: Variant, text: str, found: dict[str, Any]) -> Result:

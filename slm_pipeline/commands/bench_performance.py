@@ -13,7 +13,8 @@ slm-bench performance decode model.num_layers=4 ...     another shape; words wit
 | decode | `slm-bench efficiency` |
 | joint | depth and width together, and the refit |
 | stream | 70B, blocks on disk: ShortGPT, SLM, refit; needs 16 GB of disk and of page cache |
-| two_gpus | calibration, refit and SLEB, and LoRA, on two GPUs beside one |
+| two_gpus | calibration, refit and SLEB by ``slm`` alone and under ``torchrun`` |
+| two_gpus_lora | LoRA on two GPUs beside one |
 
 Weights are random, of the shape of Llama-2-7B in bfloat16 (stream: 70B), and so is the text; nothing is downloaded.
 Each piece leaves its numbers when it is done, and several may share an output folder. The published passes run as they
@@ -27,7 +28,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from slm_pipeline.commands import bench_efficiency, bench_methods, bench_recovery, bench_results, bench_shards
@@ -37,6 +38,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.jobs import command_line
 from slm_pipeline.jobs.job import Job
 from slm_pipeline.recovery.lora import Lora
+from slm_pipeline.store.files import write_text
 
 _GROUP = "performance"
 _PLAN_ONLY = ["recovery=none", "keep=plan", *QUIET]
@@ -52,10 +54,15 @@ def performance(words: list[str]) -> None:
     folder = Path(job.config.output_dir).expanduser() / "bench" / _GROUP
     for name in [name for name in named if name != "table"] or ([] if named else [*PIECES]):
         started = time.monotonic()
-        results = PIECES[name]([*_text(overrides), *overrides])
-        results.append(Result(f"{name}: the whole piece", time.monotonic() - started, "s"))
-        print(bench_results.table(results), flush=True)
-        bench_results.leave(_GROUP, job, [name, *overrides], results, folder / name)
+        results: list[Result] = []
+        try:
+            for result in PIECES[name]([*_text(overrides), *overrides]):
+                results.append(result)
+                print(", ".join(filter(None, result.cells())), flush=True)
+            results.append(Result(f"{name}: the whole piece", time.monotonic() - started, "s"))
+        finally:  # of a piece that is ended there is what it had found
+            if results:
+                bench_results.leave(_GROUP, job, [name, *overrides], results, folder / name)
     print(table(folder))
 
 
@@ -92,7 +99,7 @@ def _text(overrides: Sequence[str]) -> list[str]:
     text, rows = folder / "random_words.txt", folder / "random_words.json"
     if not rows.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        text.write_text("\n\n".join(" ".join(draw.choices(vocabulary, k=400)) for _ in range(120)))
+        write_text(text, "\n\n".join(" ".join(draw.choices(vocabulary, k=400)) for _ in range(120)))
         examples = [
             {
                 "instruction": " ".join(draw.choices(vocabulary, k=15)),
@@ -100,29 +107,28 @@ def _text(overrides: Sequence[str]) -> list[str]:
             }
             for _ in range(3000)
         ]
-        rows.write_text(json.dumps(examples))
+        write_text(rows, json.dumps(examples))  # after the text: several processes may look
     return ["calibration=text_file", f"calibration.path={text}"]
 
 
-def slm(words: list[str]) -> list[Result]:
+def slm(words: list[str]) -> Iterator[Result]:
     """Ours at one threshold, and the automatic one against ten halvings."""
     fixed = ["method=slm", "threshold=fixed", "threshold.value=0.81", "pruning_ratio=none"]
     automatic = ["method=slm", "pruning_ratio=r20"]
-    return [
-        *_beside(words, fixed, "SLM, one threshold, against the published pass", 20.0, repeats=5),
-        *_beside(words, automatic, "SLM, automatic threshold, against ten halvings of it", 30.0, repeats=3),
-    ]
+    yield from _beside(words, fixed, "SLM, one threshold, against the published pass", 20.0, repeats=5)
+    yield from _beside(words, automatic, "SLM, automatic threshold, against ten halvings of it", 30.0, repeats=3)
 
 
-def sleb(words: list[str]) -> list[Result]:
+def sleb(words: list[str]) -> Iterator[Result]:
     size = [] if any(word.startswith("calibration.seq_len") for word in words) else ["calibration.num_samples=10"]
-    asked = ["method=sleb", "method.strict=true", "pruning_ratio=ratio", "pruning_ratio.ratio=0.25", *size]
-    return _beside(words, asked, "SLEB, a quarter of the layers, equal decisions", 2.2)
+    asked = ["method=sleb", "method.strict=true", "pruning_ratio=r25", *size]
+    yield from _beside(words, asked, "SLEB, a quarter of the layers, equal decisions", 2.2)
 
 
-def _beside(words: Sequence[str], asked: Sequence[str], what: str, at_least: float, repeats: int = 1) -> list[Result]:
+def _beside(
+    words: Sequence[str], asked: Sequence[str], what: str, at_least: float, repeats: int = 1
+) -> Iterator[Result]:
     """Ours, and ours compiled, beside the published loop, on one model."""
-    results = []
     words = [*SHAPE, *words]
     job = bench_methods.job_of([*asked, *words])
     bench = bench_methods.SideBySide(job)
@@ -131,12 +137,10 @@ def _beside(words: Sequence[str], asked: Sequence[str], what: str, at_least: flo
     for how in ("", ", compiled"):
         own = bench_methods.job_of([*asked, *words, f"method.compile={'true' if how else 'false'}"])
         ours = bench_methods.ours(own.method, problem, repeats)
-        results.append(bench_methods.result(what + how, ours, theirs, at_least))
-        print(f"{results[-1].what}: {results[-1].got:.2f}, {results[-1].how}", flush=True)
-    return results
+        yield bench_methods.result(what + how, ours, theirs, at_least)
 
 
-def end_to_end(words: list[str]) -> list[Result]:
+def end_to_end(words: list[str]) -> Iterator[Result]:
     """One command, from weights on disk to a verified checkpoint on disk."""
     from slm_pipeline.models.loading import load_dense
 
@@ -155,27 +159,23 @@ def end_to_end(words: list[str]) -> list[Result]:
         )
     seconds, peak = costs["command"].seconds, costs["command"].peak_gb
     how = f"calibrate {costs['calibrate'].seconds:.1f} s, merge and save {costs['merge'].seconds:.1f} s"
-    return [
-        Result(
-            "load, calibrate, SLM, save and verify", seconds, "s", at_most=60, how=f"{how}, the rest is Python's start"
-        ),
-        Result("its peak, of the weights", peak / gigabytes, at_most=1.25, how=f"{peak:.2f} of {gigabytes:.2f} GB"),
-    ]
+    how += ", the rest is Python's start"
+    yield Result("load, calibrate, SLM, save and verify", seconds, "s", at_most=60, how=how)
+    yield Result("its peak, of the weights", peak / gigabytes, at_most=1.25, how=f"{peak:.2f} of {gigabytes:.2f} GB")
 
 
-def decode(words: list[str]) -> list[Result]:
-    return bench_efficiency.measure_speed([word for word in words if not word.startswith("calibration")])
+def decode(words: list[str]) -> Iterator[Result]:
+    yield from bench_efficiency.measure_speed([word for word in words if not word.startswith("calibration")])
 
 
-def joint(words: list[str]) -> list[Result]:
+def joint(words: list[str]) -> Iterator[Result]:
     with scratch([*SHAPE, *words], _GROUP) as folder:
         costs = run_slm(["method=joint", "pruning_ratio=r20", "repair=refit", *_PLAN_ONLY, *SHAPE, *words], folder)
-    return of_stages("joint, r20", costs, ["calibrate", "merge", "repair"])
+    yield from of_stages("joint, r20", costs, ["calibrate", "merge", "repair"])
 
 
-def stream(words: list[str]) -> list[Result]:
+def stream(words: list[str]) -> Iterator[Result]:
     """ShortGPT, SLM and a refit of a model whose blocks stay on disk, beside reading its weights."""
-    results: list[Result] = []
     model = _job([*SHAPE, *words]).config.model
     shape = bench_shards.Shape()
     if any(word.startswith("model.num_layers=") for word in words):
@@ -185,7 +185,7 @@ def stream(words: list[str]) -> list[Result]:
         text = [word for word in words if word.startswith("calibration")]
         local = ["model=local", f"model.path={folder / 'dense'}", "model.dtype=bfloat16", "model.device=stream", *text]
         reading = bench_shards.seconds_of_a_pass(_job(local).source)
-        results.append(Result("stream: all blocks brought once, nothing run", reading, "s"))
+        yield Result("stream: all blocks brought once, nothing run", reading, "s")
         upper = min(30, shape.layers // 2)  # a search through all of 80 layers reads the weights some 40 times
         jobs = {
             "ShortGPT": ["method=shortgpt", "pruning_ratio=r20"],
@@ -198,14 +198,13 @@ def stream(words: list[str]) -> list[Result]:
             try:
                 costs = run_slm([*asked, "stages=[calibrate,merge,repair]", *_PLAN_ONLY, *local], folder / name[:3])
             except UserError as error:
-                results.append(Result(what, None, at_most=1.5, how=str(error)[-200:]))
+                yield Result(what, None, at_most=1.5, how=str(error)[-200:])
                 continue
             seconds = sum(cost.seconds for stage, cost in costs.items() if stage != "command")
             passes = _blocks_read((folder / name[:3] / "said.txt").read_text(encoding="utf-8")) / shape.layers
             stages = ", ".join(f"{stage} {cost.seconds:.1f} s" for stage, cost in costs.items())
             how = f"{stages}; weights read {passes:.1f} times; peak {costs['command'].peak_gb:.1f} GB"
-            results.append(Result(what, seconds / (passes * reading), at_most=1.5, how=how))
-    return results
+            yield Result(what, seconds / (passes * reading), at_most=1.5, how=how)
 
 
 def _blocks_read(said: str) -> int:
@@ -214,45 +213,36 @@ def _blocks_read(said: str) -> int:
     return sum(count for count, following in zip(counts, [*counts[1:], 0], strict=True) if following <= count)
 
 
-def two_gpus(words: list[str]) -> list[Result]:
-    """Each stage on one GPU and as two processes on two; and LoRA."""
-    results = []
+def two_gpus(words: list[str]) -> Iterator[Result]:
+    """Each stage on one GPU, and as two processes on two."""
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    size = ["calibration.num_samples=32", "calibration.seq_len=2048"]
+    long = ["calibration.num_samples=64", "calibration.seq_len=2048"]
+    some = ["pruning_ratio=r10", "calibration.num_samples=16"]
     jobs = {
-        "calibration": (["method=shortgpt", *size], "calibrate"),
+        "calibration, 64 x 2048 tokens": (["method=shortgpt", *long], "calibrate"),
         "refit": (["method=shortgpt", "repair=refit"], "repair"),
-        "SLEB": (
-            ["method=sleb", "pruning_ratio=ratio", "pruning_ratio.ratio=0.1", "calibration.num_samples=16"],
-            "merge",
-        ),
+        "SLEB, a tenth of the layers": (["method=sleb", *some], "merge"),
     }
     for name, (asked, stage) in jobs.items():
         with scratch([*SHAPE, *words], _GROUP) as folder:
             job = ["pruning_ratio=r20", *asked, *_PLAN_ONLY, *SHAPE, *words]
             try:
-                one = run_slm([*job, "model.device=cuda:0"], folder / "one")[stage].seconds
+                one = run_slm(job, folder / "one")[stage].seconds
                 both = run_slm(job, folder / "two", two)[stage].seconds
             except UserError as error:
-                results.append(Result(f"two GPUs, {name}", None, at_least=1.8, how=str(error)[-200:]))
+                yield Result(f"two GPUs, {name}", None, at_least=1.8, how=str(error)[-200:])
                 continue
-        results.append(Result(f"two GPUs, {name}", one / both, at_least=1.8, how=f"{one:.1f} and {both:.1f} s"))
-    return [*results, _lora(words)]
+        yield Result(f"two GPUs, {name}", one / both, at_least=1.8, how=f"{one:.1f} and {both:.1f} s")
 
 
-def _lora(words: Sequence[str]) -> Result:
-    path = next(word for word in words if word.startswith("calibration.path=")).removeprefix("calibration.path=")
-    examples = [
-        "recovery.source=file",
-        f"recovery.path={Path(path).with_suffix('.json')}",
-        "recovery.num_examples=2560",
-    ]
+def two_gpus_lora(words: list[str]) -> Iterator[Result]:
+    rows = Path(next(word for word in words if word.startswith("calibration.path=")).partition("=")[2])
+    examples = ["recovery.source=file", f"recovery.path={rows.with_suffix('.json')}", "recovery.num_examples=2560"]
     steps = ["recovery.max_steps=20", "recovery.validation_size=8", "recovery.num_processes=2"]
-    job = bench_recovery.job_of(
-        [*SHAPE, *examples, *steps, *(word for word in words if not word.startswith("calibration"))]
-    )
+    others = [word for word in words if not word.startswith("calibration")]
+    job = bench_recovery.job_of([*SHAPE, *examples, *steps, *others])
     assert isinstance(job.recovery, Lora)
-    return bench_recovery.scaling(job, job.recovery)
+    yield bench_recovery.scaling(job, job.recovery)
 
 
 def _free() -> None:
@@ -261,7 +251,7 @@ def _free() -> None:
     memory.free()
 
 
-PIECES: dict[str, Callable[[list[str]], list[Result]]] = {
+PIECES: dict[str, Callable[[list[str]], Iterable[Result]]] = {
     "slm": slm,
     "sleb": sleb,
     "end_to_end": end_to_end,
@@ -269,4 +259,5 @@ PIECES: dict[str, Callable[[list[str]], list[Result]]] = {
     "joint": joint,
     "stream": stream,
     "two_gpus": two_gpus,
+    "two_gpus_lora": two_gpus_lora,
 }

@@ -66,7 +66,7 @@ def run_slm(words: Sequence[str], folder: Path, launcher: Sequence[str] = (sys.e
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "said.txt").write_text(run.stdout + run.stderr, encoding="utf-8")
     if run.returncode != 0:
-        said = [line for line in (run.stderr + run.stdout).splitlines() if line.strip()]
+        said = [line for line in (run.stdout + run.stderr).splitlines() if line.strip()]
         raise UserError(f"slm {' '.join(words)} failed: {next(iter(said[-1:]), 'it said nothing')}")
     records = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("store/*/*/stage.json")]
     costs = {record["stage"]: Cost(record["seconds"], record["peak_memory_gb"]) for record in records}

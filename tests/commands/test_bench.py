@@ -1,14 +1,33 @@
-"""Every published loop decides as our search does, and the benchmark says so."""
+"""Every published loop decides as our search does, and the benchmark says so; what benchmarks leave."""
 
 from __future__ import annotations
 
 import io
+import json
+import sys
 from contextlib import redirect_stdout
 
 import pytest
+import torch
 
-from slm_pipeline.commands import bench, bench_efficiency, bench_sweep
+from slm_pipeline.commands import (
+    bench,
+    bench_efficiency,
+    bench_methods,
+    bench_performance,
+    bench_results,
+    bench_shards,
+    bench_stages,
+    bench_sweep,
+)
+from slm_pipeline.commands.bench_results import Result
+from slm_pipeline.config import ModelConfig
+from slm_pipeline.engine import compiled
 from slm_pipeline.errors import UserError
+from slm_pipeline.models.loading import load_dense
+from slm_pipeline.models.source import describe
+from slm_pipeline.models.view import ModelView
+from slm_pipeline.report.analyses import ANALYSES, read_analyses
 
 TINY = [
     "model=random",
@@ -20,18 +39,23 @@ TINY = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 def rows_of(*words):
     """The table's cells, row by row."""
     out = io.StringIO()
     with redirect_stdout(out):
-        bench.methods([*TINY, *words])
+        bench_methods.methods([*TINY, *words])
     lines = [line for line in out.getvalue().splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def test_all_loops_decide_alike():
     rows = rows_of("pruning_ratio=layers", "pruning_ratio.num_layers=8", "model.num_layers=10")
-    assert [row[0] for row in rows] == list(bench.METHODS)
+    assert [row[0] for row in rows] == list(bench_methods.METHODS)
     for name, _, _, _, _, blocks_theirs, blocks_ours, _, _, same in rows:
         assert name in ("slm", "laco") or same == "yes"  # those look for a threshold in their own way
         if name != "replaceme":  # it walks twice more where the published code keeps all activations
@@ -68,7 +92,7 @@ def test_parameters_may_be_counted():
 
 def test_unknown_names():
     with pytest.raises(UserError, match="'reverse' has no published loop to compare with; there are: slm, laco"):
-        bench.methods(["reverse"])
+        bench_methods.methods(["reverse"])
 
 
 def test_a_study_looks_at_each_window_once():
@@ -76,7 +100,7 @@ def test_a_study_looks_at_each_window_once():
     words = [word for word in TINY if not word.startswith("calibration.source")]
     out = io.StringIO()
     with redirect_stdout(out):
-        bench_sweep.sweep([*words, "calibration=text_file", "evaluation=none"])
+        bench_sweep.sweep([*words, "model.num_layers=8", "calibration=text_file", "evaluation=none"])
     lines = [line for line in out.getvalue().splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert [row[0] for row in rows] == ["0.95", "0.9", "0.85", "0.8", "0.75", "0.7", "0.65", "0.6", "all"]
@@ -113,3 +137,93 @@ def test_speed_stands_beside_what_it_could_be():
         assert float(row[6]) == pytest.approx(speedup / float(row[5]), abs=2e-3)
     with pytest.raises(UserError, match="at least 2 new ones"):
         bench_efficiency.benchmark([*shape, "evaluation.efficiency.mode=eager", "evaluation.efficiency.grid=[1x8+1]"])
+
+
+def test_what_a_benchmark_leaves_is_on_the_page_of_a_report(tmp_path):
+    rows_of("shortgpt", "pruning_ratio=layers", "pruning_ratio.num_layers=10", f"output_dir={tmp_path}")
+    (found,) = read_analyses(tmp_path)
+    assert found.title == "bench methods of random"
+    assert found.command.startswith("slm-bench methods model=random")
+    assert [picture.title for picture in found.pictures] == [found.title]
+    about, results = bench_results.read(found.path / "bench_methods.json")
+    assert about["versions"]["torch"] == torch.__version__
+    assert [result.what for result in results] == ["shortgpt", "one-pass scores, of a forward pass"]
+    assert all(result.got > 0 for result in results)
+    assert {f"bench_{group}" for group in bench.GROUPS} <= set(ANALYSES)
+
+
+@pytest.mark.parametrize(
+    ("result", "cells"),
+    [
+        (Result("a", 19.96, at_least=20.0, how="b"), ["a", "at least 20 x", "20 x", "no", "b"]),
+        (Result("a", 20.0, at_least=20.0), ["a", "at least 20 x", "20 x", "yes", ""]),
+        (Result("a", 60.5, "s", at_most=60.0), ["a", "at most 60 s", "60.5 s", "no", ""]),
+        (Result("a", None, at_most=1.5, how="why"), ["a", "at most 1.5 x", "", "no", "why"]),
+        (Result("a", 0.0123, "GB"), ["a", "", "0.0123 GB", "", ""]),
+    ],
+)
+def test_what_was_got_stands_beside_what_was_asked(result, cells):
+    assert result.cells() == cells
+
+
+def test_pieces_of_the_performance_table_are_put_together(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compiled, "_BACKEND", "eager")
+    monkeypatch.setitem(bench_performance.PIECES, "sleb", lambda words: [Result("SLEB", 1.9, at_least=2.2)])
+    shape = ["model.num_layers=5", "model.hidden_size=32", "model.intermediate_size=48", "model.num_heads=2",
+             "model.num_kv_heads=1", "model.vocab_size=300", f"output_dir={tmp_path}",
+             "calibration.seq_len=16"]  # fmt: skip
+    bench_performance.performance(["slm", *shape])
+    bench_performance.performance(["sleb", *shape])
+    capsys.readouterr()
+    bench_performance.performance(["table", *shape])
+    said = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line[:1] == "|"]
+    what = ["SLM, one threshold, against the published pass", "SLM, automatic threshold, against ten halvings of it"]
+    assert [line[0] for line in lines[2:]] == [
+        what[0], f"{what[0]}, compiled", what[1], f"{what[1]}, compiled", "slm: the whole piece", "SLEB",
+        "sleb: the whole piece",
+    ]  # fmt: skip
+    assert all("same decisions: yes" in line[4] for line in lines[2:4])
+    assert lines[7][1:4] == ["at least 2.2 x", "1.9 x", "no"]
+    assert said.count("- `slm-bench performance s") == 2
+    assert said.count(f"python {'.'.join(map(str, sys.version_info[:3]))}") == 2
+    with pytest.raises(UserError, match="'decoding' is no piece of this table; there are: slm, sleb, end_to_end"):
+        bench_performance.performance(["decoding"])
+    with pytest.raises(UserError, match="has no piece of the table"):
+        bench_performance.performance(["table", f"output_dir={tmp_path / 'other'}"])
+
+
+def test_a_command_that_fails_is_an_error_with_what_it_said_last(tmp_path):
+    failing = [sys.executable, "-c", "import sys; print('first'); sys.exit('error: the last')"]
+    with pytest.raises(UserError, match="slm method=slm failed: error: the last"):
+        bench_stages.run_slm(["method=slm"], tmp_path, failing)
+    assert "error: the last" in (tmp_path / "said.txt").read_text()
+
+
+def test_stages_say_what_they_took(tmp_path):
+    stage = {"stage": "merge", "seconds": 2.5, "peak_memory_gb": 0.5}
+    path = tmp_path / "store" / "merge" / "x" / "stage.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(stage))
+    costs = bench_stages.run_slm([], tmp_path, [sys.executable, "-c", ""])
+    assert costs["merge"] == bench_stages.Cost(2.5, 0.5)
+    assert costs["command"].peak_gb == 0.5
+    assert bench_stages.of_stages("joint", costs, ["merge", "repair"]) == [
+        Result("joint, merge", 2.5, "s"), Result("joint, merge, peak", 0.5, "GB"),
+    ]  # fmt: skip
+
+
+def test_layers_that_share_a_shard_are_equal_and_each_is_read(tmp_path, caplog):
+    caplog.set_level("INFO")
+    shape = bench_shards.Shape(5, 2, 16, 24, 2, 1, 300)
+    bench_shards.write(tmp_path / "dense", shape)
+    config = ModelConfig(name="m", source="local", path=str(tmp_path / "dense"), dtype="bfloat16", device="stream")
+    source = describe(config)
+    assert bench_shards.seconds_of_a_pass(source) > 0
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert bench_performance._blocks_read(said) == 10
+    assert bench_performance._blocks_read(f"{said}\na: 3 blocks read\na: 7 blocks read") == 17
+    view = ModelView(load_dense(source)[0])
+    first = [layer.self_attn.q_proj.weight for layer in view.layers]
+    assert torch.equal(first[0], first[4])
+    assert not torch.equal(first[0], first[1])
