@@ -87,8 +87,8 @@ def test_the_recovery_begins_with_the_repaired_model(whole):
 
 def test_the_runs_plan_and_those_beside_its_models_are_the_repaired_one_and_replay_it(whole, job, tmp_path):
     folder, summary = whole
-    plans = [folder, *(model_of(summary, stage) for stage in ("repair", "recover"))]
-    contents = {Plan.read(place / "plan.json").content() for place in plans}
+    plans = [folder / "plan.json", *(model_of(summary, stage) / "plan/plan.json" for stage in ("repair", "recover"))]
+    contents = {Plan.read(file).content() for file in plans}
     assert len(contents) == 1
     plan = Plan.read(folder / "plan.json")
     assert any(isinstance(op, Replace) for op in plan.ops)
