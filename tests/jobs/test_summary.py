@@ -89,7 +89,7 @@ def job():
     return SimpleNamespace(
         config=config,
         command="slm name=first",
-        source=SimpleNamespace(name="random"),
+        source=SimpleNamespace(name="random", fingerprint_of_weights="random:1"),
         method=SimpleNamespace(name="reverse"),
         repair=None,
         recovery=None,

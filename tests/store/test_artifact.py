@@ -131,16 +131,22 @@ def test_interrupted_work_is_continued_and_not_taken_for_a_result(tmp_path):
 
 
 def test_stopped_between_the_last_write_and_the_rename(tmp_path, monkeypatch):
-    """stage.json is there, but still under the partial name: made again."""
+    """stage.json is there, but still under the partial name: made again, with the warnings of before."""
     result = artifact(tmp_path)
+
+    def warn(folder: Path) -> dict:
+        logging.getLogger("slm_pipeline.somewhere").warning("the text is short")
+        return {}
+
     with monkeypatch.context() as patch:
         patch.setattr(Artifact, "_put_in_place", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            result.produce(make_nothing)
+            result.produce(warn)
     assert (result.partial / "stage.json").exists()
     assert not result.done
     assert result.produce(make_nothing)[1] is False
     assert result.done
+    assert result.record()["warnings"] == ["the text is short"]
 
 
 def test_warnings_are_kept_with_the_result_through_interruptions_and_further_makings(tmp_path):
