@@ -33,9 +33,8 @@ from pathlib import Path
 
 from slm_pipeline.commands import bench_efficiency, bench_methods, bench_recovery, bench_results, bench_shards
 from slm_pipeline.commands.bench_results import QUIET, SHAPE, Result
-from slm_pipeline.commands.bench_stages import of_stages, run_slm, scratch
+from slm_pipeline.commands.bench_stages import around, of_stages, run_slm, scratch
 from slm_pipeline.errors import UserError
-from slm_pipeline.jobs import command_line
 from slm_pipeline.jobs.job import Job
 from slm_pipeline.recovery.lora import Lora
 from slm_pipeline.store.files import write_text
@@ -85,7 +84,7 @@ def table(folder: Path) -> str:
 
 
 def _job(words: Sequence[str]) -> Job:
-    return command_line.compose_job(["slm-bench", _GROUP], [*words], [*_PLAN_ONLY, "method=none", "pruning_ratio=none"])
+    return around(words, _GROUP)
 
 
 def _text(overrides: Sequence[str]) -> list[str]:

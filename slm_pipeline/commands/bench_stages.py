@@ -24,6 +24,7 @@ from pathlib import Path
 from slm_pipeline.commands.bench_results import QUIET, Result, leave, table
 from slm_pipeline.errors import UserError
 from slm_pipeline.jobs import command_line
+from slm_pipeline.jobs.job import Job
 
 _DEFAULTS = ["recovery=none", "keep=plan", *QUIET]
 
@@ -40,10 +41,16 @@ class Cost:
     peak_gb: float
 
 
+def around(words: Sequence[str], group: str) -> Job:
+    """The model, text and output folder that words are about, whatever else they ask for."""
+    common = [word for word in words if not word.startswith(("method", "threshold", "repair", "pruning_ratio"))]
+    return command_line.compose_job(["slm-bench", group], common, [*_DEFAULTS, "method=none", "pruning_ratio=none"])
+
+
 @contextmanager
 def scratch(words: Sequence[str], group: str) -> Iterator[Path]:
     """A folder below the output folder that goes afterwards."""
-    parent = Path(command_line.compose_job(["slm-bench", group], [*words], _DEFAULTS).config.output_dir).expanduser()
+    parent = Path(around(words, group).config.output_dir).expanduser()
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"slm_bench_{group}_", dir=parent))
     try:
@@ -90,7 +97,7 @@ def _stages(group: str, words: list[str], jobs: dict[str, list[str]], stages: Se
         with scratch(words, group) as folder:
             results += of_stages(name, run_slm(overrides, folder), stages)
     print(table(results))
-    leave(group, command_line.compose_job(["slm-bench", group], words, _DEFAULTS), words, results)
+    leave(group, around(words, group), words, results)
 
 
 def of_stages(name: str, costs: dict[str, Cost], stages: Sequence[str]) -> list[Result]:

@@ -205,6 +205,8 @@ def test_stages_say_what_they_took(tmp_path):
     path = tmp_path / "store" / "merge" / "x" / "stage.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(stage))
+    words = ["method=joint", "method.depths=2", "pruning_ratio=r35", "repair.ridges=[0.1]", "model=random"]
+    assert bench_stages.around(words, "joint").source.name == "random"
     costs = bench_stages.run_slm([], tmp_path, [sys.executable, "-c", ""])
     assert costs["merge"] == bench_stages.Cost(2.5, 0.5)
     assert costs["command"].peak_gb == 0.5

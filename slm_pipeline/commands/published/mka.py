@@ -23,7 +23,10 @@ def mka(problem: PruningProblem, method: Mka) -> list[tuple[int, int]] | list[in
     """First and last original layer of what each step merges; with ``official`` the layers that go."""
     depth = problem.view.num_layers
     coordinates = [ranked(diffusion(cloud(problem, method, layer))) for layer in range(depth)]
-    similarity = [[bottleneck(own, other, method.num_neighbors) for other in coordinates] for own in coordinates]
+    similarity = [
+        [bottleneck(own, other, method.num_neighbors) if j > i else 0.0 for j, other in enumerate(coordinates)]
+        for i, own in enumerate(coordinates)
+    ]
     candidates = method.candidates(depth)
     if method.official:
         return candidates[::-1][: problem.target.remove]
