@@ -1,4 +1,4 @@
-"""How far the model's predictions move when one layer alone is another."""
+"""How much worse the model's predictions get when one layer alone is another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slm_pipeline.engine.blocks import BlockRunner, batches, rows_at_once
-from slm_pipeline.engine.criteria import kl_divergence
+from slm_pipeline.engine.criteria import CRITERIA
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.block import Block
 
@@ -23,10 +23,18 @@ class Sensitivity:
         view: the dense model; never changed.
         input_ids: [N, length] int64 tokens.
         blocks: of the model whose layers are varied, input side first; None: of the dense one.
+        criterion: one of `CRITERIA`.
     """
 
-    def __init__(self, view: ModelView, input_ids: Tensor, blocks: Sequence[Block] | None = None):
+    def __init__(
+        self,
+        view: ModelView,
+        input_ids: Tensor,
+        blocks: Sequence[Block] | None = None,
+        criterion: str = "kl_divergence",
+    ):
         self.view = view
+        self._criterion = CRITERIA[criterion]
         self.blocks = [Block(layer) for layer in range(view.num_layers)] if blocks is None else list(blocks)
         self._input_ids = batches(input_ids.to(view.device), _TEXT_TOKENS)
         self._runners = [BlockRunner(view, batch) for batch in self._input_ids]
@@ -35,8 +43,8 @@ class Sensitivity:
             self._states = [_entering(runner, self.blocks) for runner in self._runners]
 
     def damages(self, variants: Sequence[Block]) -> list[float]:
-        """Mean over tokens of the KL divergence from the dense model, in nats, when each of ``variants`` of one layer
-        takes its place; infinity where it is not finite."""
+        """Mean of the criterion over tokens, when each of ``variants`` of one layer takes its place; infinity where it
+        is not finite."""
         position = next(i for i, block in enumerate(self.blocks) if block.body == variants[0].body)
         entering = [states[position] for states in self._states]
         return self._damages(variants, entering, self.blocks[position + 1 :])
@@ -52,9 +60,9 @@ class Sensitivity:
             states = torch.cat([_run(runner, block, state) for block in variants])
             for block in above:
                 states = _run(runner, block, states)
-            sums = kl_divergence(runner, states.split(len(input_ids)), input_ids)
+            sums = self._criterion.sums(runner, states.split(len(input_ids)), input_ids)
             totals = [total + found for total, found in zip(totals, sums, strict=True)]
-        num_tokens = sum(input_ids.numel() for input_ids in self._input_ids)
+        num_tokens = sum(ids[:, self._criterion.tokens_without :].numel() for ids in self._input_ids)
         return [total / num_tokens if math.isfinite(total) else math.inf for total in totals]
 
 

@@ -51,12 +51,14 @@ class Fitted:
     Attributes:
         blocks: of the model, input side first.
         kept: (layer, sublayer) -> [kept] int64 units that stay, ascending, where some went.
+        score: what it is judged by, lower is better.
         kl: mean KL divergence from the dense model on the text that chooses, in nats.
         same: share of its tokens whose most likely next one is the dense model's.
     """
 
     blocks: list[Block]
     kept: dict[tuple[int, str], Tensor]
+    score: float
     kl: float
     same: float
 
@@ -74,6 +76,8 @@ class Fitting:
         units: which neurons go: obs, those that the others can best make up for, towards the target | leverage, those
             whose values are most nearly combinations of the others', whatever the target (`least_squares`).
         fixed: layer -> [neurons] bool of those that stay as long as the network does.
+        objective: kl_divergence | next_token_loss: what a shape is judged by, on ``choose``.
+        refitted: whether what stays gets new weights; else a shape is judged as it is before repair.
     """
 
     view: ModelView
@@ -84,6 +88,8 @@ class Fitting:
     ridge: float = 0.01
     units: str = "obs"
     fixed: Mapping[int, Tensor] = field(default_factory=dict)
+    objective: str = "kl_divergence"
+    refitted: bool = True
 
     def fill(self, shape: Shape, num_samples: int) -> Fitted:
         """A model of this shape, fitted to the first samples of ``fit``."""
@@ -107,13 +113,17 @@ class Fitting:
                     stay = _stay(order, whole[sublayer])
                     kept[layer, sublayer] = stay
                     block, sums = self._narrowed(block, sublayer, stay, whole[sublayer], sums)
-                    if self.view.output_norm(layer, sublayer) is not None:  # targets go by what is put out
+                    if self.refitted and self.view.output_norm(layer, sublayer) is not None:  # targets go by it
                         sums = self.how.sums(fit, block, sublayer)
-                block, _ = self.how.projection(fit, block, sublayer, sums, self.how.sums(choose, block, sublayer))
+                if self.refitted:
+                    of_choose = self.how.sums(choose, block, sublayer)
+                    block, _ = self.how.projection(fit, block, sublayer, sums, of_choose)
             blocks.append(block)
             for streams in (fit, choose):
                 streams.pass_through(block)
-        return Fitted(blocks, kept, *choose.divergence())
+        kl, same = choose.divergence()
+        score = kl if self.objective == "kl_divergence" else choose.loss(self.choose)
+        return Fitted(blocks, kept, score, kl, same)
 
     def judge(self, shape: Shape, fitted: Fitted, input_ids: Tensor) -> tuple[float, float]:
         """KL divergence and agreement, as in `Fitted`, on any other text."""
@@ -126,23 +136,24 @@ class Fitting:
         input_ids: Tensor,
         base: Fitted | None = None,
     ) -> Iterator[tuple[tuple[int, str], dict[int, float]]]:
-        """What it costs to narrow one sublayer alone, refitted to put out what it did.
+        """What it costs to narrow one sublayer alone, refitted, if at all, to put out what it did.
 
         Args:
             places: the sublayers, as (layer, attention | mlp); of ``base`` those that it has.
             levels: sublayer -> numbers of units that stay; 0: it is gone. Of them those that are fewer than there are.
-            input_ids: [N, length] int64 tokens on which the KL divergence from the dense model, in nats, is measured.
+            input_ids: [N, length] int64 tokens on which the objective is measured.
             base: the model whose sublayers are narrowed; None: the dense one.
 
         Yields:
-            Of each place, from the input up: units that stay -> by how much the KL divergence grows.
+            Of each place, from the input up: units that stay -> by how much the objective grows.
         """
         from slm_pipeline.show.progress import ProgressBar
 
         dense = [Block(layer) for layer in range(self.view.num_layers)]
         blocks, kept = (dense, {}) if base is None else (base.blocks, base.kept)
-        sensitivity, streams = Sensitivity(self.view, input_ids, blocks), Streams(self.view, self.fit)
-        before = 0.0 if base is None else sensitivity.damage()
+        sensitivity = Sensitivity(self.view, input_ids, None if base is None else blocks, self.objective)
+        streams = Streams(self.view, self.fit)
+        before = sensitivity.damage()
         own = Refit(ridges=self.how.ridges, weighting=self.how.weighting, target="as_it_is")
         last = max((layer for layer, _ in places), default=-1)
         groups = [[block.body] for block in blocks]
@@ -168,12 +179,14 @@ class Fitting:
 
     def _variant(self, streams: Streams, block: Block, sublayer: str, stay: Tensor, here: Tensor, sums: Sums) -> Block:
         """The block with some of the units that its sublayer has: ``stay`` of ``here``, which are the dense one's."""
+        narrow = self._resized(streams.undone(block, sublayer), sublayer, here[stay])
         columns = self._columns(block, sublayer, stay, len(here), len(sums.gram))
         prior = streams.weight(block, sublayer)[:, columns.to(sums.gram.device)]
+        if not self.refitted:
+            return streams.put(narrow, sublayer, prior)
         of_stay = sums.of(columns)
         penalty = least_squares.penalty(of_stay.gram, self.ridge)
         weight = least_squares.solve(of_stay.gram, of_stay.moment, prior=prior, penalty=penalty)
-        narrow = self._resized(streams.undone(block, sublayer), sublayer, here[stay])
         return streams.put(narrow, sublayer, weight)
 
     def _order(
@@ -290,6 +303,59 @@ def allocate(
             shape[place] = next(back, here)
             missing += _gained(size, "mlp", shape[place], here)
     return as_shape() if missing <= 0 else None
+
+
+def transferred(
+    shape: Shape,
+    sizes: Sequence[LayerSize],
+    giver: tuple[int, str],
+    taker: tuple[int, str],
+    *,
+    most: int,
+    share: int,
+    multiple_of: int,
+) -> Shape | None:
+    """The shape in which one sublayer, (layer, attention | mlp), has given units to another, and no more than are used.
+
+    Args:
+        most: parameters that the layers may have.
+        share: the giver gives a ``share``-th of its dense neurons, or one group of heads; where the taker can take
+            nothing for that, as often as it takes.
+        multiple_of: of neurons that stay.
+
+    Returns:
+        None where the giver has too little, the taker is whole, or more than one unit of neurons would be left over.
+    """
+
+    def units(place: tuple[int, str]) -> int:
+        return shape[place[0]][SUBLAYERS.index(place[1])]
+
+    def step(place: tuple[int, str]) -> int:
+        return multiple_of if place[1] == "mlp" else 1
+
+    def changed(gives: int, takes: int) -> Shape:
+        new = [dict(zip(SUBLAYERS, of, strict=True)) for of in shape]
+        new[giver[0]][giver[1]], new[taker[0]][taker[1]] = gives, takes
+        return tuple((of["attention"], of["mlp"]) for of in new)
+
+    def grown(place: tuple[int, str], least: int, greatest: int, other: int) -> int:
+        """The most units of a sublayer, beside so many of the other one, that the parameters allow."""
+        for number in range(greatest, least, -1):
+            pair = (number, other) if place == giver else (other, number)
+            if (number == greatest or number % step(place) == 0) and parameters(changed(*pair), sizes) <= most:
+                return number
+        return least
+
+    given, taken = units(giver), units(taker)
+    portion = max(1, sizes[giver[0]].neurons // share // multiple_of) * multiple_of if giver[1] == "mlp" else 1
+    while given > 0 and taken == units(taker):
+        given = max(0, given - portion)
+        taken = grown(taker, units(taker), _whole(sizes[taker[0]], taker[1]), given)
+    if taken == units(taker):
+        return None
+    new = changed(grown(giver, given, units(giver), taken), taken)
+    unit = max(size.per_neuron for size in sizes) * multiple_of
+    return new if parameters(new, sizes) > parameters(shape, sizes) - unit else None
 
 
 def _gained(size: LayerSize, sublayer: str, high: int, low: int) -> int:

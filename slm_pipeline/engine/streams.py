@@ -258,6 +258,12 @@ class Streams:
         number = self.dense[..., 0].numel()
         return total / number, same / number
 
+    def loss(self, input_ids: Tensor) -> float:
+        """At the top of the stack: mean next-token loss of the pruned model on these tokens, in nats."""
+        targets = input_ids.to(self.view.device)
+        total = sum(self._runner.loss(self.pruned[rows], targets[rows]) for rows in self._rows())
+        return total / targets[:, 1:].numel()
+
     def _rows(self) -> list[slice]:
         step = rows_at_once(self._on_device(self.dense[:1], 0))
         return [slice(start, start + step) for start in range(0, len(self.dense), step)]

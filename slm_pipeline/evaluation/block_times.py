@@ -11,7 +11,7 @@ says.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,15 @@ class Kind:
         """Seconds of a block of these widths."""
         return max(0.0, self.seconds - sum(self._saved(part, widths[part]) for part in SUBLAYERS))
 
+    def without(self, part: str) -> float:
+        """Seconds that a block saves without a sublayer."""
+        return self.saved[part][-1][1] if self.saved[part] else 0.0
+
+    def per_unit(self, part: str) -> float:
+        """Seconds that a key-value group or a neuron takes, the last of which the sublayer itself goes with."""
+        narrow = [(width, seconds) for width, seconds in self.saved[part] if width] or list(self.saved[part])
+        return narrow[-1][1] / (self.widths[part] - narrow[-1][0]) if narrow else 0.0
+
     def _saved(self, part: str, width: int) -> float:
         known = [(self.widths[part], 0.0), *self.saved[part]]
         for (wide, least), (narrow, most) in pairwise(known):
@@ -96,6 +105,24 @@ class BlockTimes:
         kinds = {layer: kind for kind in self.kinds for layer in kind.layers}
         blocks = sum(kinds[group[0]].block(_widths(size)) for group, size in zip(plan.layer_groups, sizes, strict=True))
         return max(0.0, self.seconds - self.blocks) + blocks
+
+    def prices(self, dense: Sequence[LayerSize]) -> list[LayerSize]:
+        """Of the dense model's layers, picoseconds in the place of parameters: a unit costs what it does on the way to
+        the narrowest width that was measured."""
+        kinds = {layer: kind for kind in self.kinds for layer in kind.layers}
+        found = []
+        for layer, size in enumerate(dense):
+            kind = kinds[layer]
+            whole = {part: round(1e12 * kind.without(part)) for part in SUBLAYERS}
+            per_head, per_neuron = (max(1, round(1e12 * kind.per_unit(part))) for part in SUBLAYERS)
+            other = max(0, round(1e12 * kind.seconds) - sum(whole.values()))
+            found.append(
+                replace(
+                    size, attention=whole["attention"], mlp=whole["mlp"], other=other, per_head=per_head,
+                    per_neuron=per_neuron,
+                )
+            )  # fmt: skip
+        return found
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -17,7 +17,7 @@ from slm_pipeline.config.ranges import Count, NumLayersOrZero, Tokens
 from slm_pipeline.engine.window_memo import WindowMemos
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.target import Floor, Layers, Parameters, Target
-from slm_pipeline.surgery.ops import Op
+from slm_pipeline.surgery.ops import LayerSize, Op
 from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.plan import Plan
 
@@ -58,6 +58,8 @@ class PruningProblem(Generic[TargetT]):
         refine: to reach a target by a floor: grid points to try above the best threshold found by halving.
         exhaustive: walk the whole threshold grid instead.
         windows: what searches on this model and text have measured of merged windows, and keep there.
+        prices: for a method that takes prices what the parts of each layer cost, in the units of a `Parameters` target;
+            None: parameters.
     """
 
     source: ModelSource
@@ -69,6 +71,7 @@ class PruningProblem(Generic[TargetT]):
     refine: int = 5
     exhaustive: bool = False
     windows: WindowMemos = field(default_factory=WindowMemos)
+    prices: Sequence[LayerSize] | None = None
 
 
 @dataclass(kw_only=True)
@@ -84,6 +87,7 @@ class Method(ABC):
             any of them; of layers of one size it is told a number.
         streams: whether it lets all text through a layer before it goes on to the next, without gradients, so that
             it works on a model whose layers stay on disk (``model.device=stream``).
+        takes_prices: whether it counts by `PruningProblem.prices` where there are some.
         num_protected: layers that it never touches; a plan keeps at least one more.
     """
 
@@ -91,6 +95,7 @@ class Method(ABC):
     targets: ClassVar[tuple[type, ...]] = (Layers,)
     removes_by_order: ClassVar[bool] = False
     streams: ClassVar[bool] = False
+    takes_prices: ClassVar[bool] = False
     min_seq_len: ClassVar[int] = 1
 
     published_calibration: CalibrationSize

@@ -4,7 +4,9 @@ how much to remove.
 The target is turned into layers or parameters, the time of the plan is looked up, and the method is asked again for
 more or less as long as that is needed. Layers: as many more, one by one, as are missing. Parameters: by linear
 interpolation between the plans that were too slow and fast enough, and no more than the method can remove, until one is
-within 1 % of the target and not slower than it, or six were made; the smallest that is fast enough is taken.
+within 1 % of the target and not slower than it, or six were made; the smallest that is fast enough is taken. A method
+that takes prices is told what each part of a layer costs in picoseconds, and how many are to go: as many more as were
+missing, until its plan is fast enough.
 """
 
 from __future__ import annotations
@@ -53,7 +55,10 @@ def plan_for_speedup(method: Method, problem: PruningProblem[Any], times: BlockT
 
     assert isinstance(problem.target, Speedup)
     search = _Search(method, problem, times, layer_sizes(problem.view), problem.target.times)
-    found = search.by_parameters() if counts_parameters(method) else search.by_layers()
+    if method.takes_prices:
+        found = search.by_prices()
+    else:
+        found = search.by_parameters() if counts_parameters(method) else search.by_layers()
     plan = found.plan
     plan.scores["latency"] = {
         "asked": problem.target.times,
@@ -92,16 +97,14 @@ class _Search:
             f" blocks on {self.times.device}: {why}"
         )
 
-    def _plan(self, target: Layers | Parameters) -> _Found:
-        plan = self.method.plan(replace(self.problem, target=target))
+    def _plan(self, target: Layers | Parameters, prices: Sequence[LayerSize] | None = None) -> _Found:
+        plan = self.method.plan(replace(self.problem, target=target, prices=prices))
         self.made += 1
         sizes, _ = measure_changes(plan, self.dense)
         seconds = self.times.of(plan, sizes)
-        log.info(
-            "%s: %d %s removed, predicted speedup %.3f",
-            self.method.name, target.remove, "layers" if isinstance(target, Layers) else "parameters",
-            self.times.seconds / seconds,
-        )  # fmt: skip
+        what = "picoseconds" if prices else "layers" if isinstance(target, Layers) else "parameters"
+        speedup = self.times.seconds / seconds
+        log.info("%s: %d %s removed, predicted speedup %.3f", self.method.name, target.remove, what, speedup)
         return _Found(plan, seconds, any(size.idle for size in sizes))
 
     def by_layers(self) -> _Found:
@@ -120,6 +123,18 @@ class _Search:
             reached = self.times.seconds / (self.times.seconds - most * self.times.blocks / number)
         raise self._out_of_reach(
             f"of {number} layers at least {fewest} must be left ({why}), which is {reached:.2f} times as fast"
+        )
+
+    def by_prices(self) -> _Found:
+        prices = self.times.prices(self.dense)
+        missing = self.times.seconds - self.budget
+        while self.made < _TRIES:
+            found = self._plan(Parameters(math.ceil(missing * 1e12)), prices)
+            if found.seconds <= self.budget * (1 + 1e-6):
+                return found
+            missing += found.seconds - self.budget
+        raise self._out_of_reach(
+            f"{self.made} plans were at most {self.times.seconds / found.seconds:.2f} times as fast"
         )
 
     def by_parameters(self) -> _Found:

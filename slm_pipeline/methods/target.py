@@ -62,7 +62,6 @@ Target = Layers | Parameters | Floor | Speedup | NoTarget
 
 # Of latency: what stands at its default where something else is asked.
 _OF_LATENCY = ("speedup", "batch_size", "context", "mode")
-_TOLD_PARAMETERS = ("joint",)  # searches whose every plan costs minutes: not asked again and again
 
 
 @dataclass(frozen=True)
@@ -137,11 +136,6 @@ class PruningRatio:
             raise UserError("pruning_ratio.of=latency takes pruning_ratio.speedup alone, no ratio and no num_layers")
         if options.speedup is None:
             raise UserError("pruning_ratio.of=latency needs pruning_ratio.speedup, as 1.3")
-        if self.method.name in _TOLD_PARAMETERS:
-            raise UserError(
-                f"method={self.method.name} cannot aim at pruning_ratio=latency yet; use pruning_ratio.of=parameters,"
-                " or another method"
-            )
         if context.config.model.device == "stream":
             raise UserError(
                 "pruning_ratio.of=latency times models that are whole in memory, which model.device=stream has not; use"

@@ -76,31 +76,35 @@ def search_steps(
         return _save(figure, path_stem)
 
 
+_JUDGED = {"kl": "KL from the dense model (nats)", "loss": "next-token loss (nats)"}
+
+
 def search_candidates(trace: Sequence[Mapping[str, Any]], path_stem: Path, *, title: str) -> list[Path]:
-    """What a search over models tried: how far each candidate is from the dense model, over its size.
+    """What a search over models tried: how good each candidate is, over its size.
 
     Args:
         trace: a plan's ``scores.trace``: ``parameters`` of the layers, ``num_tokens`` that weights were fitted to, and
-            ``kl`` in nats a token. The best of the last size on most text is marked.
+            ``kl`` or ``loss`` in nats a token. The best of the last size on most text is marked.
         path_stem: where to write, without ``.png`` and ``.svg``.
         title: the picture's title.
 
     Returns:
         The files written.
     """
+    judged = "kl" if "kl" in trace[0] else "loss"
     tokens = sorted({row["num_tokens"] for row in trace})
     most = [row for row in trace if row["num_tokens"] == tokens[-1]]
-    best = min(most, key=lambda row: row["kl"])
+    best = min(most, key=lambda row: row[judged])
     with _figure(WIDTH, 3.4) as figure:
         axes = figure.subplots()
         for rank, number in enumerate(tokens, start=1):
             of = [row for row in trace if row["num_tokens"] == number]
-            places = [row["parameters"] / 1e6 for row in of], [row["kl"] for row in of]
+            places = [row["parameters"] / 1e6 for row in of], [row[judged] for row in of]
             alpha = rank / len(tokens)
             axes.scatter(*places, s=18, color=COLORS["accepted"], alpha=alpha, label=f"{number:,} tokens", zorder=2)
         axes.scatter(
             best["parameters"] / 1e6,
-            best["kl"],
+            best[judged],
             s=90,
             fc="none",
             ec=COLORS["rejected"],
@@ -109,10 +113,10 @@ def search_candidates(trace: Sequence[Mapping[str, Any]], path_stem: Path, *, ti
             zorder=3,
         )
         axes.invert_xaxis()
-        if spans_decades([row["kl"] for row in trace]):
+        if spans_decades([row[judged] for row in trace]):
             log_scale(axes, "y")
         axes.set_title(title, loc="left")
-        axes.set(xlabel="million parameters in the layers", ylabel="KL from the dense model (nats)")
+        axes.set(xlabel="million parameters in the layers", ylabel=_JUDGED[judged])
         axes.legend(loc="upper left", borderpad=0.0)
         return _save(figure, path_stem)
 

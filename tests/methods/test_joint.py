@@ -16,7 +16,7 @@ from slm_pipeline.config import CONF_DIR
 from slm_pipeline.config.groups import build
 from slm_pipeline.engine import shapes
 from slm_pipeline.engine.refit import Refit
-from slm_pipeline.engine.shapes import Fitting, allocate, originals, parameters
+from slm_pipeline.engine.shapes import Fitting, allocate, originals, parameters, transferred
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.engine.streams import Streams, first_changed, spans
 from slm_pipeline.errors import UserError
@@ -89,6 +89,26 @@ def test_the_least_damage_at_a_target_is_found():
     assert allocate(damages, [SIZE, SIZE], 281, 1) is None
 
 
+def test_what_one_sublayer_gives_another_takes():
+    def move(shape, giver, taker, most=200, multiple_of=1):
+        return transferred(shape, [SIZE, SIZE], giver, taker, most=most, share=4, multiple_of=multiple_of)
+
+    shape = ((2, 5), (3, 9))
+    total = parameters(shape, [SIZE, SIZE])
+    assert total == 1 + 30 + 60 + 141
+    at_most = {"most": total}
+    assert move(shape, (1, "mlp"), (0, "mlp"), **at_most) == ((2, 7), (3, 7))
+    assert move(shape, (1, "mlp"), (0, "attention"), **at_most) == ((3, 5), (3, 8))  # one comes back
+    assert move(shape, (1, "attention"), (0, "mlp"), **at_most) == ((2, 6), (2, 9))
+    assert move(shape, (1, "attention"), (0, "attention"), **at_most) == ((3, 5), (2, 9))
+    assert move(shape, (0, "mlp"), (1, "mlp"), **at_most) is None  # that is whole
+    assert move(((2, 8), (3, 9)), (1, "attention"), (0, "mlp"), most=262) == ((2, 9), (2, 9))
+    assert move(((2, 9), (3, 0)), (1, "mlp"), (0, "attention"), most=172) is None  # has nothing
+    assert move(shape, (1, "mlp"), (0, "mlp"), most=total, multiple_of=3) == ((2, 6), (3, 6))
+    gone = ((0, 0), (3, 9))  # a network of a layer that was gone costs what stands beside its neurons, and its norms
+    assert move(gone, (1, "mlp"), (0, "mlp"), most=141) == ((0, 2), (3, 5))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "opt", "gpt_neox", "gemma3_text"])
 def test_filling_a_shape_is_refitting_the_plan_that_it_leads_to(architecture):
@@ -123,6 +143,31 @@ def test_filling_a_shape_is_refitting_the_plan_that_it_leads_to(architecture):
 
 
 @torch.no_grad()
+def test_before_repair_and_by_loss_a_shape_is_judged_as_its_plan_makes_it():
+    source, model = lively()
+    view = ModelView(model)
+    ids = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(2))
+    whole = (view.num_kv_heads, view.num_neurons)
+    shape = (whole, (whole[0], 31), (0, 0), (max(1, whole[0] - 1), whole[1]), (0, 20), whole)
+    how = {"objective": "next_token_loss", "refitted": False}
+    fit = fitting(view, ids, **how)
+    filled = fit.fill(shape, 6)
+    damages = dict(fit.damages([(1, "mlp"), (4, "attention")], {"attention": [0], "mlp": [0, 12]}, ids[6:8]))
+    dense_loss = float(model(input_ids=ids[6:8], labels=ids[6:8]).loss)
+    for place, part in ((1, "mlp"), (4, "attention")):
+        name = f"layers.{place}.{view.output_name(part)}.weight"
+        weight = dict(view.decoder.named_parameters())[name]
+        before = weight.detach().clone()
+        weight.zero_()
+        loss = float(model(input_ids=ids[6:8], labels=ids[6:8]).loss)
+        weight.copy_(before)
+        assert damages[place, part][0] == pytest.approx(loss - dense_loss, abs=1e-5)
+    plan = joint(export="custom")._shape_plan(problem_of(model, source, ids, num_remove=1), shape, filled, [], {})
+    pruned = apply(plan, model)
+    assert filled.score == pytest.approx(float(pruned(input_ids=ids[6:8], labels=ids[6:8]).loss), abs=1e-5)
+
+
+@torch.no_grad()
 def test_the_dense_shape_is_the_dense_model():
     _, model = lively()
     view = ModelView(model)
@@ -136,7 +181,7 @@ def test_the_dense_shape_is_the_dense_model():
 @pytest.mark.parametrize("export", ["stock", "custom"])
 def test_the_target_is_met_within_one_unit(ask, export):
     problem = ask(num_parameters=9000)
-    plan = joint(export=export, swaps=2).plan(problem)
+    plan = joint(export=export, transfers=4, swaps=2).plan(problem)
     view = problem.view
     sizes, model = layer_sizes(view), lively()[1]
     before = view.num_parameters()
@@ -159,7 +204,7 @@ def test_neurons_that_stay_are_a_multiple(ask):
 
 @pytest.mark.parametrize(("export", "commit"), [("stock", 1.0), ("custom", 1.0), ("custom", 0.1)])
 def test_a_killed_search_goes_on_and_ends_the_same(ask, export, commit, tmp_path, monkeypatch):
-    options = {"export": export, "commit": commit, "swaps": 2}
+    options = {"export": export, "commit": commit, "transfers": 3, "swaps": 2}
     whole = joint(**options).plan(ask(num_remove=1, memo=tmp_path / "whole"))
     filled = []
     fill = Fitting.fill
@@ -191,6 +236,8 @@ def test_a_killed_search_goes_on_and_ends_the_same(ask, export, commit, tmp_path
     ("options", "message"),
     [
         ({"export": "padded"}, "method.export='padded' is not one of stock, custom"),
+        ({"objective": "mse"}, "method.objective='mse' is not one of kl_divergence, next_token_loss"),
+        ({"judged": "twice"}, "method.judged='twice' is not one of repaired, pruned"),
         ({"ridges": []}, r"method.ridges=\[\] must name at least one"),
         ({"depths": 1}, "method.depths=1"),
         ({"multiple_of": 0}, "method.multiple_of=0"),
@@ -279,6 +326,25 @@ def test_what_a_sublayer_of_a_model_already_pruned_does_is_measured_in_that_mode
     assert damages[1, "mlp"][12] == pytest.approx(kl(1, block), abs=1e-4)
 
 
+@pytest.mark.parametrize("export", ["stock", "custom"])
+def test_the_trace_says_what_candidates_were_judged_by(ask, export):
+    options = {"objective": "next_token_loss", "judged": "pruned", "transfers": 1, "swaps": 1, "commit": 1.0}
+    scores = joint(export=export, **options).plan(ask(num_parameters=9000)).scores
+    assert all(5 < row["loss"] < 20 and "kl" not in row for row in scores["trace"])
+
+
+def test_transfers_only_make_it_better(ask):
+    problem = ask(num_parameters=9000)
+    rows = joint(export="custom", commit=1.0, transfers=12, swaps=0).plan(problem).scores["trace"]
+    without = joint(export="custom", commit=1.0, transfers=0, swaps=0).plan(problem).scores["trace"]
+    number = rows[0]["num_tokens"]
+    kls, before = ([row["kl"] for row in of if row["num_tokens"] == number] for of in (rows, without))
+    assert kls[: len(before)] == before
+    assert min(kls) < min(before)
+    largest = max(row["parameters"] for row in without)
+    assert all(largest - 2 * layer_sizes(problem.view)[0].per_neuron < row["parameters"] <= largest for row in rows)
+
+
 def test_committing_a_part_first_measures_again_and_narrows_what_is_left(ask, monkeypatch):
     bases = []
     damages = Fitting.damages
@@ -289,7 +355,7 @@ def test_committing_a_part_first_measures_again_and_narrows_what_is_left(ask, mo
 
     monkeypatch.setattr(Fitting, "damages", seen)
     problem = ask(num_parameters=9000)
-    plan = joint(export="custom", commit=0.1, swaps=0).plan(problem)
+    plan = joint(export="custom", commit=0.1, transfers=0, swaps=0).plan(problem)
     sizes = layer_sizes(problem.view)
     block_parameters = sum(size.whole for size in sizes)
     assert len(bases) == -(-9000 // round(0.1 * block_parameters))
@@ -305,7 +371,7 @@ def test_a_search_for_another_ratio_finds_the_steps_that_both_take(ask, tmp_path
     damages, fill = Fitting.damages, Fitting.fill
     monkeypatch.setattr(Fitting, "damages", lambda self, *about: measured.append(about[0]) or damages(self, *about))
     monkeypatch.setattr(Fitting, "fill", lambda self, *about: filled.append(about) or fill(self, *about))
-    options = {"export": "custom", "commit": 1 / 6, "swaps": 0}
+    options = {"export": "custom", "commit": 1 / 6, "transfers": 0, "swaps": 0}
     joint(**options).plan(ask(num_remove=1, memo=tmp_path))
     assert len(measured) == 1
     known = set(filled)
@@ -335,9 +401,9 @@ def test_sensitivities_that_are_known_are_not_measured_again(ask, tmp_path, monk
 
     monkeypatch.setattr(Fitting, "damages", until(5))
     with pytest.raises(KeyboardInterrupt):
-        joint(export="custom", commit=1.0, swaps=0).plan(ask(num_remove=1, memo=tmp_path))
+        joint(export="custom", commit=1.0, transfers=0, swaps=0).plan(ask(num_remove=1, memo=tmp_path))
     monkeypatch.setattr(Fitting, "damages", until(None))
-    plan = joint(export="custom", commit=1.0, swaps=0).plan(ask(num_remove=1, memo=tmp_path))
+    plan = joint(export="custom", commit=1.0, transfers=0, swaps=0).plan(ask(num_remove=1, memo=tmp_path))
     assert measured == [(layer, part) for layer in range(6) for part in ("attention", "mlp")]
     monkeypatch.setattr(Fitting, "damages", damages)
-    assert plan.content() == joint(export="custom", commit=1.0, swaps=0).plan(ask(num_remove=1)).content()
+    assert plan.content() == joint(export="custom", commit=1.0, transfers=0, swaps=0).plan(ask(num_remove=1)).content()
