@@ -169,6 +169,7 @@ def test_every_command_that_a_document_shows_is_understood(command, here, monkey
     monkeypatch.setattr("slm_pipeline.models.source._local", without_network)
     monkeypatch.setattr("slm_pipeline.data.hub.commit", lambda *_, **__: "0" * 40)
     monkeypatch.setattr("slm_pipeline.machine.gpus.check_device", lambda *_: None)
+    monkeypatch.setattr("slm_pipeline.jobs.command_line.find_spec", lambda _: True)  # Ray, which the tests do without
     monkeypatch.setattr(study, "jobs", lambda *given, jobs=study.jobs: jobs(*given)[:2])  # test_conf.py composes all
     program, *words = shlex.split(command)
     if program == "slm":

@@ -12,6 +12,10 @@ from slm_pipeline.jobs.command_line import compose_job
 from slm_pipeline.jobs.steps import steps
 from slm_pipeline.models.sizes import Sizes
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.recovery.distill import Distill
+from slm_pipeline.recovery.full import Full
+from slm_pipeline.recovery.lora import Lora
+from slm_pipeline.recovery.partial_layers import PartialLayers
 
 # 4 layers of 32 wide in float32, 40 neurons, 2 of 4 heads for keys; 512 tokens; 8 samples of 16 tokens.
 SMALL = Sizes(
@@ -42,6 +46,50 @@ def test_states_are_counted_by_batch():
     assert SMALL.running(10) == 10 * 4 * (2 * 32 + 4 * 40)
     dense, walking = 128 * 5 * state, 16 * 3 * 4 * state
     assert SMALL.walking(4) == dense + walking + 12 * 16 * 512
+
+
+OUTSIDE = 2 * 512 * 32 + 32
+MATRICES = BLOCK - 64
+KEPT = {"micro_batch_size": 2, "batch_size": 4, "cutoff_len": 8, "gradient_checkpointing": True}  # 16 tokens
+LAYER = 16 * (16 * 32 + 2 * (4 * 40 + 2 * 48))  # kept of one: its norms' states, and in 16 bits what is inside
+ENTERS = 16 * (5 * 32 + 32 + 40)  # its projections
+LOGITS = 16 * 512 * (2 * 2 + 8)
+
+
+def states(layers):
+    return 16 * 32 * 4 * layers
+
+
+@pytest.mark.parametrize(
+    ("recovery", "expected"),
+    [
+        # in float32 with gradient and moments, and once more in 16 bits
+        (Full(**KEPT), 18 * (4 * BLOCK + OUTSIDE) + LAYER + 2 * ENTERS + states(4) + LOGITS),
+        (
+            Full(**KEPT, num_processes=2, sharding=True),  # three blocks whole: two weights, one's gradients
+            8 * (4 * BLOCK + OUTSIDE) + 2 * (3 * BLOCK + OUTSIDE) + LAYER + 2 * ENTERS + states(4) + LOGITS,
+        ),
+        (
+            PartialLayers(**KEPT, num_layers=1),
+            4 * 3 * BLOCK + 4 * 512 * 32 + 18 * (BLOCK + 512 * 32 + 32) + LAYER + 2 * ENTERS + states(1) + LOGITS,
+        ),
+        (
+            Lora(**KEPT, rank=1, quantize="nf4"),  # 7 adapters a block, a matrix that is multiplied with
+            4 * (4 * BLOCK + OUTSIDE) + int((0.516 - 4) * 4 * MATRICES) + 18 * 4 * (256 + 72 * 3 - 32)
+            + LAYER + 3 * ENTERS + states(4) + LOGITS + 4 * 32 * 40,
+        ),
+        (
+            Distill(**KEPT),  # the dense model of 6 layers, 2 that stand for the 2 that are gone
+            4 * (6 * BLOCK + OUTSIDE) + 4 * (2 * BLOCK + OUTSIDE) + 18 * 2 * BLOCK
+            + LAYER + 2 * ENTERS + states(2) + 16 * 32 * (2 * 4 + 24) * 2 + SMALL.running(16),
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, int) else value.name,
+)  # fmt: skip
+def test_a_recovery_takes_weights_gradients_moments_and_what_is_kept_for_the_way_back(recovery, expected):
+    sizes = replace(SMALL, layers=6).with_layers(4)
+    assert (sizes.layers, sizes.dense.layers) == (4, 6)
+    assert recovery.memory(sizes) == expected
 
 
 WORDS = [

@@ -90,7 +90,7 @@ def test_eight_bits_are_those_of_each_row():
     quantize(rounded, "int8", torch.float32)
     found = rounded.model.layers[1].mlp.down_proj.weight
     wanted = int8(plain.detach())
-    assert (found.CB * found.SCB[:, None] / 127 - wanted).norm() < 0.3 * (wanted - plain).norm()  # it rounds float16
+    assert (found.CB * found.SCB[:, None] / 127 - wanted).norm() < 0.5 * (wanted - plain).norm()  # it rounds float16
 
 
 def test_four_bits_of_narrow_rows_are_refused_on_a_processor():

@@ -274,6 +274,7 @@ def test_each_process_has_a_gpu_of_its_own(data, monkeypatch):
         with pytest.raises(UserError, match=f"recovery.num_processes=2: .* so model.device={device} cannot be"):
             recovery.check(on(device), 4)
     recovery.check(on("auto"), 4)
+    SHARDED["sharded_full"].check(on("balanced"), 4)  # so do the other stages of a model that fits no single one
     recovery.preflight(on("cpu"), data)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(UserError, match="recovery.num_processes=2: each process needs a GPU of its own, .* has 1"):
