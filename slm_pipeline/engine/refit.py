@@ -85,10 +85,50 @@ class Refit:
                 if self.reads is not None:
                     block, what = self.reading(fitted, held_out, block, sublayer, self.reads)
                     found.append(what)
-                sums, other = (self.sums(streams, block, sublayer) for streams in (fitted, held_out))
-                block, what = self.projection(fitted, block, sublayer, sums, other)
+                block, what = self.writing(fitted, held_out, block, sublayer)
                 found.append(what)
         return block, found
+
+    def writing(
+        self, fitted: Streams, held_out: Streams, block: Block, sublayer: str, sums: Sums | None = None
+    ) -> tuple[Block, Fitted]:
+        """The block with a new last projection of one sublayer, if a fit does better on the text held out.
+
+        Args:
+            sums: of ``fitted``, if they are known; of no use where a norm stands behind the projection.
+
+        Raises:
+            UserError: the inputs are linearly dependent, and no ridge is large enough.
+        """
+        if fitted.view.output_norm(block.body, sublayer) is not None:
+            return self._in_front_of_a_norm(fitted, held_out, block, sublayer)
+        sums = sums or self.sums(fitted, block, sublayer)
+        return self.projection(fitted, block, sublayer, sums, self.sums(held_out, block, sublayer))
+
+    def _in_front_of_a_norm(
+        self, fitted: Streams, held_out: Streams, block: Block, sublayer: str
+    ) -> tuple[Block, Fitted]:
+        """As `writing`. A norm makes every output as long as it likes, so that what can be predicted in part only is
+        written too large: each fit is judged by what it leads to in the stream; and where the sublayer is not the dense
+        model's there are, beside fits to what is missing there, those to its own output."""
+        asked = {"target": self.target, "weighting": self.weighting}
+        weight, best, taken = fitted.weight(block, sublayer), block, None
+        before = after = held_out.error(block, sublayer, **asked)
+        targets = [self.target]
+        if self.target == "dense_stream" and fitted.undone(block, sublayer) is not block:
+            targets.append("own_output")
+        for target in targets:
+            sums = fitted.sums(block, sublayer, target=target, weighting=self.weighting)
+            for ridge in self.ridges:
+                penalty = least_squares.penalty(sums.gram, ridge)
+                new = fitted.put(
+                    block, sublayer, least_squares.solve(sums.gram, sums.moment, prior=weight, penalty=penalty)
+                )
+                if (error := held_out.error(new, sublayer, **asked)) < after:
+                    best, after, taken = new, error, ridge
+        if taken is None or before - after <= LEAST_GAIN:
+            return block, Fitted(sublayer, None, before, before)
+        return best, Fitted(sublayer, taken, before, after, tensors=_new_tensors(fitted, best, sublayer))
 
     def reading(
         self, fitted: Streams, held_out: Streams, block: Block, sublayer: str, ridge: float
@@ -128,8 +168,13 @@ class Refit:
                 best, after, taken = found, error, ridge
         if taken is None or before - after <= LEAST_GAIN:
             return block, Fitted(sublayer, None, before, before)
-        block, output = streams.put(block, sublayer, best), streams.view.output_name(sublayer)
-        tensors = {sublayer: block.replaced[f"{output}.weight"]}
-        if streams.bias(block, sublayer) is not None:
-            tensors[f"{sublayer}_bias"] = block.replaced[f"{output}.bias"]
-        return block, Fitted(sublayer, taken, before, after, tensors=tensors)
+        block = streams.put(block, sublayer, best)
+        return block, Fitted(sublayer, taken, before, after, tensors=_new_tensors(streams, block, sublayer))
+
+
+def _new_tensors(streams: Streams, block: Block, sublayer: str) -> dict[str, Tensor]:
+    output = streams.view.output_name(sublayer)
+    tensors = {sublayer: block.replaced[f"{output}.weight"]}
+    if streams.bias(block, sublayer) is not None:
+        tensors[f"{sublayer}_bias"] = block.replaced[f"{output}.bias"]
+    return tensors

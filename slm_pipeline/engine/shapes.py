@@ -113,11 +113,8 @@ class Fitting:
                     stay = _stay(order, whole[sublayer])
                     kept[layer, sublayer] = stay
                     block, sums = self._narrowed(block, sublayer, stay, whole[sublayer], sums)
-                    if self.refitted and self.view.output_norm(layer, sublayer) is not None:  # targets go by it
-                        sums = self.how.sums(fit, block, sublayer)
                 if self.refitted:
-                    of_choose = self.how.sums(choose, block, sublayer)
-                    block, _ = self.how.projection(fit, block, sublayer, sums, of_choose)
+                    block, _ = self.how.writing(fit, choose, block, sublayer, sums)
             blocks.append(block)
             for streams in (fit, choose):
                 streams.pass_through(block)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,6 +84,18 @@ class _SumsSoFar:
         return sums
 
 
+@dataclass(frozen=True)
+class _Writes:
+    """Of a sublayer's last projection: inputs [tokens, n], what it puts out, what of that reaches the stream, what is
+    wanted there [tokens, d], and what tokens count [tokens]."""
+
+    inputs: Tensor
+    put_out: Tensor
+    written: Tensor
+    wanted: Tensor
+    weights: Tensor
+
+
 class Streams:
     """The residual streams of N samples in the dense and in the pruned model, at one place of the stack.
 
@@ -138,46 +150,59 @@ class Streams:
         were as in the dense model, on the states that reach it; with ``as_it_is`` what it does write.
 
         Where a norm stands between the projection and the stream (Gemma 2 and 3, OLMo 2), the norm's gains are counted
-        as part of the weights, and each token's target is multiplied by the number that makes it as long as what the
-        projection puts out: the norm knows no length, so that the direction is all that can be fitted.
+        as part of the weights, and what it divides each token by is taken to stay what it is: the target is multiplied
+        by that. How good such a fit is only `error` says, since it does not stay so.
 
         Raises:
             UserError: they are not finite.
         """
-        is_last = sublayer == "mlp" or self.lacks(block, "mlp")
         has_bias = self.bias(block, sublayer) is not None
-        whole = self.undone(block, sublayer)
         norm = self.view.output_norm(block.body, sublayer)
         so_far = _SumsSoFar()
+        for writes in self._writes(block, sublayer, target, weighting):
+            inputs, divisors = writes.inputs, torch.ones_like(writes.wanted[:, :1])
+            if norm is not None:
+                put_out = writes.put_out * _invertible(norm[1])
+                divisors = put_out.norm(dim=-1, keepdim=True) / writes.written.norm(dim=-1, keepdim=True)
+                divisors = divisors.nan_to_num(1.0, posinf=1.0).clamp_min(1e-12)
+            if has_bias:
+                inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
+            so_far.add(inputs, writes.wanted * divisors, writes.weights / divisors[:, 0].square())
+        so_far.gather(self._share)
+        return so_far.sums(
+            f"what enters the last projection of layer {block.body}'s {sublayer}, or is to leave it, is not finite"
+        )
+
+    def error(self, block: Block, sublayer: str, *, target: str, weighting: str) -> float:
+        """The weighted squared error of what reaches the stream, relative to what is wanted; targets as for `sums`."""
+        missed = energy = 0.0
+        for writes in self._writes(block, sublayer, target, weighting):
+            weights = writes.weights[:, None]
+            missed += float((weights * (writes.written - writes.wanted).square()).sum(dtype=torch.float64))
+            energy += float((weights * writes.wanted.square()).sum(dtype=torch.float64))
+        if self._share.divided:
+            missed, energy = self._share.summed(torch.tensor([missed, energy], dtype=torch.float64)).tolist()
+        return missed / max(energy, 1e-30)
+
+    def _writes(self, block: Block, sublayer: str, target: str, weighting: str) -> Iterator[_Writes]:
+        """What a sublayer's last projection does and what it is to do, some tokens at a time."""
+        is_last = sublayer == "mlp" or self.lacks(block, "mlp")
+        whole = self.undone(block, sublayer)
         for rows in self._rows():
             entering = self._on_device(self.pruned[rows], block.body)
             inputs, output, written, leaving = self._runner.observed(block, entering, sublayer)
             reference = self._on_device((self.leaving if is_last else self.middle)[rows], block.body)
             if target == "as_it_is":
-                wanted = output
+                wanted = written
             elif target == "own_output":
-                wanted = output if whole is block else self._runner.observed(whole, entering, sublayer)[1]
+                wanted = written if whole is block else self._runner.observed(whole, entering, sublayer)[2]
             else:  # the first difference rounds back to the state that the output was added to
                 beside = leaving - written if sublayer == "mlp" else entering
                 wanted = reference.float() - beside.float()
-            wanted = wanted.flatten(0, -2).float()
-            lengths = torch.ones_like(wanted[:, :1])
-            if norm is not None:
-                put_out = output.flatten(0, -2).float() * _invertible(norm[1])
-                wanted = wanted if target == "dense_stream" else wanted * _invertible(norm[1])
-                lengths = put_out.norm(dim=-1, keepdim=True) / wanted.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-            wanted = wanted * lengths
             weights = reference.flatten(0, -2).float().square().mean(dim=-1).clamp_min(1e-12).reciprocal()
             if weighting == "none":
                 weights = torch.ones_like(weights)
-            weights = weights / lengths[:, 0].square().clamp_min(1e-12)
-            if has_bias:
-                inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
-            so_far.add(inputs, wanted, weights)
-        so_far.gather(self._share)
-        return so_far.sums(
-            f"what enters the last projection of layer {block.body}'s {sublayer}, or is to leave it, is not finite"
-        )
+            yield _Writes(inputs, *(of.flatten(0, -2).float() for of in (output, written, wanted)), weights)
 
     def gram(self, block: Block, sublayer: str) -> Gram:
         """Of what enters a sublayer's last projection in the pruned model, all tokens alike and without a bias."""

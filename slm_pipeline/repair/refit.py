@@ -72,8 +72,9 @@ class Refit(Repair):
     Kin: the direct form of ReplaceMe's map (arXiv 2505.02819), and fits to the dense output on corrected inputs as in
     GPTAQ (arXiv 2504.02692).
 
-    Where a norm stands behind the last projections (Gemma 2 and 3, OLMo 2), its gains are counted as part of W, and T
-    is made as long, for each token, as what the projection puts out: only the direction can be fitted.
+    Where a norm stands behind the last projections (Gemma 2 and 3, OLMo 2), its gains are counted as part of W, and
+    what it divides each token by is taken to stay. It does not, so that a fit is judged by what it leads to in the
+    stream; and fits to the own output are tried as well.
 
     Memory beside the dense model: four states of each token, the Gram matrix of one projection in float64 with a few
     matrices of that size, and on the host the new weights in float32. A killed repair goes on after its last layer.

@@ -356,3 +356,39 @@ def test_behind_a_norm_the_direction_is_fitted(architecture, sublayer):
             assert float(alike.min()) > 0.999
         else:
             assert sublayer == "attention" or float(alike.mean()) < limit  # the attention is still the dense model's
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "olmo2"])
+def test_behind_a_norm_a_fit_is_judged_by_what_it_leads_to_in_the_stream(architecture):
+    """Noise cannot be predicted: the least squares for it are better, and what the norm makes of them is worse."""
+    view = ModelView(lively(architecture))
+    streams = Streams(view, IDS)
+    streams.look_ahead(1, 2)
+    (block,) = [planned_blocks(narrowing({1: (None, [*range(20)])}, num_layers=4), view)[1]]
+    draw = torch.Generator().manual_seed(7)
+    streams.leaving = streams.leaving + 8 * torch.randn(streams.leaving.shape, generator=draw)
+
+    def error(made):
+        _, _, written, leaving = streams._runner.observed(made, streams.pruned, "mlp")
+        reference = streams.leaving.double()
+        weights = 1 / reference.square().mean(dim=-1, keepdim=True)
+        wanted = reference - (leaving.double() - written.double())
+        return float((weights * (wanted - written).square()).sum() / (weights * wanted.square()).sum())
+
+    how = Refit([0.1, 10.0])
+    assert streams.error(block, "mlp", target="dense_stream", weighting="inverse_square") == pytest.approx(
+        error(block), rel=1e-4
+    )
+    sums = how.sums(streams, block, "mlp")
+    weight = streams.weight(block, "mlp")
+    solved = least_squares.solve(
+        sums.gram, sums.moment, prior=weight, penalty=least_squares.penalty(sums.gram, 0.1)
+    )
+    assert sums.error(solved) < sums.error(weight)
+    new, what = how.writing(streams, streams, block, "mlp")
+    assert what.before == pytest.approx(error(block), rel=1e-4)
+    assert what.after == pytest.approx(error(new), rel=1e-4) and what.after <= what.before
+    own = Refit([0.1], target="own_output")
+    for made in (how.writing(streams, streams, block, "mlp")[0], own.writing(streams, streams, block, "mlp")[0]):
+        assert what.after <= error(made) + 1e-6
