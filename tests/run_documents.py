@@ -3,9 +3,9 @@
 test_documents.py composes all of them and test_commands.py runs one of each kind; this runs all, in some fifteen
 minutes on a CPU, without a model hub. Each command keeps its own words; general rules add or change some:
 
-- a model of a name becomes a random one of that name, ten layers deep; FOLDER and other paths are folders that are there
-- texts, tasks and instructions that come with pip stay, those of the hub become files; little of either is read
-- two examples a task, one training step, one timed run; without a GPU no captured graphs
+- a model of a name becomes a random one of that name, ten layers deep; FOLDER and other paths are there
+- texts and instructions that come with pip stay, those of the hub become files; little of either is read
+- tasks are files of two examples; one training step, one timed run; without a GPU no captured graphs
 - a study has the first and the last value of each parameter, a search two trials
 - RUN, DIR and TIME are the newest that an earlier command left; what reads results comes after what makes them
 
@@ -16,6 +16,8 @@ seconds, or the last line of the error. Exit status 1 if one failed. The tutoria
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
 import io
 import json
 import logging
@@ -35,21 +37,18 @@ from pathlib import Path
 from types import FrameType
 from unittest import mock
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])  # of what they start
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(REPOSITORY))
-
 import torch
 import yaml
 from conftest import Outcome, run_slm
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from model_folders import save
 from own_tasks import write as write_lm_eval_tasks
-from shown_commands import COMMANDS
+from shown_commands import COMMANDS, REPOSITORY
 from small_pipeline import write_data
 from task_rows import TASK_ROWS
 from test_documents import write_files
+
+from slm_pipeline.assets import texts
 
 LIMIT_S = 300  # of one command
 
@@ -71,7 +70,7 @@ LITTLE = [
     *("repair.calibration.num_samples=8", "repair.calibration.seq_len=32"),
     *("recovery.num_examples=8", "recovery.validation_size=2", "recovery.max_steps=1", "recovery.eval_steps=1"),
     *("recovery.batch_size=2", "recovery.micro_batch_size=1", "recovery.cutoff_len=1024"),  # bytes are many tokens
-    *("evaluation.limit=2", "evaluation.batch_size=2"),
+    *("evaluation.data=FOLDER", "evaluation.limit=2", "evaluation.batch_size=2"),
     *("evaluation.perplexity.window=128", "evaluation.perplexity.max_tokens=512"),
     *("evaluation.fidelity.window=128", "evaluation.fidelity.max_tokens=512"),
     *("evaluation.efficiency.num_runs=2", "evaluation.efficiency.num_warmup=0", "evaluation.efficiency.output_len=2"),
@@ -79,7 +78,6 @@ LITTLE = [
 ]
 # A word of the command, or of the option that it chooses -> what takes its place, or comes in addition.
 IN_PLACE = {
-    r"evaluation\.data=hub": ["evaluation.data=FOLDER"],
     r"calibration=(bookcorpus|c4|slimpajama|wikitext2)": ["calibration=text_file", "calibration.path=book.txt"],
     r"experiment=lora_alpaca": ["experiment=lora_alpaca", "recovery.source=file", "recovery.path=alpaca.json"],
     r"evaluation\.lm_eval\.tasks=.*": [
@@ -230,6 +228,8 @@ def ended(command: str) -> Ended:
     except (Exception, TooLong) as error:
         last = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
         return Ended(time.monotonic() - started, last)
+    if outcome.status in (130, 143):  # Ctrl-C, SIGTERM: they answer these themselves
+        sys.exit(outcome.status)
     problem = None
     said = outcome.out + outcome.err
     if outcome.status != 0:
@@ -248,12 +248,17 @@ def main() -> None:
     options = parser.parse_args()
     commands = [command for command in COMMANDS if options.only in command]
     commands.sort(key=lambda command: command.startswith(READ_RESULTS))
+    os.environ["PYTHONPATH"] = str(REPOSITORY)  # of processes that they start
+    os.environ["OMP_NUM_THREADS"] = "1"
     folder = Path(tempfile.mkdtemp(prefix="slm_documents_"))
     os.chdir(folder)
     left_out: dict[str, list[str]] = {}
     failed, ran = 0, 0
     try:
+        texts.read_requests = functools.cache(texts.read_requests)  # read again by every stage that shows its text
         write_all(folder)
+        gc.collect()
+        gc.freeze()  # what has been imported: stages collect garbage, for the models that they held
         for command in commands:
             if reason := next((reason for pattern, reason in LEFT_OUT.items() if re.search(pattern, command)), None):
                 left_out.setdefault(reason, []).append(command)
