@@ -5,7 +5,7 @@ minutes on a CPU, without a model hub. Each command keeps its own words; general
 
 - a model of a name becomes a random one of that name, ten layers deep; FOLDER and other paths are there
 - texts and instructions that come with pip stay, those of the hub become files; little of either is read
-- tasks are files of two examples; one training step, one timed run; without a GPU no captured graphs
+- two examples a task, from files; one training step, one timed run; without a GPU no captured graphs
 - a study has the first and the last value of each parameter, a search two trials
 - RUN, DIR and TIME are the newest that an earlier command left; what reads results comes after what makes them
 
@@ -29,7 +29,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
@@ -105,6 +105,8 @@ def small(command: str) -> tuple[str, list[str]]:
     words = [changed for word in words for changed in replaced(word)]
     if not torch.cuda.is_available():
         words.append("evaluation.efficiency.mode=eager")
+    if words[0] == "similarity":
+        words.append("analysis.minibatch=4")
     if "model=local" not in words:
         words += RANDOM_MODEL
     return program, [*words, *LITTLE]
@@ -164,7 +166,9 @@ def write_all(folder: Path) -> None:
     for name in ("FOLDER", "llama2_7b"):
         save(folder / name, "llama", num_hidden_layers=10, intermediate_size=64)
     for task, row in TASK_ROWS.items():
-        (folder / "FOLDER" / f"{task}.jsonl").write_text(2 * (json.dumps(row) + "\n"), encoding="utf-8")
+        first = next(iter(row))
+        rows = [json.dumps({**row, first: f"{row[first]} {number}"}) for number in range(6)]
+        (folder / "FOLDER" / f"{task}.jsonl").write_text("\n".join(rows), encoding="utf-8")
     write_lm_eval_tasks(folder / "lm_eval_tasks")
     for command in ("slm recovery=none evaluation=perplexity", "slm -m recovery=none pruning_ratio=r10,r20"):
         outcome = run(*small(command))
@@ -241,6 +245,14 @@ def ended(command: str) -> Ended:
     return Ended(time.monotonic() - started, problem)
 
 
+def alone_on_the_console(folder: Path) -> Callable[[str], None]:
+    """Prints a line; what processes of the commands say goes to a file of the folder instead."""
+    console = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    with (folder / "said.txt").open("w") as file:
+        os.dup2(file.fileno(), 1)
+    return lambda line: print(line, file=console, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="WORD", help="commands that have this in them")
@@ -252,6 +264,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     folder = Path(tempfile.mkdtemp(prefix="slm_documents_"))
     os.chdir(folder)
+    say = alone_on_the_console(folder)
     left_out: dict[str, list[str]] = {}
     failed, ran = 0, 0
     try:
@@ -266,18 +279,18 @@ def main() -> None:
             end = ended(command)
             ran += 1
             failed += end.problem is not None
-            print(f"{'ok    ' if end.problem is None else 'FAILED'} {end.seconds:6.1f} s  {command}", flush=True)
+            say(f"{'ok    ' if end.problem is None else 'FAILED'} {end.seconds:6.1f} s  {command}")
             if end.problem is not None:
-                print(f"       {end.problem}", flush=True)
+                say(f"       {end.problem}")
     finally:
         os.chdir(REPOSITORY)
         if options.keep:
-            print(f"kept: {folder}")
+            say(f"kept: {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
-    print(f"{ran} ran, {failed} failed, {sum(map(len, left_out.values()))} left out")
+    say(f"{ran} ran, {failed} failed, {sum(map(len, left_out.values()))} left out")
     for reason, those in left_out.items():
-        print(f"{reason}:", *those, sep="\n    ")
+        say("\n    ".join([f"{reason}:", *those]))
     sys.exit(1 if failed else 0)
 
 
