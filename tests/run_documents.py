@@ -47,6 +47,7 @@ from shown_commands import COMMANDS, REPOSITORY
 from small_pipeline import write_data
 from task_rows import TASK_ROWS
 from test_documents import write_files
+from transformers import AutoModelForCausalLM
 
 from slm_pipeline.assets import texts
 
@@ -56,6 +57,7 @@ LEFT_OUT = {
     r"hydra/launcher=slurm": "needs a Slurm cluster",
     r"hydra/launcher=ray": "needs Ray",
     r"^slm-export hub (?!.*--dry-run)": "uploads to a model hub",
+    **({} if torch.cuda.is_available() else {r"model\.device=balanced": "needs GPUs"}),
 }
 READ_RESULTS = ("slm-report", "slm-study", "slm-export", "slm-store")
 
@@ -82,8 +84,8 @@ IN_PLACE = {
     r"experiment=lora_alpaca": ["experiment=lora_alpaca", "recovery.source=file", "recovery.path=alpaca.json"],
     r"evaluation\.lm_eval\.tasks=.*": [
         *("evaluation.lm_eval.tasks=[both,sums]", "evaluation.lm_eval.include_path=lm_eval_tasks"),
-        "evaluation.lm_eval.num_fewshot=1",
     ],
+    r"evaluation\.lm_eval\.num_fewshot=\d+": ["evaluation.lm_eval.num_fewshot=1"],
     r"(evaluation\.efficiency|pruning_ratio)\.mode=graph": [] if not torch.cuda.is_available() else [r"\g<0>"],
     r"recovery\.num_processes=\d+": ["recovery.num_processes=2"],
     r"sweeps=search": ["sweeps=search", "hydra.sweeper.n_trials=2"],
@@ -165,6 +167,8 @@ def write_all(folder: Path) -> None:
         (folder / name).write_text(text, encoding="utf-8")
     for name in ("FOLDER", "llama2_7b"):
         save(folder / name, "llama", num_hidden_layers=10, intermediate_size=64)
+        stored = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.bfloat16)
+        stored.save_pretrained(folder / name)  # as models of the hub are, and conf/model/local.yaml expects
     for task, row in TASK_ROWS.items():
         first = next(iter(row))
         rows = [json.dumps({**row, first: f"{row[first]} {number}"}) for number in range(6)]

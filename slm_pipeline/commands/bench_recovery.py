@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ def job_of(words: list[str]) -> Job:
 
 def _side_by_side(job: Job, lora: Lora) -> list[Result]:
     """Print our speed over a bare script's, and what distillation costs over its two halves."""
-    distill = Distill(**{name: getattr(lora, name) for name in FineTuning.__dataclass_fields__})
+    distill = Distill(**{option.name: getattr(lora, option.name) for option in fields(FineTuning)})
     bench = Bench(job)
     print(f"{job.source.name}, {bench.plan.num_layers} of {bench.plan.model['num_layers']} layers", flush=True)
     ours, bare = _best_of_two(lambda: bench.ours(lora), lambda: bench.bare_lora(lora))
