@@ -113,9 +113,10 @@ class Lora(FineTuning):
             plain = quantized.quantize(problem.model, self.quantize, getattr(torch, self.dtype))
         adapted: Any = get_peft_model(problem.model, self._peft_config(left_out))
         trained = fit(adapted, train, validation, self, problem)
+        if collective.count() > 1:  # else each would merge, with `quantize` a whole model each in main memory
+            raise collective.Trained
         adapted.peft_config["default"].base_model_name_or_path = problem.base_path
-        if collective.rank() == 0:
-            adapted.save_pretrained(str(problem.out / "adapter"), save_embedding_layers=False)
+        adapted.save_pretrained(str(problem.out / "adapter"), save_embedding_layers=False)
         if plain:
             adapted = quantized.on_plain_weights(adapted, plain)
         return RecoveryResult(merge_adapter(adapted), trained.metrics, trained.curve)
