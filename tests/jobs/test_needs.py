@@ -10,6 +10,8 @@ from conftest import run_slm
 from slm_pipeline.jobs import needs
 from slm_pipeline.jobs.command_line import compose_job
 from slm_pipeline.jobs.steps import steps
+from slm_pipeline.machine import ranks
+from slm_pipeline.machine.ranks import Launched
 from slm_pipeline.models.sizes import Sizes
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.recovery.distill import Distill
@@ -86,10 +88,13 @@ def states(layers):
     ],
     ids=lambda value: "" if isinstance(value, int) else value.name,
 )  # fmt: skip
-def test_a_recovery_takes_weights_gradients_moments_and_what_is_kept_for_the_way_back(recovery, expected):
+def test_a_recovery_takes_weights_gradients_moments_and_what_is_kept_for_the_way_back(recovery, expected, monkeypatch):
     sizes = replace(SMALL, layers=6).with_layers(4)
     assert (sizes.layers, sizes.dense.layers) == (4, 6)
     assert recovery.memory(sizes) == expected
+    if recovery.num_processes == 2:  # the same where a launcher has started them
+        monkeypatch.setattr(ranks, "_launched", Launched("srun", 0, 2, 0, "here", 1))
+        assert replace(recovery, num_processes=1).memory(sizes) == expected
 
 
 WORDS = [
