@@ -233,7 +233,8 @@ def be_quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logger = logging.getLogger("slm_pipeline")
     logger.propagate = False
-    logger.addHandler(logging.NullHandler())
+    for one in (logger, logging.getLogger()):  # without any, Python shows warnings of libraries
+        one.addHandler(logging.NullHandler())
 
 
 def follow(refused: UserError | None = None) -> None:
