@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -104,8 +103,6 @@ class Lora(FineTuning):
         from slm_pipeline.recovery import collective, quantized
         from slm_pipeline.recovery.training_loop import fit
 
-        # peft imports it where it is installed; on a processor it then asks for a package that is fetched from the hub
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         train, validation = self.tokenized_split(problem.tokenizer, problem.data_dir)
         set_seed(problem.seed)
         left_out, plain = list(silent_modules(problem)), {}
