@@ -83,6 +83,7 @@ RUN: dict[str, list[str]] = {
     "slm-export card RUN": [],
     "slm-export hub RUN --repo ME/NAME --dry-run": [],
     "slm-bench methods": ["angular", *SMALL[:4], *TEXT],
+    "slm-bench search": ["sleb", *SMALL[:4], *TEXT],
     "slm-store list": [],
     "slm-store verify": [],
     "slm-store clean": [],
