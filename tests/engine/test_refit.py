@@ -382,7 +382,9 @@ def test_behind_a_norm_a_fit_is_judged_by_what_it_leads_to_in_the_stream(archite
     )
     sums = how.sums(streams, block, "mlp")
     weight = streams.weight(block, "mlp")
-    solved = least_squares.solve(sums.gram, sums.moment, prior=weight, penalty=least_squares.penalty(sums.gram, 0.1))
+    solved = least_squares.solve(
+        sums.gram, sums.moment, prior=weight, penalty=least_squares.penalty(sums.gram, 0.1)
+    )
     assert sums.error(solved) < sums.error(weight)
     new, what = how.writing(streams, streams, block, "mlp")
     assert what.before == pytest.approx(error(block), rel=1e-4)
