@@ -231,6 +231,7 @@ def be_quiet() -> None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.disable(logging.WARNING)  # of libraries, which have no handler here and write to stderr
     logger = logging.getLogger("slm_pipeline")
     logger.propagate = False
     for one in (logger, logging.getLogger()):  # without any, Python shows warnings of libraries
