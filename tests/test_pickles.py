@@ -16,7 +16,7 @@ from slm_pipeline.recovery import sharding
 
 FILES = sorted(Path(slm_pipeline.__file__).parent.rglob("*.py"))
 UNSAFE = ("pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "torch.distributed.checkpoint")
-# errors load what they have dumped themselves, in memory; processes of one command hear from its first over a connection
+# errors load what they have dumped themselves, in memory; processes of one command hear from its first one
 ALLOWED = {("errors.py", "pickle"), ("together.py", "pickle")}
 
 
