@@ -6,7 +6,7 @@ repaired by then, hand up. No gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +30,11 @@ class Fitted:
     """What became of one projection.
 
     Attributes:
-        ridge: of the fit that was taken; None: the weights stayed.
+        ridge: of the fit that was taken, the gains' if there is a norm and they were the last; None: nothing changed.
         before, after: relative squared error on the text that is held out.
         reads: it is about what the sublayer reads, not about its last projection.
-        tensors: what is new: the last projection's weight by the sublayer's name, its bias as ``<name>_bias``, the map
-            in front of what reads as ``reads.<name>``.
+        tensors: what is new: the last projection's weight by the sublayer's name, its bias as ``<name>_bias``, the
+            weight of the norm behind it as ``<name>_norm``, the map in front of what reads as ``reads.<name>``.
     """
 
     sublayer: str
@@ -94,41 +94,39 @@ class Refit:
     ) -> tuple[Block, Fitted]:
         """The block with a new last projection of one sublayer, if a fit does better on the text held out.
 
+        A norm behind the projection makes every output as long as it likes, so that what can be predicted in part only
+        is written too large. So its gains are fitted after the weights; and where the sublayer is not the dense
+        model's, fits to its own output are tried beside those to what is missing in the stream.
+
         Args:
-            sums: of ``fitted``, if they are known; of no use where a norm stands behind the projection.
+            sums: of ``fitted``, if they are known; of no use where there is a norm, which makes them the block's own.
 
         Raises:
             UserError: the inputs are linearly dependent, and no ridge is large enough.
         """
-        if fitted.view.output_norm(block.body, sublayer) is not None:
-            return self._in_front_of_a_norm(fitted, held_out, block, sublayer)
-        sums = sums or self.sums(fitted, block, sublayer)
-        return self.projection(fitted, block, sublayer, sums, self.sums(held_out, block, sublayer))
-
-    def _in_front_of_a_norm(
-        self, fitted: Streams, held_out: Streams, block: Block, sublayer: str
-    ) -> tuple[Block, Fitted]:
-        """As `writing`. A norm makes every output as long as it likes, so that what can be predicted in part only is
-        written too large: each fit is judged by what it leads to in the stream; and where the sublayer is not the dense
-        model's there are, beside fits to what is missing there, those to its own output."""
-        asked = {"target": self.target, "weighting": self.weighting}
-        weight, best, taken = fitted.weight(block, sublayer), block, None
-        before = after = held_out.error(block, sublayer, **asked)
+        is_normed = fitted.output_norm(block, sublayer) is not None
+        sums = None if is_normed else sums
+        best, taken = block, None
+        before = after = self.error(held_out, block, sublayer)
         targets = [self.target]
-        if self.target == "dense_stream" and fitted.undone(block, sublayer) is not block:
+        if is_normed and self.target == "dense_stream" and fitted.undone(block, sublayer) is not block:
             targets.append("own_output")
         for target in targets:
-            sums = fitted.sums(block, sublayer, target=target, weighting=self.weighting)
+            if sums is None or target != self.target:
+                sums = fitted.sums(block, sublayer, target=target, weighting=self.weighting)
+            for ridge, weight in self._solutions(fitted.weight(block, sublayer), sums):
+                new = fitted.put(block, sublayer, weight)
+                if (error := self.error(held_out, new, sublayer)) < after:
+                    best, after, taken = new, error, ridge
+        if is_normed:
+            gain = fitted.gain_sums(best, sublayer, target=self.target, weighting=self.weighting)
             for ridge in self.ridges:
-                penalty = least_squares.penalty(sums.gram, ridge)
-                new = fitted.put(
-                    block, sublayer, least_squares.solve(sums.gram, sums.moment, prior=weight, penalty=penalty)
-                )
-                if (error := held_out.error(new, sublayer, **asked)) < after:
+                new = fitted.put_gains(best, sublayer, gain.solve(ridge))
+                if (error := self.error(held_out, new, sublayer)) < after:
                     best, after, taken = new, error, ridge
         if taken is None or before - after <= LEAST_GAIN:
             return block, Fitted(sublayer, None, before, before)
-        return best, Fitted(sublayer, taken, before, after, tensors=_new_tensors(fitted, best, sublayer))
+        return best, Fitted(sublayer, taken, before, after, tensors=fitted.new_tensors(block, best, sublayer))
 
     def reading(
         self, fitted: Streams, held_out: Streams, block: Block, sublayer: str, ridge: float
@@ -145,36 +143,15 @@ class Refit:
         what = Fitted(sublayer, ridge, before, after, reads=True, tensors={f"reads.{sublayer}": found})
         return corrected(fitted.view, block, sublayer, found), what
 
-    def projection(
-        self, streams: Streams, block: Block, sublayer: str, sums: Sums, held_out: Sums
-    ) -> tuple[Block, Fitted]:
-        """The block with a new last projection of one sublayer, if a fit does better on the text held out.
+    def error(self, streams: Streams, block: Block, sublayer: str) -> float:
+        return streams.error(block, sublayer, target=self.target, weighting=self.weighting)
 
-        Raises:
-            UserError: the inputs are linearly dependent, and no ridge is large enough.
-        """
-        weight = streams.weight(block, sublayer)
-        best, before, taken = weight, held_out.error(weight), None
-        after = before
+    def _solutions(self, weight: Tensor, sums: Sums) -> Iterator[tuple[float, Tensor]]:
+        """Of each ridge that is large enough the best weights."""
         for ridge in self.ridges:
             penalty = least_squares.penalty(sums.gram, ridge)
             try:
-                found = least_squares.solve(sums.gram, sums.moment, prior=weight, penalty=penalty)
+                yield ridge, least_squares.solve(sums.gram, sums.moment, prior=weight, penalty=penalty)
             except UserError:
                 if ridge == max(self.ridges):
                     raise
-                continue
-            if (error := held_out.error(found)) < after:
-                best, after, taken = found, error, ridge
-        if taken is None or before - after <= LEAST_GAIN:
-            return block, Fitted(sublayer, None, before, before)
-        block = streams.put(block, sublayer, best)
-        return block, Fitted(sublayer, taken, before, after, tensors=_new_tensors(streams, block, sublayer))
-
-
-def _new_tensors(streams: Streams, block: Block, sublayer: str) -> dict[str, Tensor]:
-    output = streams.view.output_name(sublayer)
-    tensors = {sublayer: block.replaced[f"{output}.weight"]}
-    if streams.bias(block, sublayer) is not None:
-        tensors[f"{sublayer}_bias"] = block.replaced[f"{output}.bias"]
-    return tensors

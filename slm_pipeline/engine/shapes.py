@@ -8,7 +8,7 @@ least squares, so that a shape is judged by what it can do once it is repaired.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Fitted:
     """A shape filled with weights.
 
     Attributes:
-        blocks: of the model, input side first.
+        blocks: of the model, input side first; none if they were not to be kept.
         kept: (layer, sublayer) -> [kept] int64 units that stay, ascending, where some went.
         score: what it is judged by, lower is better.
         kl: mean KL divergence from the dense model on the text that chooses, in nats.
@@ -91,8 +91,9 @@ class Fitting:
     objective: str = "kl_divergence"
     refitted: bool = True
 
-    def fill(self, shape: Shape, num_samples: int) -> Fitted:
-        """A model of this shape, fitted to the first samples of ``fit``."""
+    def fill(self, shape: Shape, num_samples: int, *, keep: bool = True) -> Fitted:
+        """A model of this shape, fitted to the first samples of ``fit``; its blocks, in main memory, if they are to be
+        kept."""
         fit, choose = Streams(self.view, self.fit[:num_samples]), Streams(self.view, self.choose)
         groups = originals(shape)
         blocks: list[Block] = []
@@ -115,9 +116,10 @@ class Fitting:
                     block, sums = self._narrowed(block, sublayer, stay, whole[sublayer], sums)
                 if self.refitted:
                     block, _ = self.how.writing(fit, choose, block, sublayer, sums)
-            blocks.append(block)
             for streams in (fit, choose):
                 streams.pass_through(block)
+            if keep:
+                blocks.append(replace(block, replaced={name: value.cpu() for name, value in block.replaced.items()}))
         kl, same = choose.divergence()
         score = kl if self.objective == "kl_divergence" else choose.loss(self.choose)
         return Fitted(blocks, kept, score, kl, same)

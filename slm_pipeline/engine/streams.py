@@ -45,6 +45,21 @@ class Sums:
         return Sums(self.gram[kept][:, kept], self.moment[:, kept], self.energy)
 
 
+@dataclass(frozen=True)
+class GainSums:
+    """Sums over tokens for the gains of a norm, channel by channel: [d] float64, of the squares of what they multiply,
+    of its products with what is wanted, and the gains as they are."""
+
+    square: Tensor
+    product: Tensor
+    gains: Tensor
+
+    def solve(self, ridge: float) -> Tensor:
+        """The best gains, drawn to those that there are by ``ridge`` times the mean square; [d] float64."""
+        penalty = max(ridge * float(self.square.mean()), 1e-30)
+        return (self.product + penalty * self.gains) / (self.square + penalty)
+
+
 class _SumsSoFar:
     """`Sums` while tokens come in: products in float32, added up in float64."""
 
@@ -157,7 +172,7 @@ class Streams:
             UserError: they are not finite.
         """
         has_bias = self.bias(block, sublayer) is not None
-        norm = self.view.output_norm(block.body, sublayer)
+        norm = self.output_norm(block, sublayer)
         so_far = _SumsSoFar()
         for writes in self._writes(block, sublayer, target, weighting):
             inputs, divisors = writes.inputs, torch.ones_like(writes.wanted[:, :1])
@@ -184,6 +199,20 @@ class Streams:
             missed, energy = self._share.summed(torch.tensor([missed, energy], dtype=torch.float64)).tolist()
         return missed / max(energy, 1e-30)
 
+    def gain_sums(self, block: Block, sublayer: str, *, target: str, weighting: str) -> GainSums:
+        """What the gains of a norm behind a sublayer's last projection are fitted by; targets as for `sums`."""
+        norm = self.output_norm(block, sublayer)
+        assert norm is not None
+        gains = _invertible(norm[1])
+        square, product = (torch.zeros(len(gains), dtype=torch.float64, device=gains.device) for _ in range(2))
+        for writes in self._writes(block, sublayer, target, weighting):
+            normed, weights = writes.written / gains, writes.weights[:, None]
+            square += (weights * normed.square()).sum(dim=0, dtype=torch.float64)
+            product += (weights * normed * writes.wanted).sum(dim=0, dtype=torch.float64)
+        if self._share.divided:
+            square, product = self._share.summed(square), self._share.summed(product)
+        return GainSums(square, product, norm[1].double())
+
     def _writes(self, block: Block, sublayer: str, target: str, weighting: str) -> Iterator[_Writes]:
         """What a sublayer's last projection does and what it is to do, some tokens at a time."""
         is_last = sublayer == "mlp" or self.lacks(block, "mlp")
@@ -202,7 +231,8 @@ class Streams:
             weights = reference.flatten(0, -2).float().square().mean(dim=-1).clamp_min(1e-12).reciprocal()
             if weighting == "none":
                 weights = torch.ones_like(weights)
-            yield _Writes(inputs, *(of.flatten(0, -2).float() for of in (output, written, wanted)), weights)
+            put_out, reached, wanted = (of.flatten(0, -2).float() for of in (output, written, wanted))
+            yield _Writes(inputs, put_out, reached, wanted, weights)
 
     def gram(self, block: Block, sublayer: str) -> Gram:
         """Of what enters a sublayer's last projection in the pruned model, all tokens alike and without a bias."""
@@ -251,7 +281,7 @@ class Streams:
         weight = block.parameter(self.view, f"{self.view.output_name(sublayer)}.weight").to(device).double()
         if (bias := self.bias(block, sublayer)) is not None:
             weight = torch.cat([weight, bias.to(device).double()[:, None]], dim=1)
-        norm = self.view.output_norm(block.body, sublayer)
+        norm = self.output_norm(block, sublayer)
         return weight if norm is None else weight * _invertible(norm[1]).to(weight)[:, None]
 
     def bias(self, block: Block, sublayer: str) -> Tensor | None:
@@ -262,11 +292,34 @@ class Streams:
     def put(self, block: Block, sublayer: str, weight: Tensor) -> Block:
         """The block with another last projection, as `weight` gives it."""
         name = self.view.output_name(sublayer)
-        if (norm := self.view.output_norm(block.body, sublayer)) is not None:
+        if (norm := self.output_norm(block, sublayer)) is not None:
             weight = weight / _invertible(norm[1]).to(weight)[:, None]
         if self.bias(block, sublayer) is None:
             return written(self.view, block, {f"{name}.weight": weight})
         return written(self.view, block, {f"{name}.weight": weight[:, :-1], f"{name}.bias": weight[:, -1]})
+
+    def output_norm(self, block: Block, sublayer: str) -> tuple[str, Tensor] | None:
+        """As of the view, with the gains that the block has."""
+        norm = self.view.output_norm(block.body, sublayer)
+        if norm is None or (weight := block.replaced.get(f"{norm[0]}.weight")) is None:
+            return norm
+        return norm[0], weight.to(norm[1]) + self.view.architecture.gain_offset
+
+    def put_gains(self, block: Block, sublayer: str, gains: Tensor) -> Block:
+        """The block with other gains [d] in the norm behind a sublayer's last projection."""
+        norm = self.output_norm(block, sublayer)
+        assert norm is not None
+        return written(self.view, block, {f"{norm[0]}.weight": gains - self.view.architecture.gain_offset})
+
+    def new_tensors(self, before: Block, after: Block, sublayer: str) -> dict[str, Tensor]:
+        """What a plan needs to make one of the other, where a sublayer's last projection is new: see `engine.refit`."""
+        output, norm = self.view.output_name(sublayer), self.output_norm(after, sublayer)
+        tensors = {sublayer: after.parameter(self.view, f"{output}.weight")}
+        if self.bias(after, sublayer) is not None:
+            tensors[f"{sublayer}_bias"] = after.parameter(self.view, f"{output}.bias")
+        if norm is not None and after.replaced.get(name := f"{norm[0]}.weight") is not before.replaced.get(name):
+            tensors[f"{sublayer}_norm"] = after.replaced[name]
+        return tensors
 
     def pass_through(self, block: Block) -> None:
         """Let the pruned stream go through ``block``, and the dense one take up what `look_ahead` found."""

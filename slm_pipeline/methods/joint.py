@@ -36,7 +36,7 @@ EXPORTS = ("stock", "custom")
 UNITS = ("leverage", "obs")
 OBJECTIVES = {"kl_divergence": "kl", "next_token_loss": "loss"}  # and what the trace calls them
 JUDGED = ("repaired", "pruned")
-VERSION = 2  # raised when the same candidate gets another number
+VERSION = 3  # raised when the same candidate gets another number
 
 
 @dataclass(kw_only=True)
@@ -247,21 +247,22 @@ class Joint(ProtectsEnds):
             shape = tried[point]
             base = search.fitting.fill(shape, search.num_samples(4)) if goal < remove else None
         moved = self._transferred(search, sizes, shape, remove)
-        return search.halved(search.ranked([moved, *tried.values()], divisor=4)[:4])
+        return search.halved([moved, *search.ranked([*tried.values()], divisor=4)[:3]])
 
     def _transferred(self, search: _Search, sizes: Sequence[LayerSize], best: Shape, remove: int) -> Shape:
         """The shape, or a better one that transfers led to: of an eighth of a network's neurons first, then of less."""
         from slm_pipeline.engine.shapes import transferred
         from slm_pipeline.show.progress import ProgressBar
 
-        number = search.num_samples(4)
+        number = search.num_samples(2)
         places = [(layer, part) for layer in self.candidates(len(sizes)) for part in SUBLAYERS]
         most = sum(size.whole for size in sizes) - remove
         least, draw = search.score(best, number), random.Random(0)
         for step in ProgressBar(range(self.transfers), desc="transfers"):
-            giver, taker = draw.sample(places, 2)
-            share = 8 << 3 * step // self.transfers
-            shape = transferred(best, sizes, giver, taker, most=most, share=share, multiple_of=self.multiple_of)
+            how = {"most": most, "share": 8 << 3 * step // self.transfers, "multiple_of": self.multiple_of}
+            pairs = (draw.sample(places, 2) for _ in range(100))
+            drawn = (transferred(best, sizes, giver, taker, **how) for giver, taker in pairs)
+            shape = next((of for of in drawn if of is not None), None)
             if shape is not None and (score := search.score(shape, number)) < least:
                 best, least = shape, score
         return best
@@ -378,7 +379,7 @@ class _Search:
 
         key = ("shape", shape, num_samples)
         if key not in self.memo:
-            score = self.fitting.fill(shape, num_samples).score
+            score = self.fitting.fill(shape, num_samples, keep=False).score
             self.memo.add(key, score if math.isfinite(score) else 1e9)
         heads, neurons = ([kept[i] for kept in shape if kept[i]] or [0] for i in range(2))
         row = {

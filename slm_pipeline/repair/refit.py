@@ -73,8 +73,9 @@ class Refit(Repair):
     GPTAQ (arXiv 2504.02692).
 
     Where a norm stands behind the last projections (Gemma 2 and 3, OLMo 2), its gains are counted as part of W, and
-    what it divides each token by is taken to stay. It does not, so that a fit is judged by what it leads to in the
-    stream; and fits to the own output are tried as well.
+    what it divides each token by is taken to stay. It does not: what can be predicted in part only is written too
+    large. So the gains are fitted after W, channel by channel; where heads or neurons went, fits to the own output are
+    tried as well.
 
     Memory beside the dense model: four states of each token, the Gram matrix of one projection in float64 with a few
     matrices of that size, and on the host the new weights in float32. A killed repair goes on after its last layer.
@@ -290,5 +291,6 @@ def _ops(layer: int, prefix: str, kept: Collection[str]) -> list[Op]:
     reads = tuple(part for part in SUBLAYERS if f"reads.{part}" in kept)
     writes = tuple(part for part in SUBLAYERS if part in kept)
     biases = tuple(part for part in SUBLAYERS if f"{part}_bias" in kept) or None
+    norms = tuple(part for part in SUBLAYERS if f"{part}_norm" in kept) or None
     ops: list[Op] = [Correct((layer,), reads, f"{prefix}.reads")] if reads else []
-    return [*ops, Replace((layer,), writes, prefix, biases=biases)] if writes else ops
+    return [*ops, Replace((layer,), writes, prefix, biases=biases, norms=norms)] if writes else ops

@@ -209,11 +209,11 @@ def test_a_killed_search_goes_on_and_ends_the_same(ask, export, commit, tmp_path
     filled = []
     fill = Fitting.fill
 
-    def killed(self, shape, num_samples):
+    def killed(self, shape, num_samples, **how):
         if len(filled) == 2:
             raise KeyboardInterrupt
         filled.append(shape)
-        return fill(self, shape, num_samples)
+        return fill(self, shape, num_samples, **how)
 
     (tmp_path / "killed").mkdir()
     with monkeypatch.context() as patch:
@@ -221,7 +221,9 @@ def test_a_killed_search_goes_on_and_ends_the_same(ask, export, commit, tmp_path
         with pytest.raises(KeyboardInterrupt):
             joint(**options).plan(ask(num_remove=1, memo=tmp_path / "killed"))
     again = []
-    monkeypatch.setattr(Fitting, "fill", lambda self, shape, n: again.append((shape, n)) or fill(self, shape, n))
+    monkeypatch.setattr(
+        Fitting, "fill", lambda self, shape, n, **how: again.append((shape, n)) or fill(self, shape, n, **how)
+    )
     plan = joint(**options).plan(ask(num_remove=1, memo=tmp_path / "killed"))
     assert plan.content() == whole.content()
     assert plan.scores == whole.scores
@@ -370,7 +372,7 @@ def test_a_search_for_another_ratio_finds_the_steps_that_both_take(ask, tmp_path
     measured, filled = [], []
     damages, fill = Fitting.damages, Fitting.fill
     monkeypatch.setattr(Fitting, "damages", lambda self, *about: measured.append(about[0]) or damages(self, *about))
-    monkeypatch.setattr(Fitting, "fill", lambda self, *about: filled.append(about) or fill(self, *about))
+    monkeypatch.setattr(Fitting, "fill", lambda self, *about, **how: filled.append(about) or fill(self, *about, **how))
     options = {"export": "custom", "commit": 1 / 6, "transfers": 0, "swaps": 0}
     joint(**options).plan(ask(num_remove=1, memo=tmp_path))
     assert len(measured) == 1

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2  # 2: errors in the stream, gains of norms
 
 
 class Repair(Stage):

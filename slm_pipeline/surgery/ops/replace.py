@@ -41,8 +41,9 @@ class Replace(Op):
         sublayers: attention, mlp or both: whose last projection is replaced.
         biases: those of them whose bias is replaced too, or that get one.
         tensors: ``<tensors>.attention`` and ``<tensors>.mlp`` are the weights, [d, n] as `torch.nn.Linear` has them,
-            with n what the sublayer has at that point; ``<tensors>.attention_bias`` and ``<tensors>.mlp_bias``, [d].
-            Finite floats.
+            with n what the sublayer has at that point; ``<tensors>.attention_bias`` and ``<tensors>.mlp_bias``, [d];
+            ``<tensors>.attention_norm`` and ``<tensors>.mlp_norm``, [d], as the model holds them. Finite floats.
+        norms: those of them behind whose last projection stands a norm (Gemma 2 and 3, OLMo 2) that gets other gains.
     """
 
     name: ClassVar[str] = "replace"
@@ -50,25 +51,30 @@ class Replace(Op):
     sublayers: tuple[str, ...]
     tensors: str
     biases: tuple[str, ...] | None = None
+    norms: tuple[str, ...] | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], tensors: Tensors, where: str) -> Replace:
         layers = read_layer(values, where)
-        check_keys(values, where, "sublayers", "tensors", "biases")
+        check_keys(values, where, "sublayers", "tensors", "biases", "norms")
         prefix = values.get("tensors")
         sublayers: Any = values.get("sublayers")
-        biases: Any = values.get("biases")
         check_some(sublayers, SUBLAYERS, "sublayers", where)
         for sublayer in sublayers:
             check_floats(tensors, f"{prefix}.{sublayer}", 2, where)
-        if biases is not None:
-            check_some(biases, sublayers, "biases", where)
-            for sublayer in biases:
-                check_floats(tensors, f"{prefix}.{sublayer}_bias", 1, where)
-        return cls(layers, tuple(sublayers), str(prefix), None if biases is None else tuple(biases))
+        rows: dict[str, tuple[str, ...] | None] = {}
+        for key, suffix in (("biases", "bias"), ("norms", "norm")):
+            some: Any = values.get(key)
+            if some is not None:
+                check_some(some, sublayers, key, where)
+                for sublayer in some:
+                    check_floats(tensors, f"{prefix}.{sublayer}_{suffix}", 1, where)
+            rows[key] = None if some is None else tuple(some)
+        return cls(layers, tuple(sublayers), str(prefix), **rows)
 
     def tensor_names(self) -> list[str]:
-        return [f"{self.tensors}.{name}" for name in (*self.sublayers, *(f"{part}_bias" for part in self.biases or ()))]
+        rows = [f"{part}_bias" for part in self.biases or ()] + [f"{part}_norm" for part in self.norms or ()]
+        return [f"{self.tensors}.{name}" for name in (*self.sublayers, *rows)]
 
     def check(self, members: Sequence[Layer], where: str) -> Layer:
         if len(members) != 1:
@@ -96,6 +102,11 @@ class Replace(Op):
         outputs = {"attention": view.architecture.attention_output, "mlp": view.architecture.mlp_output}
         found = {f"{outputs[part]}.weight": f"{self.tensors}.{part}" for part in self.sublayers}
         found |= {f"{outputs[part]}.bias": f"{self.tensors}.{part}_bias" for part in self.biases or ()}
+        for part in self.norms or ():
+            norm = view.output_norm(members[0].body, part)
+            if norm is None:
+                raise UserError(f"layer {members[0].body} has no norm behind its {part} that could get other gains")
+            found[f"{norm[0]}.weight"] = f"{self.tensors}.{part}_norm"
         return written(view, members[0], {name: torch.from_numpy(tensors[tensor]) for name, tensor in found.items()})
 
     @classmethod

@@ -53,6 +53,9 @@ def test_it_is_written_read_counted_and_marked(tmp_path):
         ({**BOTH, "biases": []}, TENSORS, r"biases=\[\] must be one or all of attention, mlp"),
         ({**BOTH, "biases": ["mlp"]}, TENSORS, "needs the tensor 'r.mlp_bias'"),
         ({**BOTH, "biases": ["mlp"]}, {**TENSORS, "r.mlp_bias": np.ones((1, 4))}, "must be a row of finite floats"),
+        ({**BOTH, "norms": ["mlp"]}, TENSORS, "needs the tensor 'r.mlp_norm'"),
+        ({**BOTH, "norms": ["head"]}, TENSORS, r"norms=\['head'\] must be one or all of attention, mlp"),
+        ({**BOTH, "norms": ["mlp"]}, {**TENSORS, "r.mlp_norm": np.ones((4, 4))}, "must be a row of finite floats"),
         (BOTH, {**TENSORS, "r.mlp_bias": np.ones(4)}, "holds 'r.mlp_bias', which no op names"),
     ],
 )
@@ -116,3 +119,27 @@ def test_a_layer_that_writes_half_leaves_the_other_half_out(architecture):
 def test_a_factor_is_above_0(factor, tmp_path):
     with pytest.raises(UserError, match="must be a number above 0"):
         read(tmp_path, ops=[{"op": "scale", "layers": [0], "factor": factor}, *GOOD["ops"]])
+
+
+def test_the_norm_behind_a_projection_gets_other_gains(tmp_path):
+    found = {}
+    for architecture in ("gemma3_text", "llama"):
+        source = random_source(architecture)
+        model, _ = load_dense(source)
+        view = ModelView(model)
+        width = view.mlp_output(1).weight.shape
+        tensors = {"r.mlp": np.zeros(width, np.float32), "r.mlp_norm": np.full(width[0], 0.5, np.float32)}
+        op = {"op": "replace", "layers": [1], "sublayers": ["mlp"], "tensors": "r", "norms": ["mlp"]}
+        plan = read_with(tmp_path, tensors, ops=[op], layer_groups=[[layer] for layer in range(6)])
+        plan.write(tmp_path / f"{architecture}.json")
+        found[architecture] = Plan.read(tmp_path / f"{architecture}.json"), model
+    plan, model = found["gemma3_text"]
+    assert plan.ops == [Replace((1,), ("mlp",), "r", norms=("mlp",))]
+    before = model.model.layers[0].post_feedforward_layernorm.weight.clone()
+    pruned = apply(plan, model)
+    layers = pruned.model.layers
+    assert torch.equal(layers[1].post_feedforward_layernorm.weight, torch.full_like(before, 0.5))
+    assert torch.equal(layers[0].post_feedforward_layernorm.weight, before)
+    plan, model = found["llama"]
+    with pytest.raises(UserError, match="layer 1 has no norm behind its mlp that could get other gains"):
+        apply(plan, model)
