@@ -48,7 +48,7 @@ hypothesis.settings.load_profile("slm")
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: each job calls `gc.collect` ten times, which would take half a second to see it."""
+    """What is imported by now stays: `gc.collect`, which each job calls ten times, would look half a second at it."""
     gc.collect()
     gc.freeze()
 
