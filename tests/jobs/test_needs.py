@@ -56,7 +56,8 @@ def test_a_fit_takes_states_of_its_text_and_matrices_of_the_widest_projection():
     assert SMALL.fitting(96, 1) == 96 * states + 4 * gram + gram // 4 + 4 * weight
     assert SMALL.fitting(96, 1, matrices=4) - SMALL.fitting(96, 1) == gram
     many = 5 * gram // 2 + weight + 1000 * (40 * (4 + 8) + 5 * 4 * 32)  # that what streams in exceeds
-    assert SMALL.fitting(96, 1000) == 96 * states + many
+    assert replace(SMALL, vocabulary=8).fitting(96, 1000) == 96 * states + many
+    assert SMALL.fitting(96, 1000) == 96 * states + 5 * 4 * 1000 * 512  # and that, at the top, logits
     assert replace(SMALL, queries=48).fitting(0, 1) == int(4.25 * 8 * 48 * 48) + 4 * 8 * 48 * 32
 
 
