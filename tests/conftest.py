@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import os
@@ -44,6 +45,12 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("slm")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: `gc.collect`, which each job calls ten times, would look half a second at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def random_source(architecture: str = "llama", num_layers: int = 6, **sizes: int) -> ModelSource:

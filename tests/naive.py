@@ -1,4 +1,4 @@
-"""Plain, slow versions of what the engine does, with whole model copies and whole forward passes."""
+"""Plain, slow versions of what the engine does, with a model of its own and whole forward passes for each candidate."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def naive_merge(model, low, high, rule):
-    """A copy of ``model`` (Llama) whose layers low..high are one layer."""
-    merged = copy.deepcopy(model)
+    """A copy of ``model`` (Llama) whose layers low..high are one layer; the others' weights are the same tensors."""
+    merged = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     layers = model.model.layers
     block = copy.deepcopy(layers[low])
     for name in PROJECTIONS:

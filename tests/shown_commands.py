@@ -36,7 +36,7 @@ COMMANDS = list(
 
 TINY = ["model.num_layers=6", "pictures=false"]
 LOCAL = [word for word in SMALL if not word.startswith("model")]  # a folder has its own sizes
-QUICK = ["evaluation.tasks=[piqa]", "evaluation.limit=2"]
+QUICK = ["evaluation.tasks=[piqa]", "evaluation.limit=2", "evaluation.fidelity.corpora=[]"]
 ONE_TIMING = [
     *("evaluation.efficiency.num_runs=1", "evaluation.efficiency.num_warmup=0", "evaluation.efficiency.output_len=2"),
 ]
@@ -53,12 +53,14 @@ RUN: dict[str, list[str]] = {
     "slm --help": [],
     "slm stages=[calibrate]": [*SMALL, *TINY],
     "slm threshold=fixed threshold.value=0.8 pruning_ratio=none": [*SMALL, *TINY, *UNSCORED, "recovery=none"],
-    "slm evaluation.data=FOLDER": [*SMALL, *TINY, *QUICK, "recovery=none"],
+    "slm evaluation.data=FOLDER": [*SMALL, *TINY, *QUICK, "evaluation.of=[dense,pruned]", "recovery=none"],
     "slm model=local model.path=FOLDER": [*LOCAL, "pictures=false", *UNSCORED, "recovery=none"],
     "slm calibration=text_file calibration.path=book.txt calibration.sampling=contiguous": [
         *(word for word in SMALL if "calibration.path" not in word), *TINY, *UNSCORED, "recovery=none",
     ],
-    "slm recovery.source=file recovery.path=alpaca.json": [*SMALL, *TRAINING, *TINY, "evaluation.data=.", *QUICK],
+    "slm recovery.source=file recovery.path=alpaca.json": [
+        *SMALL, *TRAINING, *TINY, "evaluation.data=.", *QUICK, "evaluation.of=[recovered]",
+    ],
     "slm method=reverse recovery=partial_layers recovery.head=null": [*SMALL, *TRAINING, *TINY, *UNSCORED],
     "slm method=come recovery=distill recovery.loss=mse recovery.logit_share=0.2": [
         *SMALL, *TRAINING, *TINY, *UNSCORED,
@@ -66,7 +68,9 @@ RUN: dict[str, list[str]] = {
     "slm method=streamline method.replacement=true recovery=block_mse": [*SMALL, *TRAINING, *TINY, *UNSCORED],
     "slm method=combined method@method.second=flap": [*SMALL, *TINY, *UNSCORED, "recovery=none", "model.num_layers=10"],
     "slm evaluation=efficiency evaluation.of=[pruned]": [*SMALL, *TINY, *ONE_TIMING, "recovery=none"],
-    "slm method=joint method.export=custom recovery=none": [*SMALL, *REPAIR, "repair.ridges=[0.1]", *TINY, *UNSCORED],
+    "slm method=joint method.export=custom recovery=none": [
+        *SMALL, *REPAIR, *TINY, *UNSCORED, "method.transfers=2", "method.swaps=1", "method.commit=0.5",
+    ],
     "slm -m method=angular,flap pruning_ratio=r10,r20": [
         *SMALL, *TINY, "evaluation=zero_shot", "evaluation.data=.", *QUICK, "recovery=none", "hydra.sweep.dir=DIR",
         "evaluation.of=[pruned]",
@@ -83,6 +87,7 @@ RUN: dict[str, list[str]] = {
     "slm-export card RUN": [],
     "slm-export hub RUN --repo ME/NAME --dry-run": [],
     "slm-bench methods": ["angular", *SMALL[:4], *TEXT],
+    "slm-bench search": ["sleb", *SMALL[:4], *TEXT],
     "slm-store list": [],
     "slm-store verify": [],
     "slm-store clean": [],

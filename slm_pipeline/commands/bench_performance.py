@@ -13,7 +13,7 @@ slm-bench performance decode model.num_layers=4 ...     another shape; words wit
 | decode | `slm-bench efficiency` |
 | joint | depth and width together, and the refit |
 | stream | 70B, blocks on disk: ShortGPT, SLM, refit; needs 16 GB of disk and of page cache |
-| two_gpus | calibration, refit and SLEB by ``slm`` alone and under ``torchrun`` |
+| two_gpus | calibration, refit and SLEB by ``slm`` alone and under ``torchrun``, without the making of weights |
 | two_gpus_lora | LoRA on two GPUs beside one |
 
 Weights are random, of the shape of Llama-2-7B in bfloat16 (stream: 70B), and so is the text; nothing is downloaded.
@@ -35,11 +35,13 @@ from slm_pipeline.commands import bench_efficiency, bench_methods, bench_recover
 from slm_pipeline.commands.bench_results import QUIET, SHAPE, Result
 from slm_pipeline.commands.bench_stages import around, of_stages, run_slm, scratch
 from slm_pipeline.errors import UserError
+from slm_pipeline.jobs import needs
 from slm_pipeline.jobs.job import Job
 from slm_pipeline.recovery.lora import Lora
 from slm_pipeline.store.files import write_text
 
 _GROUP = "performance"
+_FEW, _MANY = 8, 264  # calibration samples: the seconds of the latter less those of the former are work
 _PLAN_ONLY = ["recovery=none", "keep=plan", *QUIET]
 
 
@@ -133,10 +135,20 @@ def _beside(
     bench = bench_methods.SideBySide(job)
     problem = bench.problem(job)
     theirs = bench_methods.theirs(job.method, problem)
-    for how in ("", ", compiled"):
-        own = bench_methods.job_of([*asked, *words, f"method.compile={'true' if how else 'false'}"])
-        ours = bench_methods.ours(own.method, problem, repeats)
-        yield bench_methods.result(what + how, ours, theirs, at_least)
+    yield bench_methods.result(what, bench_methods.ours(job.method, problem, repeats), theirs, at_least)
+    what = f"{what}, compiled"
+    compiled = bench_methods.job_of([*asked, *words, "method.compile=true"])
+    try:
+        ours = bench_methods.ours(compiled.method, problem, repeats)
+    except (UserError, RuntimeError) as error:  # no C compiler, for one
+        yield Result(what, None, at_least=at_least, how=_why(error))
+    else:
+        yield bench_methods.result(what, ours, theirs, at_least)
+
+
+def _why(error: Exception) -> str:
+    """The end of its message, on one line that a table can hold."""
+    return " ".join(str(error).replace("|", "/").split())[-200:] or type(error).__name__
 
 
 def end_to_end(words: list[str]) -> Iterator[Result]:
@@ -169,8 +181,16 @@ def decode(words: list[str]) -> Iterator[Result]:
 
 def joint(words: list[str]) -> Iterator[Result]:
     with scratch([*SHAPE, *words], _GROUP) as folder:
-        costs = run_slm(["method=joint", "pruning_ratio=r20", "repair=refit", *_PLAN_ONLY, *SHAPE, *words], folder)
-    yield from of_stages("joint, r20", costs, ["calibrate", "merge", "repair"])
+        words = ["method=joint", "pruning_ratio=r20", "repair=refit", *_PLAN_ONLY, *SHAPE, *words]
+        costs = run_slm(words, folder)
+    stages = ["calibrate", "merge", "repair"]
+    yield from of_stages("joint, r20", costs, stages)
+    yield Result("joint, r20: all of it", sum(costs[stage].seconds for stage in stages), "s", at_most=900)
+    sizes = needs.sizes_of(_job(words))
+    assert sizes is not None  # random weights have a shape
+    peak, weights = costs["command"].peak_gb, sizes.weights / 1e9
+    how = f"{peak:.2f} of {weights:.2f} GB"
+    yield Result("joint, r20: its peak, of the weights", peak / weights, at_most=1.6, how=how)
 
 
 def stream(words: list[str]) -> Iterator[Result]:
@@ -197,7 +217,7 @@ def stream(words: list[str]) -> Iterator[Result]:
             try:
                 costs = run_slm([*asked, "stages=[calibrate,merge,repair]", *_PLAN_ONLY, *local], folder / name[:3])
             except UserError as error:
-                yield Result(what, None, at_most=1.5, how=str(error)[-200:])
+                yield Result(what, None, at_most=1.5, how=_why(error))
                 continue
             seconds = sum(cost.seconds for stage, cost in costs.items() if stage != "command")
             passes = _blocks_read((folder / name[:3] / "said.txt").read_text(encoding="utf-8")) / shape.layers
@@ -213,25 +233,46 @@ def _blocks_read(said: str) -> int:
 
 
 def two_gpus(words: list[str]) -> Iterator[Result]:
-    """Each stage on one GPU, and as two processes on two."""
+    """The work on one GPU over that of two processes on two: what both spend alike, on making random weights, is left
+    out."""
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    long = ["calibration.num_samples=64", "calibration.seq_len=2048"]
-    some = ["pruning_ratio=r10", "calibration.num_samples=16"]
-    jobs = {
-        "calibration, 64 x 2048 tokens": (["method=shortgpt", *long], "calibrate"),
-        "refit": (["method=shortgpt", "repair=refit"], "repair"),
-        "SLEB, a tenth of the layers": (["method=sleb", *some], "merge"),
+    words = [
+        "method=sleb",
+        "pruning_ratio=r10",
+        "repair=refit",
+        *_PLAN_ONLY,
+        *SHAPE,
+        "calibration.seq_len=2048",
+        *words,
+    ]
+    few, many, search = f"calibration, {_FEW} samples", f"calibration, {_MANY} samples", "SLEB and refit"
+    jobs = {  # what is subtracted comes last, when libraries have been read before
+        search: ["stages=[calibrate,merge,repair]", "calibration.num_samples=16"],
+        many: ["stages=[calibrate]", f"calibration.num_samples={_MANY}"],
+        few: ["stages=[calibrate]", f"calibration.num_samples={_FEW}"],
     }
-    for name, (asked, stage) in jobs.items():
-        with scratch([*SHAPE, *words], _GROUP) as folder:
-            job = ["pruning_ratio=r20", *asked, *_PLAN_ONLY, *SHAPE, *words]
+    costs = {}
+    for name, asked in jobs.items():
+        with scratch(words, _GROUP) as folder:
             try:
-                one = run_slm(job, folder / "one")[stage].seconds
-                both = run_slm(job, folder / "two", two)[stage].seconds
+                one = run_slm([*words, *asked], folder / "one")
+                costs[name] = one, run_slm([*words, *asked], folder / "two", two)
             except UserError as error:
-                yield Result(f"two GPUs, {name}", None, at_least=1.8, how=str(error)[-200:])
-                continue
-        yield Result(f"two GPUs, {name}", one / both, at_least=1.8, how=f"{one:.1f} and {both:.1f} s")
+                yield Result(f"two GPUs, {name}", None, at_least=1.8, how=_why(error))
+    work = {}
+    if {few, many} <= costs.keys():
+        less = [cost["calibrate"].seconds for cost in costs[few]]
+        more = [cost["calibrate"].seconds for cost in costs[many]]
+        work[f"calibration, {_MANY - _FEW} samples"] = [more[0] - less[0], more[1] - less[1]]
+    if search in costs:
+        work["SLEB, a tenth of the layers"] = [cost["merge"].work or 0.0 for cost in costs[search]]
+        work["refit"] = [cost["repair"].work or 0.0 for cost in costs[search]]
+    if len(work) == 3:
+        work["all three"] = [sum(seconds) for seconds in zip(*work.values(), strict=True)]
+    for name, (alone, together) in work.items():
+        how = f"{alone:.1f} and {together:.1f} s"
+        ratio = alone / together if min(alone, together) > 0 else None  # a difference may drown in noise
+        yield Result(f"two GPUs, {name}", ratio, at_least=1.8, how=how)
 
 
 def two_gpus_lora(words: list[str]) -> Iterator[Result]:

@@ -35,10 +35,12 @@ class Cost:
 
     Attributes:
         peak_gb: of the GPU, else of the process.
+        work: seconds of it without loading and saving, as the stage notes them; None where it does not.
     """
 
     seconds: float
     peak_gb: float
+    work: float | None = None
 
 
 def around(words: Sequence[str], group: str) -> Job:
@@ -75,9 +77,16 @@ def run_slm(words: Sequence[str], folder: Path, launcher: Sequence[str] = (sys.e
     if run.returncode != 0:
         said = [line for line in (run.stdout + run.stderr).splitlines() if line.strip()]
         raise UserError(f"slm {' '.join(words)} failed: {next(iter(said[-1:]), 'it said nothing')}")
-    records = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("store/*/*/stage.json")]
-    costs = {record["stage"]: Cost(record["seconds"], record["peak_memory_gb"]) for record in records}
+    costs = dict(_cost(file) for file in folder.glob("store/*/*/stage.json"))
     return costs | {"command": Cost(seconds, max((cost.peak_gb for cost in costs.values()), default=0.0))}
+
+
+def _cost(file: Path) -> tuple[str, Cost]:
+    """Of a finished stage, by its stage.json; a merge notes its search's seconds in the plan."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    plan = file.with_name("plan.json")
+    found = json.loads(plan.read_text(encoding="utf-8"))["scores"] if record["stage"] == "merge" else record["result"]
+    return record["stage"], Cost(record["seconds"], record["peak_memory_gb"], found.get("seconds"))
 
 
 def repair(words: list[str]) -> None:

@@ -180,7 +180,7 @@ def _factor(gram: Tensor, penalty: float) -> Tensor:
     damped = gram.double().clone()
     damped.diagonal().add_(penalty)
     factor, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed) or not bool(factor.isfinite().all()):
+    if int(failed) or not bool(factor.diagonal().isfinite().all()):  # each sees its whole row
         what = "are linearly dependent; use a larger ridge" if bool(damped.isfinite().all()) else "are not finite"
         raise UserError(f"least squares: the inputs of a projection {what}")
     return factor

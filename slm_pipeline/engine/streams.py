@@ -70,12 +70,11 @@ class _SumsSoFar:
 
     def gather(self, share: Share) -> None:
         """Add what the other processes have taken in."""
-        if share.divided:
-            assert self._gram is not None
-            assert self._moment is not None
-            self._gram.matrix = share.summed(self._gram.matrix)
-            self._moment = share.summed(self._moment)
-            self._energy = float(share.summed(torch.tensor(self._energy, dtype=torch.float64)))
+        assert self._gram is not None
+        assert self._moment is not None
+        self._gram.matrix = share.summed(self._gram.matrix)
+        self._moment = share.summed(self._moment)
+        self._energy = float(share.summed(torch.tensor(self._energy, dtype=torch.float64)))
 
     def add(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Take in [tokens, n], [tokens, d] and [tokens]."""
@@ -195,8 +194,7 @@ class Streams:
             weights = writes.weights[:, None]
             missed += float((weights * (writes.written - writes.wanted).square()).sum(dtype=torch.float64))
             energy += float((weights * writes.wanted.square()).sum(dtype=torch.float64))
-        if self._share.divided:
-            missed, energy = self._share.summed(torch.tensor([missed, energy], dtype=torch.float64)).tolist()
+        missed, energy = self._share.summed(torch.tensor([missed, energy], dtype=torch.float64)).tolist()
         return missed / max(energy, 1e-30)
 
     def gain_sums(self, block: Block, sublayer: str, *, target: str, weighting: str) -> GainSums:
@@ -209,9 +207,7 @@ class Streams:
             normed, weights = writes.written / gains, writes.weights[:, None]
             square += (weights * normed.square()).sum(dim=0, dtype=torch.float64)
             product += (weights * normed * writes.wanted).sum(dim=0, dtype=torch.float64)
-        if self._share.divided:
-            square, product = self._share.summed(square), self._share.summed(product)
-        return GainSums(square, product, norm[1].double())
+        return GainSums(self._share.summed(square), self._share.summed(product), norm[1].double())
 
     def _writes(self, block: Block, sublayer: str, target: str, weighting: str) -> Iterator[_Writes]:
         """What a sublayer's last projection does and what it is to do, some tokens at a time."""
@@ -242,9 +238,8 @@ class Streams:
             found = found or Gram(inputs.shape[1], inputs.device)
             found.add(inputs)
         assert found is not None
-        if self._share.divided:
-            found.matrix = self._share.summed(found.matrix)
-            found.num_tokens = int(self._share.summed(torch.tensor(found.num_tokens)))
+        found.matrix = self._share.summed(found.matrix)
+        found.num_tokens = int(self._share.summed(torch.tensor(found.num_tokens)))
         return found
 
     def reading_sums(self, block: Block, sublayer: str) -> Sums:
@@ -359,6 +354,7 @@ class Streams:
 
     def loss(self, input_ids: Tensor) -> float:
         """At the top of the stack: mean next-token loss of the pruned model on these tokens, in nats."""
+        assert not self._share.divided  # else only some of them went up
         targets = input_ids.to(self.view.device)
         total = sum(self._runner.loss(self.pruned[rows], targets[rows]) for rows in self._rows())
         return total / targets[:, 1:].numel()

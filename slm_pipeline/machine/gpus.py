@@ -50,16 +50,26 @@ def models() -> list[str]:
 
 def memory() -> list[int]:
     """Bytes of each of `visible`, as ``nvidia-smi`` lists them; empty where it does not."""
-    return _memory(tuple(visible()))
+    with suppress(ValueError):
+        return [int(line) * 2**20 for line in _listed("memory.total", tuple(visible()))]
+    return []
+
+
+def number_and_name() -> str | None:
+    """``2 x NVIDIA H100``: `visible`, as ``nvidia-smi`` or the driver names them; None where neither does. Nothing is
+    left on the GPUs, as by asking CUDA."""
+    here = visible()
+    names = _listed("name", tuple(here)) or models()
+    return f"{len(here)} x {', '.join(sorted(set(names)))}" if here and names else None
 
 
 @functools.cache
-def _memory(names: tuple[str, ...]) -> list[int]:
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits", f"--id={','.join(names)}"]
-    if names and shutil.which(command[0]) is not None:
-        with suppress(OSError, subprocess.SubprocessError, ValueError):
+def _listed(what: str, gpus: tuple[str, ...]) -> list[str]:
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits", f"--id={','.join(gpus)}"]
+    if gpus and shutil.which(command[0]) is not None:
+        with suppress(OSError, subprocess.SubprocessError):
             listed = subprocess.run(command, capture_output=True, text=True, timeout=20)
-            return [int(line) * 2**20 for line in listed.stdout.split()]
+            return listed.stdout.splitlines() if listed.returncode == 0 else []
     return []
 
 

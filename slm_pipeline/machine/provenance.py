@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import slm_pipeline
+from slm_pipeline.machine import gpus
 
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "lm_eval", "datasets", "hydra-core", "wandb")
 
@@ -46,8 +47,11 @@ def versions() -> dict[str, str]:
 
 
 def device_name() -> str:
-    """Name of the accelerator in use, or of the processor."""
+    """Name of the accelerator in use, or of the processor. Where nothing runs on a GPU in this process, as when others
+    do the work, nothing is put there to learn it."""
     torch = sys.modules.get("torch")
+    if (torch is None or not torch.cuda.is_initialized()) and (found := gpus.number_and_name()) is not None:
+        return found
     if torch is not None and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"CPU {platform.machine()}"

@@ -80,15 +80,14 @@ def first_host(nodes: str) -> str:
 
 
 _launched: Launched | None = None
-_apart = False  # whether this process is one of several, and works on its own for the time being
+_together = False  # whether this process works with others; a group of torch's may be somebody else's
 
 
 def read_environment() -> Launched | None:
     """Who this process is; `launched` says it from now on."""
-    global _launched, _apart
+    global _launched
     _launched = Launched.of(os.environ)
-    _apart = _launched is not None
-    if _apart:
+    if _launched is not None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no lines about each connection that is lost
     return _launched
 
@@ -99,9 +98,19 @@ def launched() -> Launched | None:
 
 
 @contextmanager
-def not_apart() -> Iterator[None]:
+def together() -> Iterator[None]:
+    """The processes of torch's group work together inside."""
+    global _together
+    _together = True
+    try:
+        yield
+    finally:
+        _together = False
+
+
+@contextmanager
+def together_as_launched() -> Iterator[None]:
     """All of the launcher's processes work together inside, and libraries find torchrun's environment."""
-    global _apart
     assert _launched is not None
     here = {
         "RANK": _launched.rank,
@@ -111,11 +120,10 @@ def not_apart() -> Iterator[None]:
         "MASTER_PORT": _launched.port,
     }
     os.environ |= {name: str(value) for name, value in here.items()}
-    _apart = False
     try:
-        yield
+        with together():
+            yield
     finally:
-        _apart = True
         if accelerate := sys.modules.get("accelerate.state"):  # it remembers what it has read
             accelerate.AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -130,7 +138,7 @@ def gpu_index(local_rank: int) -> int:
 def _distributed() -> Any:
     """torch.distributed if there is somebody to talk to."""
     torch = sys.modules.get("torch")
-    if torch is None or _apart or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if torch is None or not _together or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
     return torch.distributed
 
@@ -189,7 +197,9 @@ def of_first(value: float) -> float:
 class Share:
     """This process's part of some pieces of work, numbered in their order, that add up to one sum.
 
-    Of fewer pieces than there are processes each does all: nothing is added up then, and no sum lacks a term.
+    Of fewer pieces than there are processes each does all: nothing is added up then, and no sum lacks a term. What the
+    first process has found is then what all go by: on another device, or compiled otherwise, a sum may round otherwise,
+    and who decides otherwise would wait for the others, or they for it.
 
     Attributes:
         numbers: of its pieces, which follow one another.
@@ -209,5 +219,5 @@ class Share:
         return cls(range(first, end), True)
 
     def summed(self, values: Tensor) -> Tensor:
-        """The sum over all pieces of what this process has summed over its own."""
-        return summed(values) if self.divided else values
+        """The sum over all pieces of what this process has summed over its own; the same, to the last bit, in each."""
+        return summed(values if self.divided or is_first() else values.new_zeros(values.shape))

@@ -43,6 +43,7 @@ _REFUSED_TIME = timedelta(
     seconds=30
 )  # for the first, if this one's command line is refused: the first's is too, mostly
 _NOTICE_TIME = 20.0  # seconds in which the first process should fall out of its work when another has ended
+_STRANGERS_TIME = 10.0  # seconds in which one of ours has said who it is
 _TOKEN_BYTES = 32
 
 
@@ -73,6 +74,7 @@ class _Leader:
         self._heard: queue.SimpleQueue[tuple[int, str, Any]] = queue.SimpleQueue()
         self._hosts: dict[int, str] = {}
         self._working = threading.Event()
+        self._ended: dict[int, BaseException | None] = {}  # who will not work again, and with what error
         self._connections = self._gather()
         for rank, connection in self._connections.items():
             threading.Thread(target=self._listen, args=(rank, connection), daemon=True).start()
@@ -93,6 +95,8 @@ class _Leader:
                     ) from error
                 connection = _connection(accepted)
                 with suppress(EOFError, OSError):  # of a stranger
+                    if not connection.poll(_STRANGERS_TIME):
+                        continue
                     if not hmac.compare_digest(connection.recv_bytes(_TOKEN_BYTES), token):
                         continue
                     rank, host, refused = connection.recv()
@@ -112,6 +116,7 @@ class _Leader:
         except (EOFError, OSError):
             kind, content = "gone", None
             self._heard.put((rank, kind, content))
+        self._ended[rank] = None if content is None else content[0]
         if self._working.is_set():
             time.sleep(_NOTICE_TIME)
             if self._working.is_set():  # it waits for a GPU, which waits for the process that has ended
@@ -131,14 +136,16 @@ class _Leader:
 
     def run(self, function: Callable[..., T], arguments: tuple[Any, ...], of_first: dict[str, Any]) -> T:
         call = pickle.dumps((self._device, function, arguments))
-        self._working.set()
+        self._working.set()  # from here on whoever ends is seen by its listener, and before here on the next line
         try:
+            for rank, error in list(self._ended.items()):
+                raise self._error(rank, error)
             for rank, connection in self._connections.items():
                 try:
                     connection.send(("call", call))
                 except OSError:
                     raise self._error(rank, self._last_word(rank)) from None
-            with ranks.not_apart():
+            with ranks.together_as_launched():
                 _meet(self._place, self._store, self._device)
                 result = function(*arguments, **of_first)
             self._wait_for_all()
@@ -203,14 +210,18 @@ def leading(device: str) -> Iterator[None]:
     if place is None:
         yield
         return
+    ended_well = False
     _leader = _Leader(place, device)
     log.info("%d processes of %s work on this", place.count, place.launcher)
     try:
         yield
+        ended_well = True
     finally:
         _leader.end()
         _leader = None
-        _part()
+        parting = threading.Thread(target=_part, daemon=True)
+        parting.start()
+        parting.join(None if ended_well else _NOTICE_TIME)  # GPUs may wait for one another, and this one alone goes
 
 
 def be_quiet() -> None:
@@ -220,9 +231,11 @@ def be_quiet() -> None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.disable(logging.WARNING)  # of libraries, which have no handler here and write to stderr
     logger = logging.getLogger("slm_pipeline")
     logger.propagate = False
-    logger.addHandler(logging.NullHandler())
+    for one in (logger, logging.getLogger()):  # without any, Python shows warnings of libraries
+        one.addHandler(logging.NullHandler())
 
 
 def follow(refused: UserError | None = None) -> None:
@@ -244,11 +257,12 @@ def follow(refused: UserError | None = None) -> None:
     connection.send_bytes(bytes.fromhex(token))
     connection.send((place.rank, socket.gethostname(), refused))
     calls: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-    threading.Thread(target=_hear, args=(connection, calls), daemon=True).start()
+    working = threading.Event()
+    threading.Thread(target=_hear, args=(connection, calls, working), daemon=True).start()
     while (call := calls.get()) is not None:
         try:
             device, function, arguments = pickle.loads(call)  # of the first process, which has shown the token
-            with ranks.not_apart():
+            with ranks.together_as_launched():
                 _meet(place, store, device)
                 function(*arguments)
         except BaseException as error:
@@ -257,6 +271,7 @@ def follow(refused: UserError | None = None) -> None:
             threading.Thread(target=_part, daemon=True).start()  # so that nobody waits for this process's part
             time.sleep(2 * _NOTICE_TIME)  # the first process should be the first to end, with a message
             os._exit(2)
+        working.clear()
         connection.send(("done", None))
         memory.free()
     _part()
@@ -275,10 +290,15 @@ def _wait_for(place: Launched, patience: timedelta) -> None:
             time.sleep(0.2)
 
 
-def _hear(connection: Connection, calls: queue.SimpleQueue[bytes | None]) -> None:
+def _hear(connection: Connection, calls: queue.SimpleQueue[bytes | None], working: threading.Event) -> None:
+    """Pass on the calls; end this process if the first one ends, or gives up what this one still works on."""
     try:
         while True:
             kind, call = connection.recv()
+            if kind == "end" and working.is_set():
+                os._exit(2)
+            if kind == "call":
+                working.set()
             calls.put(call if kind == "call" else None)
             if kind == "end":
                 return

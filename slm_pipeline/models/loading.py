@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +110,13 @@ def load_mapped(path: Path, config: ModelConfig) -> Any:
     """A model saved by this package for somebody who brings its blocks to where they run, one after the other.
 
     Their weights are memory-mapped files, of which the processes of a host share one copy; embeddings, final norm and
-    head lie on the GPU, or the CPU where there is none.
+    head lie on the GPU; on the CPU with ``device=cpu``, or where there is no GPU.
 
     Raises:
         UserError: a tensor is missing, or of another shape or type than it should be.
     """
-    model = load_checkpoint(path, replace(config, device="stream"))
+    device = torch.device("cpu" if config.device == "cpu" else resolve_device("stream"))
+    model = load_streamed(_model_class(str(path)), path, config, device)
     model.layer_stream.release()
     return model
 

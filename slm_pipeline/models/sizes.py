@@ -147,6 +147,29 @@ class Sizes:
         pieces = (self.item_bytes + 8) * min(MAX_LOGITS, tokens * self.vocabulary)
         return dense + walking + max(pieces, self.running(min(8192, tokens * candidates)))
 
+    def fitting(self, tokens: int, at_once: int, matrices: int = 3) -> int:
+        """Bytes in a walk up the stack that fits last projections by least squares.
+
+        Counted are four states of each token, and of the widest last projection, with n inputs, in float64: the Gram
+        matrix [n, n] and what solving with it needs beside, in all ``matrices`` (itself, with its penalty, its factor),
+        one more while the factor is looked through for what is not finite, with two bytes an entry; and four [hidden,
+        n] (moment, prior, both together, solution). Or, where they are more, the sums while tokens come in: the
+        matrix, a batch's part of it in float32 and in float64, the moment, and ``at_once`` tokens that go through a
+        block, with what enters the projection twice in float32, and five states so. Or, at the top, logits of both
+        models in float32 and three more of their size, of ``at_once`` tokens but `MAX_LOGITS` at a time. Text held out
+        of the fit has no matrices.
+
+        Args:
+            tokens: that are fitted to, and that are held out.
+        """
+        inputs = max(self.neurons, self.queries)
+        gram, weight = 8 * inputs**2, 8 * inputs * self.hidden
+        batch = at_once * (inputs * (self.item_bytes + 8) + 5 * 4 * self.hidden)
+        solving = (matrices + 1) * gram + gram // 4 + 4 * weight
+        summing = 5 * gram // 2 + weight + max(batch, self.running(at_once))
+        comparing = 5 * 4 * min(MAX_LOGITS, at_once * self.vocabulary)
+        return self.states(tokens, 4) + max(solving, summing, comparing)
+
     def logits(self, tokens: int) -> int:
         """Bytes of the logits of so many tokens, in the weights' type."""
         return tokens * self.vocabulary * self.item_bytes

@@ -67,10 +67,12 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 
     Whole means that every file fits its checksum, and that the checkpoint which was best so far is there too.
     """
+    last = -1
     if collective.rank() == 0:
         _delete_incomplete(folder)
-    collective.wait()
-    return max(folder.glob("checkpoint-*"), key=_step, default=None)
+        last = max(map(_step, folder.glob("checkpoint-*")), default=-1)
+    last = int(collective.of_first(last))  # other nodes may know the folder as it was a while ago
+    return None if last < 0 else folder / f"checkpoint-{last}"
 
 
 def _step(checkpoint: Path) -> int:

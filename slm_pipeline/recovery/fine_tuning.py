@@ -208,13 +208,15 @@ class FineTuning(Recovery):
         """
         if frozen is None:
             frozen = sizes.weights - sizes.item_bytes * trained
+        place = ranks.launched()
+        processes = self.num_processes if place is None else place.count
         wide = 4 if self.dtype == "float32" else 2
         held = max(0, frozen) + 16 * trained
         if self.sharding:
             whole = 2 * sizes.block_parameters + sizes.outer_parameters
-            return held // self.num_processes + wide * (whole + sizes.block_parameters)
+            return held // processes + wide * (whole + sizes.block_parameters)
         copies = 0 if self.dtype == "float32" else wide * trained
-        return held + copies + (4 * trained if self.num_processes > 1 else 0)
+        return held + copies + (4 * trained if processes > 1 else 0)
 
     def identity(self, data_dir: Path | None) -> dict[str, Any]:
         fingerprint = examples.examples_fingerprint(

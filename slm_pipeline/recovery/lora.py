@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -104,8 +103,6 @@ class Lora(FineTuning):
         from slm_pipeline.recovery import collective, quantized
         from slm_pipeline.recovery.training_loop import fit
 
-        # peft imports it where it is installed; on a processor it then asks for a package that is fetched from the hub
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         train, validation = self.tokenized_split(problem.tokenizer, problem.data_dir)
         set_seed(problem.seed)
         left_out, plain = list(silent_modules(problem)), {}
@@ -113,9 +110,10 @@ class Lora(FineTuning):
             plain = quantized.quantize(problem.model, self.quantize, getattr(torch, self.dtype))
         adapted: Any = get_peft_model(problem.model, self._peft_config(left_out))
         trained = fit(adapted, train, validation, self, problem)
+        if collective.count() > 1:  # else each would merge, with `quantize` a whole model each in main memory
+            raise collective.Trained
         adapted.peft_config["default"].base_model_name_or_path = problem.base_path
-        if collective.rank() == 0:
-            adapted.save_pretrained(str(problem.out / "adapter"), save_embedding_layers=False)
+        adapted.save_pretrained(str(problem.out / "adapter"), save_embedding_layers=False)
         if plain:
             adapted = quantized.on_plain_weights(adapted, plain)
         return RecoveryResult(merge_adapter(adapted), trained.metrics, trained.curve)

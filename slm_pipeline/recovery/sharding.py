@@ -77,7 +77,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
         UserError: there is no such file: another version, or another number of processes, wrote the checkpoint.
     """
     if not (folder / _file()).is_file():
-        raise UserError(f"{folder} has no {_file()}: another version began this training; delete {folder.parent}")
+        raise UserError(
+            f"{folder} has no {_file()}: another version began this training, or another number of processes than these"
+            f" {collective.count()}; start as many as then, or delete {folder.parent}"
+        )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     with safe_open(folder / _file(), framework="pt") as file:

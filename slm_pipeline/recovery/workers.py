@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slm_pipeline.errors import UserError, portable
-from slm_pipeline.machine import memory
+from slm_pipeline.machine import memory, ranks
 from slm_pipeline.recovery.base import Log, Recovery, RecoveryProblem
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _work(
         _become(rank, recovery.num_processes)
         problem = make_problem(lambda metrics, step: sender.send(("log", metrics, step)) if rank == 0 else None)
         _meet(problem.model.device, rank, recovery.num_processes, meeting_point)
-        with suppress(Trained):
+        with ranks.together(), suppress(Trained):
             recovery.run(problem)
         sender.send(("peak memory", memory.peak_gb()))
         distributed.destroy_process_group()

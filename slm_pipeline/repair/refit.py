@@ -230,7 +230,7 @@ class Refit(Repair):
             if first is not None and position >= first:
                 layer = groups[position][0]
                 found = _Kept(problem, f"{prefix}.{layer}.{walk}")
-                if not ranks.of_first(found.is_there):  # all make it, or all read it
+                if not ranks.of_first(ranks.is_first() and found.is_there):  # all make it, or all read it
                     _, what = how.layer(fitted, other, block)
                     if ranks.is_first():
                         found.write(what)

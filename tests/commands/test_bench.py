@@ -21,6 +21,7 @@ from slm_pipeline.commands import (
     bench_sweep,
 )
 from slm_pipeline.commands.bench_results import Result
+from slm_pipeline.commands.bench_stages import Cost
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.engine import compiled
 from slm_pipeline.errors import UserError
@@ -54,7 +55,7 @@ def rows_of(*words):
 
 
 def test_all_loops_decide_alike():
-    rows = rows_of("pruning_ratio=layers", "pruning_ratio.num_layers=8", "model.num_layers=10")
+    rows = rows_of("pruning_ratio=layers", "pruning_ratio.num_layers=7", "model.num_layers=9")
     assert [row[0] for row in rows] == list(bench_methods.METHODS)
     for name, _, _, _, _, blocks_theirs, blocks_ours, _, _, same in rows:
         assert name in ("slm", "laco") or same == "yes"  # those look for a threshold in their own way
@@ -95,15 +96,20 @@ def test_unknown_names():
         bench_methods.methods(["reverse"])
 
 
-def test_a_study_looks_at_each_window_once():
+def test_a_study_looks_at_each_window_once(tmp_path, monkeypatch):
     """Alone, every job evaluates all windows that it looks at; in the study, only those nobody has looked at."""
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "thresholds.yaml").write_text(
+        "hydra: {sweeper: {params: {threshold.value: '0.95,0.8,0.7,0.6'}}}"
+    )
+    monkeypatch.setattr(bench_sweep.config, "SWEEPS_ROOT", tmp_path)
     words = [word for word in TINY if not word.startswith("calibration.source")]
     out = io.StringIO()
     with redirect_stdout(out):
         bench_sweep.sweep([*words, "model.num_layers=8", "calibration=text_file", "evaluation=none"])
     lines = [line for line in out.getvalue().splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert [row[0] for row in rows] == ["0.95", "0.9", "0.85", "0.8", "0.75", "0.7", "0.65", "0.6", "all"]
+    assert [row[0] for row in rows] == ["0.95", "0.8", "0.7", "0.6", "all"]
     windows = [(int(row[2]), int(row[3])) for row in rows]
     assert windows[0][0] == windows[0][1] > 0  # the first finds nothing
     assert all(shared <= alone for alone, shared in windows)
@@ -193,6 +199,52 @@ def test_pieces_of_the_performance_table_are_put_together(tmp_path, monkeypatch,
         bench_performance.performance(["table", f"output_dir={tmp_path / 'other'}"])
 
 
+def test_a_search_that_cannot_be_compiled_leaves_the_other_rows(monkeypatch):
+    def ours(method, problem, repeats=1):
+        if method.compile:
+            raise RuntimeError("Failed to find C compiler.\nSet CC | or install gcc.")
+        return bench_methods.Measurement([1], 2.0, 1, 0.5)
+
+    monkeypatch.setattr(bench_methods, "ours", ours)
+    monkeypatch.setattr(bench_methods, "theirs", lambda method, problem: bench_methods.Measurement([1], 8.0, 1, 1.0))
+    first, compiled_first, second, _ = bench_performance.slm([*TINY, "model.hidden_size=32", "model.num_heads=2",
+        "model.num_kv_heads=1", "model.intermediate_size=48", "model.vocab_size=300"])  # fmt: skip
+    assert (first.got, second.got) == (4.0, 4.0)
+    assert (compiled_first.got, compiled_first.met) == (None, "no")
+    assert compiled_first.how == "Failed to find C compiler. Set CC / or install gcc."
+
+
+def test_what_two_gpus_do_is_timed_without_the_making_of_weights(tmp_path, monkeypatch):
+    """Loading takes 25 seconds on either; of 264 calibration samples those that only load are taken off."""
+
+    def run_slm(words, folder, launcher=()):
+        half = 0.5 if launcher else 1.0
+        number = int(next(word for word in reversed(words) if word.startswith("calibration.num_samples="))[24:])
+        costs = {"calibrate": Cost(25 + half * number / 8, 1.0)}
+        if number == 16:
+            costs |= {"merge": Cost(65, 1.0, 40 * half), "repair": Cost(45, 1.0, 20 * half + 5)}
+        return costs
+
+    monkeypatch.setattr(bench_performance, "run_slm", run_slm)
+    found = list(bench_performance.two_gpus([f"output_dir={tmp_path}", *TINY[2:]]))
+    assert [(result.what.partition(", ")[2], result.how) for result in found] == [
+        ("calibration, 256 samples", "32.0 and 16.0 s"), ("SLEB, a tenth of the layers", "40.0 and 20.0 s"),
+        ("refit", "25.0 and 15.0 s"), ("all three", "97.0 and 51.0 s"),
+    ]  # fmt: skip
+    assert [result.got for result in found] == [2.0, 2.0, 25 / 15, 97 / 51]
+
+    def fails(words, folder, launcher=()):
+        if "calibration.num_samples=16" in words:
+            raise UserError("no NCCL")
+        return {"calibrate": Cost(25, 1.0)}
+
+    monkeypatch.setattr(bench_performance, "run_slm", fails)
+    found = list(bench_performance.two_gpus([f"output_dir={tmp_path}", *TINY[2:]]))
+    assert [(result.what, result.got, result.how) for result in found] == [
+        ("two GPUs, SLEB and refit", None, "no NCCL"), ("two GPUs, calibration, 256 samples", None, "0.0 and 0.0 s"),
+    ]  # fmt: skip
+
+
 def test_a_command_that_fails_is_an_error_with_what_it_said_last(tmp_path):
     failing = [sys.executable, "-c", "import sys; print('first'); sys.exit('error: the last')"]
     with pytest.raises(UserError, match="slm method=slm failed: error: the last"):
@@ -201,17 +253,20 @@ def test_a_command_that_fails_is_an_error_with_what_it_said_last(tmp_path):
 
 
 def test_stages_say_what_they_took(tmp_path):
-    stage = {"stage": "merge", "seconds": 2.5, "peak_memory_gb": 0.5}
-    path = tmp_path / "store" / "merge" / "x" / "stage.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(stage))
+    for name, result in {"merge": {}, "repair": {"seconds": 0.75}, "calibrate": {}}.items():
+        path = tmp_path / "store" / name / "x" / "stage.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"stage": name, "seconds": 2.5, "peak_memory_gb": 0.5, "result": result}))
+    (tmp_path / "store" / "merge" / "x" / "plan.json").write_text(json.dumps({"scores": {"seconds": 1.25}}))
     words = ["method=joint", "method.depths=2", "pruning_ratio=r35", "repair.ridges=[0.1]", "model=random"]
     assert bench_stages.around(words, "joint").source.name == "random"
     costs = bench_stages.run_slm([], tmp_path, [sys.executable, "-c", ""])
-    assert costs["merge"] == bench_stages.Cost(2.5, 0.5)
+    works = {name: costs[name].work for name in ("calibrate", "merge", "repair")}
+    assert works == {"calibrate": None, "merge": 1.25, "repair": 0.75}
     assert costs["command"].peak_gb == 0.5
     assert bench_stages.of_stages("joint", costs, ["merge", "repair"]) == [
-        Result("joint, merge", 2.5, "s"), Result("joint, merge, peak", 0.5, "GB"),
+        Result("joint, merge", 2.5, "s"), Result("joint, repair", 2.5, "s"),
+        Result("joint, merge, peak", 0.5, "GB"), Result("joint, repair, peak", 0.5, "GB"),
     ]  # fmt: skip
 
 

@@ -200,7 +200,6 @@ def test_what_several_processes_cannot_do_is_refused_before_they_meet(job, words
     for name, value in {**values, "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "_launched", None)
-    monkeypatch.setattr(ranks, "_apart", False)
     outcome = run_slm(*job, *words, f"output_dir={tmp_path}")
     assert outcome.status == 2
     assert re.search(message, outcome.err), outcome.err

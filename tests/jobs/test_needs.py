@@ -10,6 +10,8 @@ from conftest import run_slm
 from slm_pipeline.jobs import needs
 from slm_pipeline.jobs.command_line import compose_job
 from slm_pipeline.jobs.steps import steps
+from slm_pipeline.machine import ranks
+from slm_pipeline.machine.ranks import Launched
 from slm_pipeline.models.sizes import Sizes
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.recovery.distill import Distill
@@ -46,6 +48,17 @@ def test_states_are_counted_by_batch():
     assert SMALL.running(10) == 10 * 4 * (2 * 32 + 4 * 40)
     dense, walking = 128 * 5 * state, 16 * 3 * 4 * state
     assert SMALL.walking(4) == dense + walking + 12 * 16 * 512
+
+
+def test_a_fit_takes_states_of_its_text_and_matrices_of_the_widest_projection():
+    gram, weight = 8 * 40 * 40, 8 * 40 * 32
+    states = 4 * 4 * 32  # of one token
+    assert SMALL.fitting(96, 1) == 96 * states + 4 * gram + gram // 4 + 4 * weight
+    assert SMALL.fitting(96, 1, matrices=4) - SMALL.fitting(96, 1) == gram
+    many = 5 * gram // 2 + weight + 1000 * (40 * (4 + 8) + 5 * 4 * 32)  # that what streams in exceeds
+    assert replace(SMALL, vocabulary=8).fitting(96, 1000) == 96 * states + many
+    assert SMALL.fitting(96, 1000) == 96 * states + 5 * 4 * 1000 * 512  # and that, at the top, logits
+    assert replace(SMALL, queries=48).fitting(0, 1) == int(4.25 * 8 * 48 * 48) + 4 * 8 * 48 * 32
 
 
 OUTSIDE = 2 * 512 * 32 + 32
@@ -86,10 +99,13 @@ def states(layers):
     ],
     ids=lambda value: "" if isinstance(value, int) else value.name,
 )  # fmt: skip
-def test_a_recovery_takes_weights_gradients_moments_and_what_is_kept_for_the_way_back(recovery, expected):
+def test_a_recovery_takes_weights_gradients_moments_and_what_is_kept_for_the_way_back(recovery, expected, monkeypatch):
     sizes = replace(SMALL, layers=6).with_layers(4)
     assert (sizes.layers, sizes.dense.layers) == (4, 6)
     assert recovery.memory(sizes) == expected
+    if recovery.num_processes == 2:  # the same where a launcher has started them
+        monkeypatch.setattr(ranks, "_launched", Launched("srun", 0, 2, 0, "here", 1))
+        assert replace(recovery, num_processes=1).memory(sizes) == expected
 
 
 WORDS = [
@@ -102,7 +118,7 @@ WORDS = [
 
 def job_of(tmp_path, *more):
     text = tmp_path / "text.txt"
-    text.write_text("The river runs past the mill and the tree.\n" * 400)
+    text.write_text("The river runs past the mill and the tree.\n" * 1600)
     more = (f"calibration.path={text}", f"evaluation.perplexity.corpora=[{text}]", f"output_dir={tmp_path}/out", *more)
     return [*WORDS, *more]
 
@@ -123,6 +139,56 @@ def test_a_stage_takes_its_weights_what_it_computes_and_the_process(tmp_path):
     assert found.advice is None
     by_magnitude = compose_job(["slm"], job_of(tmp_path, "method=shortened_magnitude", "method.protect_first=1"))
     assert needs.need(stage_of(by_magnitude, "merge"), by_magnitude).num_bytes == weights + process
+
+
+LLAMA_2_7B = [
+    "model=random", "model.num_layers=32", "model.hidden_size=4096", "model.intermediate_size=11008",
+    "model.num_heads=32", "model.num_kv_heads=32", "model.vocab_size=32000", "model.dtype=bfloat16",
+    "calibration.num_samples=64", "calibration.seq_len=512",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "matrices", "more"),
+    [
+        (["method=joint"], 4, 0),
+        (["method=joint", "method.units=obs"], 3, 0),
+        # the states of 2,048 tokens behind 32 layers and of 12 variants, and eight networks half as wide
+        (["method=joint", "method.export=custom"], 4, 2048 * 4096 * 2 * 44 + 8 * 2 * 3 * 4096 * 11008 // 2),
+    ],
+    ids=["stock", "obs", "custom"],
+)
+def test_a_joint_search_at_the_7b_shape_takes_its_weights_its_text_and_some_gram_matrices(
+    asked, matrices, more, tmp_path, monkeypatch
+):
+    job = compose_job(["slm"], [*job_of(tmp_path, "pruning_ratio=r20", "repair=refit"), *LLAMA_2_7B, *asked])
+    sizes, gpu = needs.sizes_of(job), needs.Place("of GPU memory", 79_000_000_000, False)
+    monkeypatch.setattr(needs.Place, "of", lambda device: gpu)
+    gram, weight, state = 8 * 11008**2, 8 * 11008 * 4096, 2 * 4096
+    search = needs.need(stage_of(job, "merge"), job).num_bytes
+    kept = 4 * 56 * 512 * state  # 48 samples fit, 8 choose
+    assert search == sizes.weights + kept + (matrices + 1) * gram + gram // 4 + 4 * weight + more
+    assert search < 1.7 * sizes.weights
+    repair = needs.need(stage_of(job, "repair"), job)
+    assert repair.num_bytes == sizes.weights + 4 * 128 * 512 * state + 4 * gram + gram // 4 + 4 * weight
+    monkeypatch.setattr(needs.Place, "of", lambda device: replace(gpu, num_bytes=repair.num_bytes - 1))
+    assert needs.need(stage_of(job, "repair"), job).advice == (
+        "repair.calibration.num_samples=64 would fit, by the estimate"
+    )
+
+
+def test_new_weights_and_blocks_lie_in_main_memory(tmp_path):
+    job = compose_job(["slm"], job_of(tmp_path, "method=joint", "pruning_ratio=r20", "repair=refit"))
+    sizes = needs.sizes_of(job)
+
+    def beside_a_fit(name, tokens):
+        stage, host = stage_of(job, name), needs.need(stage_of(job, name), job).num_bytes
+        fits = sizes.fitting(tokens, 512, matrices=4 if name == "merge" else 3)
+        return host - sizes.weights - fits - needs._OF_PROCESS[stage.stage] - needs._OF_TOKEN * 4096
+
+    assert beside_a_fit("merge", 56 * 128) == 4 * 8 * (4 * 1024**2 + 3 * 1024 * 4096)  # one model's blocks
+    projections, maps = 8 * 1024 * (1024 + 4096), 8 * 2 * 1024**2
+    assert beside_a_fit("repair", 128 * 512) == 4 * (2 * projections + maps)
 
 
 @pytest.mark.parametrize(

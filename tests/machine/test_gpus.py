@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,7 @@ import pytest
 from conftest import run_slm
 
 from slm_pipeline.errors import UserError
-from slm_pipeline.machine import gpus
+from slm_pipeline.machine import gpus, provenance
 
 TAKE = """
 import sys, time
@@ -102,3 +103,22 @@ def test_no_gpu_is_said_before_anything_starts(monkeypatch, tmp_path):
         " name the GPUs where the driver does not list them, as in CUDA_VISIBLE_DEVICES=0,1\n"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_is_named_without_asking_cuda(tmp_path, monkeypatch):
+    """By nvidia-smi for those that are visible; else by the driver; where nothing runs on one it is not touched."""
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text(
+        '#!/bin/sh\ntest "$1 $3" = "--query-gpu=name --id=2,3" && printf "NVIDIA H100\\nNVIDIA H100\\n"\n'
+    )
+    listing.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert gpus.number_and_name() == provenance.device_name() == "2 x NVIDIA H100"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # which this nvidia-smi refuses
+    monkeypatch.setattr(gpus, "models", lambda: ["NVIDIA H200", "NVIDIA H200"])
+    assert gpus.number_and_name() == "1 x NVIDIA H200"
+    monkeypatch.setattr(gpus, "models", list)
+    assert gpus.number_and_name() is None
+    assert provenance.device_name() == f"CPU {platform.machine()}"
+    gpus._listed.cache_clear()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
+from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.machine import ranks
@@ -63,6 +68,22 @@ def test_each_piece_is_one_processs(number, processes, monkeypatch):
 
 def test_of_fewer_pieces_than_processes_each_does_all(monkeypatch):
     monkeypatch.setattr(ranks, "count", lambda: 3)
-    monkeypatch.setattr(ranks, "rank", lambda: 2)
-    assert Share.of(2) == Share(range(2), divided=False)
-    assert Share.of(2).summed("untouched") == "untouched"
+    sums = [torch.tensor([3.0, math.inf]), torch.tensor([4.0, 1.0]), torch.tensor([5.0, math.nan])]
+    given = []
+    monkeypatch.setattr(ranks, "summed", lambda values: given.append(values) or values)
+    for rank, own in enumerate(sums):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        assert Share.of(2) == Share(range(2), divided=False)
+        Share.of(2).summed(own)
+    assert torch.equal(sum(given), sums[0])  # so that all go by the same
+
+
+def test_a_group_of_somebody_elses_is_not_ours():
+    distributed.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
+    try:
+        assert (ranks.count(), ranks.rank(), ranks.is_first()) == (1, 0, True)
+        with ranks.together():
+            assert (ranks.count(), ranks.rank(), ranks.is_first()) == (4, 3, False)
+        assert ranks.count() == 1
+    finally:
+        distributed.destroy_process_group()

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from slm_pipeline.config import CONF_DIR
 from slm_pipeline.errors import UserError
-from slm_pipeline.recovery import checkpoints, training_loop
+from slm_pipeline.recovery import checkpoints, collective, training_loop
 
 KILLED = """
 import os, signal, sys
@@ -92,7 +92,7 @@ def test_killed_after_the_last_step(folder, undisturbed, monkeypatch):
     assert result.metrics["num_tokens"] == undisturbed[0].metrics["num_tokens"]
 
 
-def test_checkpoints_half_written_or_half_deleted_are_not_taken(tmp_path):
+def test_checkpoints_half_written_or_half_deleted_are_not_taken(tmp_path, monkeypatch):
     whole, torn, unmarked = (tmp_path / f"checkpoint-{step}" for step in (9, 10, 11))
     progress = checkpoints.Progress(num_tokens=5, num_label_tokens=3, seconds=1.5, finished=True)
     for checkpoint in (whole, torn, unmarked):
@@ -106,6 +106,11 @@ def test_checkpoints_half_written_or_half_deleted_are_not_taken(tmp_path):
     assert checkpoints.last_complete_checkpoint(tmp_path) == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-9"]
     assert checkpoints.read_progress(whole) == progress
+    with monkeypatch.context() as another_process:
+        another_process.setattr(collective, "rank", lambda: 1)
+        another_process.setattr(collective, "of_first", lambda value: 12.0)
+        expected = tmp_path / "checkpoint-12"  # which this node does not show yet
+        assert checkpoints.last_complete_checkpoint(tmp_path) == expected
     (whole / "weights").write_text("0124")  # as many bytes
     assert checkpoints.last_complete_checkpoint(tmp_path) is None
 

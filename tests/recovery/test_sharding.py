@@ -25,6 +25,13 @@ def four_processes():
     distributed.destroy_process_group()
 
 
+def test_a_model_for_the_processor_stays_there_beside_a_gpu(tmp_path, monkeypatch):
+    config = ModelConfig(dtype="float32", device="cpu")
+    checkpoint.save(teacher(), byte_tokenizer(), tmp_path / "model", card="", config=config)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert load_mapped(tmp_path / "model", config).device.type == "cpu"
+
+
 def test_one_block_at_a_time_is_whole_and_each_process_keeps_its_part(tmp_path, four_processes):
     config = ModelConfig(dtype="float32", device="cpu")
     checkpoint.save(teacher(), byte_tokenizer(), tmp_path / "model", card="", config=config)

@@ -57,6 +57,7 @@ SHARDED = {
     for name in ("full", "lora", "partial_layers", "language_model")
 }
 DROPOUT = Lora(**{**OPTIONS, "learning_rate": 1e-2}, dropout=0.3, num_processes=2, sharding=True)
+DIVERGING = Full(**{**OPTIONS, "learning_rate": 1e30, "eval_steps": 9}, schedule="constant")
 MIXED = {  # float32 adapters among bfloat16 weights; an embedding that is the head too; layers of unequal width
     "bfloat16": dataclasses.replace(SHARDED["sharded_lora"], dtype="bfloat16"),
     "tied": SHARDED["sharded_full"],
@@ -116,13 +117,13 @@ def make(data, out, log):
 
 
 def make_mortal(data, out, log):
-    """The second process is killed in its 12th micro-batch."""
+    """The second process is killed in its 20th micro-batch, of which 3 are of each step and 2 of each validation."""
     task = problem(data, out, log=log)
     calls = []
 
     def count(*_):
         calls.append(None)
-        if os.environ.get("RANK") == "1" and len(calls) == 12:
+        if os.environ.get("RANK") == "1" and len(calls) == 20:
             os.kill(os.getpid(), signal.SIGKILL)
 
     task.model.register_forward_pre_hook(count)
@@ -135,17 +136,19 @@ def trained_here(metrics, step):
 
 @pytest.fixture(scope="module")
 def in_two(data, tmp_path_factory):
-    """Results by name, and all that was logged."""
+    """Results by name, all that was logged, and what the last of them raised."""
     out, saved = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("saved")
     for name in (*SHARDED, *MIXED, "dropout"):
         task = mixed_problem(data, out, name)
         checkpoint.save(task.model, task.tokenizer, saved / name, card="", config=placed(name))
-    several = InTurn({**RECOVERIES, **SHARDED, **MIXED, "dropout": DROPOUT}, data, saved)
+    several = InTurn({**RECOVERIES, **SHARDED, **MIXED, "dropout": DROPOUT, "diverging": DIVERGING}, data, saved)
     logged = []
-    workers.train(
-        several, functools.partial(make, data, out), lambda metrics, step: logged.append({"step": step, **metrics})
-    )
-    return several.run(problem(data, out, log=trained_here)), logged
+    with pytest.raises(UserError) as raised:
+        workers.train(
+            several, functools.partial(make, data, out), lambda metrics, step: logged.append({"step": step, **metrics})
+        )
+    del several.recoveries["diverging"]
+    return several.run(problem(data, out, log=trained_here)), logged, raised.value
 
 
 @pytest.mark.parametrize("name", [name for name in [*RECOVERIES, *SHARDED] if name not in ("stopped", "short")])
@@ -176,8 +179,10 @@ def test_sharded_models_of_mixed_parameters(in_two, data, tmp_path, name):
 
 
 def test_every_loss_is_logged_once_where_the_training_was_started(in_two):
-    results, logged = in_two
-    assert logged == [row for result in results.values() for row in result.curve]
+    results, logged, _ = in_two
+    expected = [row for result in results.values() for row in result.curve]
+    assert logged[: len(expected)] == expected
+    assert [row["step"] for row in logged[len(expected) :]] == [0, 1, 2]  # then it diverges
 
 
 def test_all_processes_stop_at_the_same_step(in_two):
@@ -187,23 +192,31 @@ def test_all_processes_stop_at_the_same_step(in_two):
     assert in_two[0]["stopped"].metrics["num_steps"] == 2
 
 
-def test_interrupted_and_run_again_ends_as_undisturbed(in_two, data, tmp_path, monkeypatch):
+def test_an_error_of_the_training_comes_out_as_it_is(in_two, data, tmp_path):
+    with pytest.raises(UserError, match="at step 3; lower recovery.learning_rate") as alone:
+        DIVERGING.run(problem(data, tmp_path))
+    assert str(in_two[2]) == str(alone.value)
+
+
+def test_a_killed_process_ends_the_training_which_goes_on_and_ends_as_undisturbed(
+    in_two, data, tmp_path, monkeypatch, caplog
+):
     """With dropout, different in each process; whole models are killed below."""
+    caplog.set_level(logging.INFO, "slm_pipeline")
     logged = []
 
-    def interrupt(metrics, step):
+    def log(metrics, step):
         logged.append((step, *metrics))
-        if step == 5 and "loss" in metrics:
-            raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        workers.train(DROPOUT, functools.partial(make, data, tmp_path), interrupt)
-    assert logged[-1][0] == 5
+    message = "the training process recovery-1 ended with signal 9, .* the same command goes on"
+    with pytest.raises(UserError, match=message):
+        workers.train(DROPOUT, functools.partial(make_mortal, data, tmp_path), log)
+    assert max(logged)[0] in (4, 5)
+    assert caplog.text.count("step 0 of 6: validation loss") == 1  # of one process
     peaks = []
     monkeypatch.setattr(memory, "note_peak_of_others", peaks.append)
-    workers.train(
-        DROPOUT, functools.partial(make, data, tmp_path), lambda metrics, step: logged.append((step, *metrics))
-    )
+    workers.train(DROPOUT, functools.partial(make, data, tmp_path), log)
+    assert caplog.text.count("step 0 of 6: validation loss") == 1  # it goes on
     assert [0.4 < peak < 20 for peak in peaks] == [True]  # two processes that have imported torch
     result = DROPOUT.run(problem(data, tmp_path, log=trained_here))
     expected = in_two[0]["dropout"]
@@ -212,34 +225,6 @@ def test_interrupted_and_run_again_ends_as_undisturbed(in_two, data, tmp_path, m
     assert set(logged) == {(row["step"], *(name for name in row if name != "step")) for row in expected.curve}
     for name, weight in expected.model.state_dict().items():
         assert torch.equal(result.model.state_dict()[name], weight), name
-
-
-def test_an_error_of_the_training_comes_out_as_it_is(data, tmp_path):
-    diverging = Full(**{**OPTIONS, "learning_rate": 1e30, "eval_steps": 9}, schedule="constant")
-    with pytest.raises(UserError) as alone:
-        diverging.run(problem(data, tmp_path / "one"))
-    with pytest.raises(UserError) as together:
-        workers.train(
-            dataclasses.replace(diverging, num_processes=2),
-            functools.partial(make, data, tmp_path / "two"),
-            lambda metrics, step: None,
-        )
-    assert str(together.value) == str(alone.value)
-    assert "at step 3; lower recovery.learning_rate" in str(alone.value)
-
-
-def test_a_process_that_is_killed_ends_the_training(data, tmp_path, caplog):
-    caplog.set_level(logging.INFO, "slm_pipeline")
-    logged = []
-    recovery = Full(**OPTIONS, num_processes=2)
-    with pytest.raises(
-        UserError, match="the training process recovery-1 ended with signal 9, .* the same command goes on"
-    ):
-        workers.train(
-            recovery, functools.partial(make_mortal, data, tmp_path), lambda metrics, step: logged.append(step)
-        )
-    assert 0 < max(logged) < 6
-    assert caplog.text.count("step 0 of 6: validation loss") == 1  # of one process
 
 
 @pytest.mark.parametrize(
@@ -287,12 +272,12 @@ def test_a_job_killed_while_it_trains_leaves_no_process_and_goes_on(data, tmp_pa
     (tmp_path / "text.txt").write_text(" ".join(random.Random(0).choices(["river", "mill", "tree", "runs"], k=500)))
     job = [
         "model=random", "model.num_layers=6", "model.hidden_size=32", "model.intermediate_size=48", "model.device=cpu",
-        "tracker=jsonl", "evaluation=none", f"output_dir={tmp_path}", "calibration=text_file",
+        "recovery=full", "tracker=jsonl", "evaluation=none", f"output_dir={tmp_path}", "calibration=text_file",
         f"calibration.path={tmp_path}/text.txt", "calibration.num_samples=4", "calibration.seq_len=64",
         f"data_dir={data}", "recovery.source=file", "recovery.path=alpaca.json", "recovery.validation_size=7",
         "recovery.max_steps=6", "recovery.num_epochs=9", "recovery.batch_size=12", "recovery.micro_batch_size=2",
         "recovery.warmup_steps=1", "recovery.eval_steps=2", "recovery.save_steps=2", "recovery.logging_steps=1",
-        "recovery.learning_rate=0.01", "recovery.dropout=0", "recovery.dtype=float32", "recovery.num_processes=2",
+        "recovery.learning_rate=0.001", "recovery.dtype=float32", "recovery.num_processes=2", "pictures=false",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     with open(tmp_path / "stderr", "w+") as stderr:

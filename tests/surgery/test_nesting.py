@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import pytest
 import torch
 from conftest import random_source
 from hypothesis import given
@@ -61,11 +62,15 @@ def sequences(draw):
     return [draw(operation(number, 3)) for number in range(draw(st.integers(1, 4)))]
 
 
+@pytest.fixture(scope="module")
+def dense():
+    return load_dense(SOURCE)[0]
+
+
 @torch.no_grad()
-@given(sequences())
-def test_what_a_plan_allows_is_its_steps_one_after_the_other(tmp_path_factory, sequence):
+@given(sequence=sequences())
+def test_what_a_plan_allows_is_its_steps_one_after_the_other(dense, tmp_path_factory, sequence):
     """Each is planned for the model that the ones before it left, as steps of `method=combined` are."""
-    dense = load_dense(SOURCE)[0]
     whole, stepped = plan_of(5, [], {}), copy.deepcopy(dense)
     for op, tensors in sequence:
         before = (list(whole.ops), dict(whole.tensors))
