@@ -63,7 +63,7 @@ READ_RESULTS = ("slm-report", "slm-study", "slm-export", "slm-store")
 
 RANDOM_MODEL = [
     *("model.source=random", "model.repo=null", "model.architecture=llama", "model.num_layers=10"),
-    *("model.hidden_size=32", "model.intermediate_size=64", "model.num_heads=4", "model.num_kv_heads=2"),
+    *("model.hidden_size=64", "model.intermediate_size=128", "model.num_heads=4", "model.num_kv_heads=2"),
     *("model.vocab_size=300", "model.seed=1234"),
 ]
 # Options that are there whatever is chosen; of several that are given the last counts.

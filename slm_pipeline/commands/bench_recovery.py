@@ -61,9 +61,14 @@ def job_of(words: list[str]) -> Job:
     return command_line.compose_job(["slm-bench", "recovery"], words, _DEFAULTS)
 
 
+def distillation_alike(lora: Lora) -> Distill:
+    """With the data, schedule and budget of ``lora``."""
+    return Distill(**{option.name: getattr(lora, option.name) for option in fields(FineTuning)})
+
+
 def _side_by_side(job: Job, lora: Lora) -> list[Result]:
     """Print our speed over a bare script's, and what distillation costs over its two halves."""
-    distill = Distill(**{option.name: getattr(lora, option.name) for option in fields(FineTuning)})
+    distill = distillation_alike(lora)
     bench = Bench(job)
     print(f"{job.source.name}, {bench.plan.num_layers} of {bench.plan.model['num_layers']} layers", flush=True)
     ours, bare = _best_of_two(lambda: bench.ours(lora), lambda: bench.bare_lora(lora))

@@ -15,6 +15,7 @@ from slm_pipeline.commands import (
     bench_efficiency,
     bench_methods,
     bench_performance,
+    bench_recovery,
     bench_results,
     bench_shards,
     bench_stages,
@@ -28,6 +29,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.source import describe
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.recovery.lora import Lora
 from slm_pipeline.report.analyses import ANALYSES, read_analyses
 
 TINY = [
@@ -284,3 +286,8 @@ def test_layers_that_share_a_shard_are_equal_and_each_is_read(tmp_path, caplog):
     first = [layer.self_attn.q_proj.weight for layer in view.layers]
     assert torch.equal(first[0], first[4])
     assert not torch.equal(first[0], first[1])
+
+
+def test_distillation_is_timed_on_the_batches_that_lora_has():
+    distill = bench_recovery.distillation_alike(Lora(max_steps=7, micro_batch_size=2, cutoff_len=99, rank=3))
+    assert (distill.name, distill.max_steps, distill.micro_batch_size, distill.cutoff_len) == ("distill", 7, 2, 99)
