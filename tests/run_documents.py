@@ -51,7 +51,7 @@ from transformers import AutoModelForCausalLM
 
 from slm_pipeline.assets import texts
 
-LIMIT_S = 300  # of one command
+LIMIT_S = 600  # of one command
 
 LEFT_OUT = {
     r"hydra/launcher=slurm": "needs a Slurm cluster",
@@ -88,6 +88,7 @@ IN_PLACE = {
     r"evaluation\.lm_eval\.num_fewshot=\d+": ["evaluation.lm_eval.num_fewshot=1"],
     r"(evaluation\.efficiency|pruning_ratio)\.mode=graph": [] if not torch.cuda.is_available() else [r"\g<0>"],
     r"recovery\.num_processes=\d+": ["recovery.num_processes=2"],
+    r"(method|sweeps)=joint": [r"\g<0>", "method.transfers=2", "method.swaps=1"],
     r"sweeps=search": ["sweeps=search", "hydra.sweeper.n_trials=2"],
     r"hydra\.sweeper\.n_jobs=\d+": ["hydra.sweeper.n_jobs=2"],
     r"hydra\.launcher\.n_jobs=\d+": ["hydra.launcher.n_jobs=2"],
