@@ -20,7 +20,7 @@ def bars(numbers: Sequence[tuple[str, float | None, str, float | None]], path_st
         The files written.
     """
     units = list(dict.fromkeys(unit for _, _, unit, _ in numbers))
-    heights = [sum(unit == one for _, _, unit, _ in numbers) + 1.5 for one in units]
+    heights = [sum(unit == one for _, _, unit, _ in numbers) + 2.5 for one in units]
     with new_figure(WIDTH, 0.3 * sum(heights)) as figure:
         panels = figure.subplots(len(units), squeeze=False, height_ratios=heights)[:, 0]
         for axes, unit in zip(panels, units, strict=True):

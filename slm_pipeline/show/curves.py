@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_LABEL = 44  # characters of a line in the legend of a panel
 _NOTE = "#555555"
 _WIDTH = 5.0  # inches: two beside each other on a screen, and still to be read on a phone
 _FRONT = "#555555"
@@ -277,7 +278,9 @@ def training_curves(trainings: Sequence[Training], path_stem: Path, *, title: st
             handles, labels = axes.get_legend_handles_labels()
             first = dict(reversed([*zip(labels, handles, strict=True)]))  # of each label
             if first and set(first) != {""}:
-                axes.legend([first[label] for label in sorted(first)], sorted(first), fontsize=6.5)
+                names = [textwrap.fill(label, _LABEL) for label in sorted(first)]
+                legend = axes.legend([first[label] for label in sorted(first)], names, fontsize=6.5)
+                legend.set_in_layout(False)  # else a long label leaves no room for the curves
         figure.suptitle(title, x=0.01, ha="left", size=9)
         _note(figure, note)
         return save(figure, path_stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,11 @@ def test_the_same_numbers_give_the_same_files(tmp_path):
     second = curves.against(arguments, tmp_path / "two" / "plot", **options)
     assert [path.name for path in first] == ["plot.png", "plot.svg"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_a_long_label_leaves_room_for_the_curves(tmp_path):
+    row = {"step": 1, "eval_loss": 2.0}
+    trainings = [Training("lora", "nats per token", "model=local recovery=lora method=slm " * 4, SLM, [row])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, that no room is left
+        curves.training_curves(trainings, tmp_path / "losses", title="t")
