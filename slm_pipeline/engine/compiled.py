@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from slm_pipeline.models.context import Context
     from slm_pipeline.models.view import ModelView
 
-_MOST_VERSIONS = (
-    64  # of one architecture's block: kinds of layers, shapes of batches, parameters put in place of its own
-)
+# Of one architecture's block: kinds of layers, shapes of batches, parameters put in place of its own.
+_MOST_VERSIONS = 64
 _BACKEND: Any = "inductor"
 
 

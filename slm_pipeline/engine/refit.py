@@ -6,6 +6,7 @@ repaired by then, hand up. No gradients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,12 +103,18 @@ class Refit:
             sums: of ``fitted``, if they are known; of no use where there is a norm, which makes them the block's own.
 
         Raises:
-            UserError: the inputs are linearly dependent, and no ridge is large enough.
+            UserError: the inputs are linearly dependent, and no ridge is large enough; or what is to be written, on
+                either text, is not finite.
         """
         is_normed = fitted.output_norm(block, sublayer) is not None
         sums = None if is_normed else sums
         best, taken = block, None
         before = after = self.error(held_out, block, sublayer)
+        if not math.isfinite(before):
+            raise UserError(
+                f"what layer {block.body}'s {sublayer} writes, or is to write, on the text held out is not finite; try"
+                " model.dtype=float32"
+            )
         targets = [self.target]
         if is_normed and self.target == "dense_stream" and fitted.undone(block, sublayer) is not block:
             targets.append("own_output")

@@ -39,9 +39,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MEETING_TIME = timedelta(minutes=10)  # for all to be there
-_REFUSED_TIME = timedelta(
-    seconds=30
-)  # for the first, if this one's command line is refused: the first's is too, mostly
+# For the first, if this one's command line is refused: the first's is too, mostly.
+_REFUSED_TIME = timedelta(seconds=30)
 _NOTICE_TIME = 20.0  # seconds in which the first process should fall out of its work when another has ended
 _STRANGERS_TIME = 10.0  # seconds in which one of ours has said who it is
 _TOKEN_BYTES = 32

@@ -36,6 +36,7 @@ EXPORTS = ("stock", "custom")
 UNITS = ("leverage", "obs")
 OBJECTIVES = {"kl_divergence": "kl", "next_token_loss": "loss"}  # and what the trace calls them
 JUDGED = ("repaired", "pruned")
+_DIFFER = "method=joint needs layers that are alike; this model's differ in heads or neurons"
 VERSION = 3  # raised when the same candidate gets another number
 
 
@@ -110,6 +111,8 @@ class Joint(ProtectsEnds):
                 f"calibration.num_samples={number} must be at least 3 for method=joint: it fits, chooses and tells on"
                 " different samples"
             )
+        if context.source.layers_differ:  # a folder says so; else it is seen when it plans
+            raise UserError(_DIFFER)
 
     def layers_left(self, num_layers: int, target: Layers) -> int | None:
         return None  # known when it has searched
@@ -121,7 +124,7 @@ class Joint(ProtectsEnds):
 
         view, sizes = problem.view, layer_sizes(problem.view)
         if len({(size.heads, size.neurons) for size in sizes}) > 1:
-            raise UserError("method=joint needs layers that are alike; this model's differ in heads or neurons")
+            raise UserError(_DIFFER)
         remove = problem.target.remove
         if isinstance(problem.target, Layers):
             remove = remove * sum(size.whole for size in sizes) // len(sizes)

@@ -325,6 +325,10 @@ def test_sums_that_are_not_finite_are_an_error():
     streams.leaving[0, 0, 0] = float("inf")
     with pytest.raises(UserError, match="last projection of layer 0's mlp, or is to leave it, is not finite"):
         streams.sums(Block(0), "mlp", target="dense_stream", weighting="none")
+    with pytest.raises(
+        UserError, match="what layer 0's mlp writes, or is to write, on the text held out is not finite"
+    ):
+        Refit().writing(Streams(streams.view, IDS), streams, Block(0), "mlp")
     streams.pruned = streams.dense.clone()
     streams.pruned[0, 0, 0] = float("nan")
     with pytest.raises(UserError, match="what layer 0's attention reads is not finite; try model.dtype=float32"):

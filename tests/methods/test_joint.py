@@ -262,6 +262,9 @@ def test_a_model_whose_layers_differ_is_refused():
     apply(narrowing({1: (None, [0, 1, 2])}), model)
     with pytest.raises(UserError, match="method=joint needs layers that are alike"):
         joint().plan(problem_of(model, source, torch.zeros(4, 8, dtype=torch.int64), num_remove=1))
+    differing = dataclasses.replace(source, description={"layer_sizes": [{"neurons": 48}, {"neurons": 3}]})
+    with pytest.raises(UserError, match="method=joint needs layers that are alike"):  # before anything is loaded
+        joint().check(context_of(differing))
 
 
 def test_what_cannot_go_is_said(ask):
