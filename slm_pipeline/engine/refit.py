@@ -23,6 +23,8 @@ from slm_pipeline.surgery.ops.correct import corrected
 
 WEIGHTINGS = ("inverse_square", "none")
 TARGETS = ("dense_stream", "own_output")
+PRIORS = ("weights", "own_output")
+OWN_RIDGE = 0.01  # of the fit that is the prior, which has nothing to be drawn to but what is left of the weights
 LEAST_GAIN = 1e-6  # of the relative error: less is the rounding of float32 sums
 
 
@@ -63,6 +65,8 @@ class Refit:
             states are normed before they are read, and few tokens are very large | none.
         target: dense_stream: what is missing to the dense model's states | own_output: what the projection would
             write if its sublayer were as in the dense model: where neither widths nor weights changed, what it writes.
+        prior: what the ridge draws to: weights, as they are | own_output: where a sublayer is narrower than the dense
+            model's, the best weights for that target, which make up for the units that went.
         sublayers: whose last projections are fitted.
         reads: ridge with which what these sublayers read is fitted before, None: it is not. The map M that
             leads best from what a sublayer reads in the pruned model to what it reads in the dense one, drawn to the
@@ -72,6 +76,7 @@ class Refit:
     ridges: Sequence[float] = (0.01, 0.1, 1.0)
     weighting: str = "inverse_square"
     target: str = "dense_stream"
+    prior: str = "weights"
     sublayers: Sequence[str] = SUBLAYERS
     reads: float | None = None
 
@@ -118,10 +123,11 @@ class Refit:
         targets = [self.target]
         if is_normed and self.target == "dense_stream" and fitted.undone(block, sublayer) is not block:
             targets.append("own_output")
+        prior = self._prior(fitted, block, sublayer)
         for target in targets:
             if sums is None or target != self.target:
                 sums = fitted.sums(block, sublayer, target=target, weighting=self.weighting)
-            for ridge, weight in self._solutions(fitted.weight(block, sublayer), sums):
+            for ridge, weight in self._solutions(prior, sums):
                 new = fitted.put(block, sublayer, weight)
                 if (error := self.error(held_out, new, sublayer)) < after:
                     best, after, taken = new, error, ridge
@@ -149,6 +155,15 @@ class Refit:
             return block, Fitted(sublayer, None, before, before, reads=True)
         what = Fitted(sublayer, ridge, before, after, reads=True, tensors={f"reads.{sublayer}": found})
         return corrected(fitted.view, block, sublayer, found), what
+
+    def _prior(self, fitted: Streams, block: Block, sublayer: str) -> Tensor:
+        """What the ridge draws to, [d, n] float64."""
+        weight = fitted.weight(block, sublayer)
+        if self.prior == "weights" or fitted.undone(block, sublayer) is block:
+            return weight
+        sums = fitted.sums(block, sublayer, target="own_output", weighting=self.weighting)
+        penalty = least_squares.penalty(sums.gram, OWN_RIDGE)
+        return least_squares.solve(sums.gram, sums.moment, prior=weight, penalty=penalty)
 
     def error(self, streams: Streams, block: Block, sublayer: str) -> float:
         return streams.error(block, sublayer, target=self.target, weighting=self.weighting)

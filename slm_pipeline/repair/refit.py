@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 CHOICES = {
     "weighting": ("inverse_square", "none"),
     "target": ("dense_stream", "own_output"),
+    "prior": ("weights", "own_output"),
     "sublayers": ("both", *SUBLAYERS),
     "choice": ("stack", "projection"),
 }
@@ -59,7 +60,8 @@ class Refit(Repair):
     is held out of all fits: a projection whose error there becomes no less keeps its weights. Of the ridges the one is
     taken with which the whole model's KL divergence from the dense one is least there; with ``choice=projection``, in
     one walk in the place of one for each ridge, the one with the least error, projection by projection, which is not
-    best for the stack when much has gone. If in the end the KL divergence is no less than before, nothing is changed.
+    best for the stack when much has gone. If in the end the KL divergence is not less by ``least_gain`` of what it was,
+    nothing is changed: what is won there may be lost on text of another kind.
 
     Then the walk is made again, for each of ``reads``, with what the sublayers read corrected as well. Where the pruned
     stream still differs from the dense one, a sublayer reads x in the place of h (behind the norm in front of it); the
@@ -91,8 +93,12 @@ class Refit(Repair):
     reads: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.1, 1.0])
     weighting: str = "inverse_square"  # inverse_square | none: how much a token counts
     target: str = "dense_stream"  # dense_stream | own_output: what a projection is to write
+    # What the ridge draws to: the weights | own_output: of narrowed sublayers, those that make up best for what went.
+    prior: str = "weights"
     sublayers: str = "both"  # both | attention | mlp: whose last projections get new weights
     choice: str = "stack"  # stack | projection: whether one ridge is chosen for all, or one for each projection
+    # Share by which the KL divergence must fall on the text held out: less may be a rise on text of another kind.
+    least_gain: Annotated[float, Range(at_least=0, below=1)] = 0.05
     held_out: Annotated[float, Range(above=0, below=1)] = 0.2  # share of the samples that nothing is fitted to
 
     name: ClassVar[str] = "refit"
@@ -160,10 +166,11 @@ class Refit(Repair):
         }
         log.info("refit: KL from the dense model %.4f -> %.4f on text held out", pruned[0], repaired[0])
         scores = {**plan.scores, "repair": found}
-        if repaired[0] >= pruned[0]:
+        if repaired[0] >= (1 - self.least_gain) * pruned[0]:
             line = (
                 f"repair=refit: on the text held out the KL divergence from the dense model is {repaired[0]:.4g} with"
-                f" new weights and {pruned[0]:.4g} without, so the weights stay; more of repair.calibration may help"
+                f" new weights and {pruned[0]:.4g} without, not {self.least_gain:.0%} less (repair.least_gain), so the"
+                " weights stay; more of repair.calibration may help"
             )
             if not ops:
                 line = "repair=refit: no new weights do better on the text held out, so the weights stay"
@@ -200,7 +207,7 @@ class Refit(Repair):
         from slm_pipeline.engine.refit import Refit as HowToRefit
 
         sublayers = SUBLAYERS if self.sublayers == "both" else (self.sublayers,)
-        return HowToRefit(ridges, self.weighting, self.target, sublayers, reads)
+        return HowToRefit(ridges, self.weighting, self.target, self.prior, sublayers, reads)
 
     def _walk(
         self,

@@ -246,6 +246,28 @@ def test_the_own_output_is_that_of_the_sublayer_with_all_its_neurons():
 
 
 @torch.no_grad()
+def test_the_ridge_may_draw_to_the_weights_that_make_up_for_the_units_that_went():
+    """A ridge of a billion leaves nothing but what it draws to."""
+    view, kept = ModelView(lively()), [1, 5, 30, 31]
+    block = planned_blocks(narrowing({1: (None, kept)}, num_layers=4), view)[1]
+    streams = Streams(view, IDS)
+    streams.look_ahead(0, 1)
+    streams.pass_through(Block(0))
+    streams.look_ahead(1, 2)
+    own = streams.sums(block, "mlp", target="own_output", weighting="none")
+    weight = streams.weight(block, "mlp")
+    damped = own.gram + 0.01 * own.gram.diagonal().mean() * torch.eye(4, dtype=torch.float64)
+    lam = 0.01 * own.gram.diagonal().mean()
+    wanted = torch.linalg.solve(damped, (own.moment + lam * weight).T).T
+    assert not torch.allclose(wanted, weight, rtol=0.1)
+    how = Refit([1e9], weighting="none", prior="own_output")
+    new, what = how.writing(streams, streams, block, "mlp")
+    assert what.ridge == 1e9
+    torch.testing.assert_close(streams.weight(new, "mlp"), wanted, rtol=1e-4, atol=1e-5)
+    assert Refit([1e9], weighting="none").writing(streams, streams, block, "mlp")[1].ridge is None
+
+
+@torch.no_grad()
 def test_divergence_is_that_of_the_two_models_logits():
     model = lively()
     view, plan = ModelView(model), plan_of(Drop((2,)))

@@ -196,6 +196,8 @@ TABLE = [
     Row("repair.target", "own_output", REPAIR),
     Row("repair.sublayers", "mlp", REPAIR),
     Row("repair.choice", "projection", REPAIR),
+    Row("repair.prior", "own_output", REPAIR),
+    Row("repair.least_gain", 0.1, REPAIR),
     Row("repair.held_out", 0.25, REPAIR),
     Row("repair.calibration.source", "bundled", REPAIR, along={"repair.calibration.path": None}),
     Row("repair.calibration.path", "first.txt", REPAIR),

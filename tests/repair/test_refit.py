@@ -151,7 +151,7 @@ def test_weights_stay_where_the_fit_does_not_help_on_other_text(make_problem):
     assert plan.scores == {"warnings": ["of the search"]}
 
 
-@pytest.mark.parametrize("after", [(2.0, 0.5), (1.0, 0.5)])
+@pytest.mark.parametrize("after", [(2.0, 0.5), (1.0, 0.5), (0.96, 0.5)])
 def test_nothing_changes_if_the_whole_model_is_no_closer_on_other_text(after, make_problem, monkeypatch):
     found = iter([(1.0, 0.5), after])
     monkeypatch.setattr(Streams, "divergence", lambda self: next(found))
@@ -160,7 +160,14 @@ def test_nothing_changes_if_the_whole_model_is_no_closer_on_other_text(after, ma
     assert any(of["ridge"] for of in what(repaired).values())
     assert repaired.content() == plan.content()
     (line,) = repaired.scores["warnings"]
-    assert f"is {after[0]:.4g} with new weights and 1 without, so the weights stay; more of repair.calibration" in line
+    assert f"is {after[0]:.4g} with new weights and 1 without, not 5% less (repair.least_gain)" in line
+
+
+def test_a_smaller_gain_is_taken_if_that_is_asked_for(make_problem, monkeypatch):
+    found = iter([(1.0, 0.5), (0.96, 0.5)])
+    monkeypatch.setattr(Streams, "divergence", lambda self: next(found))
+    repaired = refit(choice="projection", least_gain=0.03).repair(make_problem(lively(), plan_of(Drop((3,)))))
+    assert any(isinstance(op, Replace) for op in repaired.ops)
 
 
 def test_one_sublayer_alone(make_problem, tmp_path):
@@ -173,8 +180,8 @@ def test_one_sublayer_alone(make_problem, tmp_path):
 
 def test_a_repaired_plan_is_repaired_again_and_both_weights_are_kept(make_problem, tmp_path):
     model, plan = lively(), plan_of(Drop((3,)))
-    once = refit(ridges=[10.0]).repair(make_problem(model, plan))
-    twice = refit(ridges=[0.01]).repair(make_problem(model, once, out=tmp_path / "again"))
+    once = refit(ridges=[10.0], least_gain=0.0).repair(make_problem(model, plan))
+    twice = refit(ridges=[0.01], least_gain=0.0).repair(make_problem(model, once, out=tmp_path / "again"))
     names = {name.partition(".")[0] for name in twice.tensors}
     assert names == {"refit", "refit_2"}
     assert all(np.array_equal(twice.tensors[name], value) for name, value in once.tensors.items())

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # 2: errors in the stream, gains of norms
+VERSION = 3  # 2: errors in the stream, gains of norms; 3: least_gain
 
 
 class Repair(Stage):
