@@ -46,6 +46,7 @@ class LmEval(Measure):
     batch_size: BatchSize = 16
 
     name: ClassVar[str] = "lm_eval"
+    shares_samples: ClassVar[bool] = True
 
     def parts(self) -> list[str]:
         return self.tasks

@@ -68,6 +68,7 @@ class ZeroShot(Measure):
     batch_size: BatchSize = 16
 
     name: ClassVar[str] = "zero_shot"
+    shares_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
