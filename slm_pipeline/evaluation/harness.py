@@ -112,6 +112,8 @@ def evaluated(model: Any, loaded: Any, what: str, option: str, **options: Any) -
     from lm_eval.evaluator import evaluate
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    if not ranks.is_first():  # whose standard errors nobody reads
+        options = {**options, "bootstrap_iters": 0}
     try:
         results = evaluate(model, loaded, log_samples=False, **options)
     except torch.OutOfMemoryError as error:

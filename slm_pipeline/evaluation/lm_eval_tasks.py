@@ -189,6 +189,9 @@ def score(
 ) -> dict[str, Any]:
     """Score a model on a task, a group of tasks or all tasks of a tag. Sets the seeds of random, numpy and torch.
 
+    Processes that work together share out the requests; the numbers are those of one process, up to what other batches
+    do to them, but for texts that are sampled.
+
     Args:
         model: any causal language model, on one device or spread over several; is left in evaluation mode.
         tokenizer: the model's; is not changed.

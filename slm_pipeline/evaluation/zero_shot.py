@@ -162,6 +162,9 @@ def score_task(
 ) -> dict[str, Any]:
     """Score a model on one task, zero-shot. Nothing in it is random.
 
+    Processes that work together share out the requests; the numbers are those of one process, up to what other batches
+    do to them.
+
     Args:
         model: any causal language model, on one device or spread over several; is left in evaluation mode.
         tokenizer: the model's; is not changed.
