@@ -49,8 +49,8 @@ _TOKEN_BYTES = 32
 def run(function: Callable[..., T], *arguments: Any, **of_first: Any) -> T:
     """Call ``function`` in all of the launcher's processes; what it returns here, in the first.
 
-    Without a launcher, or in an API call that is no command, just a call. What is measured of peak memory is then that
-    of the process that took most.
+    Without a launcher, or in an API call that is no command, just a call. Else what is measured of peak memory here is
+    that of the process that took most (`memory.peak_gb`).
 
     Args:
         function: of a module, not a closure; the other processes drop what it returns.

@@ -54,9 +54,9 @@ def job(tmp_path_factory):
         "pruning_ratio.num_layers=4", "repair=refit", "repair.calibration.source=text_file",
         "repair.calibration.path=text.txt", "repair.calibration.num_samples=10", "repair.calibration.seq_len=64",
         "recovery=lora", "recovery.dropout=0", "evaluation=perplexity", "evaluation.of=[pruned,recovered]",
-        "evaluation.data=.", "evaluation.tasks=[boolq]", "evaluation.lm_eval.tasks=[own_tag]", "evaluation.lm_eval.include_path=own",
-        "evaluation.fidelity.corpora=[text.txt]", "evaluation.fidelity.window=128", "evaluation.batch_size=2",
-        "pictures=false",
+        "evaluation.data=.", "evaluation.tasks=[boolq]", "evaluation.lm_eval.tasks=[own_tag]",
+        "evaluation.lm_eval.include_path=own", "evaluation.fidelity.corpora=[text.txt]",
+        "evaluation.fidelity.window=128", "evaluation.batch_size=2", "pictures=false",
     ]  # fmt: skip
 
 
