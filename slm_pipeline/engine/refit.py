@@ -17,6 +17,7 @@ from torch import Tensor
 from slm_pipeline.engine import least_squares
 from slm_pipeline.engine.streams import Streams, Sums
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine import ranks
 from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.ops.base import SUBLAYERS
 from slm_pipeline.surgery.ops.correct import corrected
@@ -148,8 +149,7 @@ class Refit:
         sums = fitted.reading_sums(block, sublayer)
         other = held_out.reading_sums(block, sublayer)
         identity = torch.eye(len(sums.gram), dtype=torch.float64, device=sums.gram.device)
-        penalty = least_squares.penalty(sums.gram, ridge)
-        found = least_squares.solve(sums.gram, sums.moment, prior=identity, penalty=penalty)
+        found = _solution(sums, identity, ridge)
         before, after = other.error(identity), other.error(found)
         if before - after <= LEAST_GAIN:
             return block, Fitted(sublayer, None, before, before, reads=True)
@@ -171,9 +171,27 @@ class Refit:
     def _solutions(self, weight: Tensor, sums: Sums) -> Iterator[tuple[float, Tensor]]:
         """Of each ridge that is large enough the best weights."""
         for ridge in self.ridges:
-            penalty = least_squares.penalty(sums.gram, ridge)
             try:
-                yield ridge, least_squares.solve(sums.gram, sums.moment, prior=weight, penalty=penalty)
+                yield ridge, _solution(sums, weight, ridge)
             except UserError:
                 if ridge == max(self.ridges):
                     raise
+
+
+def _solution(sums: Sums, prior: Tensor, ridge: float) -> Tensor:
+    """The best weights with a ridge towards ``prior``.
+
+    Raises:
+        UserError: the ridge is too small, in this process or in another: a factor may fail on one kind of GPU alone,
+            and whoever gave up alone would leave the others waiting for its sums.
+    """
+    found, failure = None, None
+    try:
+        penalty = least_squares.penalty(sums.gram, ridge)
+        found = least_squares.solve(sums.gram, sums.moment, prior=prior, penalty=penalty)
+    except UserError as error:
+        failure = error
+    failed_somewhere = ranks.of_any(failure is not None)
+    if found is None or failed_somewhere:
+        raise failure or UserError(f"another process cannot solve for new weights with a ridge of {ridge:g}")
+    return found

@@ -89,6 +89,8 @@ class Efficiency(Measure):
 
     The setting of ``batch_size``, ``prompt`` or ``prompt_len``, and ``output_len`` is the measure's part without a
     name; each of ``grid`` is one by its own.
+
+    Of processes that a launcher started the first measures alone, on its own device: a speed cannot be shared out.
     """
 
     enabled: bool = False

@@ -19,6 +19,7 @@ from slm_pipeline.config.ranges import BatchSize, Count, FilePath, Range
 from slm_pipeline.data.corpora import corpus_documents, corpus_fingerprint, corpus_labels
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.measure import Measure, Scored
+from slm_pipeline.machine.ranks import Share
 from slm_pipeline.models.context import Context
 from slm_pipeline.results.number import PERCENT, Number
 from slm_pipeline.show.progress import ProgressBar
@@ -49,6 +50,7 @@ class Fidelity(Measure):
     batch_size: BatchSize = 4
 
     name: ClassVar[str] = "fidelity"
+    shares_samples: ClassVar[bool] = True
     of: ClassVar[Sequence[str]] = ("pruned", "repaired", "recovered")
 
     @property
@@ -143,6 +145,8 @@ def fidelity(
 ) -> dict[str, Any]:
     """Compare the next-token distributions of two models, at every token that has one before it.
 
+    Processes that work together share out the batches, which are those of one process.
+
     Args:
         model: any causal language model that `ModelView` knows; is left in evaluation mode.
         dense: the model that it is compared with, of the same vocabulary; may be on other devices, and be ``model``.
@@ -186,8 +190,13 @@ def fidelity(
     divergences: dict[int, list[np.ndarray]] = {number: [] for number, _ in windows}
     agreements = dict.fromkeys(divergences, 0)
     windows.sort(key=lambda entry: -len(entry[1]))  # little to fill up, and memory runs out at once or never
-    with torch.inference_mode(), ProgressBar(total=len(windows), desc=f"fidelity on {label}") as progress:
-        for first in range(0, len(windows), batch_size):
+    share = Share.of(-(-len(windows) // batch_size))
+    own = range(share.numbers.start * batch_size, min(share.numbers.stop * batch_size, len(windows)))
+    lengths = [len(piece) + has_bos - 1 for _, piece in windows]
+    of_windows = [torch.zeros(length) for length in lengths]
+    same = torch.zeros(len(windows), dtype=torch.int64)
+    with torch.inference_mode(), ProgressBar(total=len(own), desc=f"fidelity on {label}") as progress:
+        for first in own[::batch_size]:
             batch = windows[first : first + batch_size]
             rows = [piece if bos_token_id is None else _after(bos_token_id, piece) for _, piece in batch]
             try:
@@ -197,15 +206,20 @@ def fidelity(
                     f"{label} does not fit into memory with evaluation.fidelity.batch_size={batch_size} and"
                     f" evaluation.fidelity.window={window}; try a batch_size of {max(1, batch_size // 2)}"
                 ) from error
-            for (number, _), (divergence, same) in zip(batch, found, strict=True):
-                if not np.isfinite(divergence).all():
-                    raise UserError(
-                        f"{label}: the divergence is not finite in document {number + 1}: one of the two models gives"
-                        " logits that are not finite; if its weights are sound, try model.dtype=bfloat16 or float32"
-                    )
-                divergences[number].append(divergence)
-                agreements[number] += same
+            for place, (divergence, agreeing) in enumerate(found, start=first):
+                of_windows[place], same[place] = divergence, agreeing
             progress.update(len(batch))
+            if not all(bool(divergence.isfinite().all()) for divergence, _ in found):
+                break  # said below, in all processes alike
+    found_by_all = share.summed(torch.cat(of_windows)).split(lengths)
+    for (number, _), divergence, agreeing in zip(windows, found_by_all, share.summed(same).tolist(), strict=True):
+        if not bool(divergence.isfinite().all()):
+            raise UserError(
+                f"{label}: the divergence is not finite in document {number + 1}: one of the two models gives logits"
+                " that are not finite; if its weights are sound, try model.dtype=bfloat16 or float32"
+            )
+        divergences[number].append(divergence.numpy())
+        agreements[number] += agreeing
     numbers = _statistics([np.concatenate(found) for found in divergences.values()], list(agreements.values()))
     log.info(
         "fidelity on %s: KL %.4f nats a token, the same first choice at %.2f%% of %d tokens",
@@ -220,7 +234,7 @@ def _after(bos_token_id: int, ids: Tensor) -> Tensor:
     return torch.cat([torch.tensor([bos_token_id]), ids])
 
 
-def _compared(dense: ModelView, model: ModelView, rows: Sequence[Tensor]) -> list[tuple[np.ndarray, int]]:
+def _compared(dense: ModelView, model: ModelView, rows: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
     """For each row the divergence at every token but the last, [tokens - 1] float32, and how many first choices agree.
 
     Rows are filled up with copies of their last token. Logits are made for some positions at a time: of all they would
@@ -243,7 +257,7 @@ def _compared(dense: ModelView, model: ModelView, rows: Sequence[Tensor]) -> lis
         divergence = (log_reference.exp() * (log_reference - log_model)).sum(-1)
         divergences.append(divergence.clamp_min(0).cpu())  # rounding can put it a little below
     found = zip(torch.cat(divergences).split(lengths), torch.cat(agreements).split(lengths), strict=True)
-    return [(divergence.numpy(), int(same.sum())) for divergence, same in found]
+    return [(divergence, int(same.sum())) for divergence, same in found]
 
 
 def _states(view: ModelView, rows: Tensor, counted: Tensor) -> Tensor:

@@ -9,15 +9,18 @@ import copy
 import functools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine import ranks
 from slm_pipeline.show.progress import ProgressBar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -46,7 +49,7 @@ def contained() -> Iterator[None]:
     for module in bars:
         module.tqdm = ProgressBar
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr if ranks.is_first() else sys.stdout):
             yield
     finally:
         for module, bar in bars.items():
@@ -61,10 +64,35 @@ def contained() -> Iterator[None]:
 
 
 def wrapped(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
-    """The model as lm-eval's ``HFLM``; the tokenizer is copied, as lm-eval gives it a padding token."""
+    """The model as lm-eval's ``HFLM``; the tokenizer is copied, as lm-eval gives it a padding token.
+
+    Processes that work together share out the requests (`shared`); each goes on with the answers of all.
+    """
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    found = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    if ranks.count() > 1:
+        for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            setattr(found, kind, functools.partial(shared, getattr(found, kind)))
+    return found
+
+
+def shared(answer: Callable[..., list[T]], requests: Sequence[Any], **options: Any) -> list[T]:
+    """What ``answer`` gives for all requests, in their order; each process asks it for those of its own documents.
+
+    These lie at even distances, so that all have long and short ones. The requests of a document stay together: where
+    they differ in one token alone, lm-eval runs the model once for all of them.
+
+    Args:
+        answer: one of lm-eval's three, which gives an answer for each request.
+        requests: lm-eval's instances, the same in all processes.
+    """
+    documents: dict[tuple[str, int], int] = {}
+    numbers = [documents.setdefault((request.task_name, request.doc_id), len(documents)) for request in requests]
+    own = [place for place, number in enumerate(numbers) if number % ranks.count() == ranks.rank()]
+    answers = answer([requests[place] for place in own], **options) if own else []
+    found = dict(ranks.gathered(list(zip(own, answers, strict=True))))
+    return [found[place] for place in range(len(requests))]
 
 
 def evaluated(model: Any, loaded: Any, what: str, option: str, **options: Any) -> dict[str, Any]:
@@ -84,6 +112,8 @@ def evaluated(model: Any, loaded: Any, what: str, option: str, **options: Any) -
     from lm_eval.evaluator import evaluate
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    if not ranks.is_first():  # whose standard errors nobody reads
+        options = {**options, "bootstrap_iters": 0}
     try:
         results = evaluate(model, loaded, log_samples=False, **options)
     except torch.OutOfMemoryError as error:

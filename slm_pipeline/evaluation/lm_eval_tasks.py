@@ -46,6 +46,7 @@ class LmEval(Measure):
     batch_size: BatchSize = 16
 
     name: ClassVar[str] = "lm_eval"
+    shares_samples: ClassVar[bool] = True
 
     def parts(self) -> list[str]:
         return self.tasks
@@ -187,6 +188,9 @@ def score(
     data_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Score a model on a task, a group of tasks or all tasks of a tag. Sets the seeds of random, numpy and torch.
+
+    Processes that work together share out the requests; the numbers are those of one process, up to what other batches
+    do to them, but for texts that are sampled.
 
     Args:
         model: any causal language model, on one device or spread over several; is left in evaluation mode.

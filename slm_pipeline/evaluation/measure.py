@@ -47,12 +47,15 @@ class Measure(ABC):
     Attributes:
         name: as in conf/measure/<name>.yaml.
         of: the models that it can score.
+        shares_samples: whether processes that a launcher started share out its text or its requests, each with the
+            models in its own memory; else the first measures alone, while the others wait.
         version: raise it when the numbers of equal settings change.
     """
 
     name: ClassVar[str]
     of: ClassVar[Sequence[str]] = TARGETS
     version: ClassVar[int] = 1
+    shares_samples: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         ranges.check(self, f"evaluation.{self.name}.")
@@ -103,7 +106,7 @@ class Measure(ABC):
 
     @abstractmethod
     def run(self, part: str, scored: Scored, context: Context) -> dict[str, Any]:
-        """Measure; what came of it and how, as JSON.
+        """Measure; what came of it and how, as JSON. Of processes that share it what the first returns counts.
 
         Raises:
             UserError: it cannot be measured; says why.

@@ -19,6 +19,7 @@ from slm_pipeline.data.corpora import corpus_fingerprint, corpus_labels, corpus_
 from slm_pipeline.data.overlap import word_passages
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.measure import Measure, Scored
+from slm_pipeline.machine.ranks import Share
 from slm_pipeline.models.context import Context
 from slm_pipeline.results.number import Number
 from slm_pipeline.show.progress import ProgressBar
@@ -48,6 +49,7 @@ class Perplexity(Measure):
     batch_size: BatchSize = 4
 
     name: ClassVar[str] = "perplexity"
+    shares_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,6 +142,8 @@ def perplexity(
 ) -> dict[str, Any]:
     """Perplexity of a text: exp of the mean negative log-likelihood of the tokens that are predicted.
 
+    Processes that work together share out the batches, which are those of one process.
+
     Args:
         model: any causal language model; is left in evaluation mode.
         input_ids: [num_tokens] integers, the tokenised text without special tokens.
@@ -167,9 +171,13 @@ def perplexity(
     _check_length(len(ids), capacity, label, window)
     spans = _spans(len(ids), capacity, stride)
     model.eval()
-    total, num_tokens = 0.0, 0
-    with torch.inference_mode(), ProgressBar(total=len(spans), desc=f"perplexity of {label}") as progress:
-        for first in range(0, len(spans), batch_size):
+    share = Share.of(-(-len(spans) // batch_size))
+    own = range(share.numbers.start * batch_size, min(share.numbers.stop * batch_size, len(spans)))
+    totals = torch.zeros(len(spans), dtype=torch.float64)  # of each window
+    numbers = torch.zeros(len(spans), dtype=torch.int64)
+    with torch.inference_mode(), ProgressBar(total=len(own), desc=f"perplexity of {label}") as progress:
+        for first in own[::batch_size]:
+            number = first
             for batch in _equal_lengths(spans[first : first + batch_size]):
                 rows = torch.stack([ids[start:end] for start, end, _ in batch])
                 if bos_token_id is not None:
@@ -184,15 +192,20 @@ def perplexity(
                 for row, (start, end, scored_from) in zip(losses, batch, strict=True):
                     # the last loss is that of token end - 1; the first token of a window without BOS has none
                     new = row[-(end - max(scored_from, start + (bos_token_id is None))) :]
-                    total += new.sum(dtype=torch.float64).item()
-                    num_tokens += len(new)
-                    if not math.isfinite(total):
-                        raise UserError(
-                            f"{label}: the loss is {total} in the window at token {start}: the model gives logits that"
-                            " are not finite; if its weights are sound, try model.dtype=bfloat16 or float32"
-                        )
+                    totals[number], numbers[number] = new.sum(dtype=torch.float64), len(new)
+                    number += 1
                 progress.update(len(batch))
-    nll = total / num_tokens
+            if not bool(totals[first:number].isfinite().all()):
+                break  # said below, in all processes alike
+    totals, numbers = share.summed(totals), share.summed(numbers)
+    if bool((bad := ~totals.isfinite()).any()):
+        window_number = int(bad.nonzero()[0])
+        raise UserError(
+            f"{label}: the loss is {float(totals[window_number])} in the window at token {spans[window_number][0]}: the"
+            " model gives logits that are not finite; if its weights are sound, try model.dtype=bfloat16 or float32"
+        )
+    num_tokens = int(numbers.sum())
+    nll = sum(totals.tolist()) / num_tokens
     if nll > MAX_NLL:
         raise UserError(f"{label}: the mean loss is {nll:.4g} nats a token, its exponential is not a finite number")
     log.info("perplexity of %s: %.4f over %d tokens", label, math.exp(nll), num_tokens)

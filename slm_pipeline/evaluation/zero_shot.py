@@ -68,6 +68,7 @@ class ZeroShot(Measure):
     batch_size: BatchSize = 16
 
     name: ClassVar[str] = "zero_shot"
+    shares_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,6 +161,9 @@ def score_task(
     data_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Score a model on one task, zero-shot. Nothing in it is random.
+
+    Processes that work together share out the requests; the numbers are those of one process, up to what other batches
+    do to them.
 
     Args:
         model: any causal language model, on one device or spread over several; is left in evaluation mode.

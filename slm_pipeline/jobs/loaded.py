@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from slm_pipeline.machine import memory
+from slm_pipeline.machine import memory, together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +17,10 @@ Load = Callable[[], tuple[Any, Any]]  # a model and its tokenizer
 
 @dataclass
 class LoadedModels:
-    """Loads a model when it is first asked for and keeps it for the measures to come, until another one is scored."""
+    """Loads a model when it is first asked for and keeps it for the measures to come, until another one is scored.
+
+    Sent to another process it is that one's own: each has its models in its own memory.
+    """
 
     _kept: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -30,10 +34,22 @@ class LoadedModels:
         return self._kept[target]
 
     def release(self) -> None:
-        """Let go of all: what comes needs the memory."""
+        """Let go of all, in all processes: what comes needs the memory."""
         if self._kept:
-            self._kept.clear()
-            memory.free()
+            together.run(_let_go, self)
+
+    def __reduce__(self) -> tuple[Callable[[], LoadedModels], tuple[()]]:
+        return _of_this_process, ()
+
+
+def _let_go(models: LoadedModels) -> None:
+    models._kept.clear()
+    memory.free()
+
+
+@functools.cache
+def _of_this_process() -> LoadedModels:
+    return LoadedModels()
 
 
 @dataclass(frozen=True)

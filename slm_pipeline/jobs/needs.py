@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from slm_pipeline.machine import gpus, memory
-from slm_pipeline.methods.joint import Joint
 from slm_pipeline.models.sizes import ITEM_BYTES, Sizes
-from slm_pipeline.repair.refit import Refit
 
 if TYPE_CHECKING:
     from slm_pipeline.jobs.job import Job
@@ -125,56 +123,16 @@ def sizes_of(job: Job) -> Sizes | None:
         num_samples=job.config.calibration.num_samples,
         seq_len=job.config.calibration.seq_len,
         streams=job.config.model.device == "stream",
+        on_host=Place.of(job.config.model.device).is_host,
     )
 
 
 def _total(stage: Stage, job: Job, sizes: Sizes, place: Place) -> int | None:
     found = stage.memory(job, sizes)
-    if stage.stage == "repair" and isinstance(job.repair, Refit):
-        found = sizes.weights + _of_refit(job.repair, sizes, place)
-    if stage.stage == "merge" and isinstance(job.method, Joint):
-        found = sizes.weights + _of_joint(job.method, sizes, place)
     if found is None or not place.is_host:
         return found
     number = job.recovery.num_processes if stage.stage == "recover" and job.recovery is not None else 1
     return number * (found + _OF_PROCESS.get(stage.stage, 0) + _OF_TOKEN * sizes.vocabulary)
-
-
-def _of_refit(refit: Refit, sizes: Sizes, place: Place) -> int:
-    """Bytes beside the weights, all layers being fitted: `Sizes.fitting` with all of its text. In main memory there are
-    also the new weights in float32, those of the best walk and of one more: last projections, and with ``reads`` two
-    maps [hidden, hidden] of each layer."""
-    text = refit.calibration
-    sizes = replace(sizes, num_samples=text.num_samples, seq_len=text.seq_len)
-    beside = sizes.fitting(sizes.tokens, _at_once(sizes, place))
-    if place.is_host:
-        projections = sizes.layers * sizes.hidden * (sizes.queries + sizes.neurons)
-        maps = 2 * sizes.layers * sizes.hidden**2 if refit.reads else 0
-        walks = (len(refit.ridges) if refit.choice == "stack" else 1) + len(refit.reads)
-        beside += 4 * (min(2, walks) * projections + maps)
-    return beside
-
-
-def _of_joint(joint: Joint, sizes: Sizes, place: Place) -> int:
-    """Bytes beside the weights: `Sizes.fitting` with seven eighths of the text, a second Gram matrix where leverage
-    chooses neurons. Before, or of widths by layer meanwhile, candidates on ``search_tokens``: a walk that tries every
-    layer, or the states behind all layers with eight widths of a network, half of it each. In main memory, on the host,
-    the blocks of the model that a search for widths by layer goes on from, or the plan's."""
-    number = sizes.num_samples - sizes.num_samples // min(8, sizes.num_samples)
-    fits = sizes.fitting(number * sizes.seq_len, _at_once(sizes, place), matrices=4 if joint.units == "leverage" else 3)
-    rows = min(sizes.num_samples, max(1, joint.search_tokens // sizes.seq_len))
-    tried = replace(sizes, num_samples=rows)
-    if joint.export == "stock":
-        beside = max(fits, tried.walking(sizes.layers))
-    else:
-        widths = 8 * sizes.item_bytes * sizes.hidden * (sizes.inputs + 1) * sizes.neurons // 2
-        beside = fits + tried.states(tried.tokens, sizes.layers + 12) + widths
-    return beside + (sizes.item_bytes * sizes.layers * sizes.block_matrices if place.is_host else 0)
-
-
-def _at_once(sizes: Sizes, place: Place) -> int:
-    """Tokens that go through a block at a time, as `slm_pipeline.engine.blocks.rows_at_once` has it."""
-    return sizes.batch_tokens(512 if place.is_host else 8192)
 
 
 def _changes(stage: Stage, job: Job, sizes: Sizes, place: Place) -> Iterator[tuple[str, Stage, Job, Sizes, Place]]:

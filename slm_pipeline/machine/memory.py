@@ -72,14 +72,15 @@ def measured() -> Iterator[Peak]:
 
 
 def note_peak_of_others(gb: float) -> None:
-    """Note the peak of processes that worked while this one waited, all together in 10^9 bytes."""
+    """Note a peak in 10^9 bytes: of processes that worked while this one waited, all together, or of one that worked
+    beside it."""
     global _others_gb
     _others_gb = max(_others_gb, gb)
 
 
 def peak_gb() -> float:
     """Peak memory in 10^9 bytes since the last reset: of all accelerators, of this process where none was used, or of
-    the others."""
+    the others; of a launcher's processes that of the one that took most, not of all together."""
     total = 0
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():

@@ -12,12 +12,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from slm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 _FIRST_PORT, _PORTS = 20000, 12000  # below those that systems give away
 
@@ -191,6 +193,25 @@ def of_first(value: float) -> float:
 
     device = "cuda" if _distributed().get_backend() == "nccl" else "cpu"
     return float(summed(torch.tensor(value if is_first() else 0.0, dtype=torch.float64, device=device)))
+
+
+def of_any(value: bool) -> bool:
+    """Whether it is so in any of the processes; for what all must do as soon as one has to."""
+    if count() == 1:
+        return value
+    import torch
+
+    device = "cuda" if _distributed().get_backend() == "nccl" else "cpu"
+    return bool(summed(torch.tensor(int(value), device=device)))
+
+
+def gathered(values: list[T]) -> list[T]:
+    """What all processes have, one process's after the other's, the same in each; it pickles."""
+    if count() == 1:
+        return values
+    found: list[Any] = [None] * count()
+    _distributed().all_gather_object(found, values, group=_of_processors)
+    return [value for of_process in found for value in of_process]
 
 
 @dataclass(frozen=True)

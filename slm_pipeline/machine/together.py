@@ -49,7 +49,8 @@ _TOKEN_BYTES = 32
 def run(function: Callable[..., T], *arguments: Any, **of_first: Any) -> T:
     """Call ``function`` in all of the launcher's processes; what it returns here, in the first.
 
-    Without a launcher, or in an API call that is no command, just a call.
+    Without a launcher, or in an API call that is no command, just a call. Else what is measured of peak memory here is
+    that of the process that took most (`memory.peak_gb`).
 
     Args:
         function: of a module, not a closure; the other processes drop what it returns.
@@ -163,6 +164,7 @@ class _Leader:
             rank, kind, content = self._heard.get()
             if kind != "done":
                 self._raise(rank, content)
+            memory.note_peak_of_others(content)
             left.remove(rank)
 
     def _raise_what_others_said(self, error: Exception) -> None:
@@ -260,6 +262,7 @@ def follow(refused: UserError | None = None) -> None:
     threading.Thread(target=_hear, args=(connection, calls, working), daemon=True).start()
     while (call := calls.get()) is not None:
         try:
+            memory.reset_peak()
             device, function, arguments = pickle.loads(call)  # of the first process, which has shown the token
             with ranks.together_as_launched():
                 _meet(place, store, device)
@@ -271,7 +274,7 @@ def follow(refused: UserError | None = None) -> None:
             time.sleep(2 * _NOTICE_TIME)  # the first process should be the first to end, with a message
             os._exit(2)
         working.clear()
-        connection.send(("done", None))
+        connection.send(("done", memory.peak_gb()))
         memory.free()
     _part()
 

@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from slm_pipeline.config.ranges import Count, Range
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from slm_pipeline.engine.shapes import Fitted, Fitting, Shape
     from slm_pipeline.engine.window_memo import WindowMemo
     from slm_pipeline.models.context import Context
+    from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.surgery.ops import LayerSize
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,22 @@ class Joint(ProtectsEnds):
 
     def layers_left(self, num_layers: int, target: Layers) -> int | None:
         return None  # known when it has searched
+
+    def memory(self, sizes: Sizes) -> int:
+        """`Sizes.fitting` with seven eighths of the text, a second Gram matrix where leverage chooses neurons. Before,
+        or of widths by layer meanwhile, candidates on ``search_tokens``: a walk that tries every layer, or the states
+        behind all layers with eight widths of a network, half of it each. In main memory, on the host, the blocks of
+        the model that a search for widths by layer goes on from, or the plan's."""
+        number = sizes.num_samples - sizes.num_samples // min(8, sizes.num_samples)
+        matrices = 4 if self.units == "leverage" else 3
+        fits = sizes.fitting(number * sizes.seq_len, sizes.tokens_at_once, matrices)
+        tried = replace(sizes, num_samples=min(sizes.num_samples, max(1, self.search_tokens // sizes.seq_len)))
+        if self.export == "stock":
+            beside = max(fits, tried.walking(sizes.layers))
+        else:
+            widths = 8 * sizes.item_bytes * sizes.hidden * (sizes.inputs + 1) * sizes.neurons // 2
+            beside = fits + tried.states(tried.tokens, sizes.layers + 12) + widths
+        return beside + (sizes.item_bytes * sizes.layers * sizes.block_matrices if sizes.on_host else 0)
 
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         from slm_pipeline.engine.refit import Refit

@@ -28,6 +28,7 @@ class Sizes:
         streams: whether two blocks at a time are in memory.
         positions: rows of a table of learned positions.
         removed: layers that the dense model has beside these.
+        on_host: whether the weights lie in main memory.
     """
 
     layers: int
@@ -44,6 +45,7 @@ class Sizes:
     streams: bool = False
     positions: int = 0
     removed: int = 0
+    on_host: bool = False
 
     @classmethod
     def of(cls, description: Mapping[str, Any], dtype: str, **more: Any) -> Sizes:
@@ -146,6 +148,11 @@ class Sizes:
         dense, walking = self.states(self.tokens, self.layers + 1), self.states(tokens, 3 * candidates)
         pieces = (self.item_bytes + 8) * min(MAX_LOGITS, tokens * self.vocabulary)
         return dense + walking + max(pieces, self.running(min(8192, tokens * candidates)))
+
+    @property
+    def tokens_at_once(self) -> int:
+        """That go through a block at a time, as `slm_pipeline.engine.blocks.rows_at_once` has it."""
+        return self.batch_tokens(512 if self.on_host else 8192)
 
     def fitting(self, tokens: int, at_once: int, matrices: int = 3) -> int:
         """Bytes in a walk up the stack that fits last projections by least squares.

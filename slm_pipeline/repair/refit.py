@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from slm_pipeline.engine import refit as engine
     from slm_pipeline.engine.refit import Fitted
     from slm_pipeline.engine.streams import Streams
+    from slm_pipeline.models.sizes import Sizes
     from slm_pipeline.surgery.block import Block
 
     _Walked = tuple[list[Op], dict[str, np.ndarray], list[dict[str, Any]]]
@@ -114,6 +115,18 @@ class Refit(Repair):
             raise UserError("repair.ridges=[] must name at least one ridge, such as [0.1]")
         if self.calibration.num_samples < 2:
             raise UserError("repair.calibration.num_samples=1 must be at least 2: one sample is held out")
+
+    def memory(self, sizes: Sizes) -> int:
+        """All layers being fitted: `Sizes.fitting` with all of its text. In main memory there are also the new weights
+        in float32, those of the best walk and of one more: last projections, and with ``reads`` two maps [hidden,
+        hidden] of each layer."""
+        beside = sizes.fitting(sizes.tokens, sizes.tokens_at_once)
+        if sizes.on_host:
+            projections = sizes.layers * sizes.hidden * (sizes.queries + sizes.neurons)
+            maps = 2 * sizes.layers * sizes.hidden**2 if self.reads else 0
+            walks = (len(self.ridges) if self.choice == "stack" else 1) + len(self.reads)
+            beside += 4 * (min(2, walks) * projections + maps)
+        return beside
 
     def repair(self, problem: RepairProblem) -> Plan:
         from slm_pipeline.engine.streams import Streams, first_changed, pass_all

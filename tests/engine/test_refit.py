@@ -8,11 +8,13 @@ import pytest
 import torch
 from conftest import random_source
 from plans import narrowing
+from two_processes import of_both
 
 from slm_pipeline.engine import least_squares
 from slm_pipeline.engine.refit import Fitted, Refit
 from slm_pipeline.engine.streams import Streams, Sums, first_changed, pass_all, spans
 from slm_pipeline.errors import UserError
+from slm_pipeline.machine import ranks
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply, planned_blocks
@@ -431,3 +433,42 @@ def test_behind_a_norm_a_fit_is_judged_by_what_it_leads_to_in_the_stream(archite
     own = Refit([0.1], target="own_output")
     for made in (how.writing(streams, streams, block, "mlp")[0], own.writing(streams, streams, block, "mlp")[0]):
         assert what.after <= error(made) + 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reads", [None, RIDGE])
+def test_a_solve_that_fails_in_one_process_alone_has_failed_in_all(reads, monkeypatch):
+    """Else one would go on to the next ridge while the other waits for its part of a sum of this one."""
+    plain, model = least_squares.solve, lively()
+    many = torch.randint(0, 256, (48, 12), generator=torch.Generator().manual_seed(5))
+
+    @torch.no_grad()
+    def fitted(ridges):
+        view = ModelView(copy.deepcopy(model))  # each process has its own
+        blocks = planned_blocks(plan_of(Drop((1,))), view)
+        streams = [Streams(view, ids) for ids in (many[:40], many[40:])]
+        for one in streams:
+            one.look_ahead(0, 2)
+            one.pass_through(blocks[0])
+            one.look_ahead(2, 3)
+        return Refit(ridges, reads=reads).layer(*streams, blocks[1])[1]
+
+    def fails_in_the_second(gram, moment, *, prior, penalty):
+        is_the_first_ridge = penalty < 0.05 * float(gram.diagonal().mean())
+        if ranks.rank() == 1 and (is_the_first_ridge if reads is None else len(moment) == len(gram)):
+            raise UserError("it has no inverse")
+        return plain(gram, moment, prior=prior, penalty=penalty)
+
+    expected = fitted([0.1])
+    monkeypatch.setattr(least_squares, "solve", fails_in_the_second)
+    found = of_both(monkeypatch, lambda: fitted([0.001, 0.1]))
+    if reads is not None:
+        assert [str(error) for error in found] == [
+            "another process cannot solve for new weights with a ridge of 0.05", "it has no inverse"
+        ]  # fmt: skip
+        return
+    for of_process in found:
+        assert [one.ridge for one in of_process] == [one.ridge for one in expected] == [0.1, 0.1]
+        for one, other in zip(of_process, expected, strict=True):
+            assert one.after == pytest.approx(other.after, rel=1e-4)
+            assert one.tensors.keys() == other.tensors.keys()

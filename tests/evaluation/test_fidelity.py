@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import context_of, random_source
+from two_processes import of_both
 
 from slm_pipeline.config import Config
 from slm_pipeline.data.corpora import corpus_documents
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation import fidelity as module
 from slm_pipeline.evaluation.fidelity import Fidelity, fidelity
+from slm_pipeline.machine import ranks
 from slm_pipeline.models.context import Context
 from slm_pipeline.models.loading import load_dense
 
@@ -225,3 +227,24 @@ def test_preflight_finds_what_cannot_be_had(tiny_llama, tmp_path, settings, mess
     measure = Fidelity(window=4, **settings)
     with pytest.raises(UserError, match=message):
         measure.preflight(measure.corpora[0], tokenizer, in_folder(tmp_path))
+
+
+def test_two_processes_share_the_batches_and_find_what_one_does(pair, monkeypatch):
+    documents, compared, plain = _documents(*LENGTHS), {0: 0, 1: 0}, module._compared
+    expected = fidelity(*pair, documents, **OPTIONS)
+
+    def counting(dense, model, rows):
+        compared[ranks.rank()] += len(rows)
+        return plain(dense, model, rows)
+
+    monkeypatch.setattr(module, "_compared", counting)
+    assert of_both(monkeypatch, lambda: fidelity(*pair, documents, **OPTIONS)) == [expected, expected]
+    assert compared == {0: 3, 1: 6}  # nine windows in batches of three
+    of_one_window = _documents(5)
+    expected = fidelity(*pair, of_one_window, **OPTIONS)
+    assert of_both(monkeypatch, lambda: fidelity(*pair, of_one_window, **OPTIONS)) == [expected, expected]
+    with torch.no_grad():
+        pair[0].get_input_embeddings().weight[documents[0][0]] = float("nan")  # of a short window: the second's
+    found = of_both(monkeypatch, lambda: fidelity(*pair, documents[:4], **{**OPTIONS, "batch_size": 1}))
+    assert [type(error) for error in found] == [UserError, UserError]
+    assert str(found[0]) == str(found[1])

@@ -7,11 +7,13 @@ import math
 
 import pytest
 import torch
+from two_processes import of_both
 
 from slm_pipeline.data.corpora import HUB_CORPORA, corpus_fingerprint, corpus_tokens
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation import perplexity as module
 from slm_pipeline.evaluation.perplexity import perplexity
+from slm_pipeline.machine import ranks
 
 BOS = 257
 OPTIONS = {"window": 8, "stride": None, "bos_token_id": None, "batch_size": 3, "max_tokens": None, "label": "text"}
@@ -186,3 +188,28 @@ def test_unusable_corpus_is_a_user_error(tiny_llama, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="is not UTF-8 text"):
         corpus_tokens(tokenizer, "latin.txt", window=8, data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("stride", [None, 3])
+def test_two_processes_share_the_batches_and_find_what_one_does(tiny_llama, stride, monkeypatch):
+    model, _ = tiny_llama
+    ids, options = _ids(59), {**OPTIONS, "stride": stride}
+    expected, plain, scored = perplexity(model, ids, **options), module._losses, {0: 0, 1: 0}
+
+    def counting(model, rows):
+        scored[ranks.rank()] += len(rows)
+        return plain(model, rows)
+
+    monkeypatch.setattr(module, "_losses", counting)
+    assert of_both(monkeypatch, lambda: perplexity(model, ids, **options)) == [expected, expected]  # to the last bit
+    assert sum(scored.values()) == expected["num_windows"]
+    assert min(scored.values()) >= 3  # a batch
+    bad = ids.clone()
+    bad[50] = 299  # in the second process's part
+    with torch.no_grad():
+        model.get_input_embeddings().weight[299] = math.nan
+    words = ["the loss is nan in the window at token 4"] * 2
+    assert [
+        str(error).partition(": ")[2][: len(words[0])]
+        for error in of_both(monkeypatch, lambda: perplexity(model, bad, **options))
+    ] == words

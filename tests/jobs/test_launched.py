@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import own_tasks
 import psutil
 import pytest
 import small_pipeline
@@ -39,8 +40,10 @@ def start(command: list[str], errors: Path, **environment: str) -> subprocess.Po
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """More than two batches of calibration text, 35 pieces of the search, 2 samples held out of the repair's 10."""
+    """More than two batches of calibration text, 35 pieces of the search, 2 samples held out of the repair's 10; to be
+    evaluated four batches of text, and tasks of four and five documents, answered and written."""
     data = small_pipeline.write_data(tmp_path_factory.mktemp("data"))
+    own_tasks.write(data / "own")
     words = [
         word
         for word in small_pipeline.overrides(data, seq_len=64, max_steps=6, save_steps=2)
@@ -50,7 +53,10 @@ def job(tmp_path_factory):
         *words, "model.device=cpu", "calibration.num_samples=70", "method=sleb", "pruning_ratio=layers",
         "pruning_ratio.num_layers=4", "repair=refit", "repair.calibration.source=text_file",
         "repair.calibration.path=text.txt", "repair.calibration.num_samples=10", "repair.calibration.seq_len=64",
-        "recovery=lora", "recovery.dropout=0", "evaluation=perplexity", "evaluation.of=[recovered]", "pictures=false",
+        "recovery=lora", "recovery.dropout=0", "evaluation=perplexity", "evaluation.of=[pruned,recovered]",
+        "evaluation.data=.", "evaluation.tasks=[boolq]", "evaluation.lm_eval.tasks=[own_tag]",
+        "evaluation.lm_eval.include_path=own", "evaluation.fidelity.corpora=[text.txt]",
+        "evaluation.fidelity.window=128", "evaluation.batch_size=2", "pictures=false",
     ]  # fmt: skip
 
 
@@ -112,6 +118,11 @@ def alone(job, tmp_path_factory):
 def result(out: Path, stage: str) -> Path:
     (found,) = (path.parent for path in (out / "store" / stage).glob("*/stage.json"))
     return found
+
+
+def numbers(out: Path) -> dict[str, float]:
+    found = read(next(out.glob("runs/*/*/summary.json")))["numbers"]
+    return {key: said["value"] for key, said in found.items()}
 
 
 def read(file: Path) -> Any:
@@ -179,11 +190,20 @@ def test_a_training_that_was_broken_off_ends_as_in_one_process(finished, alone):
     found, expected = (load_file(result(out, "recover") / "model/model.safetensors") for out in (finished[0], alone))
     for name, weight in expected.items():
         assert torch.allclose(found[name], weight, atol=1e-4), name
-    found, expected = (read(next(out.glob("runs/*/*/summary.json")))["metrics"] for out in (finished[0], alone))
-    text = ("recovered", "perplexity", "text.txt", "perplexity")
-    for name in text:
-        found, expected = found[name], expected[name]
+    found, expected = (numbers(out)["recovered/perplexity/text.txt"] for out in (finished[0], alone))
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_models_numbers_are_those_of_one_process(finished, alone):
+    """The pruned model's, which is the same in both."""
+    found, expected = (
+        {key: value for key, value in numbers(out).items() if key.startswith("pruned/")} for out in (finished[0], alone)
+    )
+    assert found.keys() == expected.keys()
+    names = ["boolq", "perplexity/text.txt", "fidelity/text.txt/kl", "lm_eval/own_tag/signs/code_points,strict-match"]
+    assert expected.keys() >= {f"pruned/{name}" for name in names}
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-5), key
 
 
 @pytest.mark.parametrize(

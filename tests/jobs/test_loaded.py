@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -86,3 +87,11 @@ def test_released_nothing_is_left(scored, loads):
     assert [model() for model in models] == [None, None]
     assert pair.model
     assert loads[-1] == ("pruned", 0)
+
+
+def test_what_is_sent_to_another_process_is_that_ones_own(scored):
+    assert scored("pruned").tokenizer == "pruned's tokenizer"
+    sent, again = (pickle.loads(pickle.dumps(scored.loaded)) for _ in range(2))
+    assert sent is again
+    assert sent is not scored.loaded
+    assert sent._kept == {}

@@ -9,7 +9,7 @@ from multiprocessing import Pipe
 import pytest
 
 from slm_pipeline.errors import UserError
-from slm_pipeline.machine import together
+from slm_pipeline.machine import memory, together
 from slm_pipeline.machine.ranks import Launched
 
 
@@ -53,3 +53,21 @@ def test_who_has_ended_between_two_calls_is_not_waited_for():
     leader._listen(1, own)  # nothing is being done: so the command need not end yet
     with pytest.raises(UserError, match="process 1 of 2 on gpu04 ended without a word"):
         leader.run(print, (), {})
+
+
+def test_peak_memory_is_that_of_the_process_that_took_most():
+    leader = together._Leader.__new__(together._Leader)
+    leader._place, leader._hosts, leader._connections = (
+        Launched("srun", 0, 4, 0, "here", 1),
+        {},
+        dict.fromkeys((1, 2, 3)),
+    )
+    leader._heard = queue.SimpleQueue()
+    for rank, peak in ((2, 0.001), (3, 1234.5), (1, 1000.0)):
+        leader._heard.put((rank, "done", peak))
+    with memory.measured() as peak:
+        leader._wait_for_all()
+    assert peak.gb == 1234.5
+    with memory.measured() as peak:
+        pass
+    assert 0 < peak.gb < 100

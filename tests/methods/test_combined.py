@@ -21,6 +21,7 @@ from slm_pipeline.methods.base import CalibrationSize
 from slm_pipeline.methods.combined import Combined
 from slm_pipeline.methods.shortgpt import ShortGPT
 from slm_pipeline.models.loading import load_dense
+from slm_pipeline.models.sizes import Sizes
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
 from slm_pipeline.surgery.ops.drop import Drop
@@ -274,3 +275,15 @@ def test_a_row_of_the_width_study(row, tmp_path):
     assert found["asked"] == "20% of layers"
     assert 14 < float(found["got"].partition("%")[0]) < 20  # of all parameters, the embeddings' among them
     assert 0 < float(found["KL pruned"]) < 1
+
+
+def test_a_joint_step_takes_the_memory_that_it_takes_alone():
+    """After shortgpt, which takes nothing but the statistics between."""
+    sizes = Sizes(
+        layers=4, hidden=32, neurons=4000, vocabulary=512, queries=32, keys=16, inputs=2, is_tied=False, item_bytes=4,
+        num_samples=8, seq_len=16,
+    )  # fmt: skip
+    both = combined(node_of("shortgpt", 0.5), node_of("joint"))
+    without = combined(node_of("shortgpt", 1.0), node_of("joint", 0.0))
+    gram = 8 * sizes.neurons**2
+    assert both.memory(sizes) == both.steps["second"].method.memory(sizes) > 5 * gram > without.memory(sizes)

@@ -18,7 +18,7 @@ from slm_pipeline.jobs.loaded import ScoredModel
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.stages.merge import load_pruned
 from slm_pipeline.jobs.tracking import Tracker
-from slm_pipeline.machine import gpus
+from slm_pipeline.machine import gpus, together
 from slm_pipeline.models.sizes import Sizes
 from slm_pipeline.recovery.fine_tuning import FineTuning
 from slm_pipeline.results.number import Number
@@ -89,18 +89,12 @@ class Evaluate(Stage):
             yield f"evaluation.{self.measure.name}.batch_size={size}", Evaluate(self.target, smaller, self.part), job
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
-        from slm_pipeline.models.loading import load_dense
-
-        scored = ScoredModel(
-            target=self.target,
-            loaded=job.loaded,
-            load=lambda: self._load(job, results),
-            load_dense=lambda: load_dense(job.source),
-            reads_dense=self.measure.reads_dense,
-        )
-        found = self.measure.run(self.part, scored, job)
+        if self.measure.shares_samples:
+            found = together.run(measured, self, job, dict(results))
+        else:
+            found = measured(self, job, results)
         numbers = {number.key: number.to_json() for number in self._finite(self.measure.numbers(self.part, found))}
-        overlap = self._overlap(job, scored)
+        overlap = self._overlap(job, results)
         result = {
             "measure": self.measure.name,
             "label": self.measure.label(self.part),  # for people: another job may call the part otherwise
@@ -118,11 +112,23 @@ class Evaluate(Stage):
                 raise UserError(f"{name} is {number.value}, not a finite number; try model.dtype=float32")
         return numbers
 
-    def _overlap(self, job: Job, scored: ScoredModel) -> dict[str, int] | None:
+    def scored(self, job: Job, results: Mapping[str, Artifact]) -> ScoredModel:
+        """The model that is scored, to be loaded into this process."""
+        from slm_pipeline.models.loading import load_dense
+
+        return ScoredModel(
+            target=self.target,
+            loaded=job.loaded,
+            load=lambda: self._load(job, results),
+            load_dense=lambda: load_dense(job.source),
+            reads_dense=self.measure.reads_dense,
+        )
+
+    def _overlap(self, job: Job, results: Mapping[str, Artifact]) -> dict[str, int] | None:
         """How many of the documents are found in the recovery's training data; see `overlaps`."""
         if self.target != "recovered" or not isinstance(job.recovery, FineTuning):
             return None
-        texts = self.measure.texts(self.part, scored.tokenizer, job)
+        texts = self.measure.texts(self.part, self.scored(job, results).tokenizer, job)
         train, _ = job.recovery.examples(job.data_dir) if texts else ([], None)
         return overlaps({self.part: texts}, train).get(self.part)
 
@@ -153,3 +159,8 @@ class Evaluate(Stage):
             return load_pruned(job, results[_MADE_BY[self.target]])
         folder = results["recover"].path / "model"
         return load_checkpoint(folder, job.config.model), load_tokenizer(folder)
+
+
+def measured(evaluation: Evaluate, job: Job, results: Mapping[str, Artifact]) -> dict[str, Any]:
+    """What the measure finds of its part; shared out where several processes do it."""
+    return evaluation.measure.run(evaluation.part, evaluation.scored(job, results), job)
