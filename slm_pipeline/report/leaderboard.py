@@ -121,7 +121,8 @@ def is_mixed(study: Study) -> bool:
 
 def table(study: Study, board: Board) -> Table:
     """The first places of each size, for a document or a terminal."""
-    rows, bold = [], set()
+    rows: list[list[str]] = []
+    bold: set[tuple[int, int]] = set()
     for size in board.sizes:
         for rank, place in enumerate(size.places[:PLACES]):
             choice = place.choice
