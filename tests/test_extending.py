@@ -385,9 +385,9 @@ def records(project: Path, stage: str) -> list[dict[str, Any]]:
 def test_the_store_names_the_package_and_its_code_in_the_keys_of_what_it_made(project, study):
     listed = command("slm_pipeline.commands.store", project, "list").stdout
     assert "every_third: 6 -> 4 layers: 0 2-3 5\n" in listed
-    assert listed.count("runs  louder after halved\n") == 3
+    assert listed.count("1 run   louder after halved\n") == 3
     for method in ("every_third", "damped", "reverse"):
-        assert f"runs  halved after {method}, 4 layers\n" in listed
+        assert f"1 run   halved after {method}, 4 layers\n" in listed
     assert f": distinct/pairs {number(summary_of(study / '0'), 'pruned'):.1f} +-" in listed
     (digest,) = {identity["plugins"]["stranger"] for identity in records(project, "recover")}
     assert len(digest) == 64
