@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 
 from slm_pipeline import __version__, config
 from slm_pipeline.config import COMPOSITION_ERRORS, help_page
-from slm_pipeline.errors import Terminated, UserError, printable
+from slm_pipeline.errors import Terminated, UserError, did_you_mean, printable
 from slm_pipeline.jobs import study
 from slm_pipeline.jobs.command_line import check_command_line, run_inside_hydra, set_environment, use_plugins
 from slm_pipeline.machine import ranks, signals, together
@@ -63,7 +63,8 @@ def main() -> None:
     if "--version" in sys.argv[1:]:
         print(VERSION)
         return
-    arguments = _read_command_line()
+    with errors_in_one_line():
+        arguments = _read_command_line()
     if arguments.help:
         with errors_in_one_line():
             use_plugins(arguments.overrides)
@@ -82,6 +83,16 @@ def main() -> None:
             raise _error_of_single_run.pop()
 
 
+def _no_flag(word: str, flags: list[str]) -> str:
+    key, _, value = word.lstrip("-").partition("=")
+    key = key.replace("-", "_")
+    is_option = key.partition(".")[0] in config.Config.__dataclass_fields__ or (config.CONF_DIR / key).is_dir()
+    near = "" if is_option else did_you_mean(word, flags)
+    value = value or ("true" if key in ("dry_run", "pictures") else "VALUE")
+    as_option = f", such as {key}={value}" if is_option else ""
+    return f"{word} is no flag of slm{near}; options are written without dashes{as_option}; see slm --help"
+
+
 def _follow(arguments: Namespace) -> None:
     """What a process that torchrun or srun started beside the first does: it checks the command line, then what the
     first one calls for. Signals end it at once: it has nothing to lose, and the first one says so."""
@@ -98,8 +109,15 @@ def _follow(arguments: Namespace) -> None:
 
 
 def _read_command_line() -> Namespace:
-    """The flags, wherever they stand among the overrides. Hydra wants them side by side: so they are from now on."""
-    arguments = get_args_parser().parse_intermixed_args()
+    """The flags, wherever they stand among the overrides. Hydra wants them side by side: so they are from now on.
+
+    Raises:
+        UserError: there is no such flag.
+    """
+    parser = get_args_parser()
+    arguments, unknown = parser.parse_known_intermixed_args()
+    if unknown:
+        raise UserError(_no_flag(unknown[0], list(parser._option_string_actions)))
     waiting = list(arguments.overrides)
     flags = []
     for word in sys.argv[1:]:
@@ -135,6 +153,8 @@ def errors_in_one_line() -> Iterator[None]:
     except Terminated:
         _fail("ended by SIGTERM; the same command goes on from here", status=143)
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the terminal's own ^C, or a bar, stands on this line
         _fail("interrupted; the same command goes on from here", status=130)
     finally:
         _flush()

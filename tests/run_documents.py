@@ -8,6 +8,7 @@ minutes on a CPU, without a model hub. Each command keeps its own words; general
 - two examples a task, from files; one training step, one timed run; without a GPU no captured graphs
 - a study has the first and the last value of each parameter, a search two trials
 - RUN, DIR and TIME are the newest that an earlier command left; what reads results comes after what makes them
+- RUN of `slm-export padded` is the newest whose layers differ; what an export wrote is gone before the next one
 
 All of them start in one temporary folder, as somebody would who tries them one after the other. A line for each: ok and
 seconds, or the last line of the error. Exit status 1 if one failed. The tutorial's are in test_tutorial.py.
@@ -30,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -50,6 +51,9 @@ from test_documents import write_files
 from transformers import AutoModelForCausalLM
 
 from slm_pipeline.assets import texts
+from slm_pipeline.errors import UserError
+from slm_pipeline.export import exported
+from slm_pipeline.models.architectures import PRUNED
 
 LIMIT_S = 600  # of one command
 
@@ -59,6 +63,7 @@ LEFT_OUT = {
     r"^slm-export hub (?!.*--dry-run)": "uploads to a model hub",
     **({} if torch.cuda.is_available() else {r"model\.device=balanced": "needs GPUs"}),
 }
+PADDED = "padded"
 READ_RESULTS = ("slm-report", "slm-study", "slm-export", "slm-store")
 
 RANDOM_MODEL = [
@@ -98,6 +103,8 @@ IN_PLACE = {
 def small(command: str) -> tuple[str, list[str]]:
     """The program, and its words at a small size."""
     program, *words = shlex.split(command)
+    if program == "slm-export" and words[0] == "padded":
+        words = [newest_custom() if word == "RUN" else word for word in words]
     if program in READ_RESULTS:
         return program, [found(word) for word in words]
     if program == "slm-fetch" or any(word.startswith("--") for word in words):
@@ -145,22 +152,48 @@ def of_sweeps(words: list[str]) -> list[str]:
 def found(word: str) -> str:
     """A word with the newest folder in the place of a name that stands for one."""
     if word == "RUN":
-        return newest("outputs/runs/slm/*/model_card.md").removesuffix("/model_card.md")
+        return runs_with_a_model()[-1]
     if word == "DIR":
         return newest("outputs/sweeps/*/*")
     if word == "FOLDER":  # --out FOLDER
-        return "padded"
+        return PADDED
     if word.endswith("/TIME"):
         return newest(word.replace("TIME", "*")) or newest(re.sub(r"\w+/TIME", "*/*", word))
     return word
 
 
 def newest(pattern: str) -> str:
-    return str(max(Path().glob(pattern), key=lambda path: path.stat().st_mtime, default=""))
+    return next(reversed(by_time(pattern)), "")
+
+
+def by_time(pattern: str) -> list[str]:
+    """Those that fit, the newest last."""
+    return [str(path) for path in sorted(Path().glob(pattern), key=lambda path: path.stat().st_mtime)]
+
+
+def runs_with_a_model() -> list[str]:
+    """Their folders, the newest last."""
+    return [card.removesuffix("/model_card.md") for card in by_time("outputs/runs/slm/*/model_card.md")]
+
+
+def newest_custom() -> str:
+    """The newest run whose model is of no stock class."""
+    for run in reversed(runs_with_a_model()):
+        with suppress(UserError):  # its model may be gone
+            if str(exported.find(Path(run)).description["model_type"]).startswith(PRUNED):
+                return run
+    return "RUN"
+
+
+def remove_exports() -> None:
+    """What an earlier `slm-export` wrote, for it overwrites nothing."""
+    for file in Path().glob("*.gguf"):
+        file.unlink()
+    shutil.rmtree(PADDED, ignore_errors=True)
 
 
 def write_all(folder: Path) -> None:
-    """What the commands name: texts, rows, a package, model folders; and a run and a study, for what reads them."""
+    """What the commands name: texts, rows, a package, model folders; and runs and a study, for what reads them."""
     write_files(folder)
     data = write_data(folder / "data")
     text = (data / "text.txt").read_text(encoding="utf-8") * 5
@@ -175,7 +208,11 @@ def write_all(folder: Path) -> None:
         rows = [json.dumps({**row, first: f"{row[first]} {number}"}) for number in range(6)]
         (folder / "FOLDER" / f"{task}.jsonl").write_text("\n".join(rows), encoding="utf-8")
     write_lm_eval_tasks(folder / "lm_eval_tasks")
-    for command in ("slm recovery=none evaluation=perplexity", "slm -m recovery=none pruning_ratio=r10,r20"):
+    for command in (
+        "slm method=flap method.export=custom recovery=none evaluation=perplexity",  # the newest of `slm` is the next
+        "slm recovery=none evaluation=perplexity",
+        "slm -m recovery=none pruning_ratio=r10,r20",
+    ):
         outcome = run(*small(command))
         assert outcome.status == 0, outcome.err
     shutil.copyfile(Path(newest("outputs/runs/slm/*")) / "plan.json", "plan.json")
@@ -233,6 +270,7 @@ def ended(command: str) -> Ended:
     started = time.monotonic()
     try:
         with within(LIMIT_S):
+            remove_exports()
             outcome = run(*small(command))
     except (Exception, TooLong) as error:
         last = f"{type(error).__name__}: {error}".strip().splitlines()[-1]

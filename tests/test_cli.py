@@ -585,6 +585,12 @@ def test_flags_may_stand_anywhere(words, base):
         ("evaluation.tasks=[piqaa]", "no zero-shot task 'piqaa' (did you mean piqa?)"),
         ("pruning_ratio=0.2", "; any other ratio: pruning_ratio.ratio=0.2\n"),
         ("pruning_ratio=r40", "Could not find 'pruning_ratio/r40' (any other ratio: pruning_ratio.ratio=0.4)"),
+        ("r20", "'r20': options are written KEY=VALUE (did you mean pruning_ratio=r20?)"),
+        ("r40", "'r40': options are written KEY=VALUE; any other ratio: pruning_ratio.ratio=0.4"),
+        ("--dry-run", "--dry-run is no flag of slm; options are written without dashes, such as dry_run=true;"),
+        ("--method=flap", "without dashes, such as method=flap;"),
+        ("--stages=[merge]", "without dashes, such as stages=[merge];"),
+        ("--vresion", "--vresion is no flag of slm (did you mean --version"),
         (
             "pruning_ratio=24",
             "pruning_ratio.ratio=0.24; for 24 layers left pruning_ratio=layers pruning_ratio.num_layers=24",

@@ -8,13 +8,21 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from conftest import run_slm
 from safetensors.torch import load_file
 from wandb_files import history, nested, only, wandb_records
+
+from slm_pipeline.analysis.token_metrics import TOKEN_METRICS
+from slm_pipeline.commands import analyze
+from slm_pipeline.config import plugins
+from slm_pipeline.engine.similarities import SIMILARITIES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -175,6 +183,7 @@ hydra: {sweeper: {params: {method: "every_third,damped,reverse"}}}
 """,
 }
 
+TEXT = "the river runs past the old mill and a tree " * 40
 MODELS = ("dense", "pruned", "repaired", "recovered")
 COMMON = [
     *("plugins=[stranger]", "model=random", "model.architecture=helium", "model.num_layers=6", "model.hidden_size=32"),
@@ -206,7 +215,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file = folder / "stranger" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content.lstrip("\n"))
-    (folder / "text.txt").write_text("the river runs past the old mill and a tree " * 40)
+    (folder / "text.txt").write_text(TEXT)
     return folder
 
 
@@ -376,9 +385,9 @@ def records(project: Path, stage: str) -> list[dict[str, Any]]:
 def test_the_store_names_the_package_and_its_code_in_the_keys_of_what_it_made(project, study):
     listed = command("slm_pipeline.commands.store", project, "list").stdout
     assert "every_third: 6 -> 4 layers: 0 2-3 5\n" in listed
-    assert listed.count("runs  louder after halved\n") == 3
+    assert listed.count("1 run   louder after halved\n") == 3
     for method in ("every_third", "damped", "reverse"):
-        assert f"runs  halved after {method}, 4 layers\n" in listed
+        assert f"1 run   halved after {method}, 4 layers\n" in listed
     assert f": distinct/pairs {number(summary_of(study / '0'), 'pruned'):.1f} +-" in listed
     (digest,) = {identity["plugins"]["stranger"] for identity in records(project, "recover")}
     assert len(digest) == 64
@@ -452,34 +461,60 @@ def test_a_study_may_choose_its_measures_from_the_command_line(project):
     assert stages == ["#0", *one, "#1", "as", one[-1]]  # what #0 has already is said in one line
 
 
-def test_a_similarity_decides_a_search_and_its_code_is_in_key_and_memo(project):
-    words = [*COMMON, "method=slm", "method.similarity=nearness", "recovery=none", "evaluation=none", "tracker=jsonl"]
+@pytest.fixture
+def alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package of the similarity and the metric alone, for this process, which forgets them afterwards."""
+    file = tmp_path / "alike" / "__init__.py"
+    file.parent.mkdir()
+    file.write_text(PACKAGE["likeness.py"])
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a file that is written twice in a second is read twice
+    with mock.patch.dict(SIMILARITIES), mock.patch.dict(TOKEN_METRICS):
+        yield file
+    sys.modules.pop("alike", None)
+    plugins.use([])
+
+
+ALIKE = ["plugins=[alike]", *(word for word in COMMON[1:] if word != "model.architecture=helium")]
+
+
+def test_a_similarity_decides_a_search_and_its_code_is_in_key_and_memo(alike):
+    words = [*ALIKE, "method=slm", "method.similarity=nearness", "recovery=none", "evaluation=none", "tracker=jsonl"]
+    published = alike.read_text()
+
+    def run(*more: str) -> str:
+        sys.modules.pop("alike", None)  # as in a new process
+        outcome = run_slm(*words, "pictures=false", *more)
+        assert outcome.status == 0, outcome.err
+        return outcome.out
+
     apart = []
-    code = project / "stranger" / "likeness.py"
-    published = code.read_text()
     for name, factor in (("whole", 1.0), ("half", 0.5)):
-        code.write_text(published.replace("1 - (", f"1 - {factor} * ("))
-        slm(project, *words, f"name={name}", "pictures=false")
-        (plan,) = project.glob(f"outputs/runs/{name}/*/plan.json")
+        alike.write_text(published.replace("1 - (", f"1 - {factor} * ("))
+        run(f"name={name}")
+        (plan,) = Path("outputs/runs", name).glob("*/plan.json")
         apart.append(1 - json.loads(plan.read_text())["scores"]["steps"][0]["similarity"])
     assert 0 < apart[1] == pytest.approx(0.5 * apart[0])
-    memos = [path.stem for path in project.glob("outputs/store/calibrate/*/windows_*_official_nearness_*.jsonl")]
+    memos = [path.stem for path in Path().glob("outputs/store/calibrate/*/windows_*_official_nearness_*.jsonl")]
     assert len({name.rpartition("_")[2] for name in memos}) == 2
-    code.write_text(published)
-    dry = [line.split()[:2] for line in slm(project, *words, "dry_run=true").stdout.splitlines()]
+    alike.write_text(published)
+    dry = [line.split()[:2] for line in run("dry_run=true").splitlines()]
     assert dry == [["calibrate", "reuse"], ["merge", "run"]]  # neither of these two is its code
 
 
-def test_a_metric_of_its_own_is_a_map_of_the_analysis(project):
-    words = ["similarity", *COMMON[:6], "calibration=text_file", "calibration.path=text.txt"]
-    words += ["analysis.metrics=[same_sign]", "hydra.run.dir=found"]
-    done = command("slm_pipeline.commands.analyze", project, *words, "calibration.num_samples=4")
-    assert "share of features of one sign, from -1 to 1" in done.stdout
-    found = json.loads((project / "found/similarity.json").read_text())
+def test_a_metric_of_its_own_is_a_map_of_the_analysis(alike, monkeypatch, capsys):
+    words = ["similarity", *ALIKE[:5], "calibration=text_file", "calibration.path=text.txt"]
+    words += ["analysis.metrics=[same_sign]", "hydra.run.dir=found", "calibration.num_samples=4"]
+    monkeypatch.setattr(sys, "argv", ["slm-analyze", *words])
+    analyze.main()
+    assert "share of features of one sign, from -1 to 1" in capsys.readouterr().out
+    found = json.loads(Path("found/similarity.json").read_text())
     matrix = found["maps"]["text_file"]["same_sign"]["matrix"]
     assert [row[i] for i, row in enumerate(matrix)] == pytest.approx([1.0] * 7)
     assert all(-1 <= value < 1 for i, row in enumerate(matrix) for value in row[:i])
-    assert (project / "found/same_sign.png").is_file()
+    assert Path("found/same_sign.png").is_file()
 
 
 def test_without_its_plugin_an_option_is_none(project):

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from slm_pipeline.analysis.options import PREFIX, DynamicSkip, Options, Painters, Similarity, help_page, read
 from slm_pipeline.analysis.token_metrics import TOKEN_METRICS
 from slm_pipeline.cli import VERSION, errors_in_one_line
-from slm_pipeline.commands.arguments import answer_shell
+from slm_pipeline.commands.arguments import answer_shell, help_text
 from slm_pipeline.config import CalibrationConfig
 from slm_pipeline.config.overrides import parse_overrides
 from slm_pipeline.data import calibration, corpora
@@ -354,7 +354,8 @@ def main() -> None:
     answer_shell(ANALYSES, _may_begin)
     name, *words = sys.argv[1:] or [""]
     if name in ("", "-h", "--help"):
-        print(__doc__)
+        with errors_in_one_line():
+            print(help_text(__doc__))
         sys.exit(0 if name else 2)
     if name == "--version":
         print(VERSION)

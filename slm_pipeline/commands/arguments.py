@@ -13,9 +13,15 @@ from slm_pipeline.cli import VERSION
 
 def parsed(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
     """The words of the command line, or others; answers a shell that asks what may come next, and ``--version``."""
+    parser.description = help_text(parser.description)
     parser.add_argument("--version", action="version", version=VERSION)
     argcomplete.autocomplete(parser)
     return parser.parse_args(words)
+
+
+def help_text(docstring: str | None) -> str:
+    """A docstring for a terminal: names without the quotes that they have in code."""
+    return (docstring or "").replace("``", "").strip()
 
 
 def answer_shell(names: Iterable[str], options: Callable[[str], Iterable[str]]) -> None:

@@ -28,7 +28,7 @@ from slm_pipeline.commands import (
     bench_stages,
     bench_sweep,
 )
-from slm_pipeline.commands.arguments import answer_shell
+from slm_pipeline.commands.arguments import answer_shell, help_text
 
 GROUPS = {
     "search": (bench_methods.search, bench_methods.__doc__),
@@ -52,9 +52,10 @@ def main() -> None:
     """Console entry point."""
     arguments = sys.argv[1:]
     answer_shell(GROUPS, _words_of)
-    run, about = GROUPS.get(arguments[0] if arguments else "", (None, None))
+    run, docstring = GROUPS.get(arguments[0] if arguments else "", (None, None))
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(about or __doc__)
+        with errors_in_one_line():
+            print(help_text(docstring or __doc__))
         sys.exit(0 if arguments else 2)
     if "--version" in arguments:
         print(VERSION)

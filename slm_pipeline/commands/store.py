@@ -165,9 +165,11 @@ def verify(entries: Sequence[Entry]) -> bool:
 
 
 def _line(entry: Entry, models: Mapping[str, str]) -> str:
+    what = _said(entry.record, models) if entry.state == "finished" else entry.state
+    runs = "run " if len(entry.use.runs) == 1 else "runs"
     return (
         f"{entry.stage:<10} {entry.path.name:<24} {_size(entry.num_bytes):>9} {entry.age_days:>6.1f} d"
-        f" {len(entry.use.runs):>5} runs  {_said(entry.record, models) if entry.state == 'finished' else entry.state}"
+        f" {len(entry.use.runs):>5} {runs}  {what}"
     )
 
 

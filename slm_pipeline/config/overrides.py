@@ -38,6 +38,8 @@ def parse_overrides(overrides: Sequence[str], loader: ConfigLoader | None = None
     parser = OverridesParser.create()
     parsed = []
     for override in overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise UserError(f"{ranges.short(override)}: options are written KEY=VALUE{_key_of(override)}")
         try:
             item = parser.parse_override(override)
         except (HydraException, ValueError, RecursionError) as error:
@@ -55,6 +57,15 @@ def parse_overrides(overrides: Sequence[str], loader: ConfigLoader | None = None
         item.config_loader = loader
         parsed.append(item)
     return parsed
+
+
+def _key_of(word: str) -> str:
+    """What it may have been meant for: the options of that name, or a pruning ratio."""
+    groups_with_it = sorted(file.parent.name for file in config.CONF_DIR.glob("*/*.yaml") if file.stem == word)
+    if groups_with_it:
+        return f" (did you mean {' or '.join(f'{group}={word}' for group in groups_with_it)}?)"
+    ratio = other_ratio("pruning_ratio", word)
+    return f"; {ratio}" if ratio else ""
 
 
 def as_text_hint(override: str) -> str:

@@ -182,7 +182,7 @@ class PruningRatio:
         if left < fewest:
             nearest = f"; nearest: pruning_ratio=layers pruning_ratio.num_layers={fewest}"
             raise UserError(
-                f"{asked} leaves {left} layers; at least {fewest} must be left ({why})"
+                f"{asked} leaves {_layers(left)}; at least {fewest} must be left ({why})"
                 + (nearest if fewest < num_layers else "")
             )
         return target
@@ -208,7 +208,7 @@ class PruningRatio:
             largest = sum(sorted(sizes.blocks)[num_layers - can_go :]) / sizes.total
             raise UserError(
                 f"pruning_ratio.ratio={self.options.ratio} of {sizes.total / 1e6:.1f} M parameters leaves"
-                f" {max(0, num_layers - layers.remove)} layers; at least {fewest} must be left ({why}):"
+                f" {_layers(max(0, num_layers - layers.remove))}; at least {fewest} must be left ({why}):"
                 f" method={self.method.name} can remove at most {largest:.1%} of the parameters"
             )
         of_one_size = len(set(sizes.blocks)) == 1
@@ -311,3 +311,7 @@ class Threshold:
             return []
         keys = ", ".join(f"threshold.{name}" for name in names)
         return [f"threshold={self.options.kind} with method={method.name} does not use {keys}"]
+
+
+def _layers(number: int) -> str:
+    return f"{number} layer" if number == 1 else f"{number} layers"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from slm_pipeline.report import winners
+from slm_pipeline.report import leaderboard, winners
 from slm_pipeline.report.study import Study
 from slm_pipeline.show.tables import Lines, Table, code, csv_text, latex_escaped, markdown_escaped, wrapped
 
@@ -20,8 +20,11 @@ def markdown(study: Study) -> str:
     shared = [f"All jobs: {code(' '.join(study.shared()))}\n"] if study.shared() else []
     remarks = (f"{markdown_escaped(line)}\n" for line in study.remarks())
     parts = [title, *shared, *remarks]
-    if best := winners.table(study):
-        parts += [f"## {markdown_escaped(winners.title(study))}\n", best.markdown(), "## Runs\n"]
+    best = _best(study)
+    for heading, note, table in best:
+        parts += [f"## {markdown_escaped(heading)}\n", *([f"{markdown_escaped(note)}\n"] if note else [])]
+        parts.append(table.markdown())
+    parts += ["## Runs\n"] if best else []
     parts.append(study.table(columns).markdown())
     if averages := study.averages(study.shown_columns(costs=False)):
         parts += [f"## {markdown_escaped(study.averages_title())}\n", averages.markdown()]
@@ -38,8 +41,8 @@ def text(study: Study) -> str:
     shared = [f"All jobs: {' '.join(study.shared())}"] if study.shared() else []
     remarks = [*shared, *(line for line in study.remarks() if not line.startswith("Bold"))]
     parts = ["".join(wrapped(line, "") for line in (*title, study.counts(), *remarks))]
-    if best := winners.table(study):
-        parts.append(f"{winners.title(study)}\n{best.text()}")
+    best = _best(study)
+    parts += [f"{heading}\n{wrapped(note, '  ') if note else ''}{table.text()}" for heading, note, table in best]
     runs = study.table(columns, status=unfinished)
     left = len(runs.rows) - MOST_RUNS
     more = f"  and {left} more, in summary.md and report.html\n" if left > 0 else ""
@@ -49,6 +52,16 @@ def text(study: Study) -> str:
     if measured := study.measured():
         parts.append(f"How it was measured\n{Lines(measured).text()}")
     return "\n".join(parts)
+
+
+def _best(study: Study) -> list[tuple[str, str, Table]]:
+    """Who is best, each with a title and a note: where last models differ, whichever model was a run's last."""
+    if leaderboard.is_mixed(study):
+        boards = leaderboard.leaderboards(study)
+        several = len(boards) > 1
+        return [(b.title(several=several), b.note, leaderboard.table(study, b)) for b in boards if b.tells]
+    best = winners.table(study)
+    return [(winners.title(study), "", best)] if best else []
 
 
 def latex(study: Study) -> str:

@@ -20,9 +20,11 @@ from slm_pipeline.results.devices import device_of
 from slm_pipeline.results.number import Number, parted
 from slm_pipeline.results.of_run import parameters_at_work
 from slm_pipeline.results.settings import settings
+from slm_pipeline.show.tables import Table
 
 STEP = 5  # percent of the dense model's parameters: runs whose share rounds to the same multiple are of one size
 PLACES = 3  # shown of each size
+TIED = "~"  # as in the table of a run
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Size:
     places: list[Place]
     on_front: bool
 
+    @property
+    def name(self) -> str:
+        """With a mark if it is not on the front."""
+        return (f"{self.removed}% less" if self.removed else "as many") + ("" if self.on_front else "*")
+
 
 @dataclass(frozen=True)
 class Board:
@@ -57,6 +64,29 @@ class Board:
     quantity: str
     how: str
     sizes: list[Size]
+
+    @property
+    def tells(self) -> bool:
+        """Whether there is anything to choose from."""
+        return sum(len(size.places) for size in self.sizes) > 1
+
+    def title(self, *, several: bool) -> str:
+        """What it is; ``several``: there are others, of other models."""
+        return f"Best at each size: {self.quantity}" + (f", {self.model}" if several else "")
+
+    @property
+    def note(self) -> str:
+        """What its numbers and marks mean."""
+        direction = self.sizes[0].places[0].choice.metric.direction
+        shown = [place for size in self.sizes for place in size.places[:PLACES]]
+        parts = [
+            f"the last model of each run, sizes to the nearest {STEP}% of the parameters",
+            f"{direction} is better" if direction else "",
+            self.how,
+            f"{TIED}: noise does not tell it from the best" if any(place.ties for place in shown) else "",
+            "*: a smaller one is as good" if any(not size.on_front for size in self.sizes) else "",
+        ]
+        return "; ".join(filter(None, parts))
 
 
 def outcome(study: Study, run: int) -> Number | None:
@@ -82,6 +112,27 @@ def leaderboards(study: Study) -> list[Board]:
         how = str(next((study.numbers[c.runs[0]][c.metric.key].measured.get("how", "") for c in choices), ""))
         found.append(Board(model, quantity, how, _sizes(choices, bool(choices[0].metric.higher_is_better))))
     return found
+
+
+def is_mixed(study: Study) -> bool:
+    """Whether the last model of some runs is another than that of the metric, so that boards alone hold all runs."""
+    return any(study.metric not in study.numbers[run] and outcome(study, run) for run in range(len(study.runs)))
+
+
+def table(study: Study, board: Board) -> Table:
+    """The first places of each size, for a document or a terminal."""
+    rows: list[list[str]] = []
+    bold: set[tuple[int, int]] = set()
+    for size in board.sizes:
+        for rank, place in enumerate(size.places[:PLACES]):
+            choice = place.choice
+            jobs = study.runs[choice.runs[0]].job + (f" and {len(choice.runs) - 1} more" * (len(choice.runs) > 1))
+            mark = TIED if place.ties else f"{rank + 1}."
+            if size.on_front and (rank == 0 or place.ties):
+                bold.add((len(rows), 2))
+            named = "" if rank else size.name
+            rows.append([named, mark, str(choice.metric), label(study, choice), choice.metric.target, jobs])
+    return Table(["size", "", board.quantity, "run", "model", "job"], rows, frozenset(bold))
 
 
 def label(study: Study, choice: Choice) -> str:

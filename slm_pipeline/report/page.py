@@ -14,7 +14,7 @@ from typing import Any
 import slm_pipeline
 from slm_pipeline.errors import only_warned_about, printable
 from slm_pipeline.report.analyses import Analysis
-from slm_pipeline.report.leaderboard import PLACES, STEP, Board, label, leaderboards
+from slm_pipeline.report.leaderboard import PLACES, TIED, Board, label, leaderboards
 from slm_pipeline.report.plots import Picture
 from slm_pipeline.report.runs import text_of
 from slm_pipeline.report.runs_table import (
@@ -68,7 +68,7 @@ def html(study: Study, pictures: Sequence[Picture], analyses: Sequence[Analysis]
         counts=study.counts(),
         cautions=[signed(line) for line in cautions],
         facts=_facts(study),
-        boards=[_board(study, board, several=len(boards) > 1) for board in boards if _tells(board)],
+        boards=[_board(study, board, several=len(boards) > 1) for board in boards if board.tells],
         columns=columns,
         groups=groups_of(columns),
         has_metric=study.metric is not None,
@@ -128,24 +128,7 @@ def _facts(study: Study) -> list[tuple[str, str, str]]:
     return facts
 
 
-def _tells(board: Board) -> bool:
-    """Whether there is anything to choose from."""
-    return sum(len(size.places) for size in board.sizes) > 1
-
-
 def _board(study: Study, board: Board, *, several: bool) -> dict[str, Any]:
-    title = f"Best at each size: {board.quantity}" + (f", {board.model}" if several else "")
-    kind = board.sizes[0].places[0].choice.metric
-    direction = f"{kind.direction} is better" if kind.direction else ""
-    ties = any(place.ties for size in board.sizes for place in size.places[:PLACES])
-    behind = any(not size.on_front for size in board.sizes)
-    note = "; ".join(
-        filter(None, [
-            f"the last model of each run, sizes to the nearest {STEP}% of the parameters", direction, board.how,
-            "\N{ALMOST EQUAL TO}: noise does not tell it from the best" if ties else "",
-            "*: a smaller one is as good" if behind else "",
-        ])
-    )  # fmt: skip
     repeated = any(len(place.choice.runs) > 1 for size in board.sizes for place in size.places[:PLACES])
     heads = ["size", "", board.quantity, "run", *(["runs"] if repeated else [])]
     numbers = (False, False, True, False, True)
@@ -154,18 +137,17 @@ def _board(study: Study, board: Board, *, several: bool) -> dict[str, Any]:
         for rank, place in enumerate(size.places[:PLACES], 1):
             choice, first = place.choice, rank == 1
             value, error = parts_of(choice.metric)
-            named = f"{size.removed}% less" if size.removed else "as many"
             bold = " best" if (first or place.ties) and size.on_front else ""
             cells = [
-                _text((named if size.on_front else f"{named}*") if first else "", "size"),
-                _text("\N{ALMOST EQUAL TO}" if place.ties else f"{rank}.", "quiet"),
+                _text(size.name if first else "", "size"),
+                _text(TIED if place.ties else f"{rank}.", "quiet"),
                 _text(value, f"number{bold}", error),
                 _text(label(study, choice), f"wide{bold}", f"{choice.metric.target}, job {job_of(study, choice.runs)}"),
                 *([_text(str(len(choice.runs)), "number")] if repeated else []),
             ]
             rows.append({"cells": cells, "first": first})
     table = {"heads": [{"text": t, "number": n} for t, n in zip(heads, numbers, strict=False)], "rows": rows}
-    return {"title": title, "note": note, "table": table}
+    return {"title": board.title(several=several), "note": board.note, "table": table}
 
 
 def job_of(study: Study, runs: Sequence[int]) -> str:

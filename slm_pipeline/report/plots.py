@@ -259,8 +259,10 @@ def _speed(study: Study, folder: Path) -> Iterator[Picture]:
         grouped.setdefault(keys[i], []).append(Point(float(places[i] or 0), of_run.value, of_run.stderr))
     sign = (1 if measured else -1, 1 if study.is_higher_better(score) else -1)
     competing = [i for i in drawn if study.within_budget[i]]
-    goals = [(sign[0] * float(places[i] or 0), sign[1] * study.numbers[i][score].value) for i in competing]
-    best = sorted((sign[0] * goals[i][0], sign[1] * goals[i][1]) for i in pareto_front(goals))
+    found_at = [(float(places[i] or 0), study.numbers[i][score].value) for i in competing]
+    # a percent of the parameters is one size, as among the winners
+    goals = [(sign[0] * (place if measured else round(place)), sign[1] * value) for place, value in found_at]
+    best = sorted(found_at[i] for i in pareto_front(goals))
     dense = study.dense.get(f"dense/{parted(score)[1]}")
     dense_place = _dense_speed(study, speed) if measured else 100.0
     reference = None if dense is None or dense_place is None else ("dense", Point(dense_place, dense.value))

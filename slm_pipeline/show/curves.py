@@ -23,6 +23,7 @@ _NOTE = "#555555"
 _WIDTH = 5.0  # inches: two beside each other on a screen, and still to be read on a phone
 _FRONT = "#555555"
 _ROW = 0.155  # inches, a line of the legend
+_LEAST_SPAN = 0.04  # of an axis of sizes, in their own unit: no scale of hundredths of a percent
 
 
 @dataclass(frozen=True)
@@ -307,6 +308,9 @@ def _scales(axes: Axes, x: Axis, y: Axis) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     elif x.label.startswith("parameters") and not x.log:
         axes.xaxis.set_major_formatter(lambda value, _: count(round(value)) if value > 1e3 else f"{value:g}")
+        low, high = axes.dataLim.intervalx
+        if high - low < (least := _LEAST_SPAN * high):
+            axes.set_xlim((low + high - least) / 2, (low + high + least) / 2)
     axes.grid(color="#EDEDED", lw=0.6)
     axes.set_axisbelow(True)
 

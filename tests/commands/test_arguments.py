@@ -25,6 +25,16 @@ def test_every_command_says_its_version(command, capsys):
     assert capsys.readouterr().out == f"slm_pipeline {slm_pipeline.__version__}\n"
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_is_for_a_terminal(command, capsys):
+    main = import_module(f"slm_pipeline.commands.{command}").main
+    with mock.patch.object(sys, "argv", [f"slm-{command}", "--help"]), suppress(SystemExit):
+        main()
+    said = capsys.readouterr().out
+    assert f"slm-{command}" in said
+    assert "`" not in said
+
+
 def test_slm_says_its_version_and_not_hydras():
     assert run_slm("method=laco", "--version").out == f"slm_pipeline {slm_pipeline.__version__}\n"
 
@@ -45,3 +55,18 @@ def test_a_shell_is_told_what_may_come_next(line, words, tmp_path):
     module = f"slm_pipeline.commands.{line.split()[0].removeprefix('slm-')}"
     subprocess.run([sys.executable, "-m", module], env={**os.environ, **asked}, check=True)
     assert (tmp_path / "words").read_text().split() == words
+
+
+@pytest.mark.parametrize("command", ["analyze", "bench"])
+def test_help_that_nobody_reads_to_its_end_is_no_error(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    main = import_module(f"slm_pipeline.commands.{command}").main
+    with (
+        os.fdopen(writer, "w", buffering=1) as pipe,
+        mock.patch.object(sys, "argv", [f"slm-{command}", "--help"]),
+        mock.patch.object(sys, "stdout", pipe),
+        pytest.raises(SystemExit) as end,
+    ):
+        main()
+    assert end.value.code == 0

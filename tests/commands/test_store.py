@@ -81,7 +81,7 @@ def test_list(output_dir, capsys):
     assert [line.split()[1] for line in lines[:-1]] == ["bbbb", "cccc", "dddd.partial", "eeee", "aaaa"]  # largest first
     merged, unused, partial, scores, calibration = lines[:-1]
     assert "3.0 MB" in merged
-    assert "1 runs" in merged
+    assert "    1 run  " in merged
     assert "30 -> 24 layers: 0-21 {22-24} 25-29" in merged
     assert "0 runs" in unused
     assert "3.0 d" in unused
@@ -338,7 +338,7 @@ def test_a_run_counts_once_by_its_link_and_by_what_it_noted(output_dir, capsys, 
     use(output_dir, output_dir / "runs" / "slm" / "now", "calibrate/aaaa")
     monkeypatch.chdir(output_dir.parent)
     _, line, _ = run(capsys, "list", "--output-dir", output_dir.name, "--stage", "calibrate").splitlines()
-    assert " 1 runs " in line
+    assert " 1 run " in line
 
 
 def test_a_folder_in_place_of_a_note_is_replaced(output_dir, tmp_path, caplog):

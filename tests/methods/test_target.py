@@ -69,9 +69,8 @@ def test_what_cannot_be_reached_is_refused_before_anything_is_loaded(overrides, 
     assert run_slm(*given, f"pruning_ratio.num_layers={num_layers}").status == 0
     refused = run_slm(*given, f"pruning_ratio.num_layers={num_layers - 1}")
     assert refused.status == 2
-    assert f"num_layers={num_layers - 1} leaves {num_layers - 1} layers; at least {num_layers} must be left" in (
-        refused.err
-    )
+    left = f"{num_layers - 1} layer{'s' * (num_layers > 2)}"
+    assert f"num_layers={num_layers - 1} leaves {left}; at least {num_layers} must be left" in refused.err
     assert message in refused.err
     assert refused.err.rstrip().endswith(f"nearest: pruning_ratio=layers pruning_ratio.num_layers={num_layers}")
 
@@ -155,7 +154,7 @@ def test_a_ratio_of_parameters_is_of_them_all_and_at_least_reached(ratio, layers
 
 def test_a_ratio_of_parameters_that_the_embeddings_put_out_of_reach_names_the_largest():
     options = PruningRatioConfig(of="parameters", ratio=0.85)
-    with pytest.raises(UserError, match=r"leaves 1 layers; at least 3 must be left .* at most 81.0% of the parameters"):
+    with pytest.raises(UserError, match=r"leaves 1 layer; at least 3 must be left .* at most 81.0% of the parameters"):
         PruningRatio(options, Sleb()).target(SIZES)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from studies import finished, perplexity, with_speedup, write_run
 
+from slm_pipeline.report import documents
 from slm_pipeline.report.leaderboard import Board, label, leaderboards, outcome
 from slm_pipeline.report.study import Study, read_study
 
@@ -50,6 +51,22 @@ def test_each_size_has_its_best_with_the_last_model_of_every_run(tmp_path):
         20: [("laco, 21.4", 25.0, False), ("slm, 19", 30.0, False)],
         30: [("mka, 30", 70.0, False)],
     }
+
+
+def test_terminal_and_markdown_name_the_best_last_models_as_the_page_does(tmp_path):
+    """Where the metric is about recovered models, those that no recovery followed are in the table of the best too."""
+    write(tmp_path, 0, "slm", 20.0, 20.0)
+    write(tmp_path, 1, "laco", 20.0, 90.0, recovered=25.0)
+    study = read_study(tmp_path / "s")
+    said = documents.text(study).partition("\nRuns\n")[0]
+    assert [line.split() for line in said.splitlines()[-3:]] == [
+        ["size", "perplexity/bundled", "run", "model", "job"],
+        ["20%", "less", "1.", "20.00", "slm", "pruned", "0"],
+        ["2.", "25.00", "laco", "recovered", "1"],
+    ]
+    assert "the last model of each run" in said
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in documents.markdown(study).splitlines()]
+    assert ["20% less", "1.", "**20.00**", "slm", "pruned", "0"] in rows
 
 
 def test_seeds_are_one_place_and_what_is_within_noise_ties(tmp_path):

@@ -123,6 +123,17 @@ def test_speed_is_measured_or_the_parameters_left(measured, tmp_path, drawn):
         assert label == "parameters left in percent (speed was not measured)"
 
 
+def test_a_percent_of_the_parameters_is_one_size_of_the_front(tmp_path, drawn):
+    """84.2 and 84.1 percent are one size, of which the better one is on the front; 70 percent is another."""
+    for job, (left, score) in enumerate([(842, 60.0), (841, 55.0), (700, 40.0)]):
+        result = finished(tmp_path, 24 - job, 20.0, score, score)
+        result["parameters"] = {"dense": 1000, "pruned": left}
+        write_run(tmp_path / "s" / str(job), [f"method=m{job}"], result)
+    plots.draw(read_study(tmp_path / "s"), tmp_path)
+    _, best = drawn["score_by_speed"]["arguments"]
+    assert best == [(70.0, 40.0), (84.2, 60.0)]
+
+
 @pytest.mark.parametrize("devices", [("H100", "H100"), ("H100", "A100")])
 def test_the_ratio_to_the_dense_model_is_drawn_if_it_is_one_devices(devices, tmp_path, drawn):
     for job, (device, speedup) in enumerate(zip(devices, (1.25, 1.5), strict=True)):

@@ -91,6 +91,17 @@ def test_a_ranking_has_its_rows_from_the_top(figure):
     assert places == [[[20.0, 0.0]], [[30.0, 1.0]]]
 
 
+def test_sizes_that_are_nearly_one_lie_side_by_side(figure):
+    """113.24 and 113.27 million: an axis of their own would say 113.2M at every mark."""
+    found = [Curve("slm", SLM, [Point(113.24e6, 20.0)]), Curve("laco", LACO, [Point(113.27e6, 30.0)])]
+    (axes,) = figure(curves.against, found, title="t", x=Axis("parameters"), y=Axis("perplexity")).axes
+    low, high = axes.get_xlim()
+    assert (low + high) / 2 == pytest.approx(113.255e6)
+    assert high - low == pytest.approx(0.04 * 113.27e6)
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert len(set(labels)) == len(labels)
+
+
 def test_the_front_joins_its_points(figure):
     found = [Curve("slm", SLM, [Point(40, 60.0), Point(50, 55.0)])]
     (axes,) = figure(
