@@ -37,7 +37,7 @@ UNITS = ("leverage", "obs")
 OBJECTIVES = {"kl_divergence": "kl", "next_token_loss": "loss"}  # and what the trace calls them
 JUDGED = ("repaired", "pruned")
 _DIFFER = "method=joint needs layers that are alike; this model's differ in heads or neurons"
-VERSION = 3  # raised when the same candidate gets another number
+VERSION = 4  # raised when the same candidate gets another number
 
 
 @dataclass(kw_only=True)

@@ -24,6 +24,7 @@ from slm_pipeline.methods.joint import _parts
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply, layer_sizes, planned_blocks
+from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.ops import LayerSize
 
 SIZE = LayerSize(attention=40, mlp=100, other=1, heads=3, neurons=9, per_head=10, per_neuron=10)
@@ -176,6 +177,23 @@ def test_the_dense_shape_is_the_dense_model():
     filled = fitting(view, ids).fill(shape, 6)
     assert (filled.kl, filled.same, filled.kept) == (0.0, 1.0, {})
     assert all(not block.replaced for block in filled.blocks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("units", ["leverage", "obs"])
+def test_neurons_that_are_to_stay_go_last_also_where_damages_are_measured(units):
+    _, model = lively()
+    view = ModelView(model)
+    ids = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(2))
+    fixed = torch.zeros(view.num_neurons, dtype=torch.bool)
+    fixed[[3, 30]] = True
+    fit = fitting(view, ids, units=units, fixed={0: fixed})
+    streams = Streams(view, ids)
+    streams.look_ahead(0, 1)
+    sums = Refit().sums(streams, Block(0), "mlp")
+    order = fit._order(streams, Block(0), "mlp", sums, view.num_neurons, view.num_neurons - 1)
+    assert set(order[:-1].tolist()) == {*range(view.num_neurons)} - {3, 30}
+    assert order[-1] in (3, 30)
 
 
 @pytest.mark.parametrize("export", ["stock", "custom"])
