@@ -111,6 +111,8 @@ class Joint(ProtectsEnds):
                 f"calibration.num_samples={number} must be at least 3 for method=joint: it fits, chooses and tells on"
                 " different samples"
             )
+        if self.objective == "next_token_loss" and context.config.calibration.seq_len < 2:
+            raise UserError("calibration.seq_len=1 must be at least 2 for method.objective=next_token_loss")
         if context.source.layers_differ:  # a folder says so; else it is seen when it plans
             raise UserError(_DIFFER)
 

@@ -275,6 +275,14 @@ def test_two_samples_are_too_few():
         joint().check(context)
 
 
+def test_one_token_has_no_next_one():
+    context = context_of(random_source())
+    context.config.calibration.seq_len = 1
+    joint().check(context)
+    with pytest.raises(UserError, match="calibration.seq_len=1 must be at least 2 for method.objective=next_token_los"):
+        joint(objective="next_token_loss").check(context)
+
+
 def test_a_model_whose_layers_differ_is_refused():
     source, model = lively()
     apply(narrowing({1: (None, [0, 1, 2])}), model)
