@@ -266,13 +266,13 @@ def _long_text(token_ids: list[int], config: CalibrationConfig) -> Samples:
 
 
 def _starts_at_characters(config: CalibrationConfig, num_characters: int) -> bool:
-    read = config.num_samples * _near(config)
+    read = config.num_samples * near_characters(config.seq_len)
     return config.sampling == "random" and num_characters > max(LONGEST, read)
 
 
-def _near(config: CalibrationConfig) -> int:
+def near_characters(seq_len: int) -> int:
     """Characters from a start on that surely have ``seq_len`` tokens, unless most of them are blanks or the like."""
-    return 32 * config.seq_len + 4096
+    return 32 * seq_len + 4096
 
 
 def _near_characters(text: str, tokenizer: Any, config: CalibrationConfig) -> Samples:
@@ -285,7 +285,9 @@ def _near_characters(text: str, tokenizer: Any, config: CalibrationConfig) -> Sa
         for start in (generator.randrange(len(text)) for _ in range(tries)):
             begin = max(0, start - 256)  # the first token is one that it would be within the text
             before = len(text_tokens(tokenizer, text[begin:start]))
-            token_ids = text_tokens(tokenizer, text[begin : start + _near(config)], before + config.seq_len)[before:]
+            token_ids = text_tokens(
+                tokenizer, text[begin : start + near_characters(config.seq_len)], before + config.seq_len
+            )[before:]
             if len(token_ids) < config.seq_len:
                 continue
             pieces.append(token_ids)

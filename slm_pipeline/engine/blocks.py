@@ -180,7 +180,8 @@ class BlockRunner:
     @torch.no_grad()
     def finish(self, hidden: Tensor) -> Tensor:
         """Final-normed states of the last block's output."""
-        normed: Tensor = self.view.final_norm(hidden.to(next(self.view.final_norm.parameters()).device))
+        weight = next(self.view.final_norm.parameters(), None)  # OPT may have none
+        normed: Tensor = self.view.final_norm(hidden if weight is None else hidden.to(weight.device))
         return normed
 
     @torch.no_grad()

@@ -206,23 +206,22 @@ class Fitting:
         columns = sums.gram.shape[0] - (streams.bias(block, sublayer) is not None)  # a bias stays
         fixed = self.fixed.get(block.body) if sublayer == "mlp" else None
         fixed = fixed if fixed is None or here is None else fixed[here]
-        free = number if fixed is None else number - int(fixed.sum())
-        if remove > free:  # then what was to stay goes too, last
-            fixed = None
         if sublayer == "mlp" and self.units == "leverage":
             gram = streams.gram(block, sublayer).matrix
             scores = least_squares.leverage_scores(gram, penalty=least_squares.penalty(gram, self.ridge)).cpu()
             order = scores.argsort(stable=True)
-            return (order if fixed is None else order[~fixed[order]])[:remove]
-        return least_squares.removal_order(
+            return (order if fixed is None else torch.cat([order[~fixed[order]], order[fixed[order]]]))[:remove]
+        last = torch.arange(0) if fixed is None else fixed.nonzero().flatten()  # where all else is gone
+        order = least_squares.removal_order(
             weight[:, :columns],
             sums.gram[:columns, :columns],
-            remove,
+            min(remove, number - len(last)),
             size=columns // number,
             penalty=penalty,
             at_a_time=_AT_A_TIME if sublayer == "mlp" else 1,
             fixed=fixed,
         )
+        return torch.cat([order, last])[:remove]
 
     def _narrowed(self, block: Block, sublayer: str, stay: Tensor, number: int, sums: Sums) -> tuple[Block, Sums]:
         """The block with these units of a sublayer alone, and the sums of what enters its last projection then."""

@@ -38,7 +38,7 @@ UNITS = ("leverage", "obs")
 OBJECTIVES = {"kl_divergence": "kl", "next_token_loss": "loss"}  # and what the trace calls them
 JUDGED = ("repaired", "pruned")
 _DIFFER = "method=joint needs layers that are alike; this model's differ in heads or neurons"
-VERSION = 3  # raised when the same candidate gets another number
+VERSION = 4  # raised when the same candidate gets another number
 
 
 @dataclass(kw_only=True)
@@ -112,6 +112,8 @@ class Joint(ProtectsEnds):
                 f"calibration.num_samples={number} must be at least 3 for method=joint: it fits, chooses and tells on"
                 " different samples"
             )
+        if self.objective == "next_token_loss" and context.config.calibration.seq_len < 2:
+            raise UserError("calibration.seq_len=1 must be at least 2 for method.objective=next_token_loss")
         if context.source.layers_differ:  # a folder says so; else it is seen when it plans
             raise UserError(_DIFFER)
 
@@ -186,7 +188,8 @@ class Joint(ProtectsEnds):
         """The best of the candidates with one width for all layers that stay."""
         sizes = problem.prices or search.fitting.sizes
         block = max(1, sum(size.whole for size in sizes) // len(sizes))
-        most = min(remove // block, len(self.candidates(len(sizes))) - 1)
+        limit = len(self.candidates(len(sizes))) - 1
+        most = min(remove // block, limit)
         orders = self._orders(problem, search, most)
         numbers = sorted({round(most * step / (self.depths - 1)) for step in range(self.depths)})
 
@@ -197,8 +200,12 @@ class Joint(ProtectsEnds):
             return {key: shape for key, shape in found.items() if shape is not None}
 
         first = shapes(numbers, list(orders))
+        if not first and most < limit:  # neurons are too few, or take no time: one more layer goes
+            most += 1
+            orders = self._orders(problem, search, most)
+            first = shapes([most], list(orders))
         if not first:
-            raise UserError(f"method=joint: {remove} parameters cannot go; ask for a lower pruning_ratio")
+            raise _cannot_go(problem, remove)
         ranked = search.ranked(list(first.values()), divisor=4)
         near: list[Shape] = []
         for key in [key for key, shape in first.items() if shape in ranked[:2]]:
@@ -258,7 +265,7 @@ class Joint(ProtectsEnds):
         shape: Shape = tuple((size.heads, size.neurons) for size in sizes)
         places = [(layer, part) for layer in self.candidates(len(sizes)) for part in SUBLAYERS]
         if allocate({place: {0: 0.0} for place in places}, sizes, remove, 1) is None:
-            raise UserError(f"method=joint: {remove} parameters cannot go; ask for a lower pruning_ratio")
+            raise _cannot_go(problem, remove)
         step = max(1, round(self.commit * sum(size.whole for size in sizes)))
         base, point = None, (0.0, 0.0)
         for goal in [*range(step, remove, step), remove]:
@@ -438,6 +445,14 @@ def tilted(
         factor = math.exp(tilt * (0.5 - layer / num_layers) + (attention if part == "attention" else 0.0))
         found[layer, part] = {number: factor * damage for number, damage in levels.items()}
     return found
+
+
+def _cannot_go(problem: PruningProblem, remove: int) -> UserError:
+    if problem.prices is None:
+        return UserError(f"method=joint: {remove} parameters cannot go; ask for a lower pruning_ratio")
+    return UserError(
+        f"method=joint: {remove / 1e9:.4g} ms of a token's time cannot go; ask for a lower pruning_ratio.speedup"
+    )
 
 
 def _parts(input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

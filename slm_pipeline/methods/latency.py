@@ -3,8 +3,9 @@ how much to remove.
 
 The target is turned into layers or parameters, the time of the plan is looked up, and the method is asked again for
 more or less as long as that is needed. Layers: as many more, one by one, as are missing. Parameters: by linear
-interpolation between the plans that were too slow and fast enough, and no more than the method can remove, until one is
-within 1 % of the target and not slower than it, or six were made; the smallest that is fast enough is taken. A method
+interpolation between the plans that were too slow and fast enough, in the middle at least once two in a row were too
+slow, and no more than the method can remove, until one is within 1 % of the target and not slower than it, or six were
+made; the smallest that is fast enough is taken. A method
 that takes prices is told what each part of a layer costs in picoseconds, and how many are to go: as many more as were
 missing, until its plan is fast enough.
 """
@@ -145,9 +146,11 @@ class _Search:
         slow, fast = (0, self.times.seconds), (every, self.times.seconds - self.times.blocks)
         best: _Found | None = None
         most, refused = every, None  # that the method can remove, and how it said so
+        in_a_row = 0  # plans that were too slow: where widths cost little time, a line falls short again and again
         while self.made < _TRIES:
             goal = self.budget * (1 - _TOLERANCE / 2)
             share = (slow[1] - goal) / (slow[1] - fast[1]) if slow[1] > fast[1] else 0.5
+            share = max(share, 0.5) if in_a_row > 1 else share
             remove = min(most, slow[0] + round(min(0.98, max(0.02, share)) * (fast[0] - slow[0])))
             if remove <= slow[0] or remove == fast[0]:
                 break
@@ -165,9 +168,9 @@ class _Search:
             if found.is_idle:
                 raise self._out_of_reach("what is gone stays as zeros, which take as long; use method.export=custom")
             if found.seconds > self.budget:
-                slow = (remove, found.seconds)
+                slow, in_a_row = (remove, found.seconds), in_a_row + 1
                 continue
-            fast, best = (remove, found.seconds), found
+            fast, best, in_a_row = (remove, found.seconds), found, 0
             if found.seconds >= self.budget * (1 - _TOLERANCE):
                 break
         if best is None and refused is not None:

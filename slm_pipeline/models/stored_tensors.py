@@ -198,17 +198,19 @@ def _expected(description: Mapping[str, Any], architecture: Architecture) -> dic
     heads, head_dim = description.get("num_attention_heads"), description.get("head_dim")
     inner = heads * head_dim if heads and head_dim else None
     decoder = architecture.decoder
+    has_gains = description.get("layer_norm_elementwise_affine") is not False  # OPT's word for norms without weights
     expected: dict[str, tuple[int | None, ...]] = {f"{decoder}.{architecture.embedding}.weight": (rows, hidden)}
     for layer in range(description["num_hidden_layers"]):
         block = f"{decoder}.{architecture.layers}.{layer}"
-        for norm in architecture.norms:
+        for norm in architecture.norms if has_gains else ():
             expected[f"{block}.{norm}.weight"] = (hidden,)
         output_inputs = {architecture.attention_output: inner, architecture.mlp_output: _neurons(description)}
         for name in architecture.projections:
             expected[f"{block}.{name}.weight"] = (
                 (hidden, output_inputs[name]) if name in output_inputs else (None, hidden)
             )
-    expected[f"{decoder}.{architecture.final_norm}.weight"] = (hidden,)
+    if has_gains:
+        expected[f"{decoder}.{architecture.final_norm}.weight"] = (hidden,)
     if description.get("tie_word_embeddings") is False:  # where it is absent, the class decides
         expected[f"{architecture.head}.weight"] = (rows, hidden)
     return expected

@@ -184,6 +184,9 @@ class ModelView:
         self.config.__class__ = pruned.config_class  # the modules share this object, so it is changed where it is
         self.config.model_type = pruned.config_class.model_type  # one that was read from a file has its own
         self.model.__class__ = pruned
+        # What transformers renamed when it read the former class it would name back in a file of this one, which it
+        # then reads as it is: GPT-NeoX's head.
+        self.model._weight_conversions = None
 
     def allows_kv_heads(self, groups: int) -> bool:
         """Whether the model's own class can have so many key-value groups in every layer, each with as many query heads

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import numpy as np
 
 from slm_pipeline.config.ranges import Range
+from slm_pipeline.data.calibration import near_characters
 from slm_pipeline.errors import UserError
 from slm_pipeline.machine import ranks
 from slm_pipeline.repair.base import Repair, RepairProblem, extended
@@ -202,13 +203,16 @@ class Refit(Repair):
         num_samples, seq_len = problem.input_ids.shape
         number = min(max(1, round(self.held_out * num_samples)), num_samples - 1)
         chosen = torch.zeros(num_samples, dtype=torch.bool)
-        starts = [place["start"] for place in problem.places if place.keys() == {"start"}]
+        starts, width = [place["start"] for place in problem.places if place.keys() == {"start"}], seq_len
+        if not starts:  # a very long text's begin at characters, and end where only its tokens tell
+            starts = [place["character"] for place in problem.places if "character" in place]
+            width = near_characters(seq_len)
         if len(starts) < num_samples:
             chosen[(2 * torch.arange(number) + 1) * num_samples // (2 * number)] = True
             return problem.input_ids[~chosen], problem.input_ids[chosen]
         places = torch.tensor(starts)
         chosen[places.argsort(stable=True)[-number:]] = True
-        fitted = places + seq_len <= places[chosen].min()
+        fitted = places + width <= places[chosen].min()
         if not bool(fitted.any()):
             raise UserError(
                 f"repair.calibration: all of its {num_samples} samples of {seq_len} tokens overlap with those held out;"

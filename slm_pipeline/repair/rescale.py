@@ -69,7 +69,11 @@ class Rescale(Repair):
                 ops.append(Scale((group[0],), 1 / total))
         found = {
             "name": self.name,
-            "num_tokens": problem.input_ids.numel(),
+            "num_tokens": problem.input_ids.numel() if cuts else 0,
             "cuts": [{"layer": layer, "factor": factor} for layer, factor in factors.items()],
         }
-        return extended(plan, ops=[*plan.ops, *ops], scores={**plan.scores, "repair": found})
+        scores = {**plan.scores, "repair": found}
+        if not ops:
+            line = "repair=rescale: no whole layers went below one that stays, so there is nothing to rescale"
+            scores["warnings"] = [*plan.scores.get("warnings", []), line]
+        return extended(plan, ops=[*plan.ops, *ops], scores=scores)

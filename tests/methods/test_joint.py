@@ -24,6 +24,7 @@ from slm_pipeline.methods.joint import _parts
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply, layer_sizes, planned_blocks
+from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.ops import LayerSize
 
 SIZE = LayerSize(attention=40, mlp=100, other=1, heads=3, neurons=9, per_head=10, per_neuron=10)
@@ -178,6 +179,23 @@ def test_the_dense_shape_is_the_dense_model():
     assert all(not block.replaced for block in filled.blocks)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("units", ["leverage", "obs"])
+def test_neurons_that_are_to_stay_go_last_also_where_damages_are_measured(units):
+    _, model = lively()
+    view = ModelView(model)
+    ids = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(2))
+    fixed = torch.zeros(view.num_neurons, dtype=torch.bool)
+    fixed[[3, 30]] = True
+    fit = fitting(view, ids, units=units, fixed={0: fixed})
+    streams = Streams(view, ids)
+    streams.look_ahead(0, 1)
+    sums = Refit().sums(streams, Block(0), "mlp")
+    order = fit._order(streams, Block(0), "mlp", sums, view.num_neurons, view.num_neurons - 1)
+    assert set(order[:-1].tolist()) == {*range(view.num_neurons)} - {3, 30}
+    assert order[-1] in (3, 30)
+
+
 @pytest.mark.parametrize("export", ["stock", "custom"])
 def test_the_target_is_met_within_one_unit(ask, export):
     problem = ask(num_parameters=9000)
@@ -255,6 +273,14 @@ def test_two_samples_are_too_few():
     context.config.calibration.num_samples = 2
     with pytest.raises(UserError, match="calibration.num_samples=2 must be at least 3 for method=joint"):
         joint().check(context)
+
+
+def test_one_token_has_no_next_one():
+    context = context_of(random_source())
+    context.config.calibration.seq_len = 1
+    joint().check(context)
+    with pytest.raises(UserError, match="calibration.seq_len=1 must be at least 2 for method.objective=next_token_los"):
+        joint(objective="next_token_loss").check(context)
 
 
 def test_a_model_whose_layers_differ_is_refused():

@@ -22,6 +22,7 @@ from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slm_pipeline.config import ModelConfig
+from slm_pipeline.engine.blocks import BlockRunner
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.zero_shot import score_task
 from slm_pipeline.models import fault_words
@@ -274,6 +275,18 @@ def test_tensors_that_are_not_used_are_warned_about_and_sound_ones_are_not(sound
     folder = folders.copy(sound_models["llama"], tmp_path / "model", weights(lambda w: {**w, "v": torch.ones(1)}))
     load_dense(describe(options(folder)))
     assert caplog.messages == [f"{folder}: the model has no place for 1 tensor of its files, not used: v"]
+
+
+def test_opt_whose_norms_have_no_weights_and_projections_no_biases_is_sound(tmp_path, input_ids):
+    folder = folders.save(
+        tmp_path, "opt", enable_bias=False, layer_norm_elementwise_affine=False, max_position_embeddings=48
+    )
+    source = describe(options(folder))
+    assert source.warnings == ()
+    model, _ = load_dense(source)
+    with torch.no_grad():
+        expected = model(input_ids=input_ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(BlockRunner(ModelView(model), input_ids).final, expected)
 
 
 JOB = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -12,10 +13,12 @@ from model_folders import plain_transformers
 from plans import narrowing
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from slm_pipeline.config import ModelConfig
 from slm_pipeline.engine.blocks import BlockRunner
 from slm_pipeline.models import checkpoint
 from slm_pipeline.models.architectures import ARCHITECTURES
 from slm_pipeline.models.loading import byte_tokenizer, load_checkpoint, load_dense
+from slm_pipeline.models.source import describe
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply, layer_sizes, planned_blocks
 from slm_pipeline.surgery.changes import measure_changes
@@ -189,6 +192,26 @@ def test_plain_transformers_loads_layers_of_different_widths(architecture, input
     expected = model.generate(input_ids[:1], max_new_tokens=6, do_sample=False)[0].tolist()
     assert plain_transformers(folder, input_ids, tmp_path) == [str(expected), "refused True"]
     assert "trust_remote_code=True" in (folder / "README.md").read_text()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", ["cpu", "stream"])
+def test_a_gpt_neox_read_from_files_is_pruned_and_saved_twice(device, input_ids, tmp_path):
+    """transformers calls its head otherwise in files than in the model, but only where the class is its own."""
+    model, tokenizer = load_dense(random_source("gpt_neox"))
+    folder = tmp_path / "dense"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    options = ModelConfig(name="local", source="local", dtype="float32", device=device)
+    for name, plan in (("first", narrowing(UNEQUAL)), ("second", narrowing({0: (None, [1, 2])}, Drop((1,))))):
+        config = dataclasses.replace(options, path=str(folder))
+        pruned = apply(plan, load_dense(describe(config))[0])
+        expected = pruned(input_ids=input_ids, use_cache=False).logits
+        folder = tmp_path / name
+        checkpoint.save(pruned, tokenizer, folder, card="", config=config)
+    found, _ = load_dense(describe(dataclasses.replace(options, path=str(folder))))
+    torch.testing.assert_close(found(input_ids=input_ids, use_cache=False).logits, expected)
+    assert [ModelView(found).neurons_of(layer) for layer in range(5)] == [2, 48, 2, 7, 48]
 
 
 def test_a_model_of_unequal_layers_trains_is_saved_again_and_is_pruned_further(tiny_llama, input_ids, tmp_path):

@@ -136,6 +136,11 @@ def test_of_one_long_text_no_token_is_in_both_parts(make_problem):
     assert torch.equal(fitted, problem.input_ids[[1, 4, 5, 6]])
     rows = dataclasses.replace(problem, places=[{"row": 2, "start": start} for start in starts])
     assert len(refit(held_out=0.4)._split(rows)[0]) == 5
+    far = [7, 90_000, 20_000, 9_000, 80_000, 70_000, 66_000, 30_000]  # characters: 12 tokens may take 4,480
+    letters = dataclasses.replace(problem, places=[{"character": start} for start in far])
+    fitted, held_out = refit(held_out=0.4)._split(letters)
+    assert torch.equal(held_out, problem.input_ids[[1, 4, 5]])  # and 66,000 may reach into 70,000
+    assert torch.equal(fitted, problem.input_ids[[0, 2, 3, 7]])
     close = dataclasses.replace(problem, places=[{"start": start % 12} for start in starts])
     with pytest.raises(UserError, match="all of its 8 samples of 12 tokens overlap with those held out; use a longer"):
         refit(held_out=0.4)._split(close)

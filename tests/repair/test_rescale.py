@@ -111,6 +111,10 @@ def test_where_no_layers_went_below_others_there_is_nothing_to_rescale(make_prob
         repaired = rescale().repair(make_problem(growing(), plan))
         assert repaired.ops == plan.ops
         assert repaired.scores["repair"]["cuts"] == []
+        assert repaired.scores["repair"]["num_tokens"] == 0  # none was run
+        assert repaired.scores["warnings"] == [
+            "repair=rescale: no whole layers went below one that stays, so there is nothing to rescale"
+        ]
 
 
 def test_states_that_are_not_finite_are_an_error(make_problem):
