@@ -72,6 +72,7 @@ class Fitting:
         fit, choose: [N, length] int64 tokens that weights are fitted to, and that choose ridges and shapes.
         sizes: of the dense layers.
         how: the least squares.
+        whole: those of shapes that have all sublayers; None: ``how``.
         ridge: of the choice of units, relative to the mean diagonal of the Gram matrix.
         units: which neurons go: obs, those that the others can best make up for, towards the target | leverage, those
             whose values are most nearly combinations of the others', whatever the target (`least_squares`).
@@ -90,12 +91,13 @@ class Fitting:
     fixed: Mapping[int, Tensor] = field(default_factory=dict)
     objective: str = "kl_divergence"
     refitted: bool = True
+    whole: Refit | None = None
 
     def fill(self, shape: Shape, num_samples: int, *, keep: bool = True) -> Fitted:
         """A model of this shape, fitted to the first samples of ``fit``; its blocks, in main memory, if they are to be
         kept."""
         fit, choose = Streams(self.view, self.fit[:num_samples]), Streams(self.view, self.choose)
-        groups = originals(shape)
+        groups, how = originals(shape), self.how_of(shape)
         blocks: list[Block] = []
         kept: dict[tuple[int, str], Tensor] = {}
         for (layer, *_), span in zip(groups, spans(groups, self.view.num_layers), strict=True):
@@ -108,14 +110,14 @@ class Fitting:
             whole = {"attention": self.sizes[layer].heads, "mlp": self.sizes[layer].neurons}
             as_dense = fit.pruned is fit.dense and left == whole and span == (layer, layer + 1)
             for sublayer in (part for part, number in left.items() if number and not as_dense):
-                sums = self.how.sums(fit, block, sublayer)
+                sums = how.sums(fit, block, sublayer)
                 if left[sublayer] < whole[sublayer]:
                     order = self._order(fit, block, sublayer, sums, whole[sublayer], whole[sublayer] - left[sublayer])
                     stay = _stay(order, whole[sublayer])
                     kept[layer, sublayer] = stay
                     block, sums = self._narrowed(block, sublayer, stay, whole[sublayer], sums)
                 if self.refitted:
-                    block, _ = self.how.writing(fit, choose, block, sublayer, sums)
+                    block, _ = how.writing(fit, choose, block, sublayer, sums)
             for streams in (fit, choose):
                 streams.pass_through(block)
             if keep:
@@ -123,6 +125,10 @@ class Fitting:
         kl, same = choose.divergence()
         score = kl if self.objective == "kl_divergence" else choose.loss(self.choose)
         return Fitted(blocks, kept, score, kl, same)
+
+    def how_of(self, shape: Shape) -> Refit:
+        """The least squares with which a shape is filled."""
+        return self.whole if self.whole is not None and all(map(all, shape)) else self.how
 
     def judge(self, shape: Shape, fitted: Fitted, input_ids: Tensor) -> tuple[float, float]:
         """KL divergence and agreement, as in `Fitted`, on any other text."""

@@ -47,7 +47,8 @@ class Joint(ProtectsEnds):
 
     A candidate is filled from the lowest layer up: the neurons whose values are most nearly combinations of the others'
     go (as in `nystrom`; ``units=obs``: as in `obs`), and the heads that the others can best make up for; the last
-    projections get new weights towards the dense stream, as `repair=refit` gives them. Its number is the KL
+    projections get new weights towards the dense stream, as `repair=refit` gives them; those of a shape that has all
+    sublayers towards their own output, if the shape with one width for all layers is better so. Its number is the KL
     divergence of its predictions from the dense model's, in nats a token, on samples that nothing was fitted to. So
     candidates are compared after repair; the plan holds the decision, ``repair=refit`` the weights.
 
@@ -70,8 +71,8 @@ class Joint(ProtectsEnds):
     What was measured is kept beside the calibration: a killed search goes on, and those for other ratios share it.
 
     Scores in the plan: trace, of each candidate gone (layers), heads and neurons (least and most of those that stay),
-    parameters (of the layers), num_tokens and kl, or loss; and held_out, kl and same_top_1 of the chosen one on the
-    last eighth.
+    parameters (of the layers), target (of the fits), num_tokens and kl, or loss; and held_out, kl and same_top_1 of the
+    chosen one on the last eighth.
     """
 
     # stock: the dense model's class, one width | custom: widths by layer, attention or feed-forward networks may go; a
@@ -153,13 +154,15 @@ class Joint(ProtectsEnds):
             objective=self.objective, refitted=self.judged == "repaired",
         )  # fmt: skip
         with self._memo(problem) as memo:
-            search = _Search(fitting, memo)
+            alike = self._uniform(problem.prices or sizes, [], remove)
+            search = self._towards(_Search(fitting, memo), alike)
             if self.export == "stock":
                 best = self._stock(problem, search, remove)
             else:
                 best = self._custom(problem, search, remove)
+            best = search.ranked([best, alike] if alike else [best], divisor=1)[0]
             best, found = self._swapped(search, best, len(sizes))
-        kl, same = fitting.judge(best, found, tell)
+        kl, same = search.fitting.judge(best, found, tell)
         log.info("joint: KL from the dense model %.4f on text that chose nothing", kl)
         return self._shape_plan(problem, best, found, search.trace, {"kl": kl, "same_top_1": same})
 
@@ -183,6 +186,17 @@ class Joint(ProtectsEnds):
             energy = square * weight.square().sum(dim=0)
             found[layer] = energy > self.massive * energy.mean()
         return {layer: fixed for layer, fixed in found.items() if fixed.any()}
+
+    def _towards(self, search: _Search, alike: Shape | None) -> _Search:
+        """The search that fills shapes which have all sublayers by fits to the own output, if the one whose layers are
+        all there and alike is better for it."""
+        from slm_pipeline.engine.refit import OWN_RIDGE, Refit
+
+        if alike is None or not search.fitting.refitted:
+            return search
+        own = replace(search, fitting=replace(search.fitting, whole=Refit([OWN_RIDGE], target="own_output")))
+        number = search.num_samples(1)
+        return own if own.score(alike, number) < search.score(alike, number) else search
 
     def _stock(self, problem: PruningProblem, search: _Search, remove: int) -> Shape:
         """The best of the candidates with one width for all layers that stay."""
@@ -333,9 +347,11 @@ class Joint(ProtectsEnds):
             "mlp": sorted({neurons * i // 8 // self.multiple_of * self.multiple_of for i in range(8)}),
         }
         of_shape = digest(shape)[:12]
+        target = search.fitting.how_of(shape).target
+        kind = "damage" if base is None or target == "dense_stream" else f"damage beside {target}"
 
         def key(place: tuple[int, str], number: int) -> tuple[str | int, ...]:
-            return ("damage", of_shape, *place, number)
+            return (kind, of_shape, *place, number)
 
         widths = {
             (layer, part): shape[layer][i] for layer in self.candidates(len(sizes)) for i, part in enumerate(SUBLAYERS)
@@ -404,7 +420,8 @@ class _Search:
     def score(self, shape: Shape, num_samples: int) -> float:
         from slm_pipeline.engine.shapes import parameters
 
-        key = ("shape", shape, num_samples)
+        target = self.fitting.how_of(shape).target
+        key = ("shape" if target == "dense_stream" else target, shape, num_samples)
         if key not in self.memo:
             score = self.fitting.fill(shape, num_samples, keep=False).score
             self.memo.add(key, score if math.isfinite(score) else 1e9)
@@ -414,6 +431,7 @@ class _Search:
             "heads": [min(heads), max(heads)],
             "neurons": [min(neurons), max(neurons)],
             "parameters": parameters(shape, self.fitting.sizes),
+            "target": target,
             "num_tokens": num_samples * self.fitting.fit.shape[1],
             OBJECTIVES[self.fitting.objective]: self.memo[key],
         }

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from slm_pipeline.engine.refit import Fitted
     from slm_pipeline.engine.streams import Streams
     from slm_pipeline.models.sizes import Sizes
+    from slm_pipeline.models.view import ModelView
     from slm_pipeline.surgery.block import Block
 
     _Walked = tuple[list[Op], dict[str, np.ndarray], list[dict[str, Any]]]
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 
 CHOICES = {
     "weighting": ("inverse_square", "none"),
-    "target": ("dense_stream", "own_output"),
+    "target": ("either", "dense_stream", "own_output"),
     "prior": ("weights", "own_output"),
     "sublayers": ("both", *SUBLAYERS),
     "choice": ("stack", "projection"),
@@ -71,7 +72,9 @@ class Refit(Repair):
     W' = W M. Again what is no better on the text held out is left alone, and so is the whole if the KL divergence is.
 
     With ``target=own_output`` T is instead what the projection would write if its sublayer were as in the dense model,
-    on the states that reach it in the pruned one: that makes up for narrower layers, and not for those that went.
+    on the states that reach it in the pruned one: that makes up for narrower layers, and not for those that went. It
+    corrects less, and of what it corrects more can be predicted, so that it wins where tokens are few for a layer's
+    neurons. Hence ``either``: where every sublayer is still there, a walk towards it (ridge 0.01) is tried too.
 
     Kin: the direct form of ReplaceMe's map (arXiv 2505.02819), and fits to the dense output on corrected inputs as in
     GPTAQ (arXiv 2504.02692).
@@ -86,15 +89,16 @@ class Refit(Repair):
 
     Scores in the plan: repair, with num_tokens and num_held_out; divergence, for the model pruned and repaired the KL
     divergence in nats and the share of tokens with the dense model's most likely next one, on the text held out;
-    ridges and reads, the KL divergence with each that was tried for all; and layers, for each layer by its lowest
-    original what became of its projections.
+    ridges, targets and reads, the KL divergence with each that was tried for all; and layers, for each layer by its
+    lowest original what became of its projections.
     """
 
     ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.01, 0.1, 1.0])
     # Ridges with which what sublayers read is corrected too, after the best of `ridges` is known; []: it is not.
     reads: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.1, 1.0])
     weighting: str = "inverse_square"  # inverse_square | none: how much a token counts
-    target: str = "dense_stream"  # dense_stream | own_output: what a projection is to write
+    # dense_stream | own_output: what a projection is to write | either, for the whole stack, where units alone went.
+    target: str = "either"
     # What the ridge draws to: the weights | own_output: of narrowed sublayers, those that make up best for what went.
     prior: str = "weights"
     sublayers: str = "both"  # both | attention | mlp: whose last projections get new weights
@@ -143,16 +147,17 @@ class Refit(Repair):
         best: tuple[float, float, _Walked] | None = None
         failure = None
         by_ridge = [[ridge] for ridge in self.ridges] if self.choice == "stack" else [self.ridges]
-        walks: list[tuple[list[float], float | None]] = [(ridges, None) for ridges in by_ridge]
-        numbers = (f"refit {number} of {len(by_ridge) + len(self.reads)}" for number in itertools.count(1))
+        walks = [("ridges", ", ".join(map("{:g}".format, ridges)), self._how(ridges)) for ridges in by_ridge]
+        if self.target == "either" and _is_narrower(view, blocks):
+            tried = {"ridges": {}, "targets": {}, "reads": {}}
+            walks.append(("targets", "own_output", self._own()))
+        number = len(walks) + len(self.reads)
+        numbers = (f"refit {this} of {number}" for this in itertools.count(1))
         while walks:
-            ridges, reads = walks.pop(0)
-            option, name = (
-                ("ridges", ", ".join(map("{:g}".format, ridges))) if reads is None else ("reads", f"{reads:g}")
-            )
+            option, name, how = walks.pop(0)
             fitted, other = Streams(view, to_fit), Streams(view, held_out)
             try:
-                walked = self._walk(problem, fitted, other, blocks, groups, self._how(ridges, reads), next(numbers))
+                walked = self._walk(problem, fitted, other, blocks, groups, how, next(numbers))
                 kl, same = other.divergence()
             except UserError as error:  # a ridge too small to solve leaves the others
                 failure = error
@@ -160,9 +165,9 @@ class Refit(Repair):
             else:
                 tried[option][name] = kl
                 if best is None or kl < best[0]:
-                    best, best_ridges = (kl, same, walked), ridges
-            if not walks and reads is None and best is not None:
-                walks = [(best_ridges, reads) for reads in self.reads]
+                    best, best_how = (kl, same, walked), how
+            if not walks and option != "reads" and best is not None:
+                walks = [("reads", f"{reads:g}", replace(best_how, reads=reads)) for reads in self.reads]
         if best is None:
             assert failure is not None
             raise failure
@@ -220,11 +225,18 @@ class Refit(Repair):
             )
         return problem.input_ids[fitted], problem.input_ids[chosen]
 
-    def _how(self, ridges: list[float], reads: float | None) -> engine.Refit:
+    def _how(self, ridges: list[float]) -> engine.Refit:
         from slm_pipeline.engine.refit import Refit as HowToRefit
 
         sublayers = SUBLAYERS if self.sublayers == "both" else (self.sublayers,)
-        return HowToRefit(ridges, self.weighting, self.target, self.prior, sublayers, reads)
+        target = "dense_stream" if self.target == "either" else self.target
+        return HowToRefit(ridges, self.weighting, target, self.prior, sublayers)
+
+    def _own(self) -> engine.Refit:
+        """Towards the own output, whose fits hold little that is noise: with a small ridge."""
+        from slm_pipeline.engine.refit import OWN_RIDGE
+
+        return replace(self._how([OWN_RIDGE]), target="own_output")
 
     def _walk(
         self,
@@ -247,6 +259,7 @@ class Refit(Repair):
         layers: list[dict[str, Any]] = []
         prefix = _free_prefix(problem.plan)
         walk = "_".join(map(str, how.ridges)) + ("" if how.reads is None else f"_reads_{how.reads}")
+        walk += "" if how.target == "dense_stream" else f"_{how.target}"
         dense_layers = spans(groups, problem.view.num_layers)
         for position, (block, span) in enumerate(zip(ProgressBar(blocks, desc=name), dense_layers, strict=True)):
             for streams in (fitted, other):
@@ -269,6 +282,15 @@ class Refit(Repair):
             for streams in (fitted, other):
                 streams.pass_through(block)
         return ops, tensors, layers
+
+
+def _is_narrower(view: ModelView, blocks: list[Block]) -> bool:
+    """Whether all layers have all sublayers still, and some of these are not the dense model's."""
+    return (
+        len(blocks) == view.num_layers
+        and not any(block.without for block in blocks)
+        and any(block.replaced for block in blocks)
+    )
 
 
 def _free_prefix(plan: Plan) -> str:

@@ -228,9 +228,9 @@ def test_a_killed_search_goes_on_and_ends_the_same(ask, export, commit, tmp_path
     fill = Fitting.fill
 
     def killed(self, shape, num_samples, **how):
-        if len(filled) == 2:
+        if len(filled) == 4:
             raise KeyboardInterrupt
-        filled.append(shape)
+        filled.append((shape, num_samples))
         return fill(self, shape, num_samples, **how)
 
     (tmp_path / "killed").mkdir()
@@ -246,7 +246,7 @@ def test_a_killed_search_goes_on_and_ends_the_same(ask, export, commit, tmp_path
     assert plan.content() == whole.content()
     assert plan.scores == whole.scores
     if commit == 1.0:  # else those of the best that commit a part are, since sublayers are narrowed from there
-        assert not set(filled) & {shape for shape, n in again[:-1] if n == 2}  # what was known is not filled again
+        assert not set(filled) & set(again[:-1])  # what was known is not filled again
     again.clear()
     joint(**options).plan(ask(num_remove=1, memo=tmp_path / "killed"))
     assert len(again) == (1 if commit == 1.0 else 2)  # the last, for its units
@@ -368,8 +368,9 @@ def test_transfers_only_make_it_better(ask):
     problem = ask(num_parameters=9000)
     rows = joint(export="custom", commit=1.0, transfers=12, swaps=0).plan(problem).scores["trace"]
     without = joint(export="custom", commit=1.0, transfers=0, swaps=0).plan(problem).scores["trace"]
-    number = rows[0]["num_tokens"]
-    kls, before = ([row["kl"] for row in of if row["num_tokens"] == number] for of in (rows, without))
+    number = min(row["num_tokens"] for row in rows)
+    rows, without = ([row for row in of if row["num_tokens"] == number] for of in (rows, without))
+    kls, before = ([row["kl"] for row in of] for of in (rows, without))
     assert kls[: len(before)] == before
     assert min(kls) < min(before)
     largest = max(row["parameters"] for row in without)
@@ -438,3 +439,24 @@ def test_sensitivities_that_are_known_are_not_measured_again(ask, tmp_path, monk
     assert measured == [(layer, part) for layer in range(6) for part in ("attention", "mlp")]
     monkeypatch.setattr(Fitting, "damages", damages)
     assert plan.content() == joint(export="custom", commit=1.0, transfers=0, swaps=0).plan(ask(num_remove=1)).content()
+
+
+@pytest.mark.parametrize("better", ["own_output", "dense_stream"])
+def test_shapes_that_have_all_sublayers_are_filled_towards_what_is_better_for_the_one_that_is_alike(
+    better, ask, monkeypatch
+):
+    """And that shape, which is known then, is a candidate to the end."""
+    fill = Fitting.fill
+
+    def judged(self, shape, num_samples, **how):
+        found = fill(self, shape, num_samples, **how)
+        score = 0.1 if self.how_of(shape).target == better and len(set(shape)) == 1 else 0.2
+        return dataclasses.replace(found, score=score)
+
+    monkeypatch.setattr(Fitting, "fill", judged)
+    plan = joint(swaps=0).plan(ask(num_parameters=9000))
+    assert plan.dropped == []
+    assert len({op.neurons for op in plan.ops}) == 1
+    later = [row for row in plan.scores["trace"][2:] if not row["gone"]]
+    assert {row["target"] for row in later} == {better}
+    assert {row["target"] for row in plan.scores["trace"] if row["gone"]} == {"dense_stream"}

@@ -339,7 +339,7 @@ def test_after_every_kind_of_plan_the_model_is_closer_and_what_is_saved_is_what_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "dense"}, "repair.target='dense' is not one of dense_stream, own_output"),
+        ({"target": "dense"}, "repair.target='dense' is not one of either, dense_stream, own_output"),
         ({"weighting": "norm"}, "repair.weighting='norm' is not one of inverse_square, none"),
         ({"sublayers": "all"}, "repair.sublayers='all' is not one of both, attention, mlp"),
         ({"ridges": []}, r"repair.ridges=\[\] must name at least one"),
@@ -358,9 +358,24 @@ def test_the_choices_are_those_of_the_engine():
     from slm_pipeline.repair.refit import CHOICES
 
     assert CHOICES["weighting"] == engine.WEIGHTINGS
-    assert CHOICES["target"] == engine.TARGETS
+    assert CHOICES["target"] == ("either", *engine.TARGETS)
+    assert CHOICES["prior"] == engine.PRIORS
 
 
 def test_scores_are_json(make_problem):
     repaired = refit(ridges=[0.1]).repair(make_problem(lively(), plan_of(Drop((3,)))))
     assert json.loads(json.dumps(repaired.scores, allow_nan=False)) == repaired.scores
+
+
+def test_where_units_alone_went_a_walk_towards_the_own_output_is_tried_too(make_problem, tmp_path):
+    model, plan = lively(), narrowing({layer: (None, range(20)) for layer in range(1, 5)}, num_layers=6)
+    either = refit(ridges=[1e3]).repair(make_problem(model, plan, out=tmp_path / "either"))
+    tried = either.scores["repair"]
+    assert list(tried["targets"]) == ["own_output"]
+    assert tried["targets"]["own_output"] < tried["ridges"]["1000"]  # which hardly moves a weight
+    own = refit(ridges=[0.01], target="own_output").repair(make_problem(model, plan, out=tmp_path / "own"))
+    assert own.content() == either.content()
+    dense = refit(ridges=[1e3], target="dense_stream", least_gain=0.0)
+    assert "targets" not in dense.repair(make_problem(model, plan, out=tmp_path / "dense")).scores["repair"]
+    cut = refit().repair(make_problem(model, plan_of(Drop((3,))), out=tmp_path / "cut"))
+    assert "targets" not in cut.scores["repair"]
