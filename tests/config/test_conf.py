@@ -139,7 +139,7 @@ def test_plug_in_keys_and_values_are_those_of_the_code(file):
     values = yaml.safe_load(file.read_text())
     values = values.get(file.parent.name, values)  # some are written from the top
     for shared in values.pop("defaults", []):
-        if shared != "_self_":
+        if isinstance(shared, str) and shared != "_self_":  # and no choice of another group's
             file_of_shared = file.parent / f"{shared.partition('@')[0]}.yaml"
             values = {**yaml.safe_load(file_of_shared.read_text()), **values}
     if not values:
@@ -413,6 +413,16 @@ def test_every_method_says_whose_calibration_size_it_has(file):
     narrower = ("flap", "wanda_sp", "nystrom", "obs", "fisher_mask", "head_importance", "kcm")
     theirs_are_larger = ("angular", "replaceme", "shortgpt", "mka")
     assert ("# ours; " in line) == (file.stem in (*theirs_are_larger, "finercut", *narrower))
+
+
+def test_joint_brings_its_repair_alone_and_as_a_step(here):
+    """Unless another is asked for; the step is where it belongs."""
+    step = ["method=combined", "method@method.second=joint"]
+    alone, job = job_of(["method=joint"]), job_of(step)
+    assert [type(found.repair).__name__ for found in (alone, job)] == ["Refit", "Refit"]
+    assert [of.method.name for of in job.method.steps.values()] == ["slm", "joint"]
+    assert job.config.method["second"].keys() == {*alone.config.method, "share"}
+    assert job_of([*step, "repair=none"]).repair is None
 
 
 def test_several_methods_read_as_much_text_as_the_one_that_reads_most(here):

@@ -34,7 +34,9 @@ REFUSED = {("replaceme", "gemma3_text")}  # a norm follows the last projection
 
 def method_of(name):
     values = OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml")
-    method = build(values.get("method", values), group="method")
+    values = values.get("method", values)
+    values.pop("defaults", None)
+    method = build(values, group="method")
     for option in ("protect_first", "protect_last"):  # eight layers leave little room for the published protection
         if getattr(method, option, 0) > 1:
             setattr(method, option, 1)

@@ -49,7 +49,8 @@ def ask():
 
 
 def joint(**changes):
-    return build(OmegaConf.merge(OmegaConf.load(CONF_DIR / "method" / "joint.yaml").method, changes), group="method")
+    values = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "method" / "joint.yaml"))
+    return build({**{name: value for name, value in values.items() if name != "defaults"}, **changes}, group="method")
 
 
 def fitting(view, ids, **more):
