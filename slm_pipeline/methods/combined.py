@@ -137,9 +137,15 @@ class Combined(Method):
         return None
 
     def memory(self, sizes: Sizes) -> int:
-        """That of the step which takes most, each on a model as it was, and the statistics that are taken between."""
-        between = sizes.passing(2048) + sizes.running(sizes.batch_tokens(2048)) if len(self._methods) > 1 else 0
-        return max(between, *(method.memory(sizes) for method in self._methods), 0)
+        """That of the step which takes most, each on a model as it was and on as many samples as it looks at, and the
+        statistics that are taken for it if they are not those of all samples."""
+        most = 0
+        for number, method in enumerate(self._methods):
+            seen = replace(sizes, num_samples=min(sizes.num_samples, method.published_calibration.num_samples))
+            collected = number > 0 or seen != sizes
+            between = seen.passing(2048) + seen.running(seen.batch_tokens(2048)) if collected else 0
+            most = max(most, between, method.memory(seen))
+        return most
 
     def check(self, context: Context) -> None:
         for name, step in self._taken.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ SIZE = {"num_samples": 8, "seq_len": 16}
 def node_of(name, share=None, **options):
     values = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml"))
     values = values.get("method", values)  # none is written from the top
+    values.pop("defaults", None)
     for option in ("protect_first", "protect_last"):
         if values.get(option, 0) > 1:
             values[option] = 1
@@ -66,6 +68,17 @@ def made(input_ids):
 
 def plan_of(num_layers, *ops, **tensors):
     return Plan({"name": "m", "fingerprint": "f", "num_layers": num_layers}, "test", {}, None, [*ops], tensors=tensors)
+
+
+def test_joint_narrows_what_a_step_before_it_left(made):
+    """As with any step, the total is met within a neuron of each layer."""
+    step = node_of("joint", depths=2, swaps=0)
+    dense, _, plan = made(combined(node_of("angular", 0.5), step), num_layers=6, num_remove=2)
+    layer, before = ModelView(dense).block_parameters(0), num_parameters(dense)
+    removed = before - num_parameters(apply(plan, dense))
+    assert 2 * layer <= removed < 2 * layer + 5 * 3 * 32
+    assert [part["method"] for part in plan.scores["parts"]] == ["angular", "joint"]
+    assert plan.scores["parts"][1]["target"] == {"of": "parameters", "remove": layer}
 
 
 def test_a_later_plan_is_said_in_the_layers_of_the_dense_model():
@@ -287,3 +300,18 @@ def test_a_joint_step_takes_the_memory_that_it_takes_alone():
     without = combined(node_of("shortgpt", 1.0), node_of("joint", 0.0))
     gram = 8 * sizes.neurons**2
     assert both.memory(sizes) == both.steps["second"].method.memory(sizes) > 5 * gram > without.memory(sizes)
+
+
+def test_a_step_takes_the_memory_of_the_samples_that_it_looks_at():
+    """Of 64 samples sleb looks at 8, wherever it stands, and statistics of 8 are collected for it."""
+    few = Sizes(
+        layers=4, hidden=32, neurons=48, vocabulary=512, queries=32, keys=16, inputs=2, is_tied=False, item_bytes=4,
+        num_samples=8, seq_len=16,
+    )  # fmt: skip
+    many = replace(few, num_samples=64)
+    for first, second in (("sleb", "shortgpt"), ("shortgpt", "sleb"), ("shortgpt", "joint")):
+        method = combined(node_of(first, 0.5), node_of(second))
+        assert method.memory(many) == method.memory(few) > 0
+        assert method.steps["second"].method.memory(many) > method.memory(few) or second == "shortgpt"
+    alone = combined(node_of("shortgpt", 1.0), node_of("sleb", 0.0))
+    assert alone.memory(few) == 0 < alone.memory(many)  # statistics of all samples are there
