@@ -16,10 +16,12 @@ from slm_pipeline.engine.window_memo import WindowMemos
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import LayerRemoval, Method, PruningProblem
 from slm_pipeline.methods.finercut import FinerCut
+from slm_pipeline.methods.joint import Joint
 from slm_pipeline.methods.replaceme import ReplaceMe
 from slm_pipeline.methods.target import Layers, NoTarget, Parameters, PruningRatio
 from slm_pipeline.methods.width_removal import WidthRemoval
 from slm_pipeline.surgery.changes import measure_changes
+from slm_pipeline.surgery.ops.base import SUBLAYERS
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -79,7 +81,8 @@ class Combined(Method):
 
     What cannot follow what is refused beforehand: methods that mix the weights of layers (`Method.mixes_layers`) after
     one that gives layers widths of their own, two that narrow the same sublayers, and after FinerCut, whose ``export``
-    must be custom then, what would make a layer of several, of which one lacks something.
+    must be custom then, or after joint with ``export=custom``, what would make a layer of several, of which one lacks
+    something.
 
     Scores in the plan: parts, for each step its name, method, share, target ({layers} or {parameters}), the layers and
     parameters that it found, threshold, and its own scores, in layers of the model that it saw.
@@ -148,9 +151,12 @@ class Combined(Method):
         return most
 
     def check(self, context: Context) -> None:
+        config, text = context.config, context.config.calibration
         for name, step in self._taken.items():
+            number = min(text.num_samples, step.method.published_calibration.num_samples)
+            seen = replace(config, calibration=replace(text, num_samples=number))
             with _of_step(name):
-                step.method.check(context)
+                step.method.check(replace(context, config=seen))
         num_layers, ratio = context.source.num_layers, PruningRatio(context.config.pruning_ratio, self)
         target = None if num_layers is None else ratio.layers(num_layers)
         if target is not None and num_layers is not None:
@@ -247,24 +253,37 @@ def _of_step(name: str) -> Iterator[None]:
 
 def _check_order(before: str, first: Method, after: str, second: Method) -> None:
     """Raise `UserError` if what ``second`` does cannot be done to what ``first`` leaves."""
-    narrows = isinstance(first, WidthRemoval)
-    why = None
-    if isinstance(first, WidthRemoval) and isinstance(second, WidthRemoval):
-        if {"both"} & {first.sublayers, second.sublayers} or first.sublayers == second.sublayers:
-            why = "both narrow the same sublayers; let one have method.STEP.sublayers=attention and the other =mlp"
-    elif narrows and second.mixes_layers:
+    narrowed, why = _narrowed(first), None
+    if narrowed & _narrowed(second):
+        why = "both narrow the same sublayers; let one have method.STEP.sublayers=attention and the other =mlp"
+        if isinstance(first, Joint) or isinstance(second, Joint):
+            why = "both narrow the same sublayers; joint with export=stock leaves attention to others"
+    elif narrowed and second.mixes_layers:
         why = (
             f"{second.name} mixes the weights of layers, which have lost different heads and neurons; let it come first"
         )
-    elif isinstance(first, FinerCut) and not (isinstance(second, WidthRemoval) or _only_removes(second)):
+    elif _takes_sublayers(first) and not (isinstance(second, WidthRemoval) or _only_removes(second)):
         why = (
-            "finercut leaves layers without a sublayer; let it come last, or before a method that narrows or removes"
-            " layers"
+            f"{first.name} leaves layers without a sublayer; let it come last, or before a method that narrows or"
+            " removes layers"
         )
     elif isinstance(first, FinerCut) and first.export == "stock":
         why = f"finercut leaves zeros, which would count as if they did something; use method.{before}.export=custom"
     if why is not None:
         raise UserError(f"method.{after} ({second.name}) cannot come after method.{before} ({first.name}): {why}")
+
+
+def _narrowed(method: Method) -> set[str]:
+    """The sublayers whose width a method may change."""
+    if isinstance(method, Joint):
+        return {"mlp"} if method.export == "stock" else {*SUBLAYERS}
+    if isinstance(method, WidthRemoval):
+        return {*SUBLAYERS} if method.sublayers == "both" else {method.sublayers}
+    return set()
+
+
+def _takes_sublayers(method: Method) -> bool:
+    return isinstance(method, FinerCut) or isinstance(method, Joint) and method.export == "custom"
 
 
 def _only_removes(method: Method) -> bool:

@@ -218,6 +218,10 @@ def test_a_step_looks_at_no_more_samples_than_its_own_size_says(input_ids, made)
         (("flap", 0.5), ("come", None), "come mixes the weights of layers"),
         (("finercut", 0.5), ("slm", None), "finercut leaves layers without a sublayer; let it come last"),
         (("finercut", 0.5), ("flap", None), "finercut leaves zeros, .* use method.first.export=custom"),
+        (("joint", 0.5), ("come", None), "come mixes the weights of layers"),
+        (("joint", 0.5), ("flap", None), "both narrow the same sublayers; joint with export=stock leaves attention"),
+        (("wanda_sp", 0.5), ("joint", None), "both narrow the same sublayers; joint with export=stock leaves"),
+        (("finercut", 0.5), ("joint", None), "finercut leaves layers without a sublayer; let it come last"),
         (("none", 0.5), ("flap", None), "none: it cannot be a step, for it takes no part of a target"),
     ],
 )
@@ -230,6 +234,20 @@ def test_a_rule_that_keeps_one_layer_may_follow_a_narrower_width_and_one_that_mi
     combined(node_of("flap", 0.5), node_of("slm", merge_rule="keep_lowest"))
     with pytest.raises(UserError, match="slm mixes the weights of layers, which have lost different heads"):
         combined(node_of("flap", 0.5), node_of("slm", merge_rule="mean"))
+
+
+def test_joint_leaves_attention_to_others_or_layers_without_a_sublayer():
+    combined(node_of("joint", 0.5), node_of("flap", sublayers="attention"))
+    combined(node_of("joint", 0.5, export="custom"), node_of("shortgpt"))
+    for second in (node_of("flap", sublayers="attention"), node_of("replaceme")):
+        with pytest.raises(UserError, match="cannot come after method.first .joint"):
+            combined(node_of("joint", 0.5, export="custom"), second)
+
+
+def test_a_step_that_looks_at_too_few_samples_is_refused_beforehand():
+    step = {**node_of("joint"), "published_calibration": {"num_samples": 2, "seq_len": 16}}
+    with pytest.raises(UserError, match="step second: calibration.num_samples=2 must be at least 3 for method=joint"):
+        combined(node_of("shortgpt", 0.5), step).check(context_of(random_source()))
 
 
 def test_an_option_of_a_step_is_refused_by_the_steps_name():
