@@ -71,7 +71,8 @@ class Refit:
         sublayers: whose last projections are fitted.
         reads: ridge with which what these sublayers read is fitted before, None: it is not. The map M that
             leads best from what a sublayer reads in the pruned model to what it reads in the dense one, drawn to the
-            identity, goes into its first projections: W' = W M.
+            identity, goes into its first projections: W' = W M. With own_output it is fitted afterwards: that output is
+            one without M, and a fit to it would undo M.
     """
 
     ridges: Sequence[float] = (0.01, 0.1, 1.0)
@@ -89,11 +90,10 @@ class Refit:
         found = []
         for sublayer in SUBLAYERS:
             if sublayer in self.sublayers and not fitted.lacks(block, sublayer):
-                if self.reads is not None:
-                    block, what = self.reading(fitted, held_out, block, sublayer, self.reads)
+                both = [self.reading, self.writing] if self.reads is not None else [self.writing]
+                for correct in both if self.target == "dense_stream" else both[::-1]:
+                    block, what = correct(fitted, held_out, block, sublayer)
                     found.append(what)
-                block, what = self.writing(fitted, held_out, block, sublayer)
-                found.append(what)
         return block, found
 
     def writing(
@@ -142,10 +142,10 @@ class Refit:
             return block, Fitted(sublayer, None, before, before)
         return best, Fitted(sublayer, taken, before, after, tensors=fitted.new_tensors(block, best, sublayer))
 
-    def reading(
-        self, fitted: Streams, held_out: Streams, block: Block, sublayer: str, ridge: float
-    ) -> tuple[Block, Fitted]:
+    def reading(self, fitted: Streams, held_out: Streams, block: Block, sublayer: str) -> tuple[Block, Fitted]:
         """The block whose sublayer reads through the map that does better on the text held out, if there is one."""
+        ridge = self.reads
+        assert ridge is not None
         sums = fitted.reading_sums(block, sublayer)
         other = held_out.reading_sums(block, sublayer)
         identity = torch.eye(len(sums.gram), dtype=torch.float64, device=sums.gram.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_a_map_in_front_of_what_reads_is_that_of_brute_force_least_squares(archi
         wanted, inputs = reads
         identity = torch.eye(inputs.shape[1], dtype=torch.float64)
         expected = naive_fit(inputs, wanted, identity, 1 / wanted.square().mean(dim=1))
-        block, what = Refit([1.0]).reading(streams, streams, Block(2), part, RIDGE)
+        block, what = Refit([1.0], reads=RIDGE).reading(streams, streams, Block(2), part)
         torch.testing.assert_close(what.tensors[f"reads.{part}"], expected, rtol=1e-4, atol=1e-5)
         assert (what.sublayer, what.ridge, what.reads) == (part, RIDGE, True)
         assert 0 < what.after < what.before
@@ -245,6 +246,24 @@ def test_the_own_output_is_that_of_the_sublayer_with_all_its_neurons():
     torch.testing.assert_close((part.gram, part.moment), (sums.gram, sums.moment), rtol=1e-4, atol=1e-3)
     again, what = Refit(target="own_output").layer(streams, streams, Block(1))
     assert again == Block(1), what
+
+
+@torch.no_grad()
+def test_a_fit_to_the_own_output_does_not_undo_what_is_read_better():
+    """That output is one of the states as they come: weights that nothing was taken from stay, whatever the map does."""
+    view = ModelView(lively())
+    blocks = planned_blocks(narrowing({0: ([0], [1, 5]), 1: (None, [1, 5, 30, 31])}, num_layers=4), view)
+    streams = Streams(view, IDS)
+    streams.look_ahead(0, 1)
+    streams.pass_through(blocks[0])
+    streams.look_ahead(1, 2)
+    how = Refit([0.01], target="own_output")
+    plain = {of.sublayer: of for of in how.layer(streams, streams, blocks[1])[1]}
+    _, found = replace(how, reads=RIDGE).layer(streams, streams, blocks[1])
+    both = {(of.sublayer, of.reads): of for of in found}
+    assert all(both[part, True].tensors for part in SUBLAYERS)
+    assert both["attention", False] == plain["attention"] == Fitted("attention", None, 0.0, 0.0)
+    assert plain["mlp"].ridge == both["mlp", False].ridge == 0.01
 
 
 @torch.no_grad()
