@@ -159,11 +159,10 @@ class Refit:
     def _prior(self, fitted: Streams, block: Block, sublayer: str) -> Tensor:
         """What the ridge draws to, [d, n] float64."""
         weight = fitted.weight(block, sublayer)
-        if self.prior == "weights" or fitted.undone(block, sublayer) is block:
+        if self.prior == "weights" or weight.shape == fitted.weight(Block(block.body), sublayer).shape:
             return weight
         sums = fitted.sums(block, sublayer, target="own_output", weighting=self.weighting)
-        penalty = least_squares.penalty(sums.gram, OWN_RIDGE)
-        return least_squares.solve(sums.gram, sums.moment, prior=weight, penalty=penalty)
+        return _solution(sums, weight, OWN_RIDGE)
 
     def error(self, streams: Streams, block: Block, sublayer: str) -> float:
         return streams.error(block, sublayer, target=self.target, weighting=self.weighting)

@@ -118,6 +118,11 @@ class Refit(Repair):
                 raise UserError(f"repair.{option}={getattr(self, option)!r} is not one of {', '.join(allowed)}")
         if not self.ridges:
             raise UserError("repair.ridges=[] must name at least one ridge, such as [0.1]")
+        if self.prior == self.target == "own_output":
+            raise UserError(
+                "repair.prior=own_output with repair.target=own_output: what fits are made to draws them already; leave"
+                " the prior at weights"
+            )
         if self.calibration.num_samples < 2:
             raise UserError("repair.calibration.num_samples=1 must be at least 2: one sample is held out")
 
@@ -129,7 +134,7 @@ class Refit(Repair):
         if sizes.on_host:
             projections = sizes.layers * sizes.hidden * (sizes.queries + sizes.neurons)
             maps = 2 * sizes.layers * sizes.hidden**2 if self.reads else 0
-            walks = (len(self.ridges) if self.choice == "stack" else 1) + len(self.reads)
+            walks = (len(self.ridges) if self.choice == "stack" else 1) + (self.target == "either") + len(self.reads)
             beside += 4 * (min(2, walks) * projections + maps)
         return beside
 
@@ -236,7 +241,7 @@ class Refit(Repair):
         """Towards the own output, whose fits hold little that is noise: with a small ridge."""
         from slm_pipeline.engine.refit import OWN_RIDGE
 
-        return replace(self._how([OWN_RIDGE]), target="own_output")
+        return replace(self._how([OWN_RIDGE]), target="own_output", prior="weights")
 
     def _walk(
         self,

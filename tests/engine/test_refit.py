@@ -455,6 +455,44 @@ def test_behind_a_norm_a_fit_is_judged_by_what_it_leads_to_in_the_stream(archite
 
 
 @torch.no_grad()
+def test_the_prior_of_a_layer_that_is_made_of_two_is_that_layer():
+    """It is as wide as the dense one, and what it writes is no loss to make up for."""
+    view = ModelView(lively())
+    block = planned_blocks(plan_of(Merge((1, 2), "official")), view)[1]
+    streams = Streams(view, IDS)
+    streams.look_ahead(0, 1)
+    streams.pass_through(Block(0))
+    streams.look_ahead(1, 3)
+    for part in SUBLAYERS:
+        new, _ = Refit([1e9], prior="own_output").writing(streams, streams, block, part)
+        torch.testing.assert_close(streams.weight(new, part), streams.weight(block, part), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_prior_that_one_process_alone_cannot_solve_for_has_failed_in_all(monkeypatch):
+    plain, model = least_squares.solve, lively()
+
+    @torch.no_grad()
+    def fitted():
+        view = ModelView(copy.deepcopy(model))
+        block = planned_blocks(narrowing({0: (None, [1, 5])}, num_layers=4), view)[0]
+        streams = Streams(view, IDS)
+        streams.look_ahead(0, 1)
+        return Refit([1.0], prior="own_output").writing(streams, streams, block, "mlp")
+
+    def fails_in_the_second(gram, moment, *, prior, penalty):
+        if ranks.rank() == 1:
+            raise UserError("it has no inverse")
+        return plain(gram, moment, prior=prior, penalty=penalty)
+
+    monkeypatch.setattr(least_squares, "solve", fails_in_the_second)
+    found = of_both(monkeypatch, fitted)
+    assert [str(error) for error in found] == [
+        "another process cannot solve for new weights with a ridge of 0.01", "it has no inverse"
+    ]  # fmt: skip
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("reads", [None, RIDGE])
 def test_a_solve_that_fails_in_one_process_alone_has_failed_in_all(reads, monkeypatch):
     """Else one would go on to the next ridge while the other waits for its part of a sum of this one."""

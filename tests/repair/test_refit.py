@@ -346,6 +346,7 @@ def test_after_every_kind_of_plan_the_model_is_closer_and_what_is_saved_is_what_
         ({"ridges": [0.0]}, r"repair.ridges.*0"),
         ({"reads": [0.0]}, r"repair.reads.*0"),
         ({"held_out": 0.0}, "repair.held_out"),
+        ({"target": "own_output", "prior": "own_output"}, "repair.prior=own_output with repair.target=own_output"),
         ({"held_out": 1.0}, "repair.held_out"),
     ],
 )
