@@ -260,16 +260,22 @@ class Joint(ProtectsEnds):
         return found
 
     def _uniform(self, sizes: Sequence[LayerSize], gone: Sequence[int], remove: int) -> Shape | None:
-        """The shape without these layers whose others lose as many neurons as are still to go; None if they cannot."""
-        kept = [layer for layer in range(len(sizes)) if layer not in gone]
+        """The shape without these layers whose others, with ``export=custom`` but for those that are protected, lose as
+        many neurons as are still to go; None if they cannot."""
+        narrow = set(range(len(sizes)) if self.export == "stock" else self.candidates(len(sizes))) - {*gone}
         missing = remove - sum(sizes[layer].whole for layer in gone)
         neurons = sizes[0].neurons
-        fewer = max(0, -(-missing // sum(sizes[layer].per_neuron for layer in kept)))
+        if not narrow:
+            return None
+        fewer = max(0, -(-missing // sum(sizes[layer].per_neuron for layer in narrow)))
         width = (neurons - fewer) // self.multiple_of * self.multiple_of
         width = neurons if fewer == 0 else width
         if width < 1:
             return None
-        return tuple((0, 0) if layer in gone else (size.heads, width) for layer, size in enumerate(sizes))
+        return tuple(
+            (0, 0) if layer in gone else (size.heads, width if layer in narrow else neurons)
+            for layer, size in enumerate(sizes)
+        )
 
     def _custom(self, problem: PruningProblem, search: _Search, remove: int) -> Shape:
         """The best of the candidates with widths by layer."""

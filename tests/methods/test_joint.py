@@ -216,6 +216,15 @@ def test_the_target_is_met_within_one_unit(ask, export):
         assert {tuple(row["heads"]) for row in plan.scores["trace"]} == {(sizes[0].heads, sizes[0].heads)}
 
 
+def test_the_shape_whose_layers_are_alike_leaves_protected_ones_as_they_are_unless_there_is_one_width():
+    """80 parameters are 8 neurons, of the layers that may be narrowed."""
+    protected = {"protect_first": 1, "protect_last": 1}
+    sizes = [SIZE] * 4
+    assert joint(export="custom", **protected)._uniform(sizes, [], 80) == ((3, 9), (3, 5), (3, 5), (3, 9))
+    assert joint(**protected)._uniform(sizes, [], 80) == ((3, 7),) * 4
+    assert joint(export="custom", protect_first=2, protect_last=2)._uniform(sizes, [], 80) is None
+
+
 def test_neurons_that_stay_are_a_multiple(ask):
     plan = joint(multiple_of=8, swaps=0).plan(ask(num_parameters=9000))
     assert {op.neurons % 8 for op in plan.ops if op.name == "resize"} == {0}
