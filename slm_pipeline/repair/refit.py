@@ -21,6 +21,7 @@ from slm_pipeline.surgery.ops import Op
 from slm_pipeline.surgery.ops.base import SUBLAYERS
 from slm_pipeline.surgery.ops.correct import Correct
 from slm_pipeline.surgery.ops.replace import Replace
+from slm_pipeline.surgery.ops.resize import Resize
 from slm_pipeline.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ class Refit(Repair):
     matrices of that size, and on the host the new weights in float32. A killed repair goes on after its last layer.
 
     Scores in the plan: repair, with num_tokens and num_held_out; divergence, for the model pruned and repaired the KL
-    divergence in nats and the share of tokens with the dense model's most likely next one, on the text held out;
+    divergence in nats and the share of tokens with the dense model's most likely next one, on the text held out, alike
+    where the weights stay;
     ridges, targets and reads, the KL divergence with each that was tried for all; and layers, for each layer by its
     lowest original what became of its projections.
     """
@@ -190,7 +192,11 @@ class Refit(Repair):
         }
         log.info("refit: KL from the dense model %.4f -> %.4f on text held out", pruned[0], repaired[0])
         scores = {**plan.scores, "repair": found}
+        if self.prior == "own_output" and not any(isinstance(op, Resize) for op in plan.ops):
+            line = "repair.prior=own_output does nothing here: no layer that stays has lost heads or neurons"
+            scores["warnings"] = [*scores.get("warnings", []), line]
         if repaired[0] >= (1 - self.least_gain) * pruned[0]:
+            found["divergence"]["repaired"] = found["divergence"]["pruned"]  # for that is what the model is
             line = (
                 f"repair=refit: on the text held out the KL divergence from the dense model is {repaired[0]:.4g} with"
                 f" new weights and {pruned[0]:.4g} without, not {self.least_gain:.0%} less (repair.least_gain), so the"
@@ -198,7 +204,7 @@ class Refit(Repair):
             )
             if not ops:
                 line = "repair=refit: no new weights do better on the text held out, so the weights stay"
-            return extended(plan, scores={**scores, "warnings": [*plan.scores.get("warnings", []), line]})
+            return extended(plan, scores={**scores, "warnings": [*scores.get("warnings", []), line]})
         return extended(plan, ops=[*plan.ops, *ops], tensors={**plan.tensors, **tensors}, scores=scores)
 
     def _split(self, problem: RepairProblem) -> tuple[Tensor, Tensor]:

@@ -166,6 +166,10 @@ def test_nothing_changes_if_the_whole_model_is_no_closer_on_other_text(after, ma
     assert repaired.content() == plan.content()
     (line,) = repaired.scores["warnings"]
     assert f"is {after[0]:.4g} with new weights and 1 without, not 5% less (repair.least_gain)" in line
+    divergence = repaired.scores["repair"]["divergence"]
+    assert (
+        divergence["repaired"] == divergence["pruned"] == {"kl": 1.0, "same_top_1": 0.5}
+    )  # of the model that there is
 
 
 def test_a_smaller_gain_is_taken_if_that_is_asked_for(make_problem, monkeypatch):
@@ -173,6 +177,17 @@ def test_a_smaller_gain_is_taken_if_that_is_asked_for(make_problem, monkeypatch)
     monkeypatch.setattr(Streams, "divergence", lambda self: next(found))
     repaired = refit(choice="projection", least_gain=0.03).repair(make_problem(lively(), plan_of(Drop((3,)))))
     assert any(isinstance(op, Replace) for op in repaired.ops)
+
+
+def test_a_prior_of_narrower_layers_is_said_to_do_nothing_where_there_are_none(make_problem, tmp_path):
+    model, how = lively(), {"ridges": [0.1], "reads": [], "prior": "own_output", "target": "dense_stream"}
+    cut = refit(**how).repair(make_problem(model, plan_of(Drop((3,))), out=tmp_path / "cut"))
+    assert cut.scores["warnings"] == [
+        "repair.prior=own_output does nothing here: no layer that stays has lost heads or neurons"
+    ]
+    narrower = narrowing({1: (None, range(20))}, num_layers=6)
+    scores = refit(**how).repair(make_problem(model, narrower, out=tmp_path / "narrower")).scores
+    assert all("repair.prior" not in line for line in scores.get("warnings", []))
 
 
 def test_one_sublayer_alone(make_problem, tmp_path):

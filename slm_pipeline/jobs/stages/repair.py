@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # 2: errors in the stream, gains of norms; 3: least_gain
+VERSION = 4  # 2: errors in the stream, gains of norms; 3: least_gain; 4: own output first; divergence of what stays
 
 
 class Repair(Stage):
