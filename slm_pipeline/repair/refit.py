@@ -75,7 +75,8 @@ class Refit(Repair):
     With ``target=own_output`` T is instead what the projection would write if its sublayer were as in the dense model,
     on the states that reach it in the pruned one: that makes up for narrower layers, and not for those that went. It
     corrects less, and of what it corrects more can be predicted, so that it wins where tokens are few for a layer's
-    neurons. Hence ``either``: where every sublayer is still there, a walk towards it (ridge 0.01) is tried too.
+    neurons. Hence ``either``: where every sublayer is still there, a walk towards it (ridge 0.01) is tried too. What is
+    read is corrected after such fits, and before those to the stream.
 
     Kin: the direct form of ReplaceMe's map (arXiv 2505.02819), and fits to the dense output on corrected inputs as in
     GPTAQ (arXiv 2504.02692).
@@ -179,14 +180,15 @@ class Refit(Repair):
             assert failure is not None
             raise failure
         *repaired, (ops, tensors, layers) = best
+        divergence = {
+            name: {"kl": kl, "same_top_1": same}
+            for name, (kl, same) in (("pruned", pruned), ("repaired", tuple(repaired)))
+        }
         found = {
             "name": self.name,
             "num_tokens": to_fit.numel(),
             "num_held_out": held_out.numel(),
-            "divergence": {
-                name: {"kl": kl, "same_top_1": same}
-                for name, (kl, same) in (("pruned", pruned), ("repaired", tuple(repaired)))
-            },
+            "divergence": divergence,
             **tried,
             "layers": layers,
         }
@@ -196,7 +198,7 @@ class Refit(Repair):
             line = "repair.prior=own_output does nothing here: no layer that stays has lost heads or neurons"
             scores["warnings"] = [*scores.get("warnings", []), line]
         if repaired[0] >= (1 - self.least_gain) * pruned[0]:
-            found["divergence"]["repaired"] = found["divergence"]["pruned"]  # for that is what the model is
+            divergence["repaired"] = divergence["pruned"]  # for that is what the model is
             line = (
                 f"repair=refit: on the text held out the KL divergence from the dense model is {repaired[0]:.4g} with"
                 f" new weights and {pruned[0]:.4g} without, not {self.least_gain:.0%} less (repair.least_gain), so the"

@@ -250,7 +250,7 @@ def test_the_own_output_is_that_of_the_sublayer_with_all_its_neurons():
 
 @torch.no_grad()
 def test_a_fit_to_the_own_output_does_not_undo_what_is_read_better():
-    """That output is one of the states as they come: weights that nothing was taken from stay, whatever the map does."""
+    """That output is one of the states as they come: weights that nothing was taken from stay, whatever the map."""
     view = ModelView(lively())
     blocks = planned_blocks(narrowing({0: ([0], [1, 5]), 1: (None, [1, 5, 30, 31])}, num_layers=4), view)
     streams = Streams(view, IDS)
