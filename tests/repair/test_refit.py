@@ -292,6 +292,28 @@ def test_a_killed_repair_goes_on_after_its_last_layer_and_ends_the_same(make_pro
     assert len({(tmp_path / name / "plan.safetensors").read_bytes() for name in "ab"}) == 1
 
 
+def test_a_repair_killed_on_its_walk_to_the_own_output_goes_on_there(make_problem, tmp_path, monkeypatch):
+    model, plan = lively(), narrowing({layer: (None, range(20)) for layer in range(1, 5)}, num_layers=6)
+    how, whole, fitted = refit(ridges=[1e3], reads=[1.0]), engine.Refit.layer, []
+    expected = how.repair(make_problem(model, plan, out=tmp_path / "whole"))
+
+    def layer(self, streams, other, block):
+        if len(fitted) == 7:
+            raise KeyboardInterrupt
+        fitted.append((self.target, self.reads, block.body))
+        return whole(self, streams, other, block)
+
+    monkeypatch.setattr(engine.Refit, "layer", layer)
+    with pytest.raises(KeyboardInterrupt):
+        how.repair(make_problem(model, plan, out=tmp_path / "killed"))
+    before, fitted[:] = set(fitted), []
+    monkeypatch.setattr(engine.Refit, "layer", lambda *about: fitted.append(about[0].target) or whole(*about))
+    found = how.repair(make_problem(model, plan, out=tmp_path / "killed"))
+    assert {one[0] for one in before} == {"dense_stream", "own_output"}
+    assert fitted == ["own_output"] * (3 + 5)  # what was left of that walk, and the one with what is read
+    assert (found.content(), found.scores) == (expected.content(), expected.scores)
+
+
 def kinds_of_plans():
     """By name, a plan as each kind of method makes them."""
     matrix = (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=torch.Generator().manual_seed(4))).numpy()
