@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
 @contextmanager
 def contained() -> Iterator[None]:
     """Undo what lm-eval does to logging (its issue 2102); our bars in the place of its, and none of datasets.

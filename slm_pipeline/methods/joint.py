@@ -14,6 +14,7 @@ from slm_pipeline.config.ranges import Count, Range
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, ProtectsEnds, PruningProblem
 from slm_pipeline.methods.target import Layers, Parameters
+from slm_pipeline.show.numerals import count
 from slm_pipeline.store.checksums import digest
 from slm_pipeline.surgery.ops import Op
 from slm_pipeline.surgery.ops.base import SUBLAYERS
@@ -327,7 +328,9 @@ class Joint(ProtectsEnds):
             if point not in tried:
                 found = allocate(tilted(damages, *point, len(sizes)), sizes, remove, self.multiple_of, shape)
                 if found is None:
-                    raise UserError(f"method=joint: {remove} parameters cannot go; ask for a lower pruning_ratio")
+                    raise UserError(
+                        f"method=joint: {count(remove)} parameters cannot go; ask for a lower pruning_ratio"
+                    )
                 tried[point] = found
             return search.score(tried[point], number)
 
@@ -467,7 +470,7 @@ def tilted(
 
 def _cannot_go(problem: PruningProblem, remove: int) -> UserError:
     if problem.prices is None:
-        return UserError(f"method=joint: {remove} parameters cannot go; ask for a lower pruning_ratio")
+        return UserError(f"method=joint: {count(remove)} parameters cannot go; ask for a lower pruning_ratio")
     return UserError(
         f"method=joint: {remove / 1e9:.4g} ms of a token's time cannot go; ask for a lower pruning_ratio.speedup"
     )
