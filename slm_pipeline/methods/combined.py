@@ -190,7 +190,8 @@ class Combined(Method):
             if due <= 0:
                 took, asked = counts(parameters - left, total)
                 raise UserError(
-                    f"nothing is left for method.{name}: the steps before it took {took} parameters of {asked} that were asked for; give them a smaller share"
+                    f"nothing is left for method.{name}: the steps before it took {took} parameters of {asked}"
+                    " that were asked for; give them a smaller share"
                 )
             others = sum(later.share for _, later in steps[number:])
             part = step.target(math.ceil(due * (step.share / others)), sizes, is_last=number == len(steps) - 1)

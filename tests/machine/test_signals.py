@@ -7,7 +7,7 @@ import sys
 
 FORKS = """
 import os, signal, threading, time
-os.register_at_fork(after_in_child=lambda: time.sleep(0.2))  # as those of other libraries may, before the child has begun
+os.register_at_fork(after_in_child=lambda: time.sleep(0.2))  # as other libraries may
 from slm_pipeline.machine import signals
 
 def fork(number, after):

@@ -8,7 +8,7 @@ from typing import Any
 from studies import finished, perplexity, with_speedup, write_run
 
 from slm_pipeline.report import documents
-from slm_pipeline.report.leaderboard import Board, label, leaderboards, outcome
+from slm_pipeline.report.leaderboard import Board, label, leaderboards
 from slm_pipeline.report.study import Study, read_study
 
 
@@ -43,7 +43,7 @@ def test_each_size_has_its_best_with_the_last_model_of_every_run(tmp_path):
     write_run(tmp_path / "s" / "3", ["method=flap", "ratio=30.0", "seed=0"], "out of memory")
     study = read_study(tmp_path / "s")
     assert study.metric == "recovered/perplexity/bundled"
-    assert [getattr(outcome(study, i), "key", None) for i in range(4)] == [
+    assert [getattr(study.outcome(i), "key", None) for i in range(4)] == [
         "pruned/perplexity/bundled", "recovered/perplexity/bundled", "pruned/perplexity/bundled", None,
     ]  # fmt: skip
     (board,) = leaderboards(study)
