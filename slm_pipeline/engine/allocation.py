@@ -230,8 +230,8 @@ class TooMany(UserError):
 def too_many(remove: int, most: int) -> TooMany:
     asked, there = counts(remove, max(0, most))
     error = TooMany(
-        f"{asked} parameters cannot go: heads and neurons that may be removed have {there}, as every sublayer keeps one,"
-        " or method.multiple_of neurons; ask for a lower pruning_ratio"
+        f"{asked} parameters cannot go: heads and neurons that may be removed have {there}, as every sublayer keeps"
+        " one, or method.multiple_of neurons; ask for a lower pruning_ratio"
     )
     error.most = max(0, most)
     return error

@@ -55,8 +55,8 @@ def _raise(number: int, _: Any) -> None:
 
 
 def _hold() -> None:
-    """Before a fork: what comes now waits. The child's first steps are callbacks such as `_as_before`, and an error that
-    a handler raises there is dropped, and the signal with it."""
+    """Before a fork: what comes now waits. The child's first steps are callbacks such as `_as_before`; an error that a
+    handler raises there is dropped, and the signal with it."""
     _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _replaced)
 
 

@@ -238,7 +238,8 @@ class LayerRemoval(ProtectsEnds):
         if left > 0:
             asked, there = counts(problem.target.remove, problem.target.remove - left)
             raise UserError(
-                f"method={self.name} cannot remove {asked} parameters: the {len(removed)} layers that may go have {there}"
+                f"method={self.name} cannot remove {asked} parameters: the {len(removed)} layers that may go have"
+                f" {there}"
             )
         return removed
 

@@ -76,7 +76,8 @@ class Table:
         Args:
             first: heads of columns that go before the others where there is no room for all.
         """
-        rows = [[cell if len(cell) <= _LONGEST else f"{cell[: _LONGEST - 3]}..." for cell in row] for row in self.rows]
+        said = [[printable(cell) for cell in row] for row in self.rows]
+        rows = [[cell if len(cell) <= _LONGEST else f"{cell[: _LONGEST - 3]}..." for cell in row] for row in said]
         left, kept = _width(), list[int]()
         for column in sorted(range(len(self.columns)), key=lambda column: self.columns[column] not in first):
             cells = [*self.columns[column].split("\n"), *(row[column] for row in rows)]

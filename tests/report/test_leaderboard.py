@@ -67,6 +67,8 @@ def test_terminal_and_markdown_name_the_best_last_models_as_the_page_does(tmp_pa
     assert "the last model of each run" in said
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in documents.markdown(study).splitlines()]
     assert ["20% less", "1.", "**20.00**", "slm", "pruned", "0"] in rows
+    metric = next(row for row in rows if row[:1] == ["job"]).index("recovered/perplexity/bundled")
+    assert [row[metric] for row in rows if row[:1] in (["0"], ["1"])] == ["20.00 pruned", "**25.00**"]  # as on the page
 
 
 def test_seeds_are_one_place_and_what_is_within_noise_ties(tmp_path):
