@@ -247,10 +247,11 @@ class Study:
         head = [*(["job"] if job else []), *self.options]
         rows = []
         for i, (run, found) in enumerate(zip(self.runs, self.numbers, strict=True)):
-            if (last := self.outcome(i)) is not None and self.metric not in found:
-                found = {**found, str(self.metric): f"{last} {self.other(last)}"}
+            shown = {name: str(number) for name, number in found.items()}
+            if (last := self.outcome(i)) is not None and self.metric is not None:
+                shown[self.metric] = f"{last} {self.other(last)}".rstrip()
             row = [*([run.job] if job else []), *(text_of(run.option(name)) for name in self.options)]
-            row += [str(found[name]) if name in found else "" for name in columns]
+            row += [shown.get(name, "") for name in columns]
             rows.append([*row, *([run.state if reasons else run.status] if status else [])])
         bold = self._bold(columns, len(head), self.best_runs, len(rows))
         return Table([*head, *columns, *(["status"] if status else [])], rows, bold)
