@@ -217,7 +217,7 @@ def test_a_key_that_one_job_lacks_is_its_failed_row_and_the_others_run(launcher,
     assert outcome.err == "error: 1 of 2 jobs would fail, see above\n"
     outcome = run_slm(*words, *launcher)
     assert outcome.status == 2
-    assert "error: recovery.rank does not exist for recovery=distill" in outcome.err
+    assert "job 0 (recovery=distill): recovery.rank does not exist for recovery=distill" in outcome.err.splitlines()[-1]
     runs = read_runs(tmp_path / "s")
     assert [(run.option("recovery"), run.status) for run in runs] == [("distill", "FAILED"), ("lora", "done")]
     assert runs[0].reason.startswith("recovery.rank does not exist for recovery=distill, only for recovery=lora")
