@@ -520,4 +520,4 @@ def test_a_metric_of_its_own_is_a_map_of_the_analysis(alike, monkeypatch, capsys
 def test_without_its_plugin_an_option_is_none(project):
     refused = slm(project, *COMMON[1:], "method=every_third", "dry_run=true", check=False)
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert "Could not find 'method/every_third'" in refused.stderr
+    assert "method=every_third: no option of that name" in refused.stderr

@@ -62,8 +62,14 @@ def main() -> None:
         check_output_root(str(out), option="--out")
         written = write_report(study, out, given.format, read_analyses(*given.directories))
         print(written.text)
+        pictures = [path for path in written.files if path.parent != out]
         for path in written.files:
-            print(f"wrote {path}")
+            if path not in pictures and path.suffix != ".html":
+                print(f"wrote {path}")
+        if pictures:
+            print(f"wrote {len(pictures)} pictures into {out / 'plots'}")
+        if "html" in given.format:
+            print(f"wrote {out / 'report.html'}: the page, to be opened in a browser")
 
 
 def _names(text: str) -> list[str]:

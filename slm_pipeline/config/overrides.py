@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, Quote, QuotedString, RangeSweep
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 
 from slm_pipeline import config
-from slm_pipeline.config import groups, ranges
-from slm_pipeline.errors import UserError
+from slm_pipeline.config import groups, plugins, ranges
+from slm_pipeline.errors import UserError, did_you_mean
 
 _QUOTED = re.compile(r""""[^"]*"|'[^']*'""")
 _BETWEEN_COMMAS = re.compile(rf"(?:{_QUOTED.pattern}|\([^()]*\)|[^,])+")
@@ -119,6 +120,21 @@ def check_group(item: Override) -> None:
             names = ", ".join(file.stem for file in groups.option_files(group))
             of_ones_own = f"; {hint}" if (hint := other_ratio(group, value)) else ""
             raise UserError(f"{item.input_line}: {group} is a group, choose one of its options: {names}{of_ones_own}")
+
+
+def refusal(error: Exception) -> str:
+    """Why Hydra cannot compose a configuration, in a line: of an option that nobody has, which it nearly is, and which
+    there are. A file that chooses it is named."""
+    message = config.one_line(error)
+    group, _, name = str(getattr(error, "missing_cfg_file", "") or "").rpartition("/")
+    if not isinstance(error, MissingConfigException) or not group:
+        return message
+    names = GlobalHydra.instance().config_loader().get_group_options(group)
+    ratio = other_ratio(group, name)
+    near = f" ({ratio})" if ratio else did_you_mean(name, names)
+    allowed = f"; {group} is one of {', '.join(names)}" if names else ""
+    file = re.match(r"In '(?!config'|hydra/config')[^']*': ", message)  # else it is the command line that chooses it
+    return f"{file[0] if file else ''}{group}={name}: no option of that name{near}{allowed}{plugins.without_options()}"
 
 
 def other_ratio(group: str, value: Any) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from slm_pipeline.errors import UserError
+from slm_pipeline.show.numerals import counts
 
 # Times the share that is to go of all that may: how much of a sublayer is gone when its damage is measured, and all of
 # it once. What is taken of most lies between these.
@@ -227,9 +228,10 @@ class TooMany(UserError):
 
 
 def too_many(remove: int, most: int) -> TooMany:
+    asked, there = counts(remove, max(0, most))
     error = TooMany(
-        f"{remove} parameters cannot go: heads and neurons that may be removed have {max(0, most)}, as every sublayer"
-        " keeps one, or method.multiple_of neurons; ask for a lower pruning_ratio"
+        f"{asked} parameters cannot go: heads and neurons that may be removed have {there}, as every sublayer keeps"
+        " one, or method.multiple_of neurons; ask for a lower pruning_ratio"
     )
     error.most = max(0, most)
     return error

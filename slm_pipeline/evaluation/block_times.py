@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from slm_pipeline.models.view import ModelView
+    from slm_pipeline.show.progress import ProgressBar
 
 _ROUNDS, _WARM_UP = 9, 2
 NEW = 17  # tokens of a run: 16 are timed, the first comes with the prompt
@@ -151,6 +152,7 @@ def measure(view: ModelView, *, mode: str, batch_size: int, context: int) -> Blo
     import torch
 
     from slm_pipeline.evaluation.efficiency import Setting, device_in_words, prompts
+    from slm_pipeline.show.progress import ProgressBar
     from slm_pipeline.surgery.apply import layer_sizes
 
     sizes = layer_sizes(view)
@@ -160,20 +162,22 @@ def measure(view: ModelView, *, mode: str, batch_size: int, context: int) -> Blo
     for layer, window in enumerate(view.attention_windows()):
         kinds.setdefault((window, *_widths(sizes[layer]).items()), []).append(layer)
     found, whole = [], 0.0
-    with torch.no_grad():
+    pairs = [1 + sum(len(levels(*of)) for of in _widths(sizes[layers[0]]).items()) for layers in kinds.values()]
+    with torch.no_grad(), ProgressBar(total=sum(pairs), desc="times of blocks") as progress:
         for layers in kinds.values():
             gone = layers if len(layers) < view.num_layers else layers[1:]
             dense, rest = _turns(view.model, _model(view, [Drop(tuple(gone))]), input_ids, mode)
+            progress.update()
             whole = whole or median(dense)
-            widths = _widths(sizes[layers[0]])
-            saved = {part: _saved(view, layers[:_NARROWED], part, widths[part], input_ids, mode) for part in SUBLAYERS}
+            widths, few = _widths(sizes[layers[0]]), layers[:_NARROWED]
+            saved = {part: _saved(view, few, part, widths[part], input_ids, mode, progress) for part in SUBLAYERS}
             found.append(Kind(layers, widths, _difference(dense, rest) / len(gone), saved))
     settings = {"mode": mode, "batch_size": batch_size, "context": context}
     return BlockTimes(whole, found, device_in_words(view.model), settings)
 
 
 def _saved(
-    view: ModelView, layers: list[int], part: str, width: int, input_ids: Tensor, mode: str
+    view: ModelView, layers: list[int], part: str, width: int, input_ids: Tensor, mode: str, progress: ProgressBar
 ) -> list[tuple[int, float]]:
     """`Kind.saved` of a sublayer. Less is never slower: what seems so is noise, or a width that runs badly."""
     others = tuple(layer for layer in range(view.num_layers) if layer not in layers)
@@ -188,6 +192,7 @@ def _saved(
         wide, slim = _turns(full, _model(view, ops, tensors), input_ids, mode)
         least = max(least, _difference(wide, slim) / len(layers))
         pairs.append((narrow, least))
+        progress.update()
     return pairs
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
-_ONE_PROCESS = "DISABLE_MULTIPROC"  # lm-eval's name
 
 
 @contextmanager
@@ -31,9 +29,7 @@ def contained() -> Iterator[None]:
 
     Inside, lm-eval says nothing below an error: it warns that a loaded model is not a path, and of its own task files.
     What it prints goes to stderr. Templates are compiled once, not for each of some 60,000 prompts and answers as
-    lm-eval does. Standard errors by bootstrap, the same ones, are drawn in this process. lm-eval would fork one for
-    each core and end them by SIGTERM; one that is forked and has not begun has our handler, loses the signal, and is
-    waited for without end. Not to be nested.
+    lm-eval does. Not to be nested.
     """
     import datasets
 
@@ -52,15 +48,10 @@ def contained() -> Iterator[None]:
     bars = {module: module.tqdm for module in (prompts, requests, models)}
     for module in bars:
         module.tqdm = ProgressBar
-    said = os.environ.get(_ONE_PROCESS)
-    os.environ[_ONE_PROCESS] = "1"
     try:
         with redirect_stdout(sys.stderr if ranks.is_first() else sys.stdout):
             yield
     finally:
-        os.environ.pop(_ONE_PROCESS)
-        if said is not None:
-            os.environ[_ONE_PROCESS] = said
         for module, bar in bars.items():
             module.tqdm = bar
         del templates.from_string  # back to the class's own

@@ -18,7 +18,6 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Glob, Override
-from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
@@ -30,8 +29,8 @@ from slm_pipeline.config.overrides import (
     check_added_measures,
     check_group,
     first_value,
-    other_ratio,
     parse_overrides,
+    refusal,
 )
 from slm_pipeline.errors import UserError, did_you_mean
 from slm_pipeline.jobs import study
@@ -252,10 +251,7 @@ def composed_of(arguments: Namespace, overrides: list[str]) -> DictConfig:
     try:
         composed = compose(arguments.config_name or "config", overrides=overrides, return_hydra_config=True)
     except COMPOSITION_ERRORS as error:
-        message = config.one_line(error)
-        if isinstance(error, MissingConfigException):
-            raise UserError(_with_what_there_is(message, error)) from error
-        raise UserError(_with_the_nearest_key(message)) from error
+        raise UserError(_with_the_nearest_key(refusal(error))) from error
     except YAMLError as error:
         raise UserError(f"a YAML file cannot be read: {' '.join(str(error).split())}") from error
     except (ValueError, OverflowError, RecursionError, AssertionError) as error:  # not all are Hydra's own
@@ -275,18 +271,6 @@ def composed_of(arguments: Namespace, overrides: list[str]) -> DictConfig:
         before = compose(arguments.config_name or "config", overrides=others)
         check_added_measures(before.evaluation, composed.evaluation)
     return composed
-
-
-def _with_what_there_is(message: str, error: MissingConfigException) -> str:
-    """A message about an option that nobody has, with the nearest ones, and all. Of several in a list Hydra itself does
-    not say which there are."""
-    group, _, name = str(error.missing_cfg_file).rpartition("/")
-    names = GlobalHydra.instance().config_loader().get_group_options(group)
-    ratio = other_ratio(group, name)
-    near = f" ({ratio})" if ratio else did_you_mean(name, names)
-    message = message.replace(f"'{group}/{name}'", f"'{group}/{name}'{near}", 1)
-    listed = f" Available options in {group!r}: {' '.join(names)}" if names and error.options is None else ""
-    return message + listed + plugins.without_options()
 
 
 def _with_the_nearest_key(message: str) -> str:

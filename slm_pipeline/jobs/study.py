@@ -30,9 +30,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from slm_pipeline.config import COMPOSITION_ERRORS, TrackerConfig, one_line
-from slm_pipeline.config.overrides import check_group, check_number_of_jobs, first_value
-from slm_pipeline.errors import UserError, only_warned_about
+from slm_pipeline.config import COMPOSITION_ERRORS, TrackerConfig
+from slm_pipeline.config.overrides import check_group, check_number_of_jobs, first_value, refusal
+from slm_pipeline.errors import UserError, only_warned_about, printable
 from slm_pipeline.show.numerals import duration
 from slm_pipeline.store import run_folder
 from slm_pipeline.store.files import LONGEST_NAME, is_held, write_json, write_text
@@ -151,7 +151,7 @@ def check_composed(composed: DictConfig, listed: Sequence[Sequence[str]], loader
         try:
             loader.load_sweep_config(composed, list(overrides))
         except (*COMPOSITION_ERRORS, ValueError, OverflowError, RecursionError) as error:
-            raise UserError(f"job {number} of {len(listed)}, {own(overrides, listed)}: {one_line(error)}") from error
+            raise UserError(f"job {number} of {len(listed)}, {own(overrides, listed)}: {refusal(error)}") from error
 
 
 def check_folders(composed: DictConfig, listed: Sequence[Sequence[str]], loader: ConfigLoader) -> None:
@@ -233,23 +233,52 @@ def reported() -> Iterator[None]:
     """Report the multirun that runs inside, once, when it has ended: also with failed jobs.
 
     After an interruption there is the table alone. A study that was refused before its first job leaves nothing.
+
+    Raises:
+        UserError: the first failed job's, which says of how many it is the first.
     """
     try:
         yield
     except BaseException as error:
-        _end(error)
+        study = _end(error)
+        said = failures(study.directory, str(error)) if study is not None and isinstance(error, Exception) else ""
+        if said and isinstance(error, UserError):
+            raise UserError(said) from error
+        if said:  # a defect of ours keeps its traceback
+            log.error("%s", said)
         raise
     _end(None)
 
 
-def _end(error: BaseException | None) -> None:
+def failures(directory: Path, error: str) -> str:
+    """``3 of 6 jobs failed; the first, job 1 (method=laco): ERROR``, as its table calls it; empty if none failed, or
+    there is one job."""
+    from slm_pipeline.report.runs import read_runs
+
+    with only_warned_about("failed jobs are not counted"):
+        runs = read_runs(directory)
+        failed = [run for run in runs if run.status == "FAILED"]
+        if len(runs) < 2 or not failed:
+            return ""
+        number = f"{len(failed)} of {len(runs)} jobs failed"
+        first = next((run for run in failed if run.reason == printable(error.partition("\n")[0])), None)
+        if first is None:  # what ended the study is no job's error
+            return f"{number}; {error}"
+        told = own(first.overrides, [run.overrides for run in runs])
+        which = f"job {first.job}{f' ({told})' if told else ''}"
+        return f"{number}{': ' if len(failed) == 1 else '; the first, '}{which}: {error}"
+    return ""
+
+
+def _end(error: BaseException | None) -> _Begun | None:
+    """The multirun that has ended; None if there is none, or it was refused before its first job."""
     if not _begun:
-        return
+        return None
     study = _begun.pop()
     study.lock.release()  # nobody starts another job: what has not begun will not
     if isinstance(error, (UserError, *COMPOSITION_ERRORS)) and not _any_begun(study):
         _withdraw(study)
-        return
+        return None
     with only_warned_about("no report of the study"):
         if error is None or isinstance(error, Exception):
             _report(study)
@@ -257,6 +286,7 @@ def _end(error: BaseException | None) -> None:
             from slm_pipeline.report.write import write_summary
 
             write_summary(study.directory)
+    return study
 
 
 def _any_begun(study: _Begun) -> bool:

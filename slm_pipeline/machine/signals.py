@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,26 +15,31 @@ _ERRORS: dict[int, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInterrupt,
 _UNTOUCHED = (signal.SIG_DFL, signal.default_int_handler)
 
 _heard: list[int] = []
+_replaced: dict[int, Any] = {}  # signal -> the handler in whose place ours stands
+_forking = threading.local()
 
 
 @contextmanager
 def raised() -> Iterator[None]:
     """Raise `KeyboardInterrupt` at SIGINT and `Terminated` at SIGTERM.
 
-    Unless somebody else takes care of the signal, as submitit does.
+    Unless somebody else takes care of the signal, as submitit does. A process that is forked inside ends by a signal as
+    any other does: it has nothing to keep, and whoever forked it may wait for its end, as multiprocessing's pools do.
     """
     _heard.clear()
     before = {number: signal.getsignal(number) for number in _ERRORS}
-    ours = [number for number, handler in before.items() if handler in _UNTOUCHED]
+    ours = {number: handler for number, handler in before.items() if handler in _UNTOUCHED}
     if threading.current_thread() is not threading.main_thread():
-        ours = []
+        ours = {}
+    _replaced.update(ours)
     for number in ours:
         signal.signal(number, _raise)
     try:
         yield
     finally:
-        for number in ours:
-            signal.signal(number, before[number])
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+            _replaced.pop(number, None)  # a forked process has none any more
         _heard.clear()  # it has been dealt with: what this process does next does not end for it
 
 
@@ -46,3 +52,26 @@ def raise_if_heard() -> None:
 def _raise(number: int, _: Any) -> None:
     _heard.append(number)
     raise_if_heard()
+
+
+def _hold() -> None:
+    """Before a fork: what comes now waits. The child's first steps are callbacks such as `_as_before`; an error that a
+    handler raises there is dropped, and the signal with it."""
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _replaced)
+
+
+def _go_on() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _as_before() -> None:
+    """In the child: the handlers that ours replaced, and whatever has come since the fork."""
+    for number, handler in _replaced.items():
+        if signal.getsignal(number) is _raise:
+            signal.signal(number, handler)
+    _replaced.clear()
+    _heard.clear()
+    _go_on()
+
+
+os.register_at_fork(before=_hold, after_in_parent=_go_on, after_in_child=_as_before)

@@ -17,6 +17,7 @@ from slm_pipeline.config.ranges import Count, NumLayersOrZero, Tokens
 from slm_pipeline.engine.window_memo import WindowMemos
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.target import Floor, Layers, Parameters, Target
+from slm_pipeline.show.numerals import counts
 from slm_pipeline.surgery.ops import LayerSize, Op
 from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.plan import Plan
@@ -235,9 +236,10 @@ class LayerRemoval(ProtectsEnds):
             removed.append(layer)
             left -= problem.view.block_parameters(layer)
         if left > 0:
+            asked, there = counts(problem.target.remove, problem.target.remove - left)
             raise UserError(
-                f"method={self.name} cannot remove {problem.target.remove} parameters: the {len(removed)} layers that"
-                f" may go have {problem.target.remove - left}"
+                f"method={self.name} cannot remove {asked} parameters: the {len(removed)} layers that may go have"
+                f" {there}"
             )
         return removed
 

@@ -20,6 +20,7 @@ from slm_pipeline.methods.joint import Joint
 from slm_pipeline.methods.replaceme import ReplaceMe
 from slm_pipeline.methods.target import Layers, NoTarget, Parameters, PruningRatio
 from slm_pipeline.methods.width_removal import WidthRemoval
+from slm_pipeline.show.numerals import counts
 from slm_pipeline.surgery.changes import measure_changes
 from slm_pipeline.surgery.ops.base import SUBLAYERS
 from slm_pipeline.surgery.plan import Plan
@@ -199,9 +200,10 @@ class Combined(Method):
             left = sum(size.at_work for size in sizes)
             due = total - (parameters - left)
             if due <= 0:
+                took, asked = counts(parameters - left, total)
                 raise UserError(
-                    f"nothing is left for method.{name}: the steps before it took {parameters - left} parameters of"
-                    f" {total} that were asked for; give them a smaller share"
+                    f"nothing is left for method.{name}: the steps before it took {took} parameters of {asked}"
+                    " that were asked for; give them a smaller share"
                 )
             others = sum(later.share for _, later in steps[number:])
             part = step.target(math.ceil(due * (step.share / others)), sizes, is_last=number == len(steps) - 1)

@@ -14,6 +14,7 @@ from slm_pipeline.config.ranges import Count, Range
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.base import CalibrationSize, ProtectsEnds, PruningProblem
 from slm_pipeline.methods.target import Layers, Parameters
+from slm_pipeline.show.numerals import count
 from slm_pipeline.store.checksums import digest
 from slm_pipeline.surgery.ops import Op
 from slm_pipeline.surgery.ops.base import SUBLAYERS
@@ -333,7 +334,9 @@ class Joint(ProtectsEnds):
             if point not in tried:
                 found = allocate(tilted(damages, *point, len(sizes)), sizes, remove, self.multiple_of, shape)
                 if found is None:
-                    raise UserError(f"method=joint: {remove} parameters cannot go; ask for a lower pruning_ratio")
+                    raise UserError(
+                        f"method=joint: {count(remove)} parameters cannot go; ask for a lower pruning_ratio"
+                    )
                 tried[point] = found
             return search.score(tried[point], number)
 
@@ -442,14 +445,17 @@ class _Search:
             OBJECTIVES[self.fitting.objective]: self.memo[key],
         }
         if row not in self.trace:
-            log.info("joint: %s", row)
+            log.info("joint: %s", _in_words(row, OBJECTIVES[self.fitting.objective]))
             self.trace.append(row)
         return self.memo[key]
 
     def ranked(self, shapes: Sequence[Shape], divisor: int) -> list[Shape]:
         """Without doubles, the best first, fitted to a part of the text."""
-        number = self.num_samples(divisor)
-        return sorted(dict.fromkeys(shapes), key=lambda shape: self.score(shape, number))
+        from slm_pipeline.show.progress import ProgressBar
+
+        number, different = self.num_samples(divisor), list(dict.fromkeys(shapes))
+        scores = {shape: self.score(shape, number) for shape in ProgressBar(different, desc="candidates")}
+        return sorted(different, key=scores.__getitem__)
 
     def halved(self, shapes: Sequence[Shape]) -> Shape:
         """The best: half of them survive each time that the text is doubled."""
@@ -457,6 +463,16 @@ class _Search:
         for divisor in (2, 1):
             left = self.ranked(left[: max(1, -(-len(left) // 2))], divisor)
         return left[0]
+
+
+def _in_words(row: dict[str, Any], objective: str) -> str:
+    """A candidate of the trace, for people who wait."""
+    gone = f"layers {', '.join(map(str, row['gone']))} gone" if row["gone"] else "all layers"
+    widths = [
+        f"{least} {what}" if least == most else f"{least} to {most} {what}"
+        for what, (least, most) in (("groups of heads", row["heads"]), ("neurons", row["neurons"]))
+    ]
+    return f"{gone}, {', '.join(widths)}: {objective} {row[objective]:.4f}, fitted to {row['num_tokens']:,} tokens"
 
 
 def tilted(
@@ -473,7 +489,7 @@ def tilted(
 
 def _cannot_go(problem: PruningProblem, remove: int) -> UserError:
     if problem.prices is None:
-        return UserError(f"method=joint: {remove} parameters cannot go; ask for a lower pruning_ratio")
+        return UserError(f"method=joint: {count(remove)} parameters cannot go; ask for a lower pruning_ratio")
     return UserError(
         f"method=joint: {remove / 1e9:.4g} ms of a token's time cannot go; ask for a lower pruning_ratio.speedup"
     )

@@ -107,7 +107,7 @@ class Refit(Repair):
     sublayers: str = "both"  # both | attention | mlp: whose last projections get new weights
     choice: str = "stack"  # stack | projection: whether one ridge is chosen for all, or one for each projection
     # Share by which the KL divergence must fall on the text held out: less may be a rise on text of another kind.
-    least_gain: Annotated[float, Range(at_least=0, below=1)] = 0.05
+    least_gain: Annotated[float, Range(at_least=0, below=1)] = 0.03
     held_out: Annotated[float, Range(above=0, below=1)] = 0.2  # share of the samples that nothing is fitted to
 
     name: ClassVar[str] = "refit"

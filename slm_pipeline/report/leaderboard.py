@@ -14,7 +14,7 @@ from typing import Any
 
 from slm_pipeline.config import TARGETS
 from slm_pipeline.report.runs import text_of
-from slm_pipeline.report.study import Study
+from slm_pipeline.report.study import Study, plain
 from slm_pipeline.report.winners import Choice, choice_of, winners
 from slm_pipeline.results.devices import device_of
 from slm_pipeline.results.number import Number, parted
@@ -89,19 +89,9 @@ class Board:
         return "; ".join(filter(None, parts))
 
 
-def outcome(study: Study, run: int) -> Number | None:
-    """The run's metric, else the number of that kind of its last model: recovered, repaired or pruned."""
-    found = study.numbers[run]
-    if study.metric is None or study.metric in found:
-        return found.get(study.metric or "")
-    target, quantity = parted(_plain(study.metric))
-    names = [f"{other}/{quantity}" for other in reversed(TARGETS) if target and other != "dense"]
-    return next((number for name in names for key, number in found.items() if _plain(key) == name), None)
-
-
 def leaderboards(study: Study) -> list[Board]:
     """A board for each dense model and way of measuring, that of most choices first; none without a model's metric."""
-    target, quantity = parted(_plain(study.metric or ""))
+    target, quantity = parted(plain(study.metric or ""))
     if not target or target == "dense":
         return []
     boards: dict[tuple[str, str], list[Choice]] = {}
@@ -116,15 +106,15 @@ def leaderboards(study: Study) -> list[Board]:
 
 def is_mixed(study: Study) -> bool:
     """Whether the last model of some runs is another than that of the metric, so that boards alone hold all runs."""
-    return any(study.metric not in study.numbers[run] and outcome(study, run) for run in range(len(study.runs)))
+    return any(study.metric not in study.numbers[run] and study.outcome(run) for run in range(len(study.runs)))
 
 
-def table(study: Study, board: Board) -> Table:
+def table(study: Study, board: Board, places: int = PLACES) -> Table:
     """The first places of each size, for a document or a terminal."""
     rows: list[list[str]] = []
     bold: set[tuple[int, int]] = set()
     for size in board.sizes:
-        for rank, place in enumerate(size.places[:PLACES]):
+        for rank, place in enumerate(size.places[:places]):
             choice = place.choice
             jobs = study.runs[choice.runs[0]].job + (f" and {len(choice.runs) - 1} more" * (len(choice.runs) > 1))
             mark = TIED if place.ties else f"{rank + 1}."
@@ -161,18 +151,13 @@ def _counts(option: str, target: str, summary: Mapping[str, Any]) -> bool:
     return not planned or summary.get(group) is not None  # some methods have no use for them
 
 
-def _plain(key: str) -> str:
-    """A key without the settings that tell it from others of its name."""
-    return key.partition("[")[0]
-
-
 def _choices(study: Study) -> Iterator[tuple[tuple[str, str], Choice]]:
     """Each with the dense model and, as JSON, how and where its number was measured; its size is the percent left, in
     steps."""
     for values, members in study.groups(study.varied).items():
         alike: dict[tuple[str, str, str], list[tuple[int, Number, float | None]]] = {}
         for i in members:
-            number, summary = outcome(study, i), study.runs[i].summary or {}
+            number, summary = study.outcome(i), study.runs[i].summary or {}
             counts = study.newest[i] and study.within_budget[i] and "parameters" in summary
             if number is not None and counts and math.isfinite(number.value):
                 left = 100 * parameters_at_work(summary) / summary["parameters"]["dense"]

@@ -59,7 +59,6 @@ def html(study: Study, pictures: Sequence[Picture], analyses: Sequence[Analysis]
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     averages = study.averages(sorted(study.shown_columns(costs=False), key=lambda name: name != study.metric))
-    repeated = any(sum(study.newest[i] for i in members) > 1 for members in study.groups(study.varied).values())
     return environment.get_template("page.html.j2").render(
         policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
         style=Markup(style),
@@ -75,9 +74,7 @@ def html(study: Study, pictures: Sequence[Picture], analyses: Sequence[Analysis]
         choices=choices_of(study, columns),
         menu=menu_of(columns),
         rows=[row_of(study, i, columns, name) for i, name in enumerate(short_jobs([run.job for run in study.runs]))],
-        averages={"title": signed(study.averages_title()), "table": _readable(averages)}
-        if averages and repeated
-        else None,
+        averages={"title": signed(study.averages_title()), "table": _readable(averages)} if averages else None,
         plots=_figures(pictures),
         analyses=[{"title": one.title, "command": one.command, "plots": _figures(one.pictures)} for one in analyses],
         notes=[

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from slm_pipeline.report import damage
-from slm_pipeline.report.leaderboard import outcome
 from slm_pipeline.report.runs import Run, text_of
 from slm_pipeline.report.study import Study
 from slm_pipeline.results.number import Number, parted
@@ -58,7 +57,7 @@ class Column:
 
 def columns_of(study: Study) -> list[Column]:
     """In the order of the table: the job, the metric, options that tell most, numbers by their model, other options."""
-    options = _ordered_options(study)
+    options = ordered_options(study)
     numbers = [name for name in study.shown_columns(details=True) if name != study.metric]
     few = len(options) + len(numbers) <= _MOST
     main = options if few else options[:MOST_OPTIONS]
@@ -95,7 +94,7 @@ def _sorted(study: Study, column: Column) -> Column:
     return replace(column, sorted=column.first) if column.name == study.sort_by else column
 
 
-def _ordered_options(study: Study) -> list[str]:
+def ordered_options(study: Study) -> list[str]:
     """Those that a study is about first, then those that people look for, then those that most runs have."""
     has = {name: sum(run.option(name) not in (None, "") for run in study.runs) for name in study.options}
     wanted = [*([study.x] if study.x in study.options else []), *study.series, *_TELLING]
@@ -147,12 +146,14 @@ def choices_of(study: Study, columns: Sequence[Column]) -> list[dict[str, Any]]:
 def short_jobs(jobs: Sequence[str]) -> list[str]:
     """What to call jobs in little room: ``sweeps/ratios/2026-11-27_00-34-11-102122/3`` is ``ratios/3``.
 
-    Those that would be called alike have the time too, and if that does not help their whole name.
+    Times go, and the ``runs`` or ``sweeps`` that a path with a time begins with; other folders stay. Those that would
+    be called alike have the time too, and if that does not help their whole name.
     """
     short, timed = [], []
     for job in jobs:
         parts = [part for part in job.split("/") if not _TIME.fullmatch(part)]
-        kept = parts[1:] if len(parts) > 1 and parts[0] in ("runs", "sweeps") else parts
+        ours = len(parts) > 1 and parts[0] in ("runs", "sweeps") and len(parts) < len(job.split("/"))
+        kept = parts[1:] if ours else parts
         times = [
             f"{found[1]} {found[2].replace('-', ':')}" for part in job.split("/") if (found := _TIME.fullmatch(part))
         ]
@@ -184,10 +185,10 @@ def _cell(study: Study, i: int, column: Column, *, best: bool) -> dict[str, Any]
     classes = [column.classes]
     if column.is_number:
         is_metric = column.name == study.metric
-        number = outcome(study, i) if is_metric else study.numbers[i].get(column.name)
+        number = study.outcome(i) if is_metric else study.numbers[i].get(column.name)
         if number is not None:
             value, small = parts_of(number)
-            other = number.target if number.key != column.name else ""
+            other = study.other(number) if is_metric else ""
             made |= {
                 "text": value,
                 "small": " ".join(filter(None, [signed(small), other])),

@@ -95,6 +95,21 @@ class Study:
         number = self.numbers[run].get(column or "")
         return None if number is None else number.value
 
+    def outcome(self, run: int) -> Number | None:
+        """A run's metric, else the number of that kind of its last model: recovered, repaired or pruned."""
+        found = self.numbers[run]
+        if self.metric is None or self.metric in found:
+            return found.get(self.metric or "")
+        target, quantity = parted(plain(self.metric))
+        names = [f"{other}/{quantity}" for other in reversed(TARGETS) if target and other != "dense"]
+        return next((number for name in names for key, number in found.items() if plain(key) == name), None)
+
+    def other(self, outcome: Number) -> str:
+        """Of which model an `outcome` is, and how it was measured, where the metric's name does not say; else empty."""
+        return (
+            "" if outcome.key == self.metric else f"{outcome.target} {outcome.key[len(plain(outcome.key)) :]}".rstrip()
+        )
+
     @cached_property
     def dense(self) -> dict[str, Number]:
         """The dense model's numbers that all finished runs share: said once, above the table."""
@@ -194,6 +209,14 @@ class Study:
             lines.append(f"Sorted by {self.sort_by}" + (", best first" if self.sort_by in self.columns else ""))
         return [*lines, *self.notes]
 
+    def unfinished(self) -> list[str]:
+        """How the jobs are that are not done, and why; a line for all of which that is the same."""
+        said: dict[str, list[str]] = {}
+        for run in self.runs:
+            if run.status != "done":
+                said.setdefault(run.state, []).append(run.job)
+        return [f"{_jobs(jobs)}: {state}" for state, jobs in said.items()]
+
     def measured(self, *, costs: bool = True) -> list[str]:
         """How the numbers were measured, and what they cost; a line says of which runs unless of all that are done."""
         said: dict[str, list[str]] = {}
@@ -217,23 +240,30 @@ class Study:
         ]
 
     def table(self, columns: Sequence[str], *, job: bool = True, status: bool = True, reasons: bool = True) -> Table:
-        """A row for each run: its folder, the options in which runs differ, the numbers, its state and why."""
+        """A row for each run: its folder, the options in which runs differ, the numbers, its state and why.
+
+        A metric of another model than the column's, which is the run's last one, is followed by that model's name.
+        """
         head = [*(["job"] if job else []), *self.options]
         rows = []
-        for run, found in zip(self.runs, self.numbers, strict=True):
+        for i, (run, found) in enumerate(zip(self.runs, self.numbers, strict=True)):
+            shown = {name: str(number) for name, number in found.items()}
+            if (last := self.outcome(i)) is not None and self.metric is not None:
+                shown[self.metric] = f"{last} {self.other(last)}".rstrip()
             row = [*([run.job] if job else []), *(text_of(run.option(name)) for name in self.options)]
-            row += [str(found[name]) if name in found else "" for name in columns]
+            row += [shown.get(name, "") for name in columns]
             rows.append([*row, *([run.state if reasons else run.status] if status else [])])
         bold = self._bold(columns, len(head), self.best_runs, len(rows))
         return Table([*head, *columns, *(["status"] if status else [])], rows, bold)
 
     def averages(self, columns: Sequence[str]) -> Table:
         """Mean and standard deviation over the runs that differ in seeds alone; empty unless there are such."""
-        if not self.repeated:
-            return Table([], [])
         groups = {
             values: [i for i in members if self.newest[i]] for values, members in self.groups(self.varied).items()
         }
+
+        if all(len(members) < 2 for members in groups.values()):
+            return Table([], [])
 
         def mean(numbers: Iterable[float | None]) -> float | None:
             known = [number for number in numbers if number is not None]
@@ -425,6 +455,11 @@ def _sorted(runs: list[Run], sort_by: str | None, numbers: Sequence[Mapping[str,
         return (option is None, isinstance(option, str), option or 0)
 
     return [runs[i] for i in sorted(range(len(runs)), key=key)]
+
+
+def plain(key: str) -> str:
+    """A key without the settings that tell it from others of its name."""
+    return key.partition("[")[0]
 
 
 def usual_metric(columns: Sequence[str], *, score: bool = False) -> str | None:

@@ -90,7 +90,9 @@ def write_report(
         pictures = [*plots.draw(study, out / "plots"), *per_run.draw(study, out / "plots")]
         files.append(_write(out / "report.html", page.html(study, pictures, analyses)))
         files += [path for picture in pictures for path in picture.files]
-    return Written(columns, rows, files, documents.text(study))
+    pages = {"md": "summary.md", "html": "report.html"}
+    where = " and ".join(name for kind, name in pages.items() if kind in formats) or "the report with --format md"
+    return Written(columns, rows, files, documents.text(study, where))
 
 
 def _write(file: Path, text: str) -> Path:

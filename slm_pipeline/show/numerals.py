@@ -17,3 +17,9 @@ def count(number: int) -> str:
     if number >= 1e9:
         return f"{number / 1e9:.2f}B"
     return f"{number / 1e6:.1f}M" if number >= 1e6 else str(number)
+
+
+def counts(one: int, other: int) -> tuple[str, str]:
+    """Two that are compared, as `count` says them; in full where the reader could not tell them apart."""
+    shown = count(one), count(other)
+    return (str(one), str(other)) if shown[0] == shown[1] and one != other else shown

@@ -15,6 +15,7 @@ from typing import Any
 from slm_pipeline.errors import printable
 
 WIDTH = 100  # columns of text that goes to no terminal, and of lines to be read
+_LONGEST = 48  # of a cell in a table that has to fit
 _NARROWEST = 60  # terminals that are less wide break the lines themselves
 MARK = "~"  # may stand behind a number: of two that may be the same
 _NUMBER = re.compile(r"[-+0-9]|\([0-9]")  # how one begins, or an interval
@@ -68,6 +69,25 @@ class Table:
                 padded = _pad([row[i] for i in block], [widths[i] for i in block], [right[i] for i in block])
                 lines.append("  " + "  ".join(padded).rstrip())
         return "".join(f"{line}\n" for line in lines if line.strip())
+
+    def fitted(self, first: Sequence[str]) -> tuple[Table, list[str]]:
+        """The columns that fit beside one another on the terminal, long cells shortened, and the heads of the others.
+
+        Args:
+            first: heads of columns that go before the others where there is no room for all.
+        """
+        said = [[printable(cell) for cell in row] for row in self.rows]
+        rows = [[cell if len(cell) <= _LONGEST else f"{cell[: _LONGEST - 3]}..." for cell in row] for row in said]
+        left, kept = _width(), list[int]()
+        for column in sorted(range(len(self.columns)), key=lambda column: self.columns[column] not in first):
+            cells = [*self.columns[column].split("\n"), *(row[column] for row in rows)]
+            width = max(3, *map(len, cells)) + 2 + any(cell.endswith(MARK) for cell in cells)
+            if width <= left:
+                kept.append(column)
+                left -= width
+        kept.sort()
+        table = Table([self.columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
+        return table, [head for i, head in enumerate(self.columns) if i not in kept]
 
     def latex(self) -> str:
         """A ``tabular`` with booktabs' rules; "+-" becomes a plus-minus sign."""

@@ -13,6 +13,7 @@ from slm_pipeline.evaluation import block_times
 from slm_pipeline.evaluation.block_times import BlockTimes, Kind, levels, measure
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.show.progress import ProgressBar
 from slm_pipeline.surgery.apply import apply_beside, layer_sizes
 from slm_pipeline.surgery.changes import measure_changes
 from slm_pipeline.surgery.ops.drop import Drop
@@ -55,8 +56,10 @@ def test_times_that_are_a_sum_over_layers_are_found_and_predicted(peculiar, monk
     """Two kinds of layers, a narrow dense layer among them, and what a plan does to them."""
     monkeypatch.setattr(block_times, "alternate", pretended)
     model = peculiar_model("qwen3") if peculiar else load_dense(random_source())[0]
-    view = ModelView(model)
+    view, bars = ModelView(model), []
+    monkeypatch.setattr(ProgressBar, "close", lambda bar: bars.append((bar.n, bar.total)))
     times = measure(view, mode="eager", batch_size=2, context=5)
+    assert bars[0][0] == bars[0][1] > 4  # what is shown ends at all of it
     assert [kind.layers for kind in times.kinds] == ([[0, 3], [1, 2, 4, 5]] if peculiar else [[0, 1, 2, 3, 4, 5]])
     assert times.seconds == pytest.approx(of_model(model))
     kept = {1: ([0], [2, 5]), 3: (None, [*range(31)])}

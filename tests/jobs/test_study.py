@@ -83,6 +83,16 @@ def test_status(held, tmp_path):
     assert status(read_runs(tmp_path), now=1300.0).splitlines()[0].endswith("2 interrupted")
 
 
+def test_how_many_jobs_failed_and_which_was_the_first(tmp_path):
+    results = [finished(tmp_path, 24, 30.0), "no threshold reaches it", finished(tmp_path, 20, 40.0), "loss is nan"]
+    for number, result in enumerate(results):
+        write_run(tmp_path / str(number), ["method=slm", f"seed={number}"], result)
+    first = "2 of 4 jobs failed; the first, job 1 (seed=1): no threshold reaches it"
+    assert study.failures(tmp_path, "no threshold reaches it") == first
+    assert study.failures(tmp_path, "joblib ended the study") == "2 of 4 jobs failed; joblib ended the study"
+    assert study.failures(tmp_path / "1", "no threshold reaches it") == ""
+
+
 def test_nothing_more_is_said_of_a_study_that_is_done(tmp_path):
     write_run(tmp_path / "0", [], finished(tmp_path, 24, 30.0))
     assert status(read_runs(tmp_path), now=0.0) == "1 job: 1 done\n"
@@ -98,7 +108,8 @@ def sweep(tmp_path, monkeypatch):
     words += ["pruning_ratio=none", "threshold.value=0.99,1.5,0.5", "name=tiny", "stages=[calibrate,merge]"]
     outcome = run_slm(*words, "pictures=false")
     assert outcome.status == 2
-    assert outcome.err.endswith("error: threshold.value=1.5 must lie in [0, 1]\n")
+    first = "job 1 (threshold.value=1.5): threshold.value=1.5 must lie in [0, 1]"
+    assert outcome.err.endswith(f"\nerror: 1 of 3 jobs failed: {first}\n")
     (folder,) = Path("outputs/sweeps/tiny").iterdir()
     return folder.absolute()
 
@@ -206,7 +217,7 @@ def test_a_key_that_one_job_lacks_is_its_failed_row_and_the_others_run(launcher,
     assert outcome.err == "error: 1 of 2 jobs would fail, see above\n"
     outcome = run_slm(*words, *launcher)
     assert outcome.status == 2
-    assert "error: recovery.rank does not exist for recovery=distill" in outcome.err
+    assert "job 0 (recovery=distill): recovery.rank does not exist for recovery=distill" in outcome.err.splitlines()[-1]
     runs = read_runs(tmp_path / "s")
     assert [(run.option("recovery"), run.status) for run in runs] == [("distill", "FAILED"), ("lora", "done")]
     assert runs[0].reason.startswith("recovery.rank does not exist for recovery=distill, only for recovery=lora")

@@ -44,7 +44,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
             time.sleep(0.2)
     log_text = (folder / "log").read_text()
     assert parent.returncode == 2, log_text[-3000:]
-    assert log_text.endswith("error: threshold.value=1.5 must lie in [0, 1]\n")
+    assert log_text.endswith("(threshold.value=1.5): threshold.value=1.5 must lie in [0, 1]\n")
     (sweep,) = folder.glob("out/sweeps/slm/*")
     return sweep, memory
 

@@ -66,7 +66,8 @@ def test_jobs_find_the_users_sweep_and_data_and_fail_one_by_one(tmp_path):
     done = run_deadly_study(tmp_path, "submitit.core._submit", *SLURM_LOCAL, "tracker=wandb_offline")
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert line == "error: threshold.value=1.5 must lie in [0, 1]"
+    first = "job 1 (threshold.value=1.5): threshold.value=1.5 must lie in [0, 1]"
+    assert line == f"error: 2 of 4 jobs failed; the first, {first}"
     (sweep,) = (tmp_path / "out" / "sweeps" / "mine").iterdir()
     table = (sweep / "summary.md").read_text()
     assert "4 jobs, 2 done, 2 FAILED" in table

@@ -305,9 +305,9 @@ def test_a_model_whose_layers_differ_is_refused():
 
 def test_what_cannot_go_is_said(ask):
     problem = ask(num_parameters=10_000_000)
-    with pytest.raises(UserError, match="10000000 parameters cannot go"):
+    with pytest.raises(UserError, match="10.0M parameters cannot go"):
         joint().plan(problem)
-    with pytest.raises(UserError, match="10000000 parameters cannot go"):
+    with pytest.raises(UserError, match="10.0M parameters cannot go"):
         joint(export="custom").plan(problem)
 
 

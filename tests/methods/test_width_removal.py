@@ -181,7 +181,7 @@ def test_groups_of_any_size_go_with_all_their_heads(num_kv_heads, make_problem):
 def test_too_many_parameters_are_an_error(make_problem):
     problem = make_problem(Parameters(10**6))
     for method in (WandaSP(), Flap(), Flap(allocation="uniform"), WandaSP(sublayers="attention")):
-        with pytest.raises(UserError, match=r"1000000 parameters cannot go: .* have \d+, as every sublayer keeps one"):
+        with pytest.raises(UserError, match=r"1.0M parameters cannot go: .* have \d+, as every sublayer keeps one"):
             method.plan(problem)
 
 

@@ -156,7 +156,7 @@ def test_weights_stay_where_the_fit_does_not_help_on_other_text(make_problem):
     assert plan.scores == {"warnings": ["of the search"]}
 
 
-@pytest.mark.parametrize("after", [(2.0, 0.5), (1.0, 0.5), (0.96, 0.5)])
+@pytest.mark.parametrize("after", [(2.0, 0.5), (1.0, 0.5), (0.98, 0.5)])
 def test_nothing_changes_if_the_whole_model_is_no_closer_on_other_text(after, make_problem, monkeypatch):
     found = iter([(1.0, 0.5), after])
     monkeypatch.setattr(Streams, "divergence", lambda self: next(found))
@@ -165,7 +165,7 @@ def test_nothing_changes_if_the_whole_model_is_no_closer_on_other_text(after, ma
     assert any(of["ridge"] for of in what(repaired).values())
     assert repaired.content() == plan.content()
     (line,) = repaired.scores["warnings"]
-    assert f"is {after[0]:.4g} with new weights and 1 without, not 5% less (repair.least_gain)" in line
+    assert f"is {after[0]:.4g} with new weights and 1 without, not 3% less (repair.least_gain)" in line
     divergence = repaired.scores["repair"]["divergence"]
     assert (
         divergence["repaired"] == divergence["pruned"] == {"kl": 1.0, "same_top_1": 0.5}
@@ -173,9 +173,9 @@ def test_nothing_changes_if_the_whole_model_is_no_closer_on_other_text(after, ma
 
 
 def test_a_smaller_gain_is_taken_if_that_is_asked_for(make_problem, monkeypatch):
-    found = iter([(1.0, 0.5), (0.96, 0.5)])
+    found = iter([(1.0, 0.5), (0.98, 0.5)])
     monkeypatch.setattr(Streams, "divergence", lambda self: next(found))
-    repaired = refit(choice="projection", least_gain=0.03).repair(make_problem(lively(), plan_of(Drop((3,)))))
+    repaired = refit(choice="projection", least_gain=0.01).repair(make_problem(lively(), plan_of(Drop((3,)))))
     assert any(isinstance(op, Replace) for op in repaired.ops)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 
 from slm_pipeline.report import documents
 from slm_pipeline.report.study import read_study
@@ -81,9 +82,10 @@ def test_latex_of_runs_that_no_option_tells_apart_names_the_jobs(sweep):
 def test_the_terminal_gets_the_same_in_plain_text(seeds):
     text = documents.text(read_study(seeds))
     assert text.isascii()
-    assert "  job  method  seed  pruned/perplexity/bundled  num_layers  parameters  pruned/average  seconds\n" in text
-    assert "    2  slm        2\n" in text
-    assert "FAILED: loss is nan" in text
+    assert "  job  method  seed  pruned/perplexity/bundled  num_layers  parameters  pruned/average  status\n" in text
+    assert "  also in summary.md and report.html: seconds\n" in text
+    assert re.search(r"\n    2  slm        2 +FAILED\n", text)
+    assert "Not done\n  job 2: FAILED: loss is nan" in text
     assert "2 of 3          24      100.0M               23.00 +-4.24" in text
     assert "**" not in text
     assert "`" not in text

@@ -8,7 +8,7 @@ from typing import Any
 from studies import finished, perplexity, with_speedup, write_run
 
 from slm_pipeline.report import documents
-from slm_pipeline.report.leaderboard import Board, label, leaderboards, outcome
+from slm_pipeline.report.leaderboard import Board, label, leaderboards
 from slm_pipeline.report.study import Study, read_study
 
 
@@ -43,7 +43,7 @@ def test_each_size_has_its_best_with_the_last_model_of_every_run(tmp_path):
     write_run(tmp_path / "s" / "3", ["method=flap", "ratio=30.0", "seed=0"], "out of memory")
     study = read_study(tmp_path / "s")
     assert study.metric == "recovered/perplexity/bundled"
-    assert [getattr(outcome(study, i), "key", None) for i in range(4)] == [
+    assert [getattr(study.outcome(i), "key", None) for i in range(4)] == [
         "pruned/perplexity/bundled", "recovered/perplexity/bundled", "pruned/perplexity/bundled", None,
     ]  # fmt: skip
     (board,) = leaderboards(study)
@@ -67,6 +67,8 @@ def test_terminal_and_markdown_name_the_best_last_models_as_the_page_does(tmp_pa
     assert "the last model of each run" in said
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in documents.markdown(study).splitlines()]
     assert ["20% less", "1.", "**20.00**", "slm", "pruned", "0"] in rows
+    metric = next(row for row in rows if row[:1] == ["job"]).index("recovered/perplexity/bundled")
+    assert [row[metric] for row in rows if row[:1] in (["0"], ["1"])] == ["20.00 pruned", "**25.00**"]  # as on the page
 
 
 def test_seeds_are_one_place_and_what_is_within_noise_ties(tmp_path):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mixed_runs import METHODS, RECOVERIES, STATES, forty, write_mixed
 
 from slm_pipeline.commands import report
-from slm_pipeline.report import page
+from slm_pipeline.report import documents, page
 from slm_pipeline.report.study import read_study
 from slm_pipeline.show import curves, strips
 
@@ -88,6 +88,15 @@ def test_forty_runs_have_the_best_of_each_model_and_size(forty_runs):
     study = read_study(forty_runs)
     assert len(study.runs) == 40
     assert html.count('<tr class="reason">') == sum(bool(run.reason) for run in study.runs) == 6
+
+
+def test_the_terminal_says_of_forty_runs_what_a_person_needs(forty_runs):
+    lines = documents.text(read_study(forty_runs)).splitlines()
+    assert len(lines) < 50
+    assert max(map(len, lines)) <= 100
+    assert sum(line.startswith("Best at each size") for line in lines) == 2
+    assert "  jobs methods/32, runs/8, runs/20: interrupted" in lines
+    assert lines[-1] == "All 40 runs, and how they were measured: summary.md and report.html"
 
 
 @pytest.mark.browser

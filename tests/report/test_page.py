@@ -213,9 +213,11 @@ def test_jobs_are_called_by_what_tells_them_apart():
         "sweeps/ratios/2026-11-27_00-34-11-102122/3", "sweeps/ratios/2026-11-27_00-34-11-102122/4",
         "runs/slm/2026-11-27_00-34-11-102122", "runs/slm/2026-11-28_10-00-00-000001",
         "a/2026-11-27_00-34-11-102122", "b/a/2026-11-27_00-34-11-999999", "2026-11-27_00-34-11-102122",
+        "runs/4", "methods/29", "sweeps/ratios/3",
     ]  # fmt: skip
     assert short_jobs(jobs) == [
         "ratios/3", "ratios/4", "slm 11-27 00:34:11", "slm 11-28 10:00:00", "a", "b/a", "2026-11-27_00-34-11-102122",
+        "runs/4", "methods/29", "sweeps/ratios/3",
     ]  # fmt: skip
     same = ["runs/slm/2026-11-27_00-34-11-1", "runs/slm/2026-11-27_00-34-11-2"]
     assert short_jobs(same) == same

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slm_pipeline.show.numerals import count, duration
+from slm_pipeline.show.numerals import count, counts, duration
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,9 @@ def test_a_stretch_of_time(seconds, shown):
 )
 def test_a_count(number, shown):
     assert count(number) == shown
+
+
+def test_counts_that_would_look_alike_are_said_in_full():
+    assert counts(102_662_784, 90_000) == ("102.7M", "90000")
+    assert counts(102_662_784, 102_662_783) == ("102662784", "102662783")
+    assert counts(5_000_000, 5_000_000) == ("5.0M", "5.0M")

@@ -73,6 +73,16 @@ def test_no_character_of_a_text_is_a_command(text, escaped):
     assert latex_escaped(text) == escaped
 
 
+def test_a_table_that_fits_has_what_comes_first_and_names_the_rest():
+    """Columns of 3, 58, 42 and 5 with two blanks each: of 100, what is wanted first leaves room for the last alone."""
+    table = Table(["job", "b" * 58, "c" * 42, "d"], [["0", "1", "x" * 60, "12345"]])
+    fitted, others = table.fitted(["job", "c" * 42])
+    assert (fitted.columns, fitted.rows) == (["job", "c" * 42, "d"], [["0", "x" * 45 + "...", "12345"]])
+    assert others == ["b" * 58]
+    assert table.fitted([])[1] == ["c" * 42]
+    assert all(len(line) <= 100 for line in fitted.text().splitlines())
+
+
 def test_csv_keeps_every_digit_and_reads_back():
     rows = [['a, "b"', 0.1 + 0.2, None], ["line\nbreak", 7, "x"]]
     text = csv_text(["name", "value", "note"], rows)

@@ -96,7 +96,7 @@ def test_a_folder_that_is_not_ours_alone_is_refused_and_nothing_is_touched(overr
         ("../a", ["-m", f"hydra.sweep.dir=x/{'a' * 290}", "seed=1"], "hydra.sweep.dir has a name of 290 characters"),
         ("../a", [f"output_dir={'a/' * 3000}"], "output_dir='a/a/a"),
         ("../a", ["hydra.job.name=a/b"], "hydra.job.name='a/b' must do as the name of a file"),
-        ("../a", ["-m", "method=slm,laco,nosuch"], "job 2 of 3, method=nosuch: In 'config': Could not find"),
+        ("../a", ["-m", "method=slm,laco,nosuch"], "job 2 of 3, method=nosuch: method=nosuch: no option of"),
         ("../a", ["-m", "seed=4,abc"], "job 1 of 2, seed=abc: Error merging override"),
     ],
 )
