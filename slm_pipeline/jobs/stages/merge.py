@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 # 2: checkpoints that transformers 4 reads alike; CoMe keeps the q/k gains of OLMo 2 with their rows; the plan of a
 # method that reads no calibration text names none; replaceme holds samples out of its fit
 # 3: allocation=sensitivity measures at other widths
-VERSION = 4  # raised when a method makes another plan of the same options
+# 4: joint fits to the own output too, keeps a model of equal widths as a candidate and protected layers whole
+VERSION = 4
 
 
 class Merge(Stage):
