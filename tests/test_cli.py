@@ -48,7 +48,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 REFUSED = {
-    "unknown option": (["method=foo"], ["method/foo", "from_plan", "slm"]),
+    "unknown option": (["method=foo"], ["method=foo: no option of that name", "from_plan", "slm"]),
     "unknown key": (["oops=1"], ["oops", "not in 'Config'"]),
     "unknown key of a group": (["calibration.oops=1"], ["oops", "CalibrationConfig"]),
     "unknown key of a method": (["method.oops=1"], ["method.oops"]),
