@@ -81,7 +81,8 @@ def _runs(study: Study, where: str) -> str:
     table = study.table(columns, status=unfinished, reasons=False)
     if study.chosen is not None:
         return table.text()
-    first = ["job", "status", study.metric or "", study.sort_by or "", *ordered_options(study)[:MOST_OPTIONS]]
+    asked = [study.metric or "", study.x or "", study.sort_by or ""]
+    first = ["job", "status", *asked, *ordered_options(study)[:MOST_OPTIONS]]
     return _fitting(table, first, where)
 
 

@@ -228,10 +228,11 @@ class Study:
         return [*lines, *small_limit(run.summary for run in finished if run.summary)]
 
     def shown_columns(self, *, details: bool = False, costs: bool = True) -> list[str]:
-        """The numbers that a table shows: the chosen ones, else all but what stands above it, details or costs."""
+        """The numbers that a table shows: the chosen ones, else all but what stands above it, details or costs that
+        nobody asked for."""
         if self.chosen is not None:
             return [name for name in self.chosen if name in self.columns]
-        wanted = (self.metric, self.sort_by)
+        wanted = (self.metric, self.x, self.sort_by)
         return [
             name
             for name, number in self.kinds.items()

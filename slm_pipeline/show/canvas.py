@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ STYLE: dict[Any, Any] = {
 }
 WIDTH = 6.9  # inches, both columns of a paper
 DPI = 200
+_PER_INCH = 12.5  # characters of a title
 
 
 @contextmanager
@@ -42,6 +44,12 @@ def new_figure(width: float, height: float) -> Iterator[Figure]:
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
+
+
+def put_title(figure: Figure, title: str) -> None:
+    """Above everything, in as many lines as the figure's width asks for."""
+    characters = int(_PER_INCH * figure.get_figwidth())
+    figure.suptitle("\n".join(textwrap.wrap(title, characters)), x=0.01, ha="left", size=9)
 
 
 def save(figure: Figure, path_stem: Path) -> list[Path]:

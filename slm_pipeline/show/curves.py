@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline.show import pictures
-from slm_pipeline.show.canvas import log_scale, new_figure, save, spans_decades
+from slm_pipeline.show.canvas import log_scale, new_figure, put_title, save, spans_decades
 from slm_pipeline.show.looks import BLACK, Look
 from slm_pipeline.show.numerals import count
 
@@ -282,7 +282,7 @@ def training_curves(trainings: Sequence[Training], path_stem: Path, *, title: st
                 names = [textwrap.fill(label, _LABEL) for label in sorted(first)]
                 legend = axes.legend([first[label] for label in sorted(first)], names, fontsize=6.5)
                 legend.set_in_layout(False)  # else a long label leaves no room for the curves
-        figure.suptitle(title, x=0.01, ha="left", size=9)
+        put_title(figure, title)
         _note(figure, note)
         return save(figure, path_stem)
 
@@ -318,7 +318,7 @@ def _scales(axes: Axes, x: Axis, y: Axis) -> None:
 def _titles(figure: Figure, axes: Axes, title: str, note: str) -> None:
     """The small print stands below the title, for the legend stands below the axes."""
     axes.set_title("\n".join(textwrap.wrap(note, 88)), loc="left", size=6.5, color=_NOTE)
-    figure.suptitle(title, x=0.01, ha="left", size=9)
+    put_title(figure, title)
 
 
 def _legend(figure: Figure, axes: Axes, title: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline.show.canvas import new_figure, save
+from slm_pipeline.show.canvas import new_figure, put_title, save
 from slm_pipeline.show.marks import Mark
 from slm_pipeline.show.marks import looks as mark_looks
 
@@ -69,7 +69,7 @@ def layer_strips(strips: Sequence[Strip], path_stem: Path, *, title: str, note: 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], nbins=16))
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        figure.suptitle(title, x=0.01, ha="left", size=9)
+        put_title(figure, title)
         entries = [Patch(**looks[kind], label=kind) for kind in looks if kind in used]
         figure.legend(handles=entries, loc="outside lower center", ncols=min(3, len(entries)))
         if note:

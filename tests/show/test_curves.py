@@ -181,3 +181,12 @@ def test_a_long_label_leaves_room_for_the_curves(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib's, that no room is left
         curves.training_curves(trainings, tmp_path / "losses", title="t")
+
+
+def test_a_long_title_stands_within_its_picture(figure):
+    name = "speed_by_ratio: pruned/perplexity/bundled by pruned/efficiency/token_speedup"
+    found = [Curve("slm", SLM, [Point(1, 20.0), Point(2, 30.0)])]
+    drawn = figure(curves.against, found, title=name, x=Axis("x"), y=Axis("y"))
+    title = drawn._suptitle
+    assert title.get_text().replace("\n", " ") == name
+    assert title.get_window_extent(drawn.canvas.get_renderer()).x1 < drawn.bbox.width
