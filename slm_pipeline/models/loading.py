@@ -101,6 +101,14 @@ def _place(source: ModelSource) -> tuple[str, str | None]:
     return os.path.expanduser(config.path), None
 
 
+def found_by_others(source: ModelSource) -> str:
+    """The repository or absolute folder by which other tools find the dense model; of a random one its name."""
+    if source.config.source == "random":
+        return source.name
+    place, _ = _place(source)
+    return place if source.config.source == "hub" else os.path.abspath(place)
+
+
 def load_checkpoint(path: Path, config: ModelConfig) -> Any:
     """A model saved by this package, placed as ``config`` says."""
     return _load(str(path), config, None)

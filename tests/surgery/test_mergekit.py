@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import yaml
 from conftest import context_of, random_source
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slm_pipeline.config import ModelConfig
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.from_plan import FromPlan
+from slm_pipeline.models.loading import found_by_others
 from slm_pipeline.surgery.mergekit import can_name, read_passthrough, to_mergekit
 
 
@@ -22,6 +27,21 @@ def test_ranges_by_hand(tmp_path):
     (tmp_path / "plan.yml").write_text(text)
     assert read_passthrough(tmp_path / "plan.yml").kept == [0, 1, 2, 5, 7, 8]
     assert read_passthrough(tmp_path / "plan.yml").dtype == "bfloat16"
+
+
+def test_the_dense_model_is_named_so_that_mergekit_finds_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("slm_pipeline.models.bundled.model_dir", lambda name: tmp_path / "cache" / name)
+    random = random_source()
+
+    def found(**config):
+        return found_by_others(replace(random, config=ModelConfig(**config)))
+
+    assert found(name="small", source="bundled") == str(tmp_path / "cache" / "small")
+    assert found(name="mine", source="local", path="models/mine") == str(tmp_path / "models" / "mine")
+    assert found(name="mine", source="local", path="~/mine") == str(Path.home() / "mine")
+    assert found(name="theirs", source="hub", repo="me/theirs") == "me/theirs"
+    assert found_by_others(random) == "random"
 
 
 def test_names_that_mergekit_reads_otherwise():

@@ -69,7 +69,7 @@ class Merge(Stage):
         return sizes.weights + job.method.memory(sizes)
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
-        from slm_pipeline.models.loading import load_dense
+        from slm_pipeline.models.loading import found_by_others, load_dense
         from slm_pipeline.models.view import ModelView
         from slm_pipeline.surgery.apply import layer_sizes
 
@@ -84,7 +84,7 @@ class Merge(Stage):
         counts = ParameterCounts.of(view)
         plan = Plan.read(out / "plan.json")
         if plan.ops and all(op.only_removes for op in plan.ops):
-            model_name = job.config.model.repo or job.config.model.path or job.source.name
+            model_name = found_by_others(job.source)
             kept = [layer for group in plan.layer_groups for layer in group]
             if can_name(model_name):
                 write_text(out / "mergekit.yml", to_mergekit(kept, model_name, job.config.model.dtype))
