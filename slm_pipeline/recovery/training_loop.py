@@ -71,7 +71,7 @@ def fit(
     """
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
-    logger.info("training %d of %d parameters on %d examples", trainable, total, len(train))
+    logger.info("training %s of %s parameters on %d examples", f"{trainable:,}", f"{total:,}", len(train))
     everything = options.dtype == "float32"
     last = last_complete_checkpoint(problem.out / phase.folder)
     progress = Progress() if last is None else read_progress(last)
