@@ -26,6 +26,7 @@ WEIGHTINGS = ("inverse_square", "none")
 TARGETS = ("dense_stream", "own_output")
 PRIORS = ("weights", "own_output")
 OWN_RIDGE = 0.01  # of the fit that is the prior, which has nothing to be drawn to but what is left of the weights
+OWN_RIDGES = (0.01, 0.1)  # of fits to the own output where they are tried beside others: they hold little that is noise
 LEAST_GAIN = 1e-6  # of the relative error: less is the rounding of float32 sums
 
 
@@ -175,6 +176,13 @@ class Refit:
             except UserError:
                 if ridge == max(self.ridges):
                     raise
+
+
+def own_output(
+    weightings: Sequence[str] = WEIGHTINGS, ridges: Sequence[float] = OWN_RIDGES, **options: Any
+) -> list[Refit]:
+    """The ways towards the own output that are tried beside those to the stream, one walk each."""
+    return [Refit([ridge], weighting, "own_output", **options) for weighting in weightings for ridge in ridges]
 
 
 def _solution(sums: Sums, prior: Tensor, ridge: float) -> Tensor:

@@ -49,6 +49,7 @@ class Fitted:
     """A shape filled with weights.
 
     Attributes:
+        shape: of the model.
         blocks: of the model, input side first; none if they were not to be kept.
         kept: (layer, sublayer) -> [kept] int64 units that stay, ascending, where some went.
         score: what it is judged by, lower is better.
@@ -56,6 +57,7 @@ class Fitted:
         same: share of its tokens whose most likely next one is the dense model's.
     """
 
+    shape: Shape
     blocks: list[Block]
     kept: dict[tuple[int, str], Tensor]
     score: float
@@ -124,15 +126,15 @@ class Fitting:
                 blocks.append(replace(block, replaced={name: value.cpu() for name, value in block.replaced.items()}))
         kl, same = choose.divergence()
         score = kl if self.objective == "kl_divergence" else choose.loss(self.choose)
-        return Fitted(blocks, kept, score, kl, same)
+        return Fitted(shape, blocks, kept, score, kl, same)
 
     def how_of(self, shape: Shape) -> Refit:
         """The least squares with which a shape is filled."""
         return self.whole if self.whole is not None and all(map(all, shape)) else self.how
 
-    def judge(self, shape: Shape, fitted: Fitted, input_ids: Tensor) -> tuple[float, float]:
+    def judge(self, fitted: Fitted, input_ids: Tensor) -> tuple[float, float]:
         """KL divergence and agreement, as in `Fitted`, on any other text."""
-        return pass_all(Streams(self.view, input_ids), fitted.blocks, originals(shape)).divergence()
+        return pass_all(Streams(self.view, input_ids), fitted.blocks, originals(fitted.shape)).divergence()
 
     def damages(
         self,
@@ -159,7 +161,7 @@ class Fitting:
         sensitivity = Sensitivity(self.view, input_ids, None if base is None else blocks, self.objective)
         streams = Streams(self.view, self.fit)
         before = sensitivity.damage()
-        own = Refit(ridges=self.how.ridges, weighting=self.how.weighting, target="as_it_is")
+        own = replace(self.how, target="as_it_is")
         last = max((layer for layer, _ in places), default=-1)
         groups = [[block.body] for block in blocks]
         ends = spans(groups, self.view.num_layers)

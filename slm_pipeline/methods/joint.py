@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,7 +24,8 @@ from slm_pipeline.surgery.plan import Plan
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slm_pipeline.engine.shapes import Fitted, Fitting, Shape
+    from slm_pipeline.engine.candidates import Candidates
+    from slm_pipeline.engine.shapes import Fitted, Shape
     from slm_pipeline.engine.window_memo import WindowMemo
     from slm_pipeline.models.context import Context
     from slm_pipeline.models.sizes import Sizes
@@ -36,10 +35,10 @@ log = logging.getLogger(__name__)
 
 EXPORTS = ("stock", "custom")
 UNITS = ("leverage", "obs")
-OBJECTIVES = {"kl_divergence": "kl", "next_token_loss": "loss"}  # and what the trace calls them
+OBJECTIVES = ("kl_divergence", "next_token_loss")
 JUDGED = ("repaired", "pruned")
 _DIFFER = "method=joint needs layers that are alike; this model's differ in heads or neurons"
-VERSION = 4  # raised when the same candidate gets another number
+VERSION = 5  # raised when the same candidate gets another number
 
 
 @dataclass(kw_only=True)
@@ -49,7 +48,8 @@ class Joint(ProtectsEnds):
     A candidate is filled from the lowest layer up: the neurons whose values are most nearly combinations of the others'
     go (as in `nystrom`; ``units=obs``: as in `obs`), and the heads that the others can best make up for; the last
     projections get new weights towards the dense stream, as `repair=refit` gives them; those of a shape that has all
-    sublayers towards their own output, if the shape with one width for all layers is better so. Its number is the KL
+    sublayers towards their own output, tokens weighted or not, if the shape with one width for all layers is better so.
+    Its number is the KL
     divergence of its predictions from the dense model's, in nats a token, on samples that nothing was fitted to. So
     candidates are compared after repair; the plan holds the decision, ``repair=refit`` the weights.
 
@@ -72,8 +72,8 @@ class Joint(ProtectsEnds):
     What was measured is kept beside the calibration: a killed search goes on, and those for other ratios share it.
 
     Scores in the plan: trace, of each candidate gone (layers), heads and neurons (least and most of those that stay),
-    parameters (of the layers), target (of the fits), num_tokens and kl, or loss; and held_out, kl and same_top_1 of the
-    chosen one on the last eighth.
+    parameters (of the layers), target and weighting (of the fits), num_tokens and kl, or loss; and held_out, kl and
+    same_top_1 of the chosen one on the last eighth.
     """
 
     # stock: the dense model's class, one width | custom: widths by layer, attention or feed-forward networks may go; a
@@ -100,7 +100,7 @@ class Joint(ProtectsEnds):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {"export": EXPORTS, "units": UNITS, "objective": [*OBJECTIVES], "judged": JUDGED}
+        choices = {"export": EXPORTS, "units": UNITS, "objective": OBJECTIVES, "judged": JUDGED}
         for option, known in choices.items():
             if (value := getattr(self, option)) not in known:
                 raise UserError(f"method.{option}={value!r} is not one of {', '.join(known)}")
@@ -139,6 +139,7 @@ class Joint(ProtectsEnds):
         return beside + (sizes.item_bytes * sizes.layers * sizes.block_matrices if sizes.on_host else 0)
 
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
+        from slm_pipeline.engine.candidates import Candidates
         from slm_pipeline.engine.refit import Refit
         from slm_pipeline.engine.shapes import Fitting
         from slm_pipeline.surgery.apply import layer_sizes
@@ -154,18 +155,20 @@ class Joint(ProtectsEnds):
             view, fit, choose, sizes, Refit(ridges=self.ridges), units=self.units, fixed=self._massive(problem),
             objective=self.objective, refitted=self.judged == "repaired",
         )  # fmt: skip
+        layers = self.candidates(len(sizes))
         with self._memo(problem) as memo:
             alike = self._uniform(problem.prices or sizes, [], remove)
-            search = self._towards(_Search(fitting, memo), alike)
+            search = Candidates(fitting, memo).towards_own_output(alike)
             if self.export == "stock":
                 best = self._stock(problem, search, remove)
             else:
                 best = self._custom(problem, search, remove)
             best = search.ranked([best, alike] if alike else [best], divisor=1)[0]
-            best, found = self._swapped(search, best, len(sizes))
-        kl, same = search.fitting.judge(best, found, tell)
+            best = search.swapped(best, layers, self.swaps)
+            found = search.fitting.fill(best, search.num_samples(1))
+        kl, same = search.fitting.judge(found, tell)
         log.info("joint: KL from the dense model %.4f on text that chose nothing", kl)
-        return self._shape_plan(problem, best, found, search.trace, {"kl": kl, "same_top_1": same})
+        return self._shape_plan(problem, found, search.trace, {"kl": kl, "same_top_1": same})
 
     @contextmanager
     def _memo(self, problem: PruningProblem) -> Iterator[WindowMemo]:
@@ -188,18 +191,7 @@ class Joint(ProtectsEnds):
             found[layer] = energy > self.massive * energy.mean()
         return {layer: fixed for layer, fixed in found.items() if fixed.any()}
 
-    def _towards(self, search: _Search, alike: Shape | None) -> _Search:
-        """The search that fills shapes which have all sublayers by fits to the own output, if the one whose layers are
-        all there and alike is better for it."""
-        from slm_pipeline.engine.refit import OWN_RIDGE, Refit
-
-        if alike is None or not search.fitting.refitted:
-            return search
-        own = replace(search, fitting=replace(search.fitting, whole=Refit([OWN_RIDGE], target="own_output")))
-        number = search.num_samples(1)
-        return own if own.score(alike, number) < search.score(alike, number) else search
-
-    def _stock(self, problem: PruningProblem, search: _Search, remove: int) -> Shape:
+    def _stock(self, problem: PruningProblem, search: Candidates, remove: int) -> Shape:
         """The best of the candidates with one width for all layers that stay."""
         sizes = problem.prices or search.fitting.sizes
         block = max(1, sum(size.whole for size in sizes) // len(sizes))
@@ -228,7 +220,7 @@ class Joint(ProtectsEnds):
             near += shapes(counts, [key[1]]).values()
         return search.halved([*ranked[:6], *near])
 
-    def _orders(self, problem: PruningProblem, search: _Search, most: int) -> dict[str, dict[int, list[int]]]:
+    def _orders(self, problem: PruningProblem, search: Candidates, most: int) -> dict[str, dict[int, list[int]]]:
         """For each way to choose them, the layers that go, by their number."""
         from slm_pipeline.engine.walk import Removal, RemovalWalk
 
@@ -261,8 +253,9 @@ class Joint(ProtectsEnds):
         return found
 
     def _uniform(self, sizes: Sequence[LayerSize], gone: Sequence[int], remove: int) -> Shape | None:
-        """The shape without these layers whose others, with ``export=custom`` but for those that are protected, lose as
-        many neurons as are still to go; None if they cannot."""
+        """The shape without these layers whose others lose as many neurons as are still to go; None if they cannot.
+
+        With ``export=custom`` without those that are protected, and what is too much goes back to the first."""
         narrow = set(range(len(sizes)) if self.export == "stock" else self.candidates(len(sizes))) - {*gone}
         missing = remove - sum(sizes[layer].whole for layer in gone)
         neurons = sizes[0].neurons
@@ -273,132 +266,35 @@ class Joint(ProtectsEnds):
         width = neurons if fewer == 0 else width
         if width < 1:
             return None
-        return tuple(
-            (0, 0) if layer in gone else (size.heads, width if layer in narrow else neurons)
-            for layer, size in enumerate(sizes)
-        )
+        left = {layer: width if layer in narrow else neurons for layer in range(len(sizes))}
+        if self.export == "custom":
+            missing -= sum((neurons - left[layer]) * sizes[layer].per_neuron for layer in narrow)
+            for layer in sorted(narrow):
+                if (back := sizes[layer].per_neuron * self.multiple_of) <= -missing and width < neurons:
+                    left[layer] += self.multiple_of
+                    missing += back
+        return tuple((0, 0) if layer in gone else (size.heads, left[layer]) for layer, size in enumerate(sizes))
 
-    def _custom(self, problem: PruningProblem, search: _Search, remove: int) -> Shape:
+    def _custom(self, problem: PruningProblem, search: Candidates, remove: int) -> Shape:
         """The best of the candidates with widths by layer."""
-        from slm_pipeline.engine.shapes import allocate
+        from slm_pipeline.engine.widths import Widths
 
         sizes = problem.prices or search.fitting.sizes
-        shape: Shape = tuple((size.heads, size.neurons) for size in sizes)
-        places = [(layer, part) for layer in self.candidates(len(sizes)) for part in SUBLAYERS]
-        if allocate({place: {0: 0.0} for place in places}, sizes, remove, 1) is None:
+        widths = Widths(search, sizes, self.candidates(len(sizes)), remove, self.multiple_of, self.search_tokens)
+        committed = widths.committed(self.commit) if widths.possible else None
+        if committed is None:
             raise _cannot_go(problem, remove)
-        step = max(1, round(self.commit * sum(size.whole for size in sizes)))
-        base, point = None, (0.0, 0.0)
-        for goal in [*range(step, remove, step), remove]:
-            damages = self._damages(search, shape, base)
-            point, tried = self._tilted(search, damages, sizes, shape, goal, point)
-            shape = tried[point]
-            base = search.fitting.fill(shape, search.num_samples(4)) if goal < remove else None
-        moved = self._transferred(search, sizes, shape, remove)
-        return search.halved([moved, *search.ranked([*tried.values()], divisor=4)[:3]])
-
-    def _transferred(self, search: _Search, sizes: Sequence[LayerSize], best: Shape, remove: int) -> Shape:
-        """The shape, or a better one that transfers led to: of an eighth of a network's neurons first, then of less."""
-        from slm_pipeline.engine.shapes import transferred
-        from slm_pipeline.show.progress import ProgressBar
-
-        number = search.num_samples(2)
-        places = [(layer, part) for layer in self.candidates(len(sizes)) for part in SUBLAYERS]
-        most = sum(size.whole for size in sizes) - remove
-        least, draw = search.score(best, number), random.Random(0)
-        for step in ProgressBar(range(self.transfers), desc="transfers"):
-            how = {"most": most, "share": 8 << 3 * step // self.transfers, "multiple_of": self.multiple_of}
-            pairs = (draw.sample(places, 2) for _ in range(100))
-            drawn = (transferred(best, sizes, giver, taker, **how) for giver, taker in pairs)
-            shape = next((of for of in drawn if of is not None), None)
-            if shape is not None and (score := search.score(shape, number)) < least:
-                best, least = shape, score
-        return best
-
-    def _tilted(
-        self,
-        search: _Search,
-        damages: dict[tuple[int, str], dict[int, float]],
-        sizes: Sequence[LayerSize],
-        shape: Shape,
-        remove: int,
-        best: tuple[float, float],
-    ) -> tuple[tuple[float, float], dict[tuple[float, float], Shape]]:
-        """Uphill from ``best``: the pair of tilts whose shape is best, and the shapes of all that were tried."""
-        from slm_pipeline.engine.shapes import allocate
-
-        number = search.num_samples(4)
-        tried: dict[tuple[float, float], Shape] = {}
-
-        def worth(point: tuple[float, float]) -> float:
-            if point not in tried:
-                found = allocate(tilted(damages, *point, len(sizes)), sizes, remove, self.multiple_of, shape)
-                if found is None:
-                    raise UserError(
-                        f"method=joint: {count(remove)} parameters cannot go; ask for a lower pruning_ratio"
-                    )
-                tried[point] = found
-            return search.score(tried[point], number)
-
-        step = 1.0
-        while step >= 0.5:
-            around = [best, *((best[0] + a, best[1] + b) for a, b in ((-step, 0), (step, 0), (0, -step), (0, step)))]
-            nearest = min(around, key=worth)
-            best, step = (nearest, step) if nearest != best else (best, step / 2)
-        return best, tried
-
-    def _damages(self, search: _Search, shape: Shape, base: Fitted | None) -> dict[tuple[int, str], dict[int, float]]:
-        """Of each sublayer of the model of this shape, units that stay -> what it costs to narrow it alone."""
-        sizes, memo = search.fitting.sizes, search.memo
-        heads, neurons = sizes[0].heads, sizes[0].neurons
-        levels = {
-            "attention": list(range(heads)) if heads <= 8 else [heads * i // 4 for i in range(4)],
-            "mlp": sorted({neurons * i // 8 // self.multiple_of * self.multiple_of for i in range(8)}),
-        }
-        of_shape = digest(shape)[:12]
-        target = search.fitting.how_of(shape).target
-        kind = "damage" if base is None or target == "dense_stream" else f"damage beside {target}"
-
-        def key(place: tuple[int, str], number: int) -> tuple[str | int, ...]:
-            return (kind, of_shape, *place, number)
-
-        widths = {
-            (layer, part): shape[layer][i] for layer in self.candidates(len(sizes)) for i, part in enumerate(SUBLAYERS)
-        }
-        known = {place: [n for n in levels[place[1]] if n < width] for place, width in widths.items() if width}
-        unknown = [place for place, of in known.items() if any(key(place, n) not in memo for n in of)]
-        rows = max(1, self.search_tokens // search.fitting.choose.shape[1])
-        measured = search.fitting.damages(unknown, levels, search.fitting.choose[:rows], base) if unknown else ()
-        for place, found in measured:
-            for level, damage in found.items():
-                memo.add(key(place, level), min(damage, 1e9))
-        return {place: {n: memo[key(place, n)] for n in of} for place, of in known.items()}
-
-    def _swapped(self, search: _Search, best: Shape, depth: int) -> tuple[Shape, Fitted]:
-        """The shape, or a better one in which a layer that went has changed places with its neighbour, filled."""
-        tried, number = {best}, search.num_samples(1)
-        least = search.score(best, number)
-        left, improved = self.swaps, True
-        while improved and left > 0:
-            improved = False
-            for shape in _exchanges(best, set(self.candidates(depth))):
-                if shape in tried or left == 0:
-                    continue
-                left -= 1
-                tried.add(shape)
-                if (score := search.score(shape, number)) < least:
-                    best, least, improved = shape, score, True
-                    break
-        return best, search.fitting.fill(best, number)
+        moved = widths.transferred(committed[0], self.transfers)
+        return search.halved([moved, *search.ranked(committed, divisor=4)[:3]])
 
     def _shape_plan(
         self,
         problem: PruningProblem,
-        shape: Shape,
         found: Fitted,
         trace: list[dict[str, Any]],
         held_out: dict[str, float],
     ) -> Plan:
+        shape = found.shape
         gone = tuple(layer for layer, kept in enumerate(shape) if kept == (0, 0))
         ops: list[Op] = [Drop(gone)] if gone else []
         tensors: dict[str, Any] = {}
@@ -413,78 +309,6 @@ class Joint(ProtectsEnds):
                 if number == 0:
                     ops.append(DropSublayer((layer,), part, "custom"))
         return self.new_plan(problem, ops=ops, tensors=tensors, scores={"trace": trace, "held_out": held_out})
-
-
-@dataclass(frozen=True)
-class _Search:
-    """Candidates and their numbers, each measured once."""
-
-    fitting: Fitting
-    memo: WindowMemo
-    trace: list[dict[str, Any]] = field(default_factory=list)
-
-    def num_samples(self, divisor: int) -> int:
-        return max(1, len(self.fitting.fit) // divisor)
-
-    def score(self, shape: Shape, num_samples: int) -> float:
-        from slm_pipeline.engine.shapes import parameters
-
-        target = self.fitting.how_of(shape).target
-        key = ("shape" if target == "dense_stream" else target, shape, num_samples)
-        if key not in self.memo:
-            score = self.fitting.fill(shape, num_samples, keep=False).score
-            self.memo.add(key, score if math.isfinite(score) else 1e9)
-        heads, neurons = ([kept[i] for kept in shape if kept[i]] or [0] for i in range(2))
-        row = {
-            "gone": [layer for layer, kept in enumerate(shape) if kept == (0, 0)],
-            "heads": [min(heads), max(heads)],
-            "neurons": [min(neurons), max(neurons)],
-            "parameters": parameters(shape, self.fitting.sizes),
-            "target": target,
-            "num_tokens": num_samples * self.fitting.fit.shape[1],
-            OBJECTIVES[self.fitting.objective]: self.memo[key],
-        }
-        if row not in self.trace:
-            log.info("joint: %s", _in_words(row, OBJECTIVES[self.fitting.objective]))
-            self.trace.append(row)
-        return self.memo[key]
-
-    def ranked(self, shapes: Sequence[Shape], divisor: int) -> list[Shape]:
-        """Without doubles, the best first, fitted to a part of the text."""
-        from slm_pipeline.show.progress import ProgressBar
-
-        number, different = self.num_samples(divisor), list(dict.fromkeys(shapes))
-        scores = {shape: self.score(shape, number) for shape in ProgressBar(different, desc="candidates")}
-        return sorted(different, key=scores.__getitem__)
-
-    def halved(self, shapes: Sequence[Shape]) -> Shape:
-        """The best: half of them survive each time that the text is doubled."""
-        left = self.ranked(shapes, 4)
-        for divisor in (2, 1):
-            left = self.ranked(left[: max(1, -(-len(left) // 2))], divisor)
-        return left[0]
-
-
-def _in_words(row: dict[str, Any], objective: str) -> str:
-    """A candidate of the trace, for people who wait."""
-    gone = f"layers {', '.join(map(str, row['gone']))} gone" if row["gone"] else "all layers"
-    widths = [
-        f"{least} {what}" if least == most else f"{least} to {most} {what}"
-        for what, (least, most) in (("groups of heads", row["heads"]), ("neurons", row["neurons"]))
-    ]
-    return f"{gone}, {', '.join(widths)}: {objective} {row[objective]:.4f}, fitted to {row['num_tokens']:,} tokens"
-
-
-def tilted(
-    damages: dict[tuple[int, str], dict[int, float]], tilt: float, attention: float, num_layers: int
-) -> dict[tuple[int, str], dict[int, float]]:
-    """Damages, each times exp(tilt x height), with heights from 1/2 at the input to -1/2, and of attention times
-    exp(attention)."""
-    found = {}
-    for (layer, part), levels in damages.items():
-        factor = math.exp(tilt * (0.5 - layer / num_layers) + (attention if part == "attention" else 0.0))
-        found[layer, part] = {number: factor * damage for number, damage in levels.items()}
-    return found
 
 
 def _cannot_go(problem: PruningProblem, remove: int) -> UserError:
@@ -520,13 +344,3 @@ def _apart(samples: Tensor, others: Tensor) -> Tensor:
         log.warning("joint: all calibration samples overlap, so that what it measures favours what it has seen")
         return samples
     return samples[apart]
-
-
-def _exchanges(shape: Shape, candidates: set[int]) -> Iterator[Shape]:
-    """Shapes in which a layer that went has changed places with a neighbour that stayed."""
-    for layer, kept in enumerate(shape):
-        for other in (layer - 1, layer + 1):
-            if kept == (0, 0) and other in candidates and shape[other] != (0, 0):
-                changed = list(shape)
-                changed[layer], changed[other] = shape[other], kept
-                yield tuple(changed)

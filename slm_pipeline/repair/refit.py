@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHOICES = {
-    "weighting": ("inverse_square", "none"),
+    "weighting": ("either", "inverse_square", "none"),
     "target": ("either", "dense_stream", "own_output"),
     "prior": ("weights", "own_output"),
     "sublayers": ("both", *SUBLAYERS),
@@ -75,8 +75,10 @@ class Refit(Repair):
     With ``target=own_output`` T is instead what the projection would write if its sublayer were as in the dense model,
     on the states that reach it in the pruned one: that makes up for narrower layers, and not for those that went. It
     corrects less, and of what it corrects more can be predicted, so that it wins where tokens are few for a layer's
-    neurons. Hence ``either``: where every sublayer is still there, a walk towards it (ridge 0.01) is tried too. What is
-    read is corrected after such fits, and before those to the stream.
+    neurons. Hence ``either``: where every sublayer is still there, walks towards it (ridges 0.01 and 0.1) are tried
+    too, with D and with all tokens alike: what one sublayer puts out need not be as large as the stream is, and on some
+    models (Gemma 3) the fit that forgets no token is the better one. What is read is corrected after such fits, and
+    before those to the stream.
 
     Kin: the direct form of ReplaceMe's map (arXiv 2505.02819), and fits to the dense output on corrected inputs as in
     GPTAQ (arXiv 2504.02692).
@@ -98,7 +100,8 @@ class Refit(Repair):
     ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.01, 0.1, 1.0])
     # Ridges with which what sublayers read is corrected too, after the best of `ridges` is known; []: it is not.
     reads: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.1, 1.0])
-    weighting: str = "inverse_square"  # inverse_square | none: how much a token counts
+    # How much a token counts: inverse_square | none: all alike | either: inverse_square, towards the own output both.
+    weighting: str = "either"
     # dense_stream | own_output: what a projection is to write | either, for the whole stack, where units alone went.
     target: str = "either"
     # What the ridge draws to: the weights | own_output: of narrowed sublayers, those that make up best for what went.
@@ -136,7 +139,7 @@ class Refit(Repair):
         if sizes.on_host:
             projections = sizes.layers * sizes.hidden * (sizes.queries + sizes.neurons)
             maps = 2 * sizes.layers * sizes.hidden**2 if self.reads else 0
-            walks = (len(self.ridges) if self.choice == "stack" else 1) + (self.target == "either") + len(self.reads)
+            walks = len(self._walks(is_narrower=True)) + len(self.reads)
             beside += 4 * (min(2, walks) * projections + maps)
         return beside
 
@@ -153,11 +156,9 @@ class Refit(Repair):
         tried: dict[str, dict[str, float]] = {"ridges": {}, "reads": {}}
         best: tuple[float, float, _Walked] | None = None
         failure = None
-        by_ridge = [[ridge] for ridge in self.ridges] if self.choice == "stack" else [self.ridges]
-        walks = [("ridges", ", ".join(map("{:g}".format, ridges)), self._how(ridges)) for ridges in by_ridge]
-        if self.target == "either" and _is_narrower(view, blocks):
+        walks = self._walks(_is_narrower(view, blocks))
+        if any(option == "targets" for option, *_ in walks):
             tried = {"ridges": {}, "targets": {}, "reads": {}}
-            walks.append(("targets", "own_output", self._own()))
         number = len(walks) + len(self.reads)
         numbers = (f"refit {this} of {number}" for this in itertools.count(1))
         while walks:
@@ -237,18 +238,25 @@ class Refit(Repair):
             )
         return problem.input_ids[fitted], problem.input_ids[chosen]
 
-    def _how(self, ridges: list[float]) -> engine.Refit:
+    def _walks(self, is_narrower: bool) -> list[tuple[str, str, engine.Refit]]:
+        """All that is tried before what is read: under which scores, by which name, and how."""
+        from slm_pipeline.engine.refit import WEIGHTINGS, own_output
         from slm_pipeline.engine.refit import Refit as HowToRefit
 
         sublayers = SUBLAYERS if self.sublayers == "both" else (self.sublayers,)
         target = "dense_stream" if self.target == "either" else self.target
-        return HowToRefit(ridges, self.weighting, target, self.prior, sublayers)
-
-    def _own(self) -> engine.Refit:
-        """Towards the own output, whose fits hold little that is noise: with a small ridge."""
-        from slm_pipeline.engine.refit import OWN_RIDGE
-
-        return replace(self._how([OWN_RIDGE]), target="own_output", prior="weights")
+        weightings = WEIGHTINGS if self.weighting == "either" else (self.weighting,)
+        of_target = weightings if target == "own_output" else weightings[:1]
+        by_ridge = [[ridge] for ridge in self.ridges] if self.choice == "stack" else [self.ridges]
+        walks = [
+            ("ridges", _in_words(how := HowToRefit(ridges, weighting, target, self.prior, sublayers)), how)
+            for ridges in by_ridge
+            for weighting in of_target
+        ]
+        if self.target == "either" and is_narrower:
+            own = own_output(weightings, sublayers=sublayers)
+            walks += [("targets", f"own_output, {_in_words(how)}", how) for how in own]
+        return walks
 
     def _walk(
         self,
@@ -272,6 +280,7 @@ class Refit(Repair):
         prefix = _free_prefix(problem.plan)
         walk = "_".join(map(str, how.ridges)) + ("" if how.reads is None else f"_reads_{how.reads}")
         walk += "" if how.target == "dense_stream" else f"_{how.target}"
+        walk += "" if how.weighting == "inverse_square" else f"_{how.weighting}"
         dense_layers = spans(groups, problem.view.num_layers)
         for position, (block, span) in enumerate(zip(ProgressBar(blocks, desc=name), dense_layers, strict=True)):
             for streams in (fitted, other):
@@ -303,6 +312,10 @@ def _is_narrower(view: ModelView, blocks: list[Block]) -> bool:
         and not any(block.without for block in blocks)
         and any(block.replaced for block in blocks)
     )
+
+
+def _in_words(how: engine.Refit) -> str:
+    return ", ".join(map("{:g}".format, how.ridges)) + (", all tokens alike" if how.weighting == "none" else "")
 
 
 def _free_prefix(plan: Plan) -> str:

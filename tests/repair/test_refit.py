@@ -307,10 +307,17 @@ def test_a_repair_killed_on_its_walk_to_the_own_output_goes_on_there(make_proble
     with pytest.raises(KeyboardInterrupt):
         how.repair(make_problem(model, plan, out=tmp_path / "killed"))
     before, fitted[:] = set(fitted), []
-    monkeypatch.setattr(engine.Refit, "layer", lambda *about: fitted.append(about[0].target) or whole(*about))
+
+    def seen(self, *about):
+        fitted.append((self.target, self.weighting, self.reads))
+        return whole(self, *about)
+
+    monkeypatch.setattr(engine.Refit, "layer", seen)
     found = how.repair(make_problem(model, plan, out=tmp_path / "killed"))
     assert {one[0] for one in before} == {"dense_stream", "own_output"}
-    assert fitted == ["own_output"] * (3 + 5)  # what was left of that walk, and the one with what is read
+    own = [("own_output", weighting, None) for weighting in engine.WEIGHTINGS for _ in range(2 * 5)]
+    assert fitted[:18] == own[2:]
+    assert [(target, reads) for target, _, reads in fitted[18:]] == [("own_output", 1.0)] * 5
     assert (found.content(), found.scores) == (expected.content(), expected.scores)
 
 
@@ -377,7 +384,7 @@ def test_after_every_kind_of_plan_the_model_is_closer_and_what_is_saved_is_what_
     ("options", "message"),
     [
         ({"target": "dense"}, "repair.target='dense' is not one of either, dense_stream, own_output"),
-        ({"weighting": "norm"}, "repair.weighting='norm' is not one of inverse_square, none"),
+        ({"weighting": "norm"}, "repair.weighting='norm' is not one of either, inverse_square, none"),
         ({"sublayers": "all"}, "repair.sublayers='all' is not one of both, attention, mlp"),
         ({"ridges": []}, r"repair.ridges=\[\] must name at least one"),
         ({"ridges": [0.0]}, r"repair.ridges.*0"),
@@ -395,7 +402,7 @@ def test_options_out_of_range(options, message):
 def test_the_choices_are_those_of_the_engine():
     from slm_pipeline.repair.refit import CHOICES
 
-    assert CHOICES["weighting"] == engine.WEIGHTINGS
+    assert CHOICES["weighting"] == ("either", *engine.WEIGHTINGS)
     assert CHOICES["target"] == ("either", *engine.TARGETS)
     assert CHOICES["prior"] == engine.PRIORS
 
@@ -409,10 +416,21 @@ def test_where_units_alone_went_a_walk_towards_the_own_output_is_tried_too(make_
     model, plan = lively(), narrowing({layer: (None, range(20)) for layer in range(1, 5)}, num_layers=6)
     either = refit(ridges=[1e3]).repair(make_problem(model, plan, out=tmp_path / "either"))
     tried = either.scores["repair"]
-    assert list(tried["targets"]) == ["own_output"]
-    assert tried["targets"]["own_output"] < tried["ridges"]["1000"]  # which hardly moves a weight
-    own = refit(ridges=[0.01], target="own_output").repair(make_problem(model, plan, out=tmp_path / "own"))
+    names = [
+        "own_output, 0.01",
+        "own_output, 0.1",
+        "own_output, 0.01, all tokens alike",
+        "own_output, 0.1, all tokens alike",
+    ]
+    assert list(tried["targets"]) == names
+    assert max(tried["targets"].values()) < tried["ridges"]["1000"]  # which hardly moves a weight
+    own = refit(ridges=[0.01, 0.1], target="own_output").repair(make_problem(model, plan, out=tmp_path / "own"))
     assert own.content() == either.content()
+    assert {f"own_output, {name}": kl for name, kl in own.scores["repair"]["ridges"].items()} == tried["targets"]
+    alone = refit(ridges=[0.1], target="own_output", weighting="none", reads=[])
+    scores = alone.repair(make_problem(model, plan, out=tmp_path / "alone")).scores["repair"]
+    assert scores["ridges"] == {"0.1, all tokens alike": tried["targets"][names[-1]]}
+    assert len({*tried["targets"].values()}) == 4
     dense = refit(ridges=[1e3], target="dense_stream", least_gain=0.0)
     assert "targets" not in dense.repair(make_problem(model, plan, out=tmp_path / "dense")).scores["repair"]
     cut = refit().repair(make_problem(model, plan_of(Drop((3,))), out=tmp_path / "cut"))

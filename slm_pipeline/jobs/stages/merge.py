@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 # method that reads no calibration text names none; replaceme holds samples out of its fit
 # 3: allocation=sensitivity measures at other widths
 # 4: joint fits to the own output too, keeps a model of equal widths as a candidate and protected layers whole
-VERSION = 4
+# 5: joint fits to the own output with all tokens alike too
+VERSION = 5
 
 
 class Merge(Stage):

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 4  # 2: errors in the stream, gains of norms; 3: least_gain; 4: own output first; divergence of what stays
+# 2: errors in the stream, gains of norms; 3: least_gain; 4: own output first; divergence of what stays
+# 5: fits to the own output with all tokens alike
+VERSION = 5
 
 
 class Repair(Stage):
