@@ -245,34 +245,40 @@ def two_gpus(words: list[str]) -> Iterator[Result]:
         "calibration.seq_len=2048",
         *words,
     ]
-    few, many, search = f"calibration, {_FEW} samples", f"calibration, {_MANY} samples", "SLEB and refit"
-    jobs = {  # what is subtracted comes last, when libraries have been read before
-        search: ["stages=[calibrate,merge,repair]", "calibration.num_samples=16"],
-        many: ["stages=[calibrate]", f"calibration.num_samples={_MANY}"],
-        few: ["stages=[calibrate]", f"calibration.num_samples={_FEW}"],
+    jobs = {
+        "SLEB and refit": ["stages=[calibrate,merge,repair]", "calibration.num_samples=16"],
+        f"calibration, {_MANY} samples": ["stages=[calibrate]", f"calibration.num_samples={_MANY}"],
+        f"calibration, {_FEW} samples": ["stages=[calibrate]", f"calibration.num_samples={_FEW}"],
     }
-    costs = {}
+    work: dict[str, list[float]] = {}  # of each, on one GPU and on two
+    calibrations = []
     for name, asked in jobs.items():
         with scratch(words, _GROUP) as folder:
             try:
-                one = run_slm([*words, *asked], folder / "one")
-                costs[name] = one, run_slm([*words, *asked], folder / "two", two)
+                costs = [run_slm([*words, *asked], folder / "one"), run_slm([*words, *asked], folder / "two", two)]
             except UserError as error:
                 yield Result(f"two GPUs, {name}", None, at_least=1.8, how=_why(error))
-    work = {}
-    if {few, many} <= costs.keys():
-        less = [cost["calibrate"].seconds for cost in costs[few]]
-        more = [cost["calibrate"].seconds for cost in costs[many]]
-        work[f"calibration, {_MANY - _FEW} samples"] = [more[0] - less[0], more[1] - less[1]]
-    if search in costs:
-        work["SLEB, a tenth of the layers"] = [cost["merge"].work or 0.0 for cost in costs[search]]
-        work["refit"] = [cost["repair"].work or 0.0 for cost in costs[search]]
+                continue
+        if name == "SLEB and refit":
+            found = {
+                "SLEB, a tenth of the layers": [cost["merge"].work or 0.0 for cost in costs],
+                "refit": [cost["repair"].work or 0.0 for cost in costs],
+            }
+        else:
+            calibrations.append([cost["calibrate"].seconds for cost in costs])
+            if len(calibrations) < 2:
+                continue
+            difference = [more - less for more, less in zip(*calibrations, strict=True)]
+            found = {f"calibration, {_MANY - _FEW} samples": difference}
+        yield from (_scaling(name, *seconds) for name, seconds in found.items())
+        work |= found
     if len(work) == 3:
-        work["all three"] = [sum(seconds) for seconds in zip(*work.values(), strict=True)]
-    for name, (alone, together) in work.items():
-        how = f"{alone:.1f} and {together:.1f} s"
-        ratio = alone / together if min(alone, together) > 0 else None  # a difference may drown in noise
-        yield Result(f"two GPUs, {name}", ratio, at_least=1.8, how=how)
+        yield _scaling("all three", *map(sum, zip(*work.values(), strict=True)))
+
+
+def _scaling(name: str, alone: float, together: float) -> Result:
+    ratio = alone / together if min(alone, together) > 0 else None  # a difference may drown in noise
+    return Result(f"two GPUs, {name}", ratio, at_least=1.8, how=f"{alone:.1f} and {together:.1f} s")
 
 
 def two_gpus_lora(words: list[str]) -> Iterator[Result]:

@@ -126,32 +126,43 @@ class BlockRunner:
         return found[0]
 
     @torch.no_grad()
-    def observed(self, block: Block, hidden: Tensor, sublayer: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def observed(
+        self, block: Block, hidden: Tensor, sublayer: str, *, whole: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """`run`, and what goes through the last projection of a sublayer meanwhile.
+
+        Args:
+            whole: else the block is not run further.
 
         Returns:
             Its inputs [tokens, n], what it puts out, what of that reaches the residual stream (the same unless a norm
-            stands between), and the output of the block: [any batch, length, d].
+            stands between), and the output of the block, None unless ``whole``: [any batch, length, d].
         """
         found: list[Tensor] = []
         norm = self.view.output_norm(block.body, sublayer)
 
         def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             found.extend([args[0].flatten(0, -2), output])
+            if norm is None and not whole:
+                raise _Enough
 
         def keep_normed(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             found.append(output)
+            if not whole:
+                raise _Enough
 
         module, tensors = self._module_of(block)
         hooks = [module.get_submodule(self.view.output_name(sublayer)).register_forward_hook(keep)]
         if norm is not None:
             hooks.append(module.get_submodule(norm[0]).register_forward_hook(keep_normed))
+        output = None
         try:
-            output = self._run(block, module, tensors, hidden)
+            with suppress(_Enough):
+                output = self._run(block, module, tensors, hidden)
         finally:
             for hook in hooks:
                 hook.remove()
-        return found[0], found[1].view_as(output), found[-1].view_as(output), output
+        return found[0], found[1].view_as(hidden), found[-1].view_as(hidden), output
 
     def _module_of(self, block: Block) -> tuple[nn.Module, dict[str, Tensor]]:
         """A module that runs ``block``, and parameters to be put in the place of its own meanwhile."""

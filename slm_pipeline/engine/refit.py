@@ -83,8 +83,8 @@ class Refit:
     sublayers: Sequence[str] = SUBLAYERS
     reads: float | None = None
 
-    def sums(self, streams: Streams, block: Block, sublayer: str) -> Sums:
-        return streams.sums(block, sublayer, target=self.target, weighting=self.weighting)
+    def sums(self, streams: Streams, block: Block, sublayer: str, *, plain: bool = False) -> Sums:
+        return streams.sums(block, sublayer, target=self.target, weighting=self.weighting, plain=plain)
 
     def layer(self, fitted: Streams, held_out: Streams, block: Block) -> tuple[Block, list[Fitted]]:
         """The block with new weights, both streams standing before it, and what became of each sublayer."""
@@ -113,6 +113,8 @@ class Refit:
             UserError: the inputs are linearly dependent, and no ridge is large enough; or what is to be written, on
                 either text, is not finite.
         """
+        if self.target == "own_output" and fitted.undone(block, sublayer) is block:
+            return block, Fitted(sublayer, None, 0.0, 0.0)
         is_normed = fitted.output_norm(block, sublayer) is not None
         sums = None if is_normed else sums
         best, taken = block, None

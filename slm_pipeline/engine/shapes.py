@@ -112,7 +112,9 @@ class Fitting:
             whole = {"attention": self.sizes[layer].heads, "mlp": self.sizes[layer].neurons}
             as_dense = fit.pruned is fit.dense and left == whole and span == (layer, layer + 1)
             for sublayer in (part for part, number in left.items() if number and not as_dense):
-                sums = how.sums(fit, block, sublayer)
+                if left[sublayer] == whole[sublayer] and how.target == "own_output":
+                    continue  # it writes what it is to write
+                sums = how.sums(fit, block, sublayer, plain=self._by_leverage(sublayer))
                 if left[sublayer] < whole[sublayer]:
                     order = self._order(fit, block, sublayer, sums, whole[sublayer], whole[sublayer] - left[sublayer])
                     stay = _stay(order, whole[sublayer])
@@ -171,7 +173,7 @@ class Fitting:
             streams.look_ahead(*span)
             for sublayer in (part for part in SUBLAYERS if (block.body, part) in places):
                 here = kept.get((block.body, sublayer), torch.arange(self._whole(block.body, sublayer)))
-                sums = own.sums(streams, block, sublayer)
+                sums = own.sums(streams, block, sublayer, plain=self._by_leverage(sublayer))
                 order = self._order(streams, block, sublayer, sums, len(here), len(here) - 1, here)
                 fewer = [number for number in levels[sublayer] if number < len(here)]
                 variants = [
@@ -206,19 +208,19 @@ class Fitting:
         remove: int,
         here: Tensor | None = None,
     ) -> Tensor:
-        """Of ``number`` units those that go, in that order, by the optimal brain surgeon around the best weights for
-        the target; ``here``: which of the dense model's they are, None: all."""
+        """Of ``number`` units those that go, in that order, by leverage where ``sums`` have a plain Gram matrix, by the
+        optimal brain surgeon around the best weights for the target elsewhere; ``here``: which of the dense model's
+        they are, None: all."""
+        fixed = self.fixed.get(block.body) if sublayer == "mlp" else None
+        fixed = fixed if fixed is None or here is None else fixed[here]
+        if (gram := sums.plain) is not None:
+            scores = least_squares.leverage_scores(gram, penalty=least_squares.penalty(gram, self.ridge)).cpu()
+            order = scores.argsort(stable=True)
+            return (order if fixed is None else torch.cat([order[~fixed[order]], order[fixed[order]]]))[:remove]
         penalty = least_squares.penalty(sums.gram, self.ridge)
         prior = streams.weight(block, sublayer)
         weight = least_squares.solve(sums.gram, sums.moment, prior=prior, penalty=penalty)
         columns = sums.gram.shape[0] - (streams.bias(block, sublayer) is not None)  # a bias stays
-        fixed = self.fixed.get(block.body) if sublayer == "mlp" else None
-        fixed = fixed if fixed is None or here is None else fixed[here]
-        if sublayer == "mlp" and self.units == "leverage":
-            gram = streams.gram(block, sublayer).matrix
-            scores = least_squares.leverage_scores(gram, penalty=least_squares.penalty(gram, self.ridge)).cpu()
-            order = scores.argsort(stable=True)
-            return (order if fixed is None else torch.cat([order[~fixed[order]], order[fixed[order]]]))[:remove]
         last = torch.arange(0) if fixed is None else fixed.nonzero().flatten()  # where all else is gone
         order = least_squares.removal_order(
             weight[:, :columns],
@@ -230,6 +232,9 @@ class Fitting:
             fixed=fixed,
         )
         return torch.cat([order, last])[:remove]
+
+    def _by_leverage(self, sublayer: str) -> bool:
+        return sublayer == "mlp" and self.units == "leverage"
 
     def _narrowed(self, block: Block, sublayer: str, stay: Tensor, number: int, sums: Sums) -> tuple[Block, Sums]:
         """The block with these units of a sublayer alone, and the sums of what enters its last projection then."""

@@ -27,11 +27,13 @@ class Sums:
         gram: [n, n] X D X'.
         moment: [d, n] T D X'.
         energy: tr(T D T').
+        plain: X X' without the input that a bias has, all tokens alike, if it was asked for.
     """
 
     gram: Tensor
     moment: Tensor
     energy: float
+    plain: Tensor | None = None
 
     def error(self, weight: Tensor) -> float:
         """The weighted squared error of ``weight`` [d, n], relative to the targets' energy."""
@@ -148,15 +150,16 @@ class Streams:
             if self.lacks(Block(start), "attention"):
                 states = self._runner.run(Block(start), states)
             else:
-                _, _, written, states = self._runner.observed(Block(start), states, "attention")
-                middle = middle + written
+                _, _, written, leaving = self._runner.observed(Block(start), states, "attention")
+                assert leaving is not None
+                middle, states = middle + written, leaving
             self.middle[rows] = middle
             self.leaving[rows] = states
         for layer in range(start + 1, end):
             for rows in self._rows():
                 self.leaving[rows] = self._runner.run(Block(layer), self._on_device(self.leaving[rows], layer))
 
-    def sums(self, block: Block, sublayer: str, *, target: str, weighting: str) -> Sums:
+    def sums(self, block: Block, sublayer: str, *, target: str, weighting: str, plain: bool = False) -> Sums:
         """What a least-squares fit of a sublayer's last projection is made of; a bias counts as a last input of 1.
 
         The target is what is missing to the dense stream behind the attention, or behind the layers that the block
@@ -167,13 +170,19 @@ class Streams:
         as part of the weights, and what it divides each token by is taken to stay what it is: the target is multiplied
         by that. How good such a fit is only `error` says, since it does not stay so.
 
+        Args:
+            plain: whether the Gram matrix of all tokens alike is wanted too.
+
         Raises:
             UserError: they are not finite.
         """
         has_bias = self.bias(block, sublayer) is not None
         norm = self.output_norm(block, sublayer)
-        so_far = _SumsSoFar()
+        so_far, alike = _SumsSoFar(), None
         for writes in self._writes(block, sublayer, target, weighting):
+            if plain:
+                alike = alike or Gram(writes.inputs.shape[1], writes.inputs.device)
+                alike.add(writes.inputs)
             inputs, divisors = writes.inputs, torch.ones_like(writes.wanted[:, :1])
             if norm is not None:
                 put_out = writes.put_out * _invertible(norm[1])
@@ -183,9 +192,10 @@ class Streams:
                 inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
             so_far.add(inputs, writes.wanted * divisors, writes.weights / divisors[:, 0].square())
         so_far.gather(self._share)
-        return so_far.sums(
+        sums = so_far.sums(
             f"what enters the last projection of layer {block.body}'s {sublayer}, or is to leave it, is not finite"
         )
+        return sums if alike is None else replace(sums, plain=self._share.summed(alike.matrix))
 
     def error(self, block: Block, sublayer: str, *, target: str, weighting: str) -> float:
         """The weighted squared error of what reaches the stream, relative to what is wanted; targets as for `sums`."""
@@ -215,32 +225,20 @@ class Streams:
         whole = self.undone(block, sublayer)
         for rows in self._rows():
             entering = self._on_device(self.pruned[rows], block.body)
-            inputs, output, written, leaving = self._runner.observed(block, entering, sublayer)
+            inputs, output, written, leaving = self._runner.observed(block, entering, sublayer, whole=sublayer == "mlp")
             reference = self._on_device((self.leaving if is_last else self.middle)[rows], block.body)
             if target == "as_it_is":
                 wanted = written
             elif target == "own_output":
-                wanted = written if whole is block else self._runner.observed(whole, entering, sublayer)[2]
+                wanted = written if whole is block else self._runner.observed(whole, entering, sublayer, whole=False)[2]
             else:  # the first difference rounds back to the state that the output was added to
-                beside = leaving - written if sublayer == "mlp" else entering
+                beside = entering if leaving is None else leaving - written
                 wanted = reference.float() - beside.float()
             weights = reference.flatten(0, -2).float().square().mean(dim=-1).clamp_min(1e-12).reciprocal()
             if weighting == "none":
                 weights = torch.ones_like(weights)
             put_out, reached, wanted = (of.flatten(0, -2).float() for of in (output, written, wanted))
             yield _Writes(inputs, put_out, reached, wanted, weights)
-
-    def gram(self, block: Block, sublayer: str) -> Gram:
-        """Of what enters a sublayer's last projection in the pruned model, all tokens alike and without a bias."""
-        found: Gram | None = None
-        for rows in self._rows():
-            inputs = self._runner.inputs_of(block, self._on_device(self.pruned[rows], block.body), sublayer)
-            found = found or Gram(inputs.shape[1], inputs.device)
-            found.add(inputs)
-        assert found is not None
-        found.matrix = self._share.summed(found.matrix)
-        found.num_tokens = int(self._share.summed(torch.tensor(found.num_tokens)))
-        return found
 
     def reading_sums(self, block: Block, sublayer: str) -> Sums:
         """What the best linear map is made of, from what a sublayer reads in the pruned model, X, to what it reads in
