@@ -116,4 +116,8 @@ def _in_words(row: dict[str, Any], objective: str) -> str:
         f"{least} {what}" if least == most else f"{least} to {most} {what}"
         for what, (least, most) in (("groups of heads", row["heads"]), ("neurons", row["neurons"]))
     ]
-    return f"{gone}, {', '.join(widths)}: {objective} {row[objective]:.4f}, fitted to {row['num_tokens']:,} tokens"
+    fits = f"fitted to {row['num_tokens']:,} tokens"
+    if row["target"] == "own_output":
+        alike = ", all tokens alike" if row["weighting"] == "none" else ""
+        fits += f" (own output, ridge {', '.join(map('{:g}'.format, row['ridges']))}{alike})"
+    return f"{gone}, {', '.join(widths)}: {objective} {row[objective]:.4f}, {fits}"

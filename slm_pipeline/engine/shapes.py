@@ -134,6 +134,10 @@ class Fitting:
         """The least squares with which a shape is filled."""
         return self.whole if self.whole is not None and all(map(all, shape)) else self.how
 
+    def how_beside(self, base: Fitted | None) -> Refit:
+        """That of ``base``, or of shapes that have all sublayers."""
+        return self.how_of(base.shape) if base else self.whole or self.how
+
     def judge(self, fitted: Fitted, input_ids: Tensor) -> tuple[float, float]:
         """KL divergence and agreement, as in `Fitted`, on any other text."""
         return pass_all(Streams(self.view, input_ids), fitted.blocks, originals(fitted.shape)).divergence()
@@ -145,7 +149,8 @@ class Fitting:
         input_ids: Tensor,
         base: Fitted | None = None,
     ) -> Iterator[tuple[tuple[int, str], dict[int, float]]]:
-        """What it costs to narrow one sublayer alone, refitted, if at all, to put out what it did.
+        """What it costs to narrow one sublayer alone, refitted, if at all, to put out what it did, its tokens weighted as
+        where a shape like the base's is filled.
 
         Args:
             places: the sublayers, as (layer, attention | mlp); of ``base`` those that it has.
@@ -163,7 +168,7 @@ class Fitting:
         sensitivity = Sensitivity(self.view, input_ids, None if base is None else blocks, self.objective)
         streams = Streams(self.view, self.fit)
         before = sensitivity.damage()
-        own = replace(self.how, target="as_it_is")
+        own = replace(self.how_beside(base), target="as_it_is")
         last = max((layer for layer, _ in places), default=-1)
         groups = [[block.body] for block in blocks]
         ends = spans(groups, self.view.num_layers)

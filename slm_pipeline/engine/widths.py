@@ -109,11 +109,11 @@ class Widths:
             "attention": list(range(heads)) if heads <= 8 else [heads * i // 4 for i in range(4)],
             "mlp": sorted({neurons * i // 8 // multiple_of * multiple_of for i in range(8)}),
         }
-        how, of_shape = fitting.how_of(shape), digest(shape)[:12]
+        how, of_shape = fitting.how_beside(base), digest(shape)[:12]
 
         def key(place: Place, number: int) -> tuple[str | float, ...]:
-            beside: tuple[str | float, ...] = (how.target, how.weighting, *how.ridges) if base else ("dense",)
-            return ("damage", *beside, of_shape, *place, number)
+            beside: tuple[str | float, ...] = (how.target, *how.ridges) if base else ("dense",)
+            return ("damage", *beside, how.weighting, of_shape, *place, number)
 
         widths = {(layer, part): shape[layer][SUBLAYERS.index(part)] for layer, part in self.places}
         known = {place: [n for n in levels[place[1]] if n < width] for place, width in widths.items() if width}
