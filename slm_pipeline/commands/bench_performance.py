@@ -210,7 +210,8 @@ def stream(words: list[str]) -> Iterator[Result]:
             "ShortGPT": ["method=shortgpt", "pruning_ratio=r20"],
             f"SLM in the upper {upper} layers": ["method=slm", "threshold=fixed", "threshold.value=0.9",
                     "pruning_ratio=none", f"method.protect_first={shape.layers - upper}"],
-            "refit": ["method=shortgpt", "pruning_ratio=r20", "repair=refit", "repair.calibration.num_samples=16"],
+            "refit": ["method=shortgpt", "pruning_ratio=r20", "repair=refit", "repair.calibration.num_samples=16",
+                    "repair.ridges=[0.1]", "repair.reads=[]"],  # one walk: each reads the weights once
         }  # fmt: skip
         for name, asked in jobs.items():
             what = f"stream: {name}, time over that of reading as often"

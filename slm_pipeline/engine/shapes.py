@@ -149,8 +149,8 @@ class Fitting:
         input_ids: Tensor,
         base: Fitted | None = None,
     ) -> Iterator[tuple[tuple[int, str], dict[int, float]]]:
-        """What it costs to narrow one sublayer alone, refitted, if at all, to put out what it did, its tokens weighted as
-        where a shape like the base's is filled.
+        """What it costs to narrow one sublayer alone, refitted, if at all, to put out what it did, with tokens weighted
+        as where a shape like the base's is filled.
 
         Args:
             places: the sublayers, as (layer, attention | mlp); of ``base`` those that it has.

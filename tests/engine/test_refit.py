@@ -529,3 +529,37 @@ def test_a_solve_that_fails_in_one_process_alone_has_failed_in_all(reads, monkey
         for one, other in zip(of_process, expected, strict=True):
             assert one.after == pytest.approx(other.after, rel=1e-4)
             assert one.tensors.keys() == other.tensors.keys()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gemma3_text", "opt"])
+@pytest.mark.parametrize("sublayer", ["attention", "mlp"])
+def test_what_a_sublayer_writes_is_known_without_the_rest_of_its_block(architecture, sublayer):
+    view = ModelView(lively(architecture))
+    streams = Streams(view, IDS)
+    *whole, leaving = streams._runner.observed(Block(1), streams.dense, sublayer)
+    *part, nothing = streams._runner.observed(Block(1), streams.dense, sublayer, whole=False)
+    assert nothing is None
+    torch.testing.assert_close(leaving, streams._runner.run(Block(1), streams.dense), rtol=0, atol=0)
+    torch.testing.assert_close(part, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])  # the latter has biases
+def test_the_plain_gram_matrix_counts_all_tokens_alike_and_no_bias(architecture):
+    model = lively(architecture)
+    streams = Streams(ModelView(model), IDS)
+    streams.look_ahead(0, 1)
+    sums = Refit(weighting="inverse_square").sums(streams, Block(0), "mlp", plain=True)
+    inputs = passed(model)[1][0, "mlp"][0]
+    torch.testing.assert_close(sums.plain, inputs.T @ inputs, rtol=1e-5, atol=1e-5)
+    assert len(sums.gram) == inputs.shape[1] + (architecture == "opt")
+    assert Refit().sums(streams, Block(0), "mlp").plain is None
+
+
+@torch.no_grad()
+def test_a_whole_sublayer_is_not_fitted_towards_its_own_output(monkeypatch):
+    view = ModelView(lively())
+    monkeypatch.setattr(Streams, "sums", lambda *about, **how: pytest.fail("nothing is missing there"))
+    streams = Streams(view, IDS)
+    streams.look_ahead(1, 2)
+    how = Refit([0.1], target="own_output")
+    assert how.writing(streams, streams, Block(1), "mlp") == (Block(1), Fitted("mlp", None, 0.0, 0.0))
