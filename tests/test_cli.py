@@ -450,6 +450,9 @@ def test_dry_run_imports_nothing_heavy(base):
         *base,
         "dry_run=true",
         "recovery=lora",
+        "repair=refit",
+        "repair.calibration.num_samples=2",
+        "repair.calibration.seq_len=16",
         "evaluation=quick",
         "tracker=wandb_offline",
         "model=smollm2_135m",
@@ -457,7 +460,7 @@ def test_dry_run_imports_nothing_heavy(base):
     command = [sys.executable, "-c", program, *(word for word in overrides if not word.startswith("model."))]
     found = subprocess.run(command, capture_output=True, text=True, env=environment(WANDB_MODE="offline"), check=True)
     *stages, imported = found.stdout.splitlines()
-    assert len(stages) == 3 + 3 * 8 + 2  # calibrate, merge, recover; seven tasks, a text; fidelity but of the dense
+    assert len(stages) == 4 + 4 * 8 + 3  # with what repairs; seven tasks, a text; fidelity but of the dense
     assert imported == "[]"
 
 

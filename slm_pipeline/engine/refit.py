@@ -180,11 +180,15 @@ class Refit:
                     raise
 
 
-def own_output(
-    weightings: Sequence[str] = WEIGHTINGS, ridges: Sequence[float] = OWN_RIDGES, **options: Any
-) -> list[Refit]:
-    """The ways towards the own output that are tried beside those to the stream, one walk each."""
-    return [Refit([ridge], weighting, "own_output", **options) for weighting in weightings for ridge in ridges]
+def own_output(weightings: Sequence[str] = WEIGHTINGS, *, by_projection: bool = False, **options: Any) -> list[Refit]:
+    """The ways towards the own output that are tried beside those to the stream, one walk each.
+
+    Args:
+        by_projection: a ridge is chosen for each projection; else there is a walk with each.
+        options: of `Refit`.
+    """
+    by_ridge = [OWN_RIDGES] if by_projection else [[ridge] for ridge in OWN_RIDGES]
+    return [Refit(ridges, weighting, "own_output", **options) for weighting in weightings for ridges in by_ridge]
 
 
 def _solution(sums: Sums, prior: Tensor, ridge: float) -> Tensor:

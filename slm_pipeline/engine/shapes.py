@@ -114,7 +114,9 @@ class Fitting:
             for sublayer in (part for part, number in left.items() if number and not as_dense):
                 if left[sublayer] == whole[sublayer] and how.target == "own_output":
                     continue  # it writes what it is to write
-                sums = how.sums(fit, block, sublayer, plain=self._by_leverage(sublayer))
+                sums = how.sums(
+                    fit, block, sublayer, plain=self._by_leverage(sublayer) and left[sublayer] < whole[sublayer]
+                )
                 if left[sublayer] < whole[sublayer]:
                     order = self._order(fit, block, sublayer, sums, whole[sublayer], whole[sublayer] - left[sublayer])
                     stay = _stay(order, whole[sublayer])
@@ -159,7 +161,7 @@ class Fitting:
             base: the model whose sublayers are narrowed; None: the dense one.
 
         Yields:
-            Of each place, from the input up: units that stay -> by how much the objective grows.
+            Of each place, from the input up: units that stay -> by how much the objective grows, at least.
         """
         from slm_pipeline.show.progress import ProgressBar
 
@@ -181,22 +183,41 @@ class Fitting:
                 sums = own.sums(streams, block, sublayer, plain=self._by_leverage(sublayer))
                 order = self._order(streams, block, sublayer, sums, len(here), len(here) - 1, here)
                 fewer = [number for number in levels[sublayer] if number < len(here)]
-                variants = [
-                    self._variant(streams, block, sublayer, _stay(order[: len(here) - left], len(here)), here, sums)
-                    if left
-                    else block.lacking(sublayer)
-                    for left in fewer
-                ]
-                found = sensitivity.damages(variants) if variants else []
-                yield (block.body, sublayer), {n: of - before for n, of in zip(fewer, found, strict=True)}
+                found = {number: float("inf") for number in fewer}
+                for refitted in self._ways(streams, block, sublayer) if fewer else ():
+                    variants = [
+                        self._variant(
+                            streams, block, sublayer, _stay(order[: len(here) - left], len(here)), here, sums, refitted
+                        )
+                        if left
+                        else block.lacking(sublayer)
+                        for left in fewer
+                    ]
+                    damages = sensitivity.damages(variants)
+                    found = {n: min(found[n], of - before) for n, of in zip(fewer, damages, strict=True)}
+                yield (block.body, sublayer), found
             streams.pass_through(block)
 
-    def _variant(self, streams: Streams, block: Block, sublayer: str, stay: Tensor, here: Tensor, sums: Sums) -> Block:
+    def _ways(self, streams: Streams, block: Block, sublayer: str) -> list[bool]:
+        """Whether a narrowed sublayer is measured with new weights; in front of a norm, whose divisor a fit takes to
+        stay what it is, also without."""
+        return [True, False] if self.refitted and streams.output_norm(block, sublayer) else [self.refitted]
+
+    def _variant(
+        self,
+        streams: Streams,
+        block: Block,
+        sublayer: str,
+        stay: Tensor,
+        here: Tensor,
+        sums: Sums,
+        refitted: bool,
+    ) -> Block:
         """The block with some of the units that its sublayer has: ``stay`` of ``here``, which are the dense one's."""
         narrow = self._resized(streams.undone(block, sublayer), sublayer, here[stay])
         columns = self._columns(block, sublayer, stay, len(here), len(sums.gram))
         prior = streams.weight(block, sublayer)[:, columns.to(sums.gram.device)]
-        if not self.refitted:
+        if not refitted:
             return streams.put(narrow, sublayer, prior)
         of_stay = sums.of(columns)
         penalty = least_squares.penalty(of_stay.gram, self.ridge)

@@ -48,18 +48,15 @@ class Widths:
         """Whether so much can go at all."""
         return allocate({place: {0: 0.0} for place in self.places}, self.prices, self.remove, 1) is not None
 
-    def committed(self, share: float) -> list[Shape] | None:
+    def committed(self, share: float) -> list[Shape]:
         """The best shape, first, and others that were near it, as many neurons and heads going at a time as make up
-        ``share`` of the layers: then damages are measured again. None where ``multiple_of`` leaves too little."""
+        ``share`` of the layers: then damages are measured again. It must be `possible`."""
         shape: Shape = tuple((size.heads, size.neurons) for size in self.prices)
         step = max(1, round(share * sum(size.whole for size in self.prices)))
         base, point = None, (0.0, 0.0)
         tried: dict[Tilts, Shape] = {}
         for goal in [*range(step, self.remove, step), self.remove]:
-            found = self._tilted(self._damages(shape, base), shape, goal, point)
-            if found is None:
-                return None
-            point, tried = found
+            point, tried = self._tilted(self._damages(shape, base), shape, goal, point)
             shape = tried[point]
             fitting, number = self.candidates.fitting, self.candidates.num_samples(4)
             base = fitting.fill(shape, number) if goal < self.remove else None
@@ -79,9 +76,7 @@ class Widths:
                 best, least = shape, score
         return best
 
-    def _tilted(
-        self, damages: Damages, shape: Shape, remove: int, best: Tilts
-    ) -> tuple[Tilts, dict[Tilts, Shape]] | None:
+    def _tilted(self, damages: Damages, shape: Shape, remove: int, best: Tilts) -> tuple[Tilts, dict[Tilts, Shape]]:
         """Uphill from ``best``: the tilts whose shape is best, and the shapes of all that were tried."""
         number, depth = self.candidates.num_samples(4), len(self.prices)
         tried: dict[Tilts, Shape] = {}
@@ -89,8 +84,7 @@ class Widths:
         def worth(point: Tilts) -> float:
             if point not in tried:
                 found = allocate(tilted(damages, *point, depth), self.prices, remove, self.multiple_of, shape)
-                if found is None:
-                    return math.inf
+                assert found is not None  # each sublayer may go
                 tried[point] = found
             return self.candidates.score(tried[point], number)
 
@@ -99,7 +93,7 @@ class Widths:
             around = [best, *((best[0] + a, best[1] + b) for a, b in ((-step, 0), (step, 0), (0, -step), (0, step)))]
             nearest = min(around, key=worth)
             best, step = (nearest, step) if nearest != best else (best, step / 2)
-        return (best, tried) if best in tried else None
+        return best, tried
 
     def _damages(self, shape: Shape, base: Fitted | None) -> Damages:
         """Of each sublayer of the model of this shape, what it costs to narrow it to some widths and to none."""

@@ -48,10 +48,10 @@ class Joint(ProtectsEnds):
     A candidate is filled from the lowest layer up: the neurons whose values are most nearly combinations of the others'
     go (as in `nystrom`; ``units=obs``: as in `obs`), and the heads that the others can best make up for; the last
     projections get new weights towards the dense stream, as `repair=refit` gives them; those of a shape that has all
-    sublayers towards their own output, tokens weighted or not, if the shape with one width for all layers is better so.
-    Its number is the KL
-    divergence of its predictions from the dense model's, in nats a token, on samples that nothing was fitted to. So
-    candidates are compared after repair; the plan holds the decision, ``repair=refit`` the weights.
+    sublayers towards their own output, tokens weighted or not and with the ridges that refit has for that, if the shape
+    whose layers are alike is better so. Its number is the KL divergence of its predictions from the dense model's, in
+    nats a token, on samples that nothing was fitted to. So candidates are compared after repair; the plan holds the
+    decision, ``repair=refit`` the weights.
 
     ``export=stock``: some layers go, all others lose as many neurons. Which layers: those of ``angular``, of
     ``shortgpt``, and of a greedy search by KL divergence; how many: ``depths`` numbers from none to as many as the
@@ -72,8 +72,8 @@ class Joint(ProtectsEnds):
     What was measured is kept beside the calibration: a killed search goes on, and those for other ratios share it.
 
     Scores in the plan: trace, of each candidate gone (layers), heads and neurons (least and most of those that stay),
-    parameters (of the layers), target and weighting (of the fits), num_tokens and kl, or loss; and held_out, kl and
-    same_top_1 of the chosen one on the last eighth.
+    parameters (of the layers), target, weighting and ridges (of the fits), num_tokens and kl, or loss; and held_out,
+    kl and same_top_1 of the chosen one on the last eighth.
     """
 
     # stock: the dense model's class, one width | custom: widths by layer, attention or feed-forward networks may go; a
@@ -83,7 +83,7 @@ class Joint(ProtectsEnds):
     units: str = "leverage"
     objective: str = "kl_divergence"  # that candidates are judged by | next_token_loss
     judged: str = "repaired"  # candidates are judged after a refit | pruned: before it
-    ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.1])
+    ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.1])  # dense stream
     depths: Annotated[int, Range(at_least=2, at_most=100)] = 5  # stock: numbers of layers that are tried first
     # custom: share of the layers' parameters after which the damages are measured again; 1: they are measured once.
     commit: Annotated[float, Range(above=0, at_most=1)] = 0.1
@@ -270,9 +270,10 @@ class Joint(ProtectsEnds):
         if self.export == "custom":
             missing -= sum((neurons - left[layer]) * sizes[layer].per_neuron for layer in narrow)
             for layer in sorted(narrow):
-                if (back := sizes[layer].per_neuron * self.multiple_of) <= -missing and width < neurons:
-                    left[layer] += self.multiple_of
-                    missing += back
+                back = min(self.multiple_of, neurons - left[layer])
+                if back * sizes[layer].per_neuron <= -missing:
+                    left[layer] += back
+                    missing += back * sizes[layer].per_neuron
         return tuple((0, 0) if layer in gone else (size.heads, left[layer]) for layer, size in enumerate(sizes))
 
     def _custom(self, problem: PruningProblem, search: Candidates, remove: int) -> Shape:
@@ -281,9 +282,9 @@ class Joint(ProtectsEnds):
 
         sizes = problem.prices or search.fitting.sizes
         widths = Widths(search, sizes, self.candidates(len(sizes)), remove, self.multiple_of, self.search_tokens)
-        committed = widths.committed(self.commit) if widths.possible else None
-        if committed is None:
+        if not widths.possible:
             raise _cannot_go(problem, remove)
+        committed = widths.committed(self.commit)
         moved = widths.transferred(committed[0], self.transfers)
         return search.halved([moved, *search.ranked(committed, divisor=4)[:3]])
 

@@ -139,7 +139,8 @@ class Refit(Repair):
         if sizes.on_host:
             projections = sizes.layers * sizes.hidden * (sizes.queries + sizes.neurons)
             maps = 2 * sizes.layers * sizes.hidden**2 if self.reads else 0
-            walks = len(self._walks(is_narrower=True)) + len(self.reads)
+            two_ways = self.target == "either" or (self.target == "own_output" and self.weighting == "either")
+            walks = (len(self.ridges) if self.choice == "stack" else 1) + two_ways + len(self.reads)
             beside += 4 * (min(2, walks) * projections + maps)
         return beside
 
@@ -254,7 +255,7 @@ class Refit(Repair):
             for weighting in of_target
         ]
         if self.target == "either" and is_narrower:
-            own = own_output(weightings, sublayers=sublayers)
+            own = own_output(weightings, by_projection=self.choice == "projection", sublayers=sublayers)
             walks += [("targets", f"own_output, {_in_words(how)}", how) for how in own]
         return walks
 

@@ -15,10 +15,13 @@ from problems import problem_of
 from slm_pipeline.config import CONF_DIR
 from slm_pipeline.config.groups import build
 from slm_pipeline.engine import shapes
+from slm_pipeline.engine.candidates import Candidates
 from slm_pipeline.engine.refit import Refit
 from slm_pipeline.engine.shapes import Fitting, allocate, originals, parameters, transferred
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.engine.streams import Streams, first_changed, spans
+from slm_pipeline.engine.widths import Widths
+from slm_pipeline.engine.window_memo import WindowMemo
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.joint import Joint, _parts
 from slm_pipeline.models.loading import load_dense
@@ -225,6 +228,8 @@ def test_the_shape_whose_layers_are_alike_leaves_protected_ones_as_they_are_unle
     assert joint(export="custom", protect_first=2, protect_last=2)._uniform(sizes, [], 80) is None
     assert joint(export="custom")._uniform(sizes, [], 45) == ((3, 8), (3, 8), (3, 8), (3, 7))  # of 80 35 are too much
     assert joint()._uniform(sizes, [], 45) == ((3, 7),) * 4
+    by_four = joint(export="custom", multiple_of=4)._uniform(sizes, [], 10)  # 9 neurons are no multiple
+    assert by_four == ((3, 9), (3, 9), (3, 9), (3, 8))
 
 
 def test_neurons_that_stay_are_a_multiple(ask):
@@ -459,7 +464,8 @@ def test_sensitivities_that_are_known_are_not_measured_again(ask, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "better", [("own_output", "inverse_square"), ("own_output", "none"), ("dense_stream", "inverse_square")]
+    "better",
+    [("own_output", "inverse_square", 0.01), ("own_output", "none", 0.1), ("dense_stream", "inverse_square", 0.1)],
 )
 def test_shapes_that_have_all_sublayers_are_filled_towards_what_is_better_for_the_one_that_is_alike(
     better, ask, monkeypatch
@@ -470,7 +476,7 @@ def test_shapes_that_have_all_sublayers_are_filled_towards_what_is_better_for_th
     def judged(self, shape, num_samples, **how):
         found = fill(self, shape, num_samples, **how)
         how = self.how_of(shape)
-        score = 0.1 if (how.target, how.weighting) == better and len(set(shape)) == 1 else 0.2
+        score = 0.1 if (how.target, how.weighting, *how.ridges) == better and len(set(shape)) == 1 else 0.2
         return dataclasses.replace(found, score=score)
 
     monkeypatch.setattr(Fitting, "fill", judged)
@@ -478,6 +484,38 @@ def test_shapes_that_have_all_sublayers_are_filled_towards_what_is_better_for_th
     assert plan.dropped == []
     assert len({op.neurons for op in plan.ops}) == 1
     later = [row for row in plan.scores["trace"][5:] if not row["gone"]]
-    assert {(row["target"], row["weighting"]) for row in later} == {better}
+    assert {(row["target"], row["weighting"], *row["ridges"]) for row in later} == {better}
     gone = {(row["target"], row["weighting"]) for row in plan.scores["trace"] if row["gone"]}
     assert gone == {("dense_stream", "inverse_square")}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("architecture", "judged"), [("gemma3_text", True), ("llama", False)])
+def test_a_fit_in_front_of_a_norm_that_does_harm_is_not_what_narrowing_costs(architecture, judged, monkeypatch):
+    _, model = lively(architecture, 3)
+    view = ModelView(model)
+    ids = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(2))
+    place, levels = (1, "mlp"), {"mlp": [0, 20, 40]}
+    plain = dict(fitting(view, ids, refitted=False, units="leverage").damages([place], levels, ids[6:8]))[place]
+    solve = shapes.least_squares.solve
+    monkeypatch.setattr(shapes.least_squares, "solve", lambda *sums, **how: -5 * solve(*sums, **how))
+    found = dict(fitting(view, ids, units="leverage").damages([place], levels, ids[6:8]))[place]
+    assert found[0] == pytest.approx(plain[0])
+    assert [found[n] == pytest.approx(plain[n]) for n in (20, 40)] == [judged, judged]
+    assert all(found[n] > plain[n] - 1e-6 for n in (20, 40))
+
+
+@torch.no_grad()
+def test_damages_weigh_tokens_as_whole_shapes_do_and_are_kept_apart_by_that():
+    _, model = lively()
+    view = ModelView(model)
+    ids = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(2))
+    measured, memo, shape = [], WindowMemo(), ((view.num_kv_heads, view.num_neurons),) * 6
+    for weighting in ("inverse_square", "none", "none"):
+        fit = fitting(view, ids, units="leverage", whole=Refit([0.01], weighting, "own_output"))
+        widths = Widths(Candidates(fit, memo), fit.sizes, range(6), 100, 1, 32)
+        measured.append(widths._damages(shape, None))
+        alone = dict(fit.damages([(2, "mlp")], {"mlp": [12]}, fit.choose))
+        assert alone[2, "mlp"][12] == pytest.approx(measured[-1][2, "mlp"][12])
+    assert measured[0] != measured[1]
+    assert measured[1] == measured[2]
