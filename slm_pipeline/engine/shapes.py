@@ -194,6 +194,7 @@ class Fitting:
                         for left in fewer
                     ]
                     damages = sensitivity.damages(variants)
+                    del variants  # before there are others
                     found = {n: min(found[n], of - before) for n, of in zip(fewer, damages, strict=True)}
                 yield (block.body, sublayer), found
             streams.pass_through(block)
