@@ -519,3 +519,10 @@ def test_damages_weigh_tokens_as_whole_shapes_do_and_are_kept_apart_by_that():
         assert alone[2, "mlp"][12] == pytest.approx(measured[-1][2, "mlp"][12])
     assert measured[0] != measured[1]
     assert measured[1] == measured[2]
+
+
+def test_the_objectives_are_those_of_the_engine():
+    from slm_pipeline.engine import candidates
+    from slm_pipeline.methods.joint import OBJECTIVES
+
+    assert tuple(candidates.OBJECTIVES) == OBJECTIVES
