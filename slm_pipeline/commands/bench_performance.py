@@ -123,27 +123,36 @@ def slm(words: list[str]) -> Iterator[Result]:
 def sleb(words: list[str]) -> Iterator[Result]:
     size = [] if any(word.startswith("calibration.seq_len") for word in words) else ["calibration.num_samples=10"]
     asked = ["method=sleb", "method.strict=true", "pruning_ratio=r25", *size]
-    yield from _beside(words, asked, "SLEB, a quarter of the layers, equal decisions", 2.2)
+    shortlist = ("the best 8 after the first sample measured on all", "method.shortlist=8")
+    yield from _beside(words, asked, "SLEB, a quarter of the layers", 2.2, variants=(shortlist, _COMPILED))
+
+
+_COMPILED = ("compiled", "method.compile=true")
 
 
 def _beside(
-    words: Sequence[str], asked: Sequence[str], what: str, at_least: float, repeats: int = 1
+    words: Sequence[str],
+    asked: Sequence[str],
+    what: str,
+    at_least: float,
+    repeats: int = 1,
+    variants: Sequence[tuple[str, str]] = (_COMPILED,),
 ) -> Iterator[Result]:
-    """Ours, and ours compiled, beside the published loop, on one model."""
+    """Ours, and variants of it, (name, override), beside the published loop, on one model."""
     words = [*SHAPE, *words]
     job = bench_methods.job_of([*asked, *words])
     bench = bench_methods.SideBySide(job)
     problem = bench.problem(job)
     theirs = bench_methods.theirs(job.method, problem)
     yield bench_methods.result(what, bench_methods.ours(job.method, problem, repeats), theirs, at_least)
-    what = f"{what}, compiled"
-    compiled = bench_methods.job_of([*asked, *words, "method.compile=true"])
-    try:
-        ours = bench_methods.ours(compiled.method, problem, repeats)
-    except (UserError, RuntimeError) as error:  # no C compiler, for one
-        yield Result(what, None, at_least=at_least, how=_why(error))
-    else:
-        yield bench_methods.result(what, ours, theirs, at_least)
+    for name, override in variants:
+        variant = bench_methods.job_of([*asked, *words, override])
+        try:
+            ours = bench_methods.ours(variant.method, problem, repeats)
+        except (UserError, RuntimeError) as error:  # torch finds no C compiler, for one
+            yield Result(f"{what}, {name}", None, at_least=at_least, how=_why(error))
+        else:
+            yield bench_methods.result(f"{what}, {name}", ours, theirs, at_least)
 
 
 def _why(error: Exception) -> str:

@@ -351,6 +351,8 @@ def read_study(
     def column(key: str, given: str | None, or_option: bool = False) -> str | None:
         wanted = given or declared.get(key)
         wanted = wanted if wanted is None or wanted in found else key_of(wanted)
+        if given is None and wanted is not None and wanted not in found:
+            wanted = _on_another_text(wanted, found) or wanted
         wanted = of_most(str(wanted)) if wanted in before.values() else wanted
         if wanted is None or not found and not given:
             return None
@@ -400,6 +402,18 @@ def read_study(
         chosen=columns,
         notes=in_order(notes),
     )
+
+
+def _on_another_text(column: str, columns: Iterable[str]) -> str | None:
+    """The one column that differs from this one in the text alone: studies name the default text, and another may have
+    been measured in its place."""
+
+    def apart_from_text(name: str) -> list[str]:
+        parts = name.split("/")
+        return parts[:2] + parts[3:] if len(parts) > 2 else []
+
+    same = [name for name in columns if apart_from_text(name) == apart_from_text(column) != []]
+    return same[0] if len(same) == 1 else None
 
 
 def _devices(columns: Iterable[str], runs: Sequence[Mapping[str, Number]]) -> dict[str, list[str]]:

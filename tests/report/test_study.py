@@ -8,7 +8,7 @@ import os
 import re
 
 import pytest
-from studies import finished, with_speedup, write_run
+from studies import finished, perplexity, with_speedup, write_run
 
 from slm_pipeline.errors import UserError
 from slm_pipeline.report import documents
@@ -84,6 +84,21 @@ def test_a_wish_of_the_configuration_that_cannot_be_met_is_a_note(tmp_path):
     assert "sort_by='recovered/average' is not a column of this table" in text
     assert "metric='recovered/average' is not a column of this table" in text
     assert "series='recovery.rank' is not an option of these runs" in text
+
+
+def test_a_preset_column_is_that_of_the_one_text_that_was_measured(tmp_path):
+    study = {"metric": "pruned/perplexity/wikitext2", "sort_by": "pruned/perplexity/wikitext2"}
+    for job, value in enumerate((21.0, 20.0)):
+        done = finished(tmp_path, 20, value)
+        write_run(tmp_path / "why" / str(job), [f"seed={job}"], done, config={"name": "why", "study": study})
+    found = read_study(tmp_path / "why")
+    assert (found.metric, found.sort_by, found.notes) == (*["pruned/perplexity/bundled"] * 2, [])
+    assert [run.job for run in found.runs] == ["1", "0"]
+    with pytest.raises(UserError, match="metric='pruned/perplexity/wikitext2' is not a column"):  # asked for by name
+        read_study(tmp_path / "why", metric="pruned/perplexity/wikitext2")
+    done["metrics"]["pruned"]["perplexity"] = {"c4": perplexity(20.0), "bundled": perplexity(21.0)}
+    write_run(tmp_path / "why" / "2", ["seed=2"], done, config={"name": "why", "study": study})
+    assert any("'pruned/perplexity/wikitext2' is not a column" in note for note in read_study(tmp_path / "why").notes)
 
 
 def test_a_study_of_failures_alone_is_a_table(sweep):
