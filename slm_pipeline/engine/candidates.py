@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from slm_pipeline.engine.refit import own_output
+from slm_pipeline.engine.refit import WEIGHTINGS, own_output
 from slm_pipeline.engine.shapes import Fitting, Shape, parameters
 from slm_pipeline.engine.window_memo import WindowMemo
 from slm_pipeline.show.progress import ProgressBar
@@ -33,14 +33,20 @@ class Candidates:
     memo: WindowMemo
     trace: list[dict[str, Any]] = field(default_factory=list)
 
-    def towards_own_output(self, alike: Shape | None) -> Candidates:
-        """These, shapes that have all sublayers filled by fits to the own output in one of the ways that refit tries,
-        where the shape whose layers are all there and ``alike`` is better for it."""
+    def filled_best(self, alike: Shape | None) -> Candidates:
+        """These, filled in the ways that are best for the shape whose layers are all there and ``alike``: towards the
+        dense stream with tokens weighted or not; shapes that have all sublayers also towards their own output, as refit
+        tries it."""
         if alike is None or not self.fitting.refitted:
             return self
-        ways = [self, *(replace(self, fitting=replace(self.fitting, whole=how)) for how in own_output())]
-        number = self.num_samples(1)
-        return min(ways, key=lambda way: way.score(alike, number))
+        number, fitting = self.num_samples(1), self.fitting
+
+        def best(fittings: list[Fitting]) -> Candidates:
+            return min((replace(self, fitting=one) for one in fittings), key=lambda way: way.score(alike, number))
+
+        weighted = [replace(fitting, how=replace(fitting.how, weighting=one)) for one in WEIGHTINGS]
+        stream = best(weighted).fitting
+        return best([stream, *(replace(stream, whole=how) for how in own_output())])
 
     def num_samples(self, divisor: int) -> int:
         """A part of the text that is fitted to, in samples."""
@@ -117,7 +123,7 @@ def _in_words(row: dict[str, Any], objective: str) -> str:
         for what, (least, most) in (("groups of heads", row["heads"]), ("neurons", row["neurons"]))
     ]
     fits = f"fitted to {row['num_tokens']:,} tokens"
-    if row["target"] == "own_output":
-        alike = ", all tokens alike" if row["weighting"] == "none" else ""
-        fits += f" (own output, ridge {', '.join(map('{:g}'.format, row['ridges']))}{alike})"
+    own = [f"own output, ridge {', '.join(map('{:g}'.format, row['ridges']))}"] if row["target"] == "own_output" else []
+    if ways := [*own, *(["all tokens alike"] if row["weighting"] == "none" else [])]:
+        fits += f" ({', '.join(ways)})"
     return f"{gone}, {', '.join(widths)}: {objective} {row[objective]:.4f}, {fits}"

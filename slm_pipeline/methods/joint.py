@@ -38,7 +38,7 @@ UNITS = ("leverage", "obs")
 OBJECTIVES = ("kl_divergence", "next_token_loss")
 JUDGED = ("repaired", "pruned")
 _DIFFER = "method=joint needs layers that are alike; this model's differ in heads or neurons"
-VERSION = 5  # raised when the same candidate gets another number
+VERSION = 6  # raised when the same candidate gets another number
 
 
 @dataclass(kw_only=True)
@@ -47,9 +47,9 @@ class Joint(ProtectsEnds):
 
     A candidate is filled from the lowest layer up: the neurons whose values are most nearly combinations of the others'
     go (as in `nystrom`; ``units=obs``: as in `obs`), and the heads that the others can best make up for; the last
-    projections get new weights towards the dense stream, as `repair=refit` gives them; those of a shape that has all
-    sublayers towards their own output, tokens weighted or not and with the ridges that refit has for that, if the shape
-    whose layers are alike is better so. Its number is the KL divergence of its predictions from the dense model's, in
+    projections get new weights towards the dense stream, as `repair=refit` gives them, tokens weighted or not; those of
+    a shape that has all sublayers towards their own output, in the ways that refit has for that: whatever is best for
+    the shape whose layers are alike. Its number is the KL divergence of its predictions from the dense model's, in
     nats a token, on samples that nothing was fitted to. So candidates are compared after repair; the plan holds the
     decision, ``repair=refit`` the weights.
 
@@ -131,11 +131,10 @@ class Joint(ProtectsEnds):
         matrices = 4 if self.units == "leverage" else 3
         fits = sizes.fitting(number * sizes.seq_len, sizes.tokens_at_once, matrices)
         tried = replace(sizes, num_samples=min(sizes.num_samples, max(1, self.search_tokens // sizes.seq_len)))
-        if self.export == "stock":
-            beside = max(fits, tried.walking(sizes.layers))
-        else:
+        beside = max(fits, tried.walking(sizes.layers))
+        if self.export == "custom":
             widths = 8 * sizes.item_bytes * sizes.hidden * (sizes.inputs + 1) * sizes.neurons // 2
-            beside = fits + tried.states(tried.tokens, sizes.layers + 12) + widths
+            beside = max(beside, fits + tried.states(tried.tokens, sizes.layers + 12) + widths)
         return beside + (sizes.item_bytes * sizes.layers * sizes.block_matrices if sizes.on_host else 0)
 
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
@@ -158,11 +157,12 @@ class Joint(ProtectsEnds):
         layers = self.candidates(len(sizes))
         with self._memo(problem) as memo:
             alike = self._uniform(problem.prices or sizes, [], remove)
-            search = Candidates(fitting, memo).towards_own_output(alike)
-            if self.export == "stock":
-                best = self._stock(problem, search, remove)
-            else:
-                best = self._custom(problem, search, remove)
+            search = Candidates(fitting, memo).filled_best(alike)
+            best = self._stock(problem, search, remove)
+            if self.export == "custom":
+                best = self._custom(problem, search, remove, best)
+            if best is None:
+                raise _cannot_go(problem, remove)
             best = search.ranked([best, alike] if alike else [best], divisor=1)[0]
             best = search.swapped(best, layers, self.swaps)
             found = search.fitting.fill(best, search.num_samples(1))
@@ -191,8 +191,8 @@ class Joint(ProtectsEnds):
             found[layer] = energy > self.massive * energy.mean()
         return {layer: fixed for layer, fixed in found.items() if fixed.any()}
 
-    def _stock(self, problem: PruningProblem, search: Candidates, remove: int) -> Shape:
-        """The best of the candidates with one width for all layers that stay."""
+    def _stock(self, problem: PruningProblem, search: Candidates, remove: int) -> Shape | None:
+        """The best of the candidates with one width for all layers that stay; None if there is none."""
         sizes = problem.prices or search.fitting.sizes
         block = max(1, sum(size.whole for size in sizes) // len(sizes))
         limit = len(self.candidates(len(sizes))) - 1
@@ -212,7 +212,7 @@ class Joint(ProtectsEnds):
             orders = self._orders(problem, search, most)
             first = shapes([most], list(orders))
         if not first:
-            raise _cannot_go(problem, remove)
+            return None
         ranked = search.ranked(list(first.values()), divisor=4)
         near: list[Shape] = []
         for key in [key for key, shape in first.items() if shape in ranked[:2]]:
@@ -276,17 +276,18 @@ class Joint(ProtectsEnds):
                     missing += back * sizes[layer].per_neuron
         return tuple((0, 0) if layer in gone else (size.heads, left[layer]) for layer, size in enumerate(sizes))
 
-    def _custom(self, problem: PruningProblem, search: Candidates, remove: int) -> Shape:
-        """The best of the candidates with widths by layer."""
+    def _custom(self, problem: PruningProblem, search: Candidates, remove: int, stock: Shape | None) -> Shape | None:
+        """The best of the candidates with widths by layer, ``stock`` among them; None if there is none."""
         from slm_pipeline.engine.widths import Widths
 
         sizes = problem.prices or search.fitting.sizes
         widths = Widths(search, sizes, self.candidates(len(sizes)), remove, self.multiple_of, self.search_tokens)
         if not widths.possible:
-            raise _cannot_go(problem, remove)
-        committed = widths.committed(self.commit)
-        moved = widths.transferred(committed[0], self.transfers)
-        return search.halved([moved, *search.ranked(committed, divisor=4)[:3]])
+            return stock
+        near = search.ranked(widths.committed(self.commit), divisor=4)[:3]
+        near = search.ranked([*near, stock] if stock else near, divisor=2)
+        moved = widths.transferred(near[0], self.transfers)
+        return search.ranked([moved, *near[:2]], divisor=1)[0]
 
     def _shape_plan(
         self,

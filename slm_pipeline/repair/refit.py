@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+STEPS = ("ridges", "weightings", "targets", "reads")  # what is tried, each with the best of what was tried before
 CHOICES = {
     "weighting": ("either", "inverse_square", "none"),
     "target": ("either", "dense_stream", "own_output"),
@@ -67,10 +68,11 @@ class Refit(Repair):
     best for the stack when much has gone. If in the end the KL divergence is not less by ``least_gain`` of what it was,
     nothing is changed: what is won there may be lost on text of another kind.
 
-    Then the walk is made again, for each of ``reads``, with what the sublayers read corrected as well. Where the pruned
-    stream still differs from the dense one, a sublayer reads x in the place of h (behind the norm in front of it); the
-    map M nearest to H = M X, by least squares with the ridge towards the identity, goes into its first projections:
-    W' = W M. Again what is no better on the text held out is left alone, and so is the whole if the KL divergence is.
+    Then the walk is made again with all tokens alike, and the better one, for each of ``reads``, with what the
+    sublayers read corrected as well. Where the pruned stream still differs from the dense one, a sublayer reads x in
+    the place of h (behind the norm in front of it); the map M nearest to H = M X, by least squares with the ridge
+    towards the identity, goes into its first projections: W' = W M. Again what is no better on the text held out is
+    left alone, and so is the whole if the KL divergence is.
 
     With ``target=own_output`` T is instead what the projection would write if its sublayer were as in the dense model,
     on the states that reach it in the pruned one: that makes up for narrower layers, and not for those that went. It
@@ -93,14 +95,14 @@ class Refit(Repair):
 
     Scores in the plan: repair, with num_tokens and num_held_out; divergence, for the model pruned and repaired the KL
     divergence in nats and the share of tokens with the dense model's most likely next one, on the text held out, alike
-    where the weights stay; ridges, targets and reads, the KL divergence with each that was tried for all; and layers,
-    for each layer by its lowest original what became of its projections.
+    where the weights stay; ridges, weightings, targets and reads, the KL divergence with each that was tried for all;
+    and layers, for each layer by its lowest original what became of its projections.
     """
 
     ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.01, 0.1, 1.0])
     # Ridges with which what sublayers read is corrected too, after the best of `ridges` is known; []: it is not.
     reads: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.1, 1.0])
-    # How much a token counts: inverse_square | none: all alike | either: inverse_square, towards the own output both.
+    # How much a token counts: inverse_square | none: all alike | either: both, with the best ridge.
     weighting: str = "either"
     # dense_stream | own_output: what a projection is to write | either, for the whole stack, where units alone went.
     target: str = "either"
@@ -139,12 +141,13 @@ class Refit(Repair):
         if sizes.on_host:
             projections = sizes.layers * sizes.hidden * (sizes.queries + sizes.neurons)
             maps = 2 * sizes.layers * sizes.hidden**2 if self.reads else 0
-            two_ways = self.target == "either" or (self.target == "own_output" and self.weighting == "either")
+            two_ways = "either" in (self.target, self.weighting)
             walks = (len(self.ridges) if self.choice == "stack" else 1) + two_ways + len(self.reads)
             beside += 4 * (min(2, walks) * projections + maps)
         return beside
 
     def repair(self, problem: RepairProblem) -> Plan:
+        from slm_pipeline.engine.refit import Refit as HowToRefit
         from slm_pipeline.engine.streams import Streams, first_changed, pass_all
         from slm_pipeline.surgery.apply import planned_blocks
 
@@ -154,29 +157,25 @@ class Refit(Repair):
             return plan
         to_fit, held_out = self._split(problem)
         pruned = pass_all(Streams(view, held_out), blocks, groups).divergence()
-        tried: dict[str, dict[str, float]] = {"ridges": {}, "reads": {}}
+        tried: dict[str, dict[str, float]] = {}
         best: tuple[float, float, _Walked] | None = None
-        failure = None
-        walks = self._walks(_is_narrower(view, blocks))
-        if any(option == "targets" for option, *_ in walks):
-            tried = {"ridges": {}, "targets": {}, "reads": {}}
-        number = len(walks) + len(self.reads)
+        best_how, failure = None, None
+        is_narrower = _is_narrower(view, blocks)
+        number = sum(len(self._walks(step, HowToRefit(), is_narrower)) for step in STEPS)
         numbers = (f"refit {this} of {number}" for this in itertools.count(1))
-        while walks:
-            option, name, how = walks.pop(0)
-            fitted, other = Streams(view, to_fit), Streams(view, held_out)
-            try:
-                walked = self._walk(problem, fitted, other, blocks, groups, how, next(numbers))
-                kl, same = other.divergence()
-            except UserError as error:  # a ridge too small to solve leaves the others
-                failure = error
-                log.warning("refit: %s %s: %s", option, name, error)
-            else:
-                tried[option][name] = kl
+        for step in STEPS:
+            for name, how in self._walks(step, best_how, is_narrower):
+                fitted, other = Streams(view, to_fit), Streams(view, held_out)
+                try:
+                    walked = self._walk(problem, fitted, other, blocks, groups, how, next(numbers))
+                    kl, same = other.divergence()
+                except UserError as error:  # a ridge too small to solve leaves the others
+                    failure = error
+                    log.warning("refit: %s %s: %s", step, name, error)
+                    continue
+                tried.setdefault(step, {})[name] = kl
                 if best is None or kl < best[0]:
                     best, best_how = (kl, same, walked), how
-            if not walks and option != "reads" and best is not None:
-                walks = [("reads", f"{reads:g}", replace(best_how, reads=reads)) for reads in self.reads]
         if best is None:
             assert failure is not None
             raise failure
@@ -190,7 +189,7 @@ class Refit(Repair):
             "num_tokens": to_fit.numel(),
             "num_held_out": held_out.numel(),
             "divergence": divergence,
-            **tried,
+            **{step: tried.get(step, {}) for step in STEPS},
             "layers": layers,
         }
         log.info("refit: KL from the dense model %.4f -> %.4f on text held out", pruned[0], repaired[0])
@@ -239,25 +238,27 @@ class Refit(Repair):
             )
         return problem.input_ids[fitted], problem.input_ids[chosen]
 
-    def _walks(self, is_narrower: bool) -> list[tuple[str, str, engine.Refit]]:
-        """All that is tried before what is read: under which scores, by which name, and how."""
+    def _walks(self, step: str, best: engine.Refit | None, is_narrower: bool) -> list[tuple[str, engine.Refit]]:
+        """What is tried in a step, by its name in the scores; ``best`` is the best way so far, None if none did."""
         from slm_pipeline.engine.refit import WEIGHTINGS, own_output
         from slm_pipeline.engine.refit import Refit as HowToRefit
 
         sublayers = SUBLAYERS if self.sublayers == "both" else (self.sublayers,)
         target = "dense_stream" if self.target == "either" else self.target
         weightings = WEIGHTINGS if self.weighting == "either" else (self.weighting,)
-        of_target = weightings if target == "own_output" else weightings[:1]
-        by_ridge = [[ridge] for ridge in self.ridges] if self.choice == "stack" else [self.ridges]
-        walks = [
-            ("ridges", _in_words(how := HowToRefit(ridges, weighting, target, self.prior, sublayers)), how)
-            for ridges in by_ridge
-            for weighting in of_target
-        ]
-        if self.target == "either" and is_narrower:
+        if step == "ridges":
+            by_ridge = [[ridge] for ridge in self.ridges] if self.choice == "stack" else [self.ridges]
+            of_target = weightings if target == "own_output" else weightings[:1]
+            hows = [HowToRefit(r, w, target, self.prior, sublayers) for r in by_ridge for w in of_target]
+            return [(_in_words(how), how) for how in hows]
+        if step == "weightings" and best is not None and target == "dense_stream":
+            return [(other, replace(best, weighting=other)) for other in weightings[1:]]
+        if step == "targets" and self.target == "either" and is_narrower:
             own = own_output(weightings, by_projection=self.choice == "projection", sublayers=sublayers)
-            walks += [("targets", f"own_output, {_in_words(how)}", how) for how in own]
-        return walks
+            return [(f"own_output, {_in_words(how)}", how) for how in own]
+        if step == "reads" and best is not None:
+            return [(f"{reads:g}", replace(best, reads=reads)) for reads in self.reads]
+        return []
 
     def _walk(
         self,

@@ -294,11 +294,11 @@ def test_a_killed_repair_goes_on_after_its_last_layer_and_ends_the_same(make_pro
 
 def test_a_repair_killed_on_its_walk_to_the_own_output_goes_on_there(make_problem, tmp_path, monkeypatch):
     model, plan = lively(), narrowing({layer: (None, range(20)) for layer in range(1, 5)}, num_layers=6)
-    how, whole, fitted = refit(ridges=[1e3], reads=[1.0]), engine.Refit.layer, []
+    how, whole, fitted = refit(ridges=[1e3], reads=[1.0], weighting="either"), engine.Refit.layer, []
     expected = how.repair(make_problem(model, plan, out=tmp_path / "whole"))
 
     def layer(self, streams, other, block):
-        if len(fitted) == 7:
+        if len(fitted) == 12:
             raise KeyboardInterrupt
         fitted.append((self.target, self.reads, block.body))
         return whole(self, streams, other, block)
@@ -414,7 +414,7 @@ def test_scores_are_json(make_problem):
 
 def test_where_units_alone_went_a_walk_towards_the_own_output_is_tried_too(make_problem, tmp_path):
     model, plan = lively(), narrowing({layer: (None, range(20)) for layer in range(1, 5)}, num_layers=6)
-    either = refit(ridges=[1e3]).repair(make_problem(model, plan, out=tmp_path / "either"))
+    either = refit(ridges=[1e3], weighting="either").repair(make_problem(model, plan, out=tmp_path / "either"))
     tried = either.scores["repair"]
     names = [
         "own_output, 0.01",
@@ -424,7 +424,9 @@ def test_where_units_alone_went_a_walk_towards_the_own_output_is_tried_too(make_
     ]
     assert list(tried["targets"]) == names
     assert max(tried["targets"].values()) < tried["ridges"]["1000"]  # which hardly moves a weight
-    own = refit(ridges=[0.01, 0.1], target="own_output").repair(make_problem(model, plan, out=tmp_path / "own"))
+    how = refit(ridges=[0.01, 0.1], weighting="either", target="own_output")
+    own = how.repair(make_problem(model, plan, out=tmp_path / "own"))
+    assert own.scores["repair"]["weightings"] == {}  # both, with each ridge
     assert own.content() == either.content()
     assert {f"own_output, {name}": kl for name, kl in own.scores["repair"]["ridges"].items()} == tried["targets"]
     alone = refit(ridges=[0.1], target="own_output", weighting="none", reads=[])
@@ -432,6 +434,27 @@ def test_where_units_alone_went_a_walk_towards_the_own_output_is_tried_too(make_
     assert scores["ridges"] == {"0.1, all tokens alike": tried["targets"][names[-1]]}
     assert len({*tried["targets"].values()}) == 4
     dense = refit(ridges=[1e3], target="dense_stream", least_gain=0.0)
-    assert "targets" not in dense.repair(make_problem(model, plan, out=tmp_path / "dense")).scores["repair"]
+    assert dense.repair(make_problem(model, plan, out=tmp_path / "dense")).scores["repair"]["targets"] == {}
     cut = refit().repair(make_problem(model, plan_of(Drop((3,))), out=tmp_path / "cut"))
-    assert "targets" not in cut.scores["repair"]
+    assert cut.scores["repair"]["targets"] == {}
+
+
+def test_with_the_best_ridge_all_tokens_alike_are_tried_too(make_problem, tmp_path):
+    model, plan, reads = lively(), plan_of(Drop((2, 3))), [0.1]
+
+    def found(name, ridges, weighting, reads=()):
+        how = refit(ridges=ridges, weighting=weighting, reads=reads)
+        return how.repair(make_problem(model, plan, out=tmp_path / name))
+
+    weighted = found("weighted", [0.001, 0.1], "inverse_square")
+    ridges = weighted.scores["repair"]["ridges"]
+    best = float(min(ridges, key=ridges.__getitem__))
+    alike = found("alike", [best], "none")
+    alone = alike.scores["repair"]["ridges"][f"{best:g}, all tokens alike"]
+    either = found("either", [0.001, 0.1], "either")
+    assert (either.scores["repair"]["ridges"], either.scores["repair"]["weightings"]) == (ridges, {"none": alone})
+    assert alone != ridges[f"{best:g}"]
+    is_better = alone < min(ridges.values())
+    assert either.content() == (alike if is_better else weighted).content()
+    after = found("reads", [0.001, 0.1], "either", reads).scores["repair"]["reads"]
+    assert after == found("of", [best], "none" if is_better else "inverse_square", reads).scores["repair"]["reads"]
