@@ -152,7 +152,8 @@ def _beside(
         except (UserError, RuntimeError) as error:  # torch finds no C compiler, for one
             yield Result(f"{what}, {name}", None, at_least=at_least, how=_why(error))
         else:
-            yield bench_methods.result(f"{what}, {name}", ours, theirs, at_least)
+            asked_of = at_least if ours.result == theirs.result else None  # other decisions meet nothing
+            yield bench_methods.result(f"{what}, {name}", ours, theirs, asked_of)
 
 
 def _why(error: Exception) -> str:

@@ -216,6 +216,25 @@ def test_a_search_that_cannot_be_compiled_leaves_the_other_rows(monkeypatch):
     assert compiled_first.how == "Failed to find C compiler. Set CC / or install gcc."
 
 
+def test_a_shortlist_that_decides_otherwise_meets_nothing(monkeypatch):
+    found = {None: [3, 1], 8: [3, 2]}
+
+    def ours(method, problem, repeats=1):
+        return bench_methods.Measurement(found[method.shortlist], 1.0 if method.shortlist else 4.0, 1, 0.5)
+
+    monkeypatch.setattr(bench_methods, "ours", ours)
+    monkeypatch.setattr(bench_methods, "theirs", lambda method, problem: bench_methods.Measurement([3, 1], 8.0, 1, 1.0))
+    tiny = [*TINY, "model.hidden_size=32", "model.num_heads=2", "model.num_kv_heads=1", "model.intermediate_size=48",
+            "model.vocab_size=300"]  # fmt: skip
+    whole, few, _ = bench_performance.sleb(tiny)
+    assert (whole.got, whole.met) == (2.0, "no")
+    assert (few.got, few.met) == (8.0, "")
+    assert few.how.endswith("same decisions: 1 of 2")
+    found[8] = [3, 1]
+    _, few, _ = bench_performance.sleb(tiny)
+    assert (few.got, few.met) == (8.0, "yes")
+
+
 def test_what_two_gpus_do_is_timed_without_the_making_of_weights(tmp_path, monkeypatch):
     """Loading takes 25 seconds on either; of 264 calibration samples those that only load are taken off."""
 
