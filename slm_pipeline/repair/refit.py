@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STEPS = ("ridges", "weightings", "targets", "reads")  # what is tried, each with the best of what was tried before
+STEPS = ("ridges", "weightings", "targets", "reads")  # what is tried, in this order
 CHOICES = {
     "weighting": ("either", "inverse_square", "none"),
     "target": ("either", "dense_stream", "own_output"),

@@ -406,11 +406,11 @@ def read_study(
 
 def _on_another_text(column: str, columns: Iterable[str]) -> str | None:
     """The one column that differs from this one in the text alone: studies name the default text, and another may have
-    been measured in its place."""
+    been measured in its place. Other measures name settings there, which are no substitute."""
 
     def apart_from_text(name: str) -> list[str]:
-        parts = name.split("/")
-        return parts[:2] + parts[3:] if len(parts) > 2 else []
+        target, measure, _, *rest = [*name.split("/"), "", "", ""]
+        return [target, measure, *rest] if measure in ("perplexity", "fidelity") else []
 
     same = [name for name in columns if apart_from_text(name) == apart_from_text(column) != []]
     return same[0] if len(same) == 1 else None

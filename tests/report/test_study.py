@@ -13,7 +13,7 @@ from studies import finished, perplexity, with_speedup, write_run
 from slm_pipeline.errors import UserError
 from slm_pipeline.report import documents
 from slm_pipeline.report.page import html
-from slm_pipeline.report.study import mean_and_deviation, read_study
+from slm_pipeline.report.study import _on_another_text, mean_and_deviation, read_study
 from slm_pipeline.report.write import write_summary_so_far
 
 
@@ -94,6 +94,11 @@ def test_a_preset_column_is_that_of_the_one_text_that_was_measured(tmp_path):
     found = read_study(tmp_path / "why")
     assert (found.metric, found.sort_by, found.notes) == (*["pruned/perplexity/bundled"] * 2, [])
     assert [run.job for run in found.runs] == ["1", "0"]
+    assert _on_another_text("pruned/fidelity/a/kl", ["pruned/fidelity/b/kl", "dense/fidelity/a/kl"]) == (
+        "pruned/fidelity/b/kl"
+    )
+    assert _on_another_text("pruned/fidelity/a/kl", ["pruned/fidelity/b/top1_agreement"]) is None
+    assert _on_another_text("pruned/efficiency/8x128/latency", ["pruned/efficiency/1x128/latency"]) is None
     with pytest.raises(UserError, match="metric='pruned/perplexity/wikitext2' is not a column"):  # asked for by name
         read_study(tmp_path / "why", metric="pruned/perplexity/wikitext2")
     done["metrics"]["pruned"]["perplexity"] = {"c4": perplexity(20.0), "bundled": perplexity(21.0)}
