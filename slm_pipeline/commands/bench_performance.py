@@ -13,6 +13,7 @@ slm-bench performance decode model.num_layers=4 ...     another shape; words wit
 | decode | `slm-bench efficiency` |
 | joint | depth and width together, and the refit |
 | stream | 70B, blocks on disk: ShortGPT, SLM, refit; needs 16 GB of disk and of page cache |
+| memory | what each stage takes beside what was estimated before, at this shape and at that of TinyLlama-1.1B |
 | two_gpus | calibration, refit and SLEB by ``slm`` alone and under ``torchrun``, without the making of weights |
 | two_gpus_lora | LoRA on two GPUs beside one |
 
@@ -35,8 +36,9 @@ from slm_pipeline.commands import bench_efficiency, bench_methods, bench_recover
 from slm_pipeline.commands.bench_results import QUIET, SHAPE, Result
 from slm_pipeline.commands.bench_stages import around, of_stages, run_slm, scratch
 from slm_pipeline.errors import UserError
-from slm_pipeline.jobs import needs
+from slm_pipeline.jobs import command_line, needs
 from slm_pipeline.jobs.job import Job
+from slm_pipeline.jobs.steps import steps
 from slm_pipeline.recovery.lora import Lora
 from slm_pipeline.store.files import write_text
 
@@ -100,7 +102,7 @@ def _text(overrides: Sequence[str]) -> list[str]:
     text, rows = folder / "random_words.txt", folder / "random_words.json"
     if not rows.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(text, "\n\n".join(" ".join(draw.choices(vocabulary, k=400)) for _ in range(120)))
+        write_text(text, "\n\n".join(" ".join(draw.choices(vocabulary, k=400)) for _ in range(260)))
         examples = [
             {
                 "instruction": " ".join(draw.choices(vocabulary, k=15)),
@@ -243,6 +245,40 @@ def _blocks_read(said: str) -> int:
     return sum(count for count, following in zip(counts, [*counts[1:], 0], strict=True) if following <= count)
 
 
+_SMALLER = (  # TinyLlama-1.1B's
+    *("model.num_layers=22", "model.hidden_size=2048", "model.intermediate_size=5632"),
+    *("model.num_heads=32", "model.num_kv_heads=4"),
+)
+
+
+def memory(words: list[str]) -> Iterator[Result]:
+    """What `needs` says of each stage over the peak that it notes, at two sizes, or at another shape alone."""
+    jobs = {
+        "ShortGPT": ["method=shortgpt", "repair=refit", "repair.ridges=[0.1]", "repair.reads=[]", *_training(words)],
+        "SLEB": ["method=sleb", "calibration.num_samples=10"],
+        "joint": ["method=joint", "method.swaps=0", "method.depths=2"],
+    }
+    sizes = {"7B": [], "1.1B": _SMALLER}
+    if any(word.startswith("model.num_layers=") for word in words):
+        sizes = {"this shape": []}
+    for size, shape in sizes.items():
+        for name, asked in jobs.items():
+            recovery = [] if name == "ShortGPT" else ["recovery=none"]
+            asked = [*SHAPE, *words, *shape, *asked, *recovery, "pruning_ratio=r10", *QUIET]
+            with scratch(asked, _GROUP) as folder:
+                try:
+                    costs = run_slm([*asked, "keep=plan"], folder)
+                except UserError as error:
+                    yield Result(f"memory, {size}, {name}", None, at_least=0.85, at_most=1.15, how=_why(error))
+                    continue
+            job = command_line.compose_job(["slm"], asked, [])
+            for stage in (step.stage for step in steps(job) if step.stage.stage in costs):
+                taken, estimate = costs[stage.stage].peak_gb, (needs.need(stage, job).num_bytes or 0) / 1e9
+                how = f"estimated {estimate:.2f} GB, taken {taken:.2f}"
+                what = f"memory, {size}, {name}: {stage.stage}, estimate over peak"
+                yield Result(what, estimate / taken, at_least=0.85, at_most=1.15, how=how)
+
+
 def two_gpus(words: list[str]) -> Iterator[Result]:
     """The work on one GPU over that of two processes on two: what both spend alike, on making random weights, is left
     out."""
@@ -293,13 +329,18 @@ def _scaling(name: str, alone: float, together: float) -> Result:
 
 
 def two_gpus_lora(words: list[str]) -> Iterator[Result]:
-    rows = Path(next(word for word in words if word.startswith("calibration.path=")).partition("=")[2])
-    examples = ["recovery.source=file", f"recovery.path={rows.with_suffix('.json')}", "recovery.num_examples=2560"]
-    steps = ["recovery.max_steps=20", "recovery.validation_size=8", "recovery.num_processes=2"]
+    two = ["recovery.max_steps=20", "recovery.num_processes=2"]
     others = [word for word in words if not word.startswith("calibration")]
-    job = bench_recovery.job_of([*SHAPE, *examples, *steps, *others])
+    job = bench_recovery.job_of([*SHAPE, *_training(words), *two, *others])
     assert isinstance(job.recovery, Lora)
     yield bench_recovery.scaling(job, job.recovery)
+
+
+def _training(words: Sequence[str]) -> list[str]:
+    """LoRA on the random rows that lie beside the random words, a few steps of it."""
+    text = next(word for word in words if word.startswith("calibration.path=")).partition("=")[2]
+    rows = ["recovery=lora", "recovery.source=file", f"recovery.path={Path(text).with_suffix('.json')}"]
+    return [*rows, "recovery.num_examples=2560", "recovery.validation_size=8", "recovery.max_steps=2"]
 
 
 def _free() -> None:
@@ -315,6 +356,7 @@ PIECES: dict[str, Callable[[list[str]], Iterable[Result]]] = {
     "decode": decode,
     "joint": joint,
     "stream": stream,
+    "memory": memory,
     "two_gpus": two_gpus,
     "two_gpus_lora": two_gpus_lora,
 }

@@ -44,6 +44,8 @@ class Result:
 
     @property
     def asked(self) -> str:
+        if self.at_least is not None and self.at_most is not None:
+            return f"{self.at_least:g} to {self.at_most:g} {self.unit}"
         if self.at_least is not None:
             return f"at least {self.at_least:g} {self.unit}"
         return "" if self.at_most is None else f"at most {self.at_most:g} {self.unit}"

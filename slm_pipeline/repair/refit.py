@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -284,26 +286,27 @@ class Refit(Repair):
         walk += "" if how.target == "dense_stream" else f"_{how.target}"
         walk += "" if how.weighting == "inverse_square" else f"_{how.weighting}"
         dense_layers = spans(groups, problem.view.num_layers)
-        for position, (block, span) in enumerate(zip(ProgressBar(blocks, desc=name), dense_layers, strict=True)):
-            for streams in (fitted, other):
-                streams.look_ahead(*span)
-            if first is not None and position >= first:
-                layer = groups[position][0]
-                found = _Kept(problem, f"{prefix}.{layer}.{walk}")
-                if not ranks.of_first(ranks.is_first() and found.is_there):  # all make it, or all read it
-                    _, what = how.layer(fitted, other, block)
-                    if ranks.is_first():
-                        found.write(what)
-                ranks.wait()
-                kept, what_json = found.read()
-                of_layer = {f"{prefix}.{layer}.{key}": value for key, value in kept.items()}
-                for op in _ops(layer, f"{prefix}.{layer}", kept):
-                    block = op.apply(problem.view, [block], of_layer) or block
-                    ops.append(op)
-                tensors |= of_layer
-                layers.append({"layer": layer, "projections": what_json})
-            for streams in (fitted, other):
-                streams.pass_through(block)
+        with _in_the_background() as call:
+            for position, (block, span) in enumerate(zip(ProgressBar(blocks, desc=name), dense_layers, strict=True)):
+                for streams in (fitted, other):
+                    streams.look_ahead(*span)
+                if first is not None and position >= first:
+                    layer = groups[position][0]
+                    kept = _Kept(problem, f"{prefix}.{layer}.{walk}")
+                    if ranks.of_first(ranks.is_first() and kept.is_there):
+                        weights, what = kept.read()
+                    else:  # each process solves for itself what all have summed
+                        weights, what = _as_kept(how.layer(fitted, other, block)[1])
+                        if ranks.is_first():
+                            call(kept.write, weights, what)
+                    of_layer = {f"{prefix}.{layer}.{key}": value for key, value in weights.items()}
+                    for op in _ops(layer, f"{prefix}.{layer}", weights):
+                        block = op.apply(problem.view, [block], of_layer) or block
+                        ops.append(op)
+                    tensors |= of_layer
+                    layers.append({"layer": layer, "projections": what})
+                for streams in (fitted, other):
+                    streams.pass_through(block)
         return ops, tensors, layers
 
 
@@ -326,6 +329,31 @@ def _free_prefix(plan: Plan) -> str:
     return next(prefix for prefix in prefixes if not any(name.startswith(f"{prefix}.") for name in plan.tensors))
 
 
+@contextmanager
+def _in_the_background() -> Iterator[Callable[..., None]]:
+    """What runs a function beside what comes next, once the one before has ended, whose errors it raises. At the end
+    all have."""
+    running: Future[None] | None = None
+
+    def call(function: Callable[..., None], *arguments: Any) -> None:
+        nonlocal running
+        if running is not None:
+            running.result()
+        running = pool.submit(function, *arguments)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        yield call
+    if running is not None:
+        running.result()
+
+
+def _as_kept(found: list[Fitted]) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+    """The new weights in float32, and what became of each sublayer as JSON."""
+    tensors = {name: value for of_one in found for name, value in of_one.tensors.items()}
+    weights = {name: value.float().cpu().contiguous().numpy() for name, value in tensors.items()}
+    return weights, [of_one.as_json() for of_one in found]
+
+
 @dataclass(frozen=True)
 class _Kept:
     """A layer's new weights in the folder of an attempt, so that the next one goes on from there."""
@@ -341,15 +369,13 @@ class _Kept:
     def is_there(self) -> bool:
         return all((self.problem.out / file).is_file() for file in self._files)
 
-    def write(self, what: list[Fitted]) -> None:
+    def write(self, weights: dict[str, np.ndarray], what: list[dict[str, Any]]) -> None:
         from safetensors.numpy import save_file
 
-        found = {name: value for of_one in what for name, value in of_one.tensors.items()}
-        weights = {name: value.float().cpu().contiguous().numpy() for name, value in found.items()}
         tensors, record = (self.problem.out / file for file in self._files)
         tensors.parent.mkdir(exist_ok=True)
         save_file(weights, tensors)
-        write_json(record, [of_one.as_json() for of_one in what])
+        write_json(record, what)
         self.problem.note_complete(*self._files)
 
     def read(self) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:

@@ -26,6 +26,7 @@ from slm_pipeline.commands.bench_stages import Cost
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.engine import compiled
 from slm_pipeline.errors import UserError
+from slm_pipeline.jobs import needs
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.source import describe
 from slm_pipeline.models.view import ModelView
@@ -233,6 +234,31 @@ def test_a_shortlist_that_decides_otherwise_meets_nothing(monkeypatch):
     found[8] = [3, 1]
     _, few, _ = bench_performance.sleb(tiny)
     assert (few.got, few.met) == (8.0, "yes")
+
+
+def test_estimates_stand_beside_what_was_taken(tmp_path, monkeypatch):
+    def run_slm(words, folder, launcher=()):
+        if "method=joint" in words:
+            raise UserError("slm failed: out of memory")
+        peaks = {"calibrate": 2.0, "merge": 2.4, "command": 2.4}
+        peaks |= {"repair": 2.5, "recover": 1.5} if "repair=refit" in words else {}
+        return {stage: Cost(1.0, peak) for stage, peak in peaks.items()}
+
+    place = needs.Place("of GPU memory", None, False)
+    monkeypatch.setattr(bench_performance, "run_slm", run_slm)
+    monkeypatch.setattr(needs, "need", lambda stage, job: needs.Need(2_000_000_000, place))
+    text, shape = bench_performance._text([f"output_dir={tmp_path}"]), TINY[4:]
+    found = list(bench_performance.memory([f"output_dir={tmp_path}", *text, "model.num_layers=4", *shape]))
+    assert [(result.got, result.met) for result in found] == [
+        (1.0, "yes"), (2 / 2.4, "no"), (0.8, "no"), (2 / 1.5, "no"), (1.0, "yes"), (2 / 2.4, "no"), (None, "no"),
+    ]  # fmt: skip
+    assert found[2].cells() == [
+        "memory, this shape, ShortGPT: repair, estimate over peak", "0.85 to 1.15 x", "0.8 x", "no",
+        "estimated 2.00 GB, taken 2.50",
+    ]  # fmt: skip
+    assert "out of memory" in found[-1].how
+    both = list(bench_performance.memory([f"output_dir={tmp_path}", *text]))
+    assert {result.what.split(", ")[1] for result in both} == {"7B", "1.1B"}
 
 
 def test_what_two_gpus_do_is_timed_without_the_making_of_weights(tmp_path, monkeypatch):
