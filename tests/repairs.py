@@ -13,9 +13,15 @@ from slm_pipeline.surgery.plan import Plan
 CALIBRATION = CalibrationConfig(source="bundled", num_samples=20, seq_len=12)
 
 
-def refit(*, reads: Sequence[float] = (), weighting: str = "inverse_square", **options: Any) -> Refit:
+def refit(
+    *,
+    reads: Sequence[float] = (),
+    weighting: str = "inverse_square",
+    target: str = "dense_stream",
+    **options: Any,
+) -> Refit:
     """What writes alone is fitted, unless ``reads`` says more, in one walk for each ridge."""
-    return Refit(calibration=CALIBRATION, reads=[*reads], weighting=weighting, **options)
+    return Refit(calibration=CALIBRATION, reads=[*reads], weighting=weighting, target=target, **options)
 
 
 def rescale() -> Rescale:

@@ -35,8 +35,8 @@ class Candidates:
 
     def filled_best(self, alike: Shape | None) -> Candidates:
         """These, filled in the ways that are best for the shape whose layers are all there and ``alike``: towards the
-        dense stream with tokens weighted or not; shapes that have all sublayers also towards their own output, as refit
-        tries it."""
+        dense stream with tokens weighted or not, or halfway; shapes that have all sublayers also towards their own
+        output, as refit tries it."""
         if alike is None or not self.fitting.refitted:
             return self
         number, fitting = self.num_samples(1), self.fitting
@@ -44,8 +44,8 @@ class Candidates:
         def best(fittings: list[Fitting]) -> Candidates:
             return min((replace(self, fitting=one) for one in fittings), key=lambda way: way.score(alike, number))
 
-        weighted = [replace(fitting, how=replace(fitting.how, weighting=one)) for one in WEIGHTINGS]
-        stream = best(weighted).fitting
+        stream = best([replace(fitting, how=replace(fitting.how, weighting=one)) for one in WEIGHTINGS]).fitting
+        stream = best([stream, replace(stream, how=replace(stream.how, target="halfway"))]).fitting
         return best([stream, *(replace(stream, whole=how) for how in own_output())])
 
     def num_samples(self, divisor: int) -> int:
@@ -123,7 +123,11 @@ def _in_words(row: dict[str, Any], objective: str) -> str:
         for what, (least, most) in (("groups of heads", row["heads"]), ("neurons", row["neurons"]))
     ]
     fits = f"fitted to {row['num_tokens']:,} tokens"
-    own = [f"own output, ridge {', '.join(map('{:g}'.format, row['ridges']))}"] if row["target"] == "own_output" else []
-    if ways := [*own, *(["all tokens alike"] if row["weighting"] == "none" else [])]:
+    target = {
+        "dense_stream": [],
+        "halfway": ["halfway"],
+        "own_output": [f"own output, ridge {', '.join(map('{:g}'.format, row['ridges']))}"],
+    }
+    if ways := [*target[row["target"]], *(["all tokens alike"] if row["weighting"] == "none" else [])]:
         fits += f" ({', '.join(ways)})"
     return f"{gone}, {', '.join(widths)}: {objective} {row[objective]:.4f}, {fits}"

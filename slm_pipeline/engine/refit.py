@@ -23,7 +23,7 @@ from slm_pipeline.surgery.ops.base import SUBLAYERS
 from slm_pipeline.surgery.ops.correct import corrected
 
 WEIGHTINGS = ("inverse_square", "none")
-TARGETS = ("dense_stream", "own_output")
+TARGETS = ("dense_stream", "halfway", "own_output")
 PRIORS = ("weights", "own_output")
 OWN_RIDGE = 0.01  # of the fit that is the prior, which has nothing to be drawn to but what is left of the weights
 OWN_RIDGES = (0.01, 0.1)  # of fits to the own output where they are tried beside others: they hold little that is noise
@@ -66,7 +66,8 @@ class Refit:
         weighting: inverse_square: a token counts 1 / mean square of the dense state that its target leads to, since
             states are normed before they are read, and few tokens are very large | none.
         target: dense_stream: what is missing to the dense model's states | own_output: what the projection would
-            write if its sublayer were as in the dense model: where neither widths nor weights changed, what it writes.
+            write if its sublayer were as in the dense model: where neither widths nor weights changed, what it writes |
+            halfway: the mean of the two, which makes up for half of what lower layers have missed.
         prior: what the ridge draws to: weights, as they are | own_output: where a sublayer is narrower than the dense
             model's, the best weights for that target, which make up for the units that went.
         sublayers: whose last projections are fitted.
@@ -92,7 +93,7 @@ class Refit:
         for sublayer in SUBLAYERS:
             if sublayer in self.sublayers and not fitted.lacks(block, sublayer):
                 both = [self.reading, self.writing] if self.reads is not None else [self.writing]
-                for correct in both if self.target == "dense_stream" else both[::-1]:
+                for correct in both[::-1] if self.target == "own_output" else both:
                     block, what = correct(fitted, held_out, block, sublayer)
                     found.append(what)
         return block, found
@@ -125,7 +126,7 @@ class Refit:
                 " model.dtype=float32"
             )
         targets = [self.target]
-        if is_normed and self.target == "dense_stream" and fitted.undone(block, sublayer) is not block:
+        if is_normed and self.target != "own_output" and fitted.undone(block, sublayer) is not block:
             targets.append("own_output")
         prior = self._prior(fitted, block, sublayer)
         for target in targets:

@@ -164,7 +164,8 @@ class Streams:
 
         The target is what is missing to the dense stream behind the attention, or behind the layers that the block
         stands for where its last sublayer writes; with ``own_output`` what the projection would write if the sublayer
-        were as in the dense model, on the states that reach it; with ``as_it_is`` what it does write.
+        were as in the dense model, on the states that reach it; with ``halfway`` the mean of the two; with ``as_it_is``
+        what it does write.
 
         Where a norm stands between the projection and the stream (Gemma 2 and 3, OLMo 2), the norm's gains are counted
         as part of the weights, and what it divides each token by is taken to stay what it is: the target is multiplied
@@ -227,13 +228,12 @@ class Streams:
             entering = self._on_device(self.pruned[rows], block.body)
             inputs, output, written, leaving = self._runner.observed(block, entering, sublayer, whole=sublayer == "mlp")
             reference = self._on_device((self.leaving if is_last else self.middle)[rows], block.body)
-            if target == "as_it_is":
-                wanted = written
-            elif target == "own_output":
-                wanted = written if whole is block else self._runner.observed(whole, entering, sublayer, whole=False)[2]
-            else:  # the first difference rounds back to the state that the output was added to
-                beside = entering if leaving is None else leaving - written
-                wanted = reference.float() - beside.float()
+            # the first difference rounds back to the state that the output was added to
+            beside = entering if leaving is None else leaving - written
+            wanted = written if target == "as_it_is" else reference.float() - beside.float()
+            if target in ("own_output", "halfway"):
+                own = written if whole is block else self._runner.observed(whole, entering, sublayer, whole=False)[2]
+                wanted = own if target == "own_output" else (wanted + own.float()) / 2
             weights = reference.flatten(0, -2).float().square().mean(dim=-1).clamp_min(1e-12).reciprocal()
             if weighting == "none":
                 weights = torch.ones_like(weights)

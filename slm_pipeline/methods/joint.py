@@ -38,7 +38,7 @@ UNITS = ("leverage", "obs")
 OBJECTIVES = ("kl_divergence", "next_token_loss")
 JUDGED = ("repaired", "pruned")
 _DIFFER = "method=joint needs layers that are alike; this model's differ in heads or neurons"
-VERSION = 6  # raised when the same candidate gets another number
+VERSION = 7  # raised when the same candidate gets another number
 
 
 @dataclass(kw_only=True)
@@ -47,11 +47,11 @@ class Joint(ProtectsEnds):
 
     A candidate is filled from the lowest layer up: the neurons whose values are most nearly combinations of the others'
     go (as in `nystrom`; ``units=obs``: as in `obs`), and the heads that the others can best make up for; the last
-    projections get new weights towards the dense stream, as `repair=refit` gives them, tokens weighted or not; those of
-    a shape that has all sublayers towards their own output, in the ways that refit has for that: whatever is best for
-    the shape whose layers are alike. Its number is the KL divergence of its predictions from the dense model's, in
-    nats a token, on samples that nothing was fitted to. So candidates are compared after repair; the plan holds the
-    decision, ``repair=refit`` the weights.
+    projections get new weights towards the dense stream or halfway, as `repair=refit` gives them, tokens weighted or
+    not; those of a shape that has all sublayers towards their own output, in the ways that refit has for that: whatever
+    is best for the shape whose layers are alike. Its number is the KL divergence of its predictions from the dense
+    model's, in nats a token, on samples that nothing was fitted to. So candidates are compared after repair; the plan
+    holds the decision, ``repair=refit`` the weights.
 
     ``export=stock``: some layers go, all others lose as many neurons. Which layers: those of ``angular``, of
     ``shortgpt``, and of a greedy search by KL divergence; how many: ``depths`` numbers from none to as many as the

@@ -12,7 +12,7 @@ from plans import narrowing
 from two_processes import of_both
 
 from slm_pipeline.engine import least_squares
-from slm_pipeline.engine.refit import Fitted, Refit
+from slm_pipeline.engine.refit import TARGETS, WEIGHTINGS, Fitted, Refit, _solution
 from slm_pipeline.engine.streams import Streams, Sums, first_changed, pass_all, spans
 from slm_pipeline.errors import UserError
 from slm_pipeline.machine import ranks
@@ -246,6 +246,32 @@ def test_the_own_output_is_that_of_the_sublayer_with_all_its_neurons():
     torch.testing.assert_close((part.gram, part.moment), (sums.gram, sums.moment), rtol=1e-4, atol=1e-3)
     again, what = Refit(target="own_output").layer(streams, streams, Block(1))
     assert again == Block(1), what
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_halfway_is_the_mean_of_both_targets_and_so_are_the_weights(weighting):
+    """Below a layer that is narrower, so that something is missing that is not the sublayer's own."""
+    view = ModelView(lively())
+    blocks = planned_blocks(narrowing({0: (None, [1, 5]), 1: (None, [1, 5, 30, 31])}, num_layers=4), view)
+    streams = Streams(view, IDS)
+    streams.look_ahead(0, 1)
+    streams.pass_through(blocks[0])
+    streams.look_ahead(1, 2)
+    for part, unchanged in (("attention", True), ("mlp", False)):
+        weight, sums = streams.weight(blocks[1], part), {}
+        for target in TARGETS:
+            sums[target] = streams.sums(blocks[1], part, target=target, weighting=weighting)
+        missing, both, own = (sums[target] for target in TARGETS)
+        assert (own.error(weight) < 1e-6) is unchanged
+        assert not torch.allclose(missing.moment, own.moment, rtol=0.1)
+        torch.testing.assert_close(both.gram, own.gram)
+        torch.testing.assert_close(both.moment, (missing.moment + own.moment) / 2, rtol=1e-4, atol=1e-5)
+        first, half, second = (_solution(sums[target], weight, 0.1) for target in TARGETS)
+        torch.testing.assert_close(half, (first + second) / 2, rtol=1e-4, atol=1e-5)
+        new, what = Refit([0.1], weighting, "halfway").writing(streams, streams, blocks[1], part)
+        assert what.ridge == 0.1
+        torch.testing.assert_close(streams.weight(new, part), half, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply, layer_sizes, planned_blocks
 from slm_pipeline.surgery.block import Block
 from slm_pipeline.surgery.ops import LayerSize
+from slm_pipeline.surgery.ops.resize import Resize
 
 SIZE = LayerSize(attention=40, mlp=100, other=1, heads=3, neurons=9, per_head=10, per_neuron=10)
 
@@ -398,10 +399,10 @@ def test_widths_by_layer_are_no_worse_than_the_best_of_one_width(ask, monkeypatc
     bad = ((size.heads, 0), (size.heads, 0), *[(size.heads, size.neurons)] * (problem.view.num_layers - 2))
     monkeypatch.setattr(Widths, "committed", lambda self, share: [bad])
     monkeypatch.setattr(Widths, "transferred", lambda self, shape, transfers: begun.append(shape) or shape)
-    custom, stock = (joint(export=export, swaps=0).plan(problem) for export in ("custom", "stock"))
-    assert begun[0] != bad
-    assert custom.dropped == stock.dropped
-    assert all(0 <= one.neurons - other.neurons <= 1 for one, other in zip(custom.ops, stock.ops, strict=True))
+    custom = joint(export="custom", swaps=0).plan(problem)
+    at_first = [neurons for _, neurons in begun[0] if neurons]
+    at_last = [op.neurons for op in custom.ops if isinstance(op, Resize)]
+    assert all(max(widths) - min(widths) <= 1 for widths in (at_first, at_last))
 
 
 def test_transfers_only_make_it_better(ask, monkeypatch):
@@ -491,6 +492,7 @@ def test_sensitivities_that_are_known_are_not_measured_again(ask, tmp_path, monk
         ("own_output", "none", 0.1),
         ("dense_stream", "inverse_square", 0.1),
         ("dense_stream", "none", 0.1),
+        ("halfway", "inverse_square", 0.1),
     ],
 )
 def test_shapes_that_have_all_sublayers_are_filled_towards_what_is_better_for_the_one_that_is_alike(
@@ -509,10 +511,10 @@ def test_shapes_that_have_all_sublayers_are_filled_towards_what_is_better_for_th
     plan = joint(swaps=0).plan(ask(num_parameters=9000))
     assert plan.dropped == []
     assert len({op.neurons for op in plan.ops}) == 1
-    later = [row for row in plan.scores["trace"][6:] if not row["gone"]]
+    later = [row for row in plan.scores["trace"][7:] if not row["gone"]]
     assert {(row["target"], row["weighting"], *row["ridges"]) for row in later} == {better}
     gone = {(row["target"], row["weighting"]) for row in plan.scores["trace"] if row["gone"]}
-    assert gone == {("dense_stream", "none" if better[:2] == ("dense_stream", "none") else "inverse_square")}
+    assert gone == {better[:2] if better[0] != "own_output" else ("dense_stream", "inverse_square")}
 
 
 @torch.no_grad()

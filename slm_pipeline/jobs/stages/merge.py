@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 # 4: joint fits to the own output too, keeps a model of equal widths as a candidate and protected layers whole
 # 5: joint fits to the own output with all tokens alike too
 # 6: and to the dense stream; its widths by layer begin with the best of one width
-VERSION = 6
+VERSION = 7
 
 
 class Merge(Stage):

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 # 2: errors in the stream, gains of norms; 3: least_gain; 4: own output first; divergence of what stays
 # 5: fits to the own output with all tokens alike; 6: to the dense stream too
-VERSION = 6
+VERSION = 7
 
 
 class Repair(Stage):
