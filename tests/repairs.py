@@ -17,11 +17,11 @@ def refit(
     *,
     reads: Sequence[float] = (),
     weighting: str = "inverse_square",
-    target: str = "dense_stream",
+    shares: Sequence[float] = (),
     **options: Any,
 ) -> Refit:
     """What writes alone is fitted, unless ``reads`` says more, in one walk for each ridge."""
-    return Refit(calibration=CALIBRATION, reads=[*reads], weighting=weighting, target=target, **options)
+    return Refit(calibration=CALIBRATION, reads=[*reads], weighting=weighting, shares=[*shares], **options)
 
 
 def rescale() -> Rescale:

@@ -33,10 +33,10 @@ class Candidates:
     memo: WindowMemo
     trace: list[dict[str, Any]] = field(default_factory=list)
 
-    def filled_best(self, alike: Shape | None) -> Candidates:
+    def filled_best(self, alike: Shape | None, shares: Sequence[float]) -> Candidates:
         """These, filled in the ways that are best for the shape whose layers are all there and ``alike``: towards the
-        dense stream with tokens weighted or not, or halfway; shapes that have all sublayers also towards their own
-        output, as refit tries it."""
+        dense stream with tokens weighted or not, then to ``shares`` of what is missing to it; shapes that have all
+        sublayers also towards their own output, as refit tries it."""
         if alike is None or not self.fitting.refitted:
             return self
         number, fitting = self.num_samples(1), self.fitting
@@ -45,7 +45,7 @@ class Candidates:
             return min((replace(self, fitting=one) for one in fittings), key=lambda way: way.score(alike, number))
 
         stream = best([replace(fitting, how=replace(fitting.how, weighting=one)) for one in WEIGHTINGS]).fitting
-        stream = best([stream, replace(stream, how=replace(stream.how, target="halfway"))]).fitting
+        stream = best([stream, *(replace(stream, how=replace(stream.how, share=share)) for share in shares)]).fitting
         return best([stream, *(replace(stream, whole=how) for how in own_output())])
 
     def num_samples(self, divisor: int) -> int:
@@ -55,7 +55,7 @@ class Candidates:
     def score(self, shape: Shape, num_samples: int) -> float:
         """What a shape is judged by, lower is better, fitted to so many samples."""
         how, objective = self.fitting.how_of(shape), OBJECTIVES[self.fitting.objective]
-        key = (how.target, how.weighting, *how.ridges, shape, num_samples)
+        key = (how.target, how.weighting, how.share, *how.ridges, shape, num_samples)
         if key not in self.memo:
             score = self.fitting.fill(shape, num_samples, keep=False).score
             self.memo.add(key, score if math.isfinite(score) else 1e9)
@@ -67,6 +67,7 @@ class Candidates:
             "parameters": parameters(shape, self.fitting.sizes),
             "target": how.target,
             "weighting": how.weighting,
+            "share": how.share,
             "ridges": list(how.ridges),
             "num_tokens": num_samples * self.fitting.fit.shape[1],
             objective: self.memo[key],
@@ -123,11 +124,8 @@ def _in_words(row: dict[str, Any], objective: str) -> str:
         for what, (least, most) in (("groups of heads", row["heads"]), ("neurons", row["neurons"]))
     ]
     fits = f"fitted to {row['num_tokens']:,} tokens"
-    target = {
-        "dense_stream": [],
-        "halfway": ["halfway"],
-        "own_output": [f"own output, ridge {', '.join(map('{:g}'.format, row['ridges']))}"],
-    }
-    if ways := [*target[row["target"]], *(["all tokens alike"] if row["weighting"] == "none" else [])]:
+    own = [f"own output, ridge {', '.join(map('{:g}'.format, row['ridges']))}"] if row["target"] == "own_output" else []
+    share = [f"{row['share']:.0%} of what is missing"] if row["share"] < 1 else []
+    if ways := [*own, *share, *(["all tokens alike"] if row["weighting"] == "none" else [])]:
         fits += f" ({', '.join(ways)})"
     return f"{gone}, {', '.join(widths)}: {objective} {row[objective]:.4f}, {fits}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from slm_pipeline.surgery.ops.base import SUBLAYERS
 from slm_pipeline.surgery.ops.correct import corrected
 
 WEIGHTINGS = ("inverse_square", "none")
-TARGETS = ("dense_stream", "halfway", "own_output")
+TARGETS = ("dense_stream", "own_output")
 PRIORS = ("weights", "own_output")
 OWN_RIDGE = 0.01  # of the fit that is the prior, which has nothing to be drawn to but what is left of the weights
 OWN_RIDGES = (0.01, 0.1)  # of fits to the own output where they are tried beside others: they hold little that is noise
@@ -66,8 +66,9 @@ class Refit:
         weighting: inverse_square: a token counts 1 / mean square of the dense state that its target leads to, since
             states are normed before they are read, and few tokens are very large | none.
         target: dense_stream: what is missing to the dense model's states | own_output: what the projection would
-            write if its sublayer were as in the dense model: where neither widths nor weights changed, what it writes |
-            halfway: the mean of the two, which makes up for half of what lower layers have missed.
+            write if its sublayer were as in the dense model: where neither widths nor weights changed, what it writes.
+        share: of what is missing to the dense stream, 0 to 1; the rest of the target is the own output. Each layer then
+            makes up for a part of what those below have missed, and the next ones for as much of what is left.
         prior: what the ridge draws to: weights, as they are | own_output: where a sublayer is narrower than the dense
             model's, the best weights for that target, which make up for the units that went.
         sublayers: whose last projections are fitted.
@@ -80,12 +81,15 @@ class Refit:
     ridges: Sequence[float] = (0.01, 0.1, 1.0)
     weighting: str = "inverse_square"
     target: str = "dense_stream"
+    share: float = 1.0
     prior: str = "weights"
     sublayers: Sequence[str] = SUBLAYERS
     reads: float | None = None
 
     def sums(self, streams: Streams, block: Block, sublayer: str, *, plain: bool = False) -> Sums:
-        return streams.sums(block, sublayer, target=self.target, weighting=self.weighting, plain=plain)
+        return streams.sums(
+            block, sublayer, target=self.target, weighting=self.weighting, share=self.share, plain=plain
+        )
 
     def layer(self, fitted: Streams, held_out: Streams, block: Block) -> tuple[Block, list[Fitted]]:
         """The block with new weights, both streams standing before it, and what became of each sublayer."""
@@ -131,13 +135,13 @@ class Refit:
         prior = self._prior(fitted, block, sublayer)
         for target in targets:
             if sums is None or target != self.target:
-                sums = fitted.sums(block, sublayer, target=target, weighting=self.weighting)
+                sums = replace(self, target=target).sums(fitted, block, sublayer)
             for ridge, weight in self._solutions(prior, sums):
                 new = fitted.put(block, sublayer, weight)
                 if (error := self.error(held_out, new, sublayer)) < after:
                     best, after, taken = new, error, ridge
         if is_normed:
-            gain = fitted.gain_sums(best, sublayer, target=self.target, weighting=self.weighting)
+            gain = fitted.gain_sums(best, sublayer, target=self.target, weighting=self.weighting, share=self.share)
             for ridge in self.ridges:
                 new = fitted.put_gains(best, sublayer, gain.solve(ridge))
                 if (error := self.error(held_out, new, sublayer)) < after:
@@ -165,11 +169,11 @@ class Refit:
         weight = fitted.weight(block, sublayer)
         if self.prior == "weights" or weight.shape == fitted.weight(Block(block.body), sublayer).shape:
             return weight
-        sums = fitted.sums(block, sublayer, target="own_output", weighting=self.weighting)
+        sums = replace(self, target="own_output").sums(fitted, block, sublayer)
         return _solution(sums, weight, OWN_RIDGE)
 
     def error(self, streams: Streams, block: Block, sublayer: str) -> float:
-        return streams.error(block, sublayer, target=self.target, weighting=self.weighting)
+        return streams.error(block, sublayer, target=self.target, weighting=self.weighting, share=self.share)
 
     def _solutions(self, weight: Tensor, sums: Sums) -> Iterator[tuple[float, Tensor]]:
         """Of each ridge that is large enough the best weights."""

@@ -159,19 +159,21 @@ class Streams:
             for rows in self._rows():
                 self.leaving[rows] = self._runner.run(Block(layer), self._on_device(self.leaving[rows], layer))
 
-    def sums(self, block: Block, sublayer: str, *, target: str, weighting: str, plain: bool = False) -> Sums:
+    def sums(
+        self, block: Block, sublayer: str, *, target: str, weighting: str, share: float = 1.0, plain: bool = False
+    ) -> Sums:
         """What a least-squares fit of a sublayer's last projection is made of; a bias counts as a last input of 1.
 
         The target is what is missing to the dense stream behind the attention, or behind the layers that the block
         stands for where its last sublayer writes; with ``own_output`` what the projection would write if the sublayer
-        were as in the dense model, on the states that reach it; with ``halfway`` the mean of the two; with ``as_it_is``
-        what it does write.
+        were as in the dense model, on the states that reach it; with ``as_it_is`` what it does write.
 
         Where a norm stands between the projection and the stream (Gemma 2 and 3, OLMo 2), the norm's gains are counted
         as part of the weights, and what it divides each token by is taken to stay what it is: the target is multiplied
         by that. How good such a fit is only `error` says, since it does not stay so.
 
         Args:
+            share: of what is missing to the dense stream; the rest of the target is the own output.
             plain: whether the Gram matrix of all tokens alike is wanted too.
 
         Raises:
@@ -180,7 +182,7 @@ class Streams:
         has_bias = self.bias(block, sublayer) is not None
         norm = self.output_norm(block, sublayer)
         so_far, alike = _SumsSoFar(), None
-        for writes in self._writes(block, sublayer, target, weighting):
+        for writes in self._writes(block, sublayer, target, weighting, share):
             if plain:
                 alike = alike or Gram(writes.inputs.shape[1], writes.inputs.device)
                 alike.add(writes.inputs)
@@ -198,29 +200,29 @@ class Streams:
         )
         return sums if alike is None else replace(sums, plain=self._share.summed(alike.matrix))
 
-    def error(self, block: Block, sublayer: str, *, target: str, weighting: str) -> float:
+    def error(self, block: Block, sublayer: str, *, target: str, weighting: str, share: float = 1.0) -> float:
         """The weighted squared error of what reaches the stream, relative to what is wanted; targets as for `sums`."""
         missed = energy = 0.0
-        for writes in self._writes(block, sublayer, target, weighting):
+        for writes in self._writes(block, sublayer, target, weighting, share):
             weights = writes.weights[:, None]
             missed += float((weights * (writes.written - writes.wanted).square()).sum(dtype=torch.float64))
             energy += float((weights * writes.wanted.square()).sum(dtype=torch.float64))
         missed, energy = self._share.summed(torch.tensor([missed, energy], dtype=torch.float64)).tolist()
         return missed / max(energy, 1e-30)
 
-    def gain_sums(self, block: Block, sublayer: str, *, target: str, weighting: str) -> GainSums:
+    def gain_sums(self, block: Block, sublayer: str, *, target: str, weighting: str, share: float = 1.0) -> GainSums:
         """What the gains of a norm behind a sublayer's last projection are fitted by; targets as for `sums`."""
         norm = self.output_norm(block, sublayer)
         assert norm is not None
         gains = _invertible(norm[1])
         square, product = (torch.zeros(len(gains), dtype=torch.float64, device=gains.device) for _ in range(2))
-        for writes in self._writes(block, sublayer, target, weighting):
+        for writes in self._writes(block, sublayer, target, weighting, share):
             normed, weights = writes.written / gains, writes.weights[:, None]
             square += (weights * normed.square()).sum(dim=0, dtype=torch.float64)
             product += (weights * normed * writes.wanted).sum(dim=0, dtype=torch.float64)
         return GainSums(self._share.summed(square), self._share.summed(product), norm[1].double())
 
-    def _writes(self, block: Block, sublayer: str, target: str, weighting: str) -> Iterator[_Writes]:
+    def _writes(self, block: Block, sublayer: str, target: str, weighting: str, share: float) -> Iterator[_Writes]:
         """What a sublayer's last projection does and what it is to do, some tokens at a time."""
         is_last = sublayer == "mlp" or self.lacks(block, "mlp")
         whole = self.undone(block, sublayer)
@@ -231,9 +233,9 @@ class Streams:
             # the first difference rounds back to the state that the output was added to
             beside = entering if leaving is None else leaving - written
             wanted = written if target == "as_it_is" else reference.float() - beside.float()
-            if target in ("own_output", "halfway"):
+            if target == "own_output" or (target == "dense_stream" and share < 1):
                 own = written if whole is block else self._runner.observed(whole, entering, sublayer, whole=False)[2]
-                wanted = own if target == "own_output" else (wanted + own.float()) / 2
+                wanted = own if target == "own_output" else torch.lerp(own.float(), wanted, share)
             weights = reference.flatten(0, -2).float().square().mean(dim=-1).clamp_min(1e-12).reciprocal()
             if weighting == "none":
                 weights = torch.ones_like(weights)

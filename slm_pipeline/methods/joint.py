@@ -47,11 +47,11 @@ class Joint(ProtectsEnds):
 
     A candidate is filled from the lowest layer up: the neurons whose values are most nearly combinations of the others'
     go (as in `nystrom`; ``units=obs``: as in `obs`), and the heads that the others can best make up for; the last
-    projections get new weights towards the dense stream or halfway, as `repair=refit` gives them, tokens weighted or
-    not; those of a shape that has all sublayers towards their own output, in the ways that refit has for that: whatever
-    is best for the shape whose layers are alike. Its number is the KL divergence of its predictions from the dense
-    model's, in nats a token, on samples that nothing was fitted to. So candidates are compared after repair; the plan
-    holds the decision, ``repair=refit`` the weights.
+    projections get new weights towards the dense stream, as `repair=refit` gives them, tokens weighted or not, to all
+    or to ``shares`` of what is missing; those of a shape that has all sublayers also towards their own output, in the
+    ways that refit has for that: whatever is best for the shape whose layers are alike. Its number is the KL divergence
+    of its predictions from the dense model's, in nats a token, on samples that nothing was fitted to. So candidates are
+    compared after repair; the plan holds the decision, ``repair=refit`` the weights.
 
     ``export=stock``: some layers go, all others lose as many neurons. Which layers: those of ``angular``, of
     ``shortgpt``, and of a greedy search by KL divergence; how many: ``depths`` numbers from none to as many as the
@@ -72,8 +72,8 @@ class Joint(ProtectsEnds):
     What was measured is kept beside the calibration: a killed search goes on, and those for other ratios share it.
 
     Scores in the plan: trace, of each candidate gone (layers), heads and neurons (least and most of those that stay),
-    parameters (of the layers), target, weighting and ridges (of the fits), num_tokens and kl, or loss; and held_out,
-    kl and same_top_1 of the chosen one on the last eighth.
+    parameters (of the layers), target, weighting, share and ridges (of the fits), num_tokens and kl, or loss; and
+    held_out, kl and same_top_1 of the chosen one on the last eighth.
     """
 
     # stock: the dense model's class, one width | custom: widths by layer, attention or feed-forward networks may go; a
@@ -84,6 +84,8 @@ class Joint(ProtectsEnds):
     objective: str = "kl_divergence"  # that candidates are judged by | next_token_loss
     judged: str = "repaired"  # candidates are judged after a refit | pruned: before it
     ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.1])  # dense stream
+    # Of what is missing to the dense stream, tried in the place of all of it, as repair=refit has them.
+    shares: list[Annotated[float, Range(above=0, below=1)]] = field(default_factory=lambda: [0.5])
     depths: Annotated[int, Range(at_least=2, at_most=100)] = 5  # stock: numbers of layers that are tried first
     # custom: share of the layers' parameters after which the damages are measured again; 1: they are measured once.
     commit: Annotated[float, Range(above=0, at_most=1)] = 0.1
@@ -157,7 +159,7 @@ class Joint(ProtectsEnds):
         layers = self.candidates(len(sizes))
         with self._memo(problem) as memo:
             alike = self._uniform(problem.prices or sizes, [], remove)
-            search = Candidates(fitting, memo).filled_best(alike)
+            search = Candidates(fitting, memo).filled_best(alike, self.shares)
             best = self._stock(problem, search, remove)
             if self.export == "custom":
                 best = self._custom(problem, search, remove, best)

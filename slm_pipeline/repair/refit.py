@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STEPS = ("ridges", "weightings", "targets", "reads")  # what is tried, in this order
+STEPS = ("ridges", "weightings", "shares", "targets", "reads")  # what is tried, in this order
 CHOICES = {
     "weighting": ("either", "inverse_square", "none"),
-    "target": ("either", "dense_stream", "halfway", "own_output"),
+    "target": ("either", "dense_stream", "own_output"),
     "prior": ("weights", "own_output"),
     "sublayers": ("both", *SUBLAYERS),
     "choice": ("stack", "projection"),
@@ -70,22 +70,21 @@ class Refit(Repair):
     best for the stack when much has gone. If in the end the KL divergence is not less by ``least_gain`` of what it was,
     nothing is changed: what is won there may be lost on text of another kind.
 
-    Then the walk is made again with all tokens alike, the better one once more with T halfway to what the projection
-    would write by itself (see below), and the best of all, for each of ``reads``, with what is read corrected, too.
-    Where the pruned stream still differs from the dense one, a sublayer reads x in the place of h (behind the norm in
-    front of it); the map M nearest to H = M X, by least squares with the ridge towards the identity, goes into its
-    first projections: W' = W M. Again what is no better on the text held out is left alone, and so is the whole if the
-    KL divergence is.
+    Then the walk is made again with all tokens alike; the better one for each of ``shares``, with T that share of what
+    is missing and for the rest the own output (see below); and the best of all, for each of ``reads``, with what the
+    sublayers read corrected as well. Where the pruned stream still differs from the dense one, a sublayer reads x in
+    the place of h (behind the norm in front of it); the map M nearest to H = M X, by least squares with the ridge
+    towards the identity, goes into its first projections: W' = W M. Again what is no better on the text held out is
+    left alone, and so is the whole if the KL divergence is.
 
     With ``target=own_output`` T is instead what the projection would write if its sublayer were as in the dense model,
     on the states that reach it in the pruned one: that makes up for narrower layers, and not for those that went. It
     corrects less, and of what it corrects more can be predicted, so that it wins where tokens are few for a layer's
-    neurons. ``halfway`` is the mean of it and of what is missing to the stream: much of what is missing no layer can
-    predict, and a fit that is to make up for all of it bends what the layer itself does. Hence ``either``: one walk
-    halfway with the best ridge and weights of tokens; where every sublayer is still there, four walks towards the own
-    output (ridges 0.01 and 0.1, with D and with all tokens alike: what one sublayer puts out need not be as large as
-    the stream is, and on some models, Gemma 3, the fit that forgets no token is the better one). What is read is
-    corrected after fits to the own output, and before the others.
+    neurons. Hence ``either``: where every sublayer is still there, walks towards it (ridges 0.01 and 0.1) are tried
+    too, with D and with all tokens alike: what one sublayer puts out need not be as large as the stream is, and on some
+    models (Gemma 3) the fit that forgets no token is the better one. What is read is corrected after such fits, and
+    before those to the stream. ``shares`` lie between: each layer makes up for a part of what those below it have
+    missed, as far as it can tell, and the next ones for as much of the rest.
 
     Kin: the direct form of ReplaceMe's map (arXiv 2505.02819), and fits to the dense output on corrected inputs as in
     GPTAQ (arXiv 2504.02692).
@@ -109,8 +108,10 @@ class Refit(Repair):
     reads: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.1, 1.0])
     # How much a token counts: inverse_square | none: all alike | either: both, with the best ridge.
     weighting: str = "either"
-    # dense_stream | halfway | own_output: what a projection is to write | either: what is best for the whole stack.
+    # dense_stream | own_output: what a projection is to write | either, for the whole stack, where units alone went.
     target: str = "either"
+    # Shares of what is missing to the dense stream that are tried in the place of all of it; []: none.
+    shares: list[Annotated[float, Range(above=0, below=1)]] = field(default_factory=lambda: [0.5])
     # What the ridge draws to: the weights | own_output: of narrowed sublayers, those that make up best for what went.
     prior: str = "weights"
     sublayers: str = "both"  # both | attention | mlp: whose last projections get new weights
@@ -147,7 +148,7 @@ class Refit(Repair):
             projections = sizes.layers * sizes.hidden * (sizes.queries + sizes.neurons)
             maps = 2 * sizes.layers * sizes.hidden**2 if self.reads else 0
             two_ways = "either" in (self.target, self.weighting)
-            walks = (len(self.ridges) if self.choice == "stack" else 1) + two_ways + len(self.reads)
+            walks = (len(self.ridges) if self.choice == "stack" else 1) + two_ways + len(self.shares) + len(self.reads)
             beside += 4 * (min(2, walks) * projections + maps)
         return beside
 
@@ -254,15 +255,17 @@ class Refit(Repair):
         if step == "ridges":
             by_ridge = [[ridge] for ridge in self.ridges] if self.choice == "stack" else [self.ridges]
             of_target = weightings if target == "own_output" else weightings[:1]
-            hows = [HowToRefit(r, w, target, self.prior, sublayers) for r in by_ridge for w in of_target]
+            hows = [
+                HowToRefit(r, w, target, prior=self.prior, sublayers=sublayers) for r in by_ridge for w in of_target
+            ]
             return [(_in_words(how), how) for how in hows]
-        if step == "weightings" and best is not None and target != "own_output":
+        if step == "weightings" and best is not None and target == "dense_stream":
             return [(other, replace(best, weighting=other)) for other in weightings[1:]]
-        if step == "targets" and self.target == "either":
+        if step == "shares" and best is not None and target == "dense_stream":
+            return [(f"{share:g}", replace(best, share=share)) for share in self.shares]
+        if step == "targets" and self.target == "either" and is_narrower:
             own = own_output(weightings, by_projection=self.choice == "projection", sublayers=sublayers)
-            halfway = [] if best is None else [replace(best, target="halfway")]
-            hows = [*halfway, *(own if is_narrower else [])]
-            return [(f"{how.target}, {_in_words(how)}", how) for how in hows]
+            return [(f"own_output, {_in_words(how)}", how) for how in own]
         if step == "reads" and best is not None:
             return [(f"{reads:g}", replace(best, reads=reads)) for reads in self.reads]
         return []
@@ -289,6 +292,7 @@ class Refit(Repair):
         prefix = _free_prefix(problem.plan)
         walk = "_".join(map(str, how.ridges)) + ("" if how.reads is None else f"_reads_{how.reads}")
         walk += "" if how.target == "dense_stream" else f"_{how.target}"
+        walk += "" if how.share == 1 else f"_share_{how.share}"
         walk += "" if how.weighting == "inverse_square" else f"_{how.weighting}"
         dense_layers = spans(groups, problem.view.num_layers)
         with _in_the_background() as call:

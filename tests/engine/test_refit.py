@@ -12,7 +12,7 @@ from plans import narrowing
 from two_processes import of_both
 
 from slm_pipeline.engine import least_squares
-from slm_pipeline.engine.refit import TARGETS, WEIGHTINGS, Fitted, Refit, _solution
+from slm_pipeline.engine.refit import WEIGHTINGS, Fitted, Refit, _solution
 from slm_pipeline.engine.streams import Streams, Sums, first_changed, pass_all, spans
 from slm_pipeline.errors import UserError
 from slm_pipeline.machine import ranks
@@ -250,7 +250,7 @@ def test_the_own_output_is_that_of_the_sublayer_with_all_its_neurons():
 
 @torch.no_grad()
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_halfway_is_the_mean_of_both_targets_and_so_are_the_weights(weighting):
+def test_with_a_share_the_target_lies_between_both_and_so_do_the_weights(weighting):
     """Below a layer that is narrower, so that something is missing that is not the sublayer's own."""
     view = ModelView(lively())
     blocks = planned_blocks(narrowing({0: (None, [1, 5]), 1: (None, [1, 5, 30, 31])}, num_layers=4), view)
@@ -260,18 +260,18 @@ def test_halfway_is_the_mean_of_both_targets_and_so_are_the_weights(weighting):
     streams.look_ahead(1, 2)
     for part, unchanged in (("attention", True), ("mlp", False)):
         weight, sums = streams.weight(blocks[1], part), {}
-        for target in TARGETS:
-            sums[target] = streams.sums(blocks[1], part, target=target, weighting=weighting)
-        missing, both, own = (sums[target] for target in TARGETS)
+        for target, share in (("dense_stream", 1.0), ("dense_stream", 0.75), ("own_output", 1.0)):
+            sums[target, share] = streams.sums(blocks[1], part, target=target, weighting=weighting, share=share)
+        missing, both, own = sums.values()
         assert (own.error(weight) < 1e-6) is unchanged
         assert not torch.allclose(missing.moment, own.moment, rtol=0.1)
         torch.testing.assert_close(both.gram, own.gram)
-        torch.testing.assert_close(both.moment, (missing.moment + own.moment) / 2, rtol=1e-4, atol=1e-5)
-        first, half, second = (_solution(sums[target], weight, 0.1) for target in TARGETS)
-        torch.testing.assert_close(half, (first + second) / 2, rtol=1e-4, atol=1e-5)
-        new, what = Refit([0.1], weighting, "halfway").writing(streams, streams, blocks[1], part)
+        torch.testing.assert_close(both.moment, 0.75 * missing.moment + 0.25 * own.moment, rtol=1e-4, atol=1e-5)
+        first, between, second = (_solution(of, weight, 0.1) for of in sums.values())
+        torch.testing.assert_close(between, 0.75 * first + 0.25 * second, rtol=1e-4, atol=1e-5)
+        new, what = Refit([0.1], weighting, share=0.75).writing(streams, streams, blocks[1], part)
         assert what.ridge == 0.1
-        torch.testing.assert_close(streams.weight(new, part), half, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(streams.weight(new, part), between, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -492,7 +492,7 @@ def test_sensitivities_that_are_known_are_not_measured_again(ask, tmp_path, monk
         ("own_output", "none", 0.1),
         ("dense_stream", "inverse_square", 0.1),
         ("dense_stream", "none", 0.1),
-        ("halfway", "inverse_square", 0.1),
+        ("half of what is missing", "inverse_square", 0.1),
     ],
 )
 def test_shapes_that_have_all_sublayers_are_filled_towards_what_is_better_for_the_one_that_is_alike(
@@ -504,7 +504,8 @@ def test_shapes_that_have_all_sublayers_are_filled_towards_what_is_better_for_th
     def judged(self, shape, num_samples, **how):
         found = fill(self, shape, num_samples, **how)
         how = self.how_of(shape)
-        score = 0.1 if (how.target, how.weighting, *how.ridges) == better and len(set(shape)) == 1 else 0.2
+        target = "half of what is missing" if how.share == 0.5 else how.target
+        score = 0.1 if (target, how.weighting, *how.ridges) == better and len(set(shape)) == 1 else 0.2
         return dataclasses.replace(found, score=score)
 
     monkeypatch.setattr(Fitting, "fill", judged)
@@ -512,9 +513,13 @@ def test_shapes_that_have_all_sublayers_are_filled_towards_what_is_better_for_th
     assert plan.dropped == []
     assert len({op.neurons for op in plan.ops}) == 1
     later = [row for row in plan.scores["trace"][7:] if not row["gone"]]
-    assert {(row["target"], row["weighting"], *row["ridges"]) for row in later} == {better}
-    gone = {(row["target"], row["weighting"]) for row in plan.scores["trace"] if row["gone"]}
-    assert gone == {better[:2] if better[0] != "own_output" else ("dense_stream", "inverse_square")}
+    share = 0.5 if better[0] == "half of what is missing" else 1.0
+    target = "dense_stream" if share == 0.5 else better[0]
+    found = {(row["target"], row["weighting"], *row["ridges"], row["share"]) for row in later}
+    assert found == {(target, *better[1:], share)}
+    gone = {(row["target"], row["weighting"], row["share"]) for row in plan.scores["trace"] if row["gone"]}
+    weighting = "none" if better[:2] == ("dense_stream", "none") else "inverse_square"
+    assert gone == {("dense_stream", weighting, share)}
 
 
 @torch.no_grad()

@@ -294,14 +294,14 @@ def test_a_killed_repair_goes_on_after_its_last_layer_and_ends_the_same(make_pro
 
 def test_a_repair_killed_on_its_walk_to_the_own_output_goes_on_there(make_problem, tmp_path, monkeypatch):
     model, plan = lively(), narrowing({layer: (None, range(20)) for layer in range(1, 5)}, num_layers=6)
-    how = refit(ridges=[1e3], reads=[1.0], weighting="either", target="either")
+    how = refit(ridges=[1e3], reads=[1.0], weighting="either", shares=[0.5])
     whole, fitted = engine.Refit.layer, []
     expected = how.repair(make_problem(model, plan, out=tmp_path / "whole"))
 
     def layer(self, streams, other, block):
         if len(fitted) == 17:
             raise KeyboardInterrupt
-        fitted.append((self.target, self.reads, block.body))
+        fitted.append((self.target, self.share, block.body))
         return whole(self, streams, other, block)
 
     monkeypatch.setattr(engine.Refit, "layer", layer)
@@ -315,7 +315,7 @@ def test_a_repair_killed_on_its_walk_to_the_own_output_goes_on_there(make_proble
 
     monkeypatch.setattr(engine.Refit, "layer", seen)
     found = how.repair(make_problem(model, plan, out=tmp_path / "killed"))
-    assert {one[0] for one in before} == {*engine.TARGETS}
+    assert {one[:2] for one in before} == {("dense_stream", 1.0), ("dense_stream", 0.5), ("own_output", 1.0)}
     own = [("own_output", weighting, None) for weighting in engine.WEIGHTINGS for _ in range(2 * 5)]
     assert fitted[:18] == own[2:]
     assert [(target, reads) for target, _, reads in fitted[18:]] == [("own_output", 1.0)] * 5
@@ -384,7 +384,7 @@ def test_after_every_kind_of_plan_the_model_is_closer_and_what_is_saved_is_what_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "dense"}, "repair.target='dense' is not one of either, dense_stream, halfway, own_output"),
+        ({"target": "dense"}, "repair.target='dense' is not one of either, dense_stream, own_output"),
         ({"weighting": "norm"}, "repair.weighting='norm' is not one of either, inverse_square, none"),
         ({"sublayers": "all"}, "repair.sublayers='all' is not one of both, attention, mlp"),
         ({"ridges": []}, r"repair.ridges=\[\] must name at least one"),
@@ -415,9 +415,7 @@ def test_scores_are_json(make_problem):
 
 def test_where_units_alone_went_walks_towards_the_own_output_are_tried_too(make_problem, tmp_path):
     model, plan = lively(), narrowing({layer: (None, range(20)) for layer in range(1, 5)}, num_layers=6)
-    either = refit(ridges=[1e3], weighting="either", target="either").repair(
-        make_problem(model, plan, out=tmp_path / "either")
-    )
+    either = refit(ridges=[1e3], weighting="either").repair(make_problem(model, plan, out=tmp_path / "either"))
     tried = either.scores["repair"]
     names = [
         "own_output, 0.01",
@@ -425,9 +423,7 @@ def test_where_units_alone_went_walks_towards_the_own_output_are_tried_too(make_
         "own_output, 0.01, all tokens alike",
         "own_output, 0.1, all tokens alike",
     ]
-    (halfway,) = [tried["targets"].pop(name) for name in list(tried["targets"]) if name.startswith("halfway, 1000")]
     assert list(tried["targets"]) == names
-    assert tried["ridges"]["1000"] == pytest.approx(halfway, rel=1e-2)
     assert max(tried["targets"].values()) < tried["ridges"]["1000"]  # which hardly moves a weight
     how = refit(ridges=[0.01, 0.1], weighting="either", target="own_output")
     own = how.repair(make_problem(model, plan, out=tmp_path / "own"))
@@ -440,12 +436,27 @@ def test_where_units_alone_went_walks_towards_the_own_output_are_tried_too(make_
     assert len({*tried["targets"].values()}) == 4
     dense = refit(ridges=[1e3], target="dense_stream", least_gain=0.0)
     assert dense.repair(make_problem(model, plan, out=tmp_path / "dense")).scores["repair"]["targets"] == {}
-    cut = refit(ridges=[0.1], target="either").repair(make_problem(model, plan_of(Drop((3,))), out=tmp_path / "cut"))
-    assert list(cut.scores["repair"]["targets"]) == ["halfway, 0.1"]
-    half = refit(ridges=[0.1], target="halfway", least_gain=0.0)
-    scores = half.repair(make_problem(model, plan_of(Drop((3,))), out=tmp_path / "half")).scores["repair"]
-    assert list(scores["ridges"].values()) == list(cut.scores["repair"]["targets"].values())
-    assert scores["targets"] == {}
+    cut = refit().repair(make_problem(model, plan_of(Drop((3,))), out=tmp_path / "cut"))
+    assert cut.scores["repair"]["targets"] == {}
+
+
+def test_shares_of_what_is_missing_are_tried_with_the_best_ridge_and_weights(make_problem, tmp_path):
+    model, plan = lively(), plan_of(Drop((2, 3)))
+
+    def found(name, **options):
+        repaired = refit(**options).repair(make_problem(model, plan, out=tmp_path / name))
+        return repaired, repaired.scores["repair"]
+
+    without, all_of_it = found("without", ridges=[0.001, 0.1], weighting="either")
+    several, tried = found("several", ridges=[0.001, 0.1], weighting="either", shares=[0.5, 1 - 1e-6])
+    assert (tried["ridges"], tried["weightings"]) == (all_of_it["ridges"], all_of_it["weightings"])
+    best = all_of_it["divergence"]["repaired"]["kl"]
+    assert list(tried["shares"]) == ["0.5", "0.999999"]
+    assert tried["shares"]["0.999999"] == pytest.approx(best, rel=1e-4)
+    assert tried["shares"]["0.5"] != pytest.approx(best, rel=1e-2)
+    assert tried["divergence"]["repaired"]["kl"] == min(best, *tried["shares"].values())
+    _, own = found("own", ridges=[0.1], target="own_output", shares=[0.5])
+    assert own["shares"] == {}  # it is no share of anything
 
 
 def test_with_the_best_ridge_all_tokens_alike_are_tried_too(make_problem, tmp_path):
