@@ -59,10 +59,12 @@ class Joint(ProtectsEnds):
     and the KL divergence measured; the least sum of damages, by a Lagrange multiplier, is a candidate. The sum knows
     nothing of how damages add up. So only ``commit`` of the parameters go before the damages are measured again, in the
     model as it is then, refitted; and each time two numbers are searched, uphill and in smaller steps at last: how much
-    more a damage counts towards the input, and how much more one of attention. Then ``transfers``: a sublayer drawn at
-    random gives units, another takes what their parameters allow, and the shape stays if it is better, as in EvoPress
-    (2410.14649), whose levels change places so. Halving between what was found so far: few tokens for all, twice as
-    many for the better half, and so on; last, ``swaps`` exchanges of a layer that went for its neighbour.
+    more a damage counts towards the input, and how much more one of attention. What damages measured once lead to is a
+    candidate beside that. Then ``transfers``, from the better one: a sublayer drawn at random gives units, another
+    takes what their parameters allow, and the shape stays if it is better, as in EvoPress (2410.14649), whose levels
+    change places so. The best of ``export=stock`` is a candidate to the end. Halving between what was found so far: few
+    tokens for all, twice as many for the better half, and so on; last, ``swaps`` exchanges of a layer that went for its
+    neighbour.
 
     Of the calibration samples an eighth chooses (ridges, candidates), another eighth does nothing but tell, at the end,
     what the chosen plan does to text that no decision has seen.
@@ -286,10 +288,10 @@ class Joint(ProtectsEnds):
         widths = Widths(search, sizes, self.candidates(len(sizes)), remove, self.multiple_of, self.search_tokens)
         if not widths.possible:
             return stock
-        near = search.ranked(widths.committed(self.commit), divisor=4)[:3]
-        near = search.ranked([*near, stock] if stock else near, divisor=2)
+        near = search.ranked([*widths.committed(self.commit), *widths.committed(1.0)], divisor=4)[:3]
+        near = search.ranked(near, divisor=2)[:2]
         moved = widths.transferred(near[0], self.transfers)
-        return search.ranked([moved, *near[:2]], divisor=1)[0]
+        return search.ranked([moved, *near, *([stock] if stock else [])], divisor=1)[0]
 
     def _shape_plan(
         self,

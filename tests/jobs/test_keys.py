@@ -194,7 +194,7 @@ TABLE = [
     Row("repair.reads", [0.1], REPAIR),
     Row("repair.weighting", "none", REPAIR),
     Row("repair.target", "own_output", REPAIR),
-    Row("repair.shares", "[0.25]", REPAIR),
+    Row("repair.shares", [0.25], REPAIR),
     Row("repair.sublayers", "mlp", REPAIR),
     Row("repair.choice", "projection", REPAIR),
     Row("repair.prior", "own_output", REPAIR),

@@ -386,7 +386,7 @@ def test_the_trace_says_what_candidates_were_judged_by(ask, export):
 
 
 def test_widths_by_layer_are_no_worse_than_the_best_of_one_width(ask, monkeypatch):
-    """Which is a candidate, and what transfers begin with where it is better."""
+    """Which is a candidate to the end."""
 
     def least(export):
         trace = joint(export=export, transfers=2, swaps=0).plan(ask(num_parameters=9000)).scores["trace"]
@@ -394,15 +394,35 @@ def test_widths_by_layer_are_no_worse_than_the_best_of_one_width(ask, monkeypatc
         return min(row["kl"] for row in trace if row["num_tokens"] == number)
 
     assert least("custom") <= least("stock")
-    problem, begun = ask(num_parameters=9000), []
+    problem = ask(num_parameters=9000)
     size = layer_sizes(problem.view)[0]
     bad = ((size.heads, 0), (size.heads, 0), *[(size.heads, size.neurons)] * (problem.view.num_layers - 2))
     monkeypatch.setattr(Widths, "committed", lambda self, share: [bad])
+    custom = joint(export="custom", transfers=0, swaps=0).plan(problem)
+    widths = [op.neurons for op in custom.ops if isinstance(op, Resize)]
+    assert max(widths) - min(widths) <= 1
+
+
+def test_transfers_begin_with_the_best_of_damages_measured_again_and_once(ask, monkeypatch):
+    """Judged on half of the text, whatever the best of one width is worth there; the whole text has the last word."""
+    again, once, stock = (((2, neurons),) * 6 for neurons in (30, 31, 32))
+    scores = {again: (0.1, 0.3, 0.5), once: (0.2, 0.2, 0.6), stock: (0.05, 0.1, 0.9)}  # a quarter, half, all of it
+    fill, begun, asked = Fitting.fill, [], []
+
+    def judged(self, shape, num_samples, **how):
+        part = 0 if num_samples < len(self.fit) // 2 else 1 if num_samples < len(self.fit) else 2
+        found = fill(self, shape, num_samples, **how)
+        return dataclasses.replace(found, score=scores[shape][part] if shape in scores else 2.0)
+
+    monkeypatch.setattr(Fitting, "fill", judged)
+    monkeypatch.setattr(Joint, "_stock", lambda *about: stock)
+    monkeypatch.setattr(
+        Widths, "committed", lambda self, share: asked.append(share) or [{0.1: again, 1.0: once}[share]]
+    )
     monkeypatch.setattr(Widths, "transferred", lambda self, shape, transfers: begun.append(shape) or shape)
-    custom = joint(export="custom", swaps=0).plan(problem)
-    at_first = [neurons for _, neurons in begun[0] if neurons]
-    at_last = [op.neurons for op in custom.ops if isinstance(op, Resize)]
-    assert all(max(widths) - min(widths) <= 1 for widths in (at_first, at_last))
+    plan = joint(export="custom", swaps=0).plan(ask(num_parameters=9000))
+    assert (asked, begun) == ([0.1, 1.0], [once])
+    assert {op.neurons for op in plan.ops} == {30}
 
 
 def test_transfers_only_make_it_better(ask, monkeypatch):
