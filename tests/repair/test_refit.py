@@ -292,6 +292,31 @@ def test_a_killed_repair_goes_on_after_its_last_layer_and_ends_the_same(make_pro
     assert len({(tmp_path / name / "plan.safetensors").read_bytes() for name in "ab"}) == 1
 
 
+def test_what_goes_wrong_beside_the_fits_is_raised_and_what_was_whole_before_is_kept(
+    make_problem, tmp_path, monkeypatch
+):
+    """Layers are written in the background: a disk that fills up ends the repair, also at its last layer."""
+    from slm_pipeline.repair.refit import _Kept
+
+    for full_at in (1, 4):
+        model, plan, out = lively(), plan_of(Drop((1,))), tmp_path / str(full_at)
+        write, written = _Kept.write, []
+
+        def fails(self, *what, number=full_at, write=write, written=written):
+            if len(written) == number:
+                raise OSError(28, "No space left on device")
+            write(self, *what)
+            written.append(self.name)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(_Kept, "write", fails)
+            with pytest.raises(OSError, match="No space left"):
+                refit(ridges=[0.1]).repair(make_problem(model, plan, out=out))
+        assert written == [f"refit.{layer}.0.1" for layer in (0, 2, 3, 4)[:full_at]]
+        drop_incomplete(out)
+        assert len([*(out / "layers").glob("*.safetensors")]) == full_at
+
+
 def test_a_repair_killed_on_its_walk_to_the_own_output_goes_on_there(make_problem, tmp_path, monkeypatch):
     model, plan = lively(), narrowing({layer: (None, range(20)) for layer in range(1, 5)}, num_layers=6)
     how = refit(ridges=[1e3], reads=[1.0], weighting="either", shares=[0.5])
