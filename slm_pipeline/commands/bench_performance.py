@@ -44,6 +44,7 @@ from slm_pipeline.store.files import write_text
 
 _GROUP = "performance"
 _FEW, _MANY = 8, 264  # calibration samples: the seconds of the latter less those of the former are work
+_ONE_WALK = ["repair.ridges=[0.1]", "repair.weighting=none", "repair.shares=[]", "repair.reads=[]"]
 _PLAN_ONLY = ["recovery=none", "keep=plan", *QUIET]
 
 
@@ -223,7 +224,7 @@ def stream(words: list[str]) -> Iterator[Result]:
             f"SLM in the upper {upper} layers": ["method=slm", "threshold=fixed", "threshold.value=0.9",
                     "pruning_ratio=none", f"method.protect_first={shape.layers - upper}"],
             "refit": ["method=shortgpt", "pruning_ratio=r20", "repair=refit", "repair.calibration.num_samples=16",
-                    "repair.ridges=[0.1]", "repair.reads=[]"],  # one walk: each reads the weights once
+                    *_ONE_WALK],  # each reads the weights once
         }  # fmt: skip
         for name, asked in jobs.items():
             what = f"stream: {name}, time over that of reading as often"
@@ -254,7 +255,7 @@ _SMALLER = (  # TinyLlama-1.1B's
 def memory(words: list[str]) -> Iterator[Result]:
     """What `needs` says of each stage over the peak that it notes, at two sizes, or at another shape alone."""
     jobs = {
-        "ShortGPT": ["method=shortgpt", "repair=refit", "repair.ridges=[0.1]", "repair.reads=[]", *_training(words)],
+        "ShortGPT": ["method=shortgpt", "repair=refit", *_ONE_WALK, *_training(words)],
         "SLEB": ["method=sleb", "calibration.num_samples=10"],
         "joint": ["method=joint", "method.swaps=0", "method.depths=2"],
     }
@@ -287,6 +288,7 @@ def two_gpus(words: list[str]) -> Iterator[Result]:
         "method=sleb",
         "pruning_ratio=r10",
         "repair=refit",
+        *_ONE_WALK,
         *_PLAN_ONLY,
         *SHAPE,
         "calibration.seq_len=2048",

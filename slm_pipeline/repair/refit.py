@@ -99,8 +99,8 @@ class Refit(Repair):
 
     Scores in the plan: repair, with num_tokens and num_held_out; divergence, for the model pruned and repaired the KL
     divergence in nats and the share of tokens with the dense model's most likely next one, on the text held out, alike
-    where the weights stay; ridges, weightings, targets and reads, the KL divergence with each that was tried for all;
-    and layers, for each layer by its lowest original what became of its projections.
+    where the weights stay; ridges, weightings, shares, targets and reads, the KL divergence with each that was tried
+    for all; and layers, for each layer by its lowest original what became of its projections.
     """
 
     ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.01, 0.1, 1.0])
