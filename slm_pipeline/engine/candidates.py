@@ -64,6 +64,7 @@ class Candidates:
             "gone": [layer for layer, kept in enumerate(shape) if kept == (0, 0)],
             "heads": [min(heads), max(heads)],
             "neurons": [min(neurons), max(neurons)],
+            "shape": " ".join(f"{heads}x{neurons}" for heads, neurons in shape),
             "parameters": parameters(shape, self.fitting.sizes),
             "target": how.target,
             "weighting": how.weighting,

@@ -74,8 +74,9 @@ class Joint(ProtectsEnds):
     What was measured is kept beside the calibration: a killed search goes on, and those for other ratios share it.
 
     Scores in the plan: trace, of each candidate gone (layers), heads and neurons (least and most of those that stay),
-    parameters (of the layers), target, weighting, share and ridges (of the fits), num_tokens and kl, or loss; and
-    held_out, kl and same_top_1 of the chosen one on the last eighth.
+    shape (groups of heads x neurons of each dense layer, 0x0 of one that is gone), parameters (of the layers), target,
+    weighting, share and ridges (of the fits), num_tokens and kl, or loss; and held_out, kl and same_top_1 of the chosen
+    one on the last eighth.
     """
 
     # stock: the dense model's class, one width | custom: widths by layer, attention or feed-forward networks may go; a

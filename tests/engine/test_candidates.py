@@ -60,6 +60,7 @@ def test_half_of_them_survive_and_each_is_measured_once():
     assert len(fitting.filled) == 10
     assert [row["num_tokens"] for row in candidates.trace] == [8] * 5 + [16] * 3 + [32] * 2
     assert candidates.trace[0] == {
-        "gone": [4], "heads": [3, 3], "neurons": [9, 9], "parameters": 4 * 141, "target": "dense_stream",
+        "gone": [4], "heads": [3, 3], "neurons": [9, 9], "shape": "3x9 3x9 3x9 3x9 0x0", "parameters": 4 * 141,
+        "target": "dense_stream",
         "weighting": "inverse_square", "share": 1.0, "ridges": [0.01, 0.1, 1.0], "num_tokens": 8, "kl": 4,
     }  # fmt: skip
