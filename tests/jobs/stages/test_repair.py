@@ -176,7 +176,11 @@ def test_killed_between_layers_it_goes_on_and_ends_the_same(whole, job, tmp_path
     assert len(list((partial / "layers").glob("*.json"))) == 2
 
     def rest(self, streams, other, block):
-        first = self.reads is None and self.weighting == "inverse_square"  # of the walks, each over all layers
+        first = (self.reads, self.weighting, self.share) == (
+            None,
+            "inverse_square",
+            1.0,
+        )  # of the walks, over all layers
         assert not first or block.body not in fitted
         return layer(self, streams, other, block)
 
