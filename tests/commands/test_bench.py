@@ -143,7 +143,8 @@ def test_speed_stands_beside_what_it_could_be():
     ]  # fmt: skip
     for row in rows:
         speedup = float(row[4].split()[0])
-        assert float(row[6]) == pytest.approx(speedup / float(row[5]), abs=2e-3)
+        # on a busy machine so small a model's token may take next to nothing: the printed digits are relative then
+        assert float(row[6]) == pytest.approx(speedup / float(row[5]), rel=2e-3, abs=2e-3)
     with pytest.raises(UserError, match="at least 2 new ones"):
         bench_efficiency.benchmark([*shape, "evaluation.efficiency.mode=eager", "evaluation.efficiency.grid=[1x8+1]"])
 
