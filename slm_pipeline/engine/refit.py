@@ -97,7 +97,7 @@ class Refit:
         for sublayer in SUBLAYERS:
             if sublayer in self.sublayers and not fitted.lacks(block, sublayer):
                 both = [self.reading, self.writing] if self.reads is not None else [self.writing]
-                for correct in both[::-1] if self.target == "own_output" else both:
+                for correct in both if self.target == "dense_stream" else both[::-1]:
                     block, what = correct(fitted, held_out, block, sublayer)
                     found.append(what)
         return block, found
@@ -130,7 +130,7 @@ class Refit:
                 " model.dtype=float32"
             )
         targets = [self.target]
-        if is_normed and self.target != "own_output" and fitted.undone(block, sublayer) is not block:
+        if is_normed and self.target == "dense_stream" and fitted.undone(block, sublayer) is not block:
             targets.append("own_output")
         prior = self._prior(fitted, block, sublayer)
         for target in targets:

@@ -230,12 +230,12 @@ class Streams:
             entering = self._on_device(self.pruned[rows], block.body)
             inputs, output, written, leaving = self._runner.observed(block, entering, sublayer, whole=sublayer == "mlp")
             reference = self._on_device((self.leaving if is_last else self.middle)[rows], block.body)
-            # the first difference rounds back to the state that the output was added to
-            beside = entering if leaving is None else leaving - written
-            wanted = written if target == "as_it_is" else reference.float() - beside.float()
-            if target == "own_output" or (target == "dense_stream" and share < 1):
-                own = written if whole is block else self._runner.observed(whole, entering, sublayer, whole=False)[2]
-                wanted = own if target == "own_output" else torch.lerp(own.float(), wanted, share)
+            wanted = written
+            if whole is not block and (target == "own_output" or (target == "dense_stream" and share < 1)):
+                wanted = self._runner.observed(whole, entering, sublayer, whole=False)[2]
+            if target == "dense_stream":  # the first difference rounds back to the state that the output was added to
+                beside = entering if leaving is None else leaving - written
+                wanted = torch.lerp(wanted.float(), reference.float() - beside.float(), share)
             weights = reference.flatten(0, -2).float().square().mean(dim=-1).clamp_min(1e-12).reciprocal()
             if weighting == "none":
                 weights = torch.ones_like(weights)

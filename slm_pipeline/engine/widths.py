@@ -106,7 +106,7 @@ class Widths:
         how, of_shape = fitting.how_beside(base), digest(shape)[:12]
 
         def key(place: Place, number: int) -> tuple[str | float, ...]:
-            beside: tuple[str | float, ...] = (how.target, *how.ridges) if base else ("dense",)
+            beside: tuple[str | float, ...] = (how.target, how.share, *how.ridges) if base else ("dense",)
             return ("damage", *beside, how.weighting, of_shape, *place, number)
 
         widths = {(layer, part): shape[layer][SUBLAYERS.index(part)] for layer, part in self.places}

@@ -505,6 +505,23 @@ def test_sensitivities_that_are_known_are_not_measured_again(ask, tmp_path, monk
     assert plan.content() == joint(export="custom", commit=1.0, transfers=0, swaps=0).plan(ask(num_remove=1)).content()
 
 
+@pytest.mark.parametrize("other", [{}, {"share": 0.5}, {"weighting": "none"}, {"ridges": [1.0]}])
+def test_damages_beside_a_model_that_was_filled_otherwise_are_others(other, ask, monkeypatch):
+    """Searches for several ratios share what was measured, and may fill shapes in different ways."""
+    problem, memo, measured = ask(num_parameters=9000), WindowMemo(), []
+    sizes = layer_sizes(problem.view)
+    shape = tuple((size.heads, size.neurons - 8) for size in sizes)
+    for how in ({}, other):
+        fit = fitting(problem.view, problem.input_ids, how=Refit(**{"ridges": [0.1], **how}))
+        base = fit.fill(shape, 2)
+        widths = Widths(Candidates(fit, memo), sizes, range(len(sizes)), 1000, 1, 16)
+        damages = Fitting.damages
+        with monkeypatch.context() as patched:
+            patched.setattr(Fitting, "damages", lambda *about, of=damages: measured.append(about) or of(*about))
+            widths._damages(shape, base)
+    assert len(measured) == (2 if other else 1)
+
+
 @pytest.mark.parametrize(
     "better",
     [
