@@ -26,7 +26,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.show.progress import ProgressBar
 from slm_pipeline.show.tables import Table
-from slm_pipeline.surgery.apply import planned_blocks
+from slm_pipeline.surgery.apply import PlannedBlocks
 from slm_pipeline.surgery.plan import Plan
 
 _SAMPLE_TOKENS = 2048  # tokens of text walked at once: the states of all keep-sets are in memory
@@ -58,7 +58,7 @@ def measure(view: ModelView, input_ids: Tensor, plans: Sequence[Plan] = ()) -> t
     Raises:
         UserError: a plan for another depth, or the dense model's own loss is not finite.
     """
-    stacks = [planned_blocks(plan, view) for plan in plans]
+    stacks = [PlannedBlocks(plan, view) for plan in plans]
     keep_sets = evenly_spaced(view.num_layers)
     spaced: list[Tensor] = []
     planned: list[list[Tensor]] = [[] for _ in stacks]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -385,7 +385,7 @@ def spans(originals: Sequence[Sequence[int]], num_layers: int) -> list[tuple[int
     return list(zip(starts, [*starts[1:], num_layers], strict=True))
 
 
-def first_changed(blocks: Sequence[Block], originals: Sequence[Sequence[int]], num_layers: int) -> int | None:
+def first_changed(blocks: Iterable[Block], originals: Sequence[Sequence[int]], num_layers: int) -> int | None:
     """Position of the first layer of a pruned model that differs from the dense one's, or above which layers went;
     None if there is none.
 
@@ -399,7 +399,7 @@ def first_changed(blocks: Sequence[Block], originals: Sequence[Sequence[int]], n
     return None
 
 
-def pass_all(streams: Streams, blocks: Sequence[Block], originals: Sequence[Sequence[int]]) -> Streams:
+def pass_all(streams: Streams, blocks: Iterable[Block], originals: Sequence[Sequence[int]]) -> Streams:
     """The streams at the top of the stack, the pruned one having gone through ``blocks``."""
     for block, span in zip(blocks, spans(originals, streams.view.num_layers), strict=True):
         streams.look_ahead(*span)

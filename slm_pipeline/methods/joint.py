@@ -92,7 +92,7 @@ class Joint(ProtectsEnds):
     depths: Annotated[int, Range(at_least=2, at_most=100)] = 5  # stock: numbers of layers that are tried first
     # custom: share of the layers' parameters after which the damages are measured again; 1: they are measured once.
     commit: Annotated[float, Range(above=0, at_most=1)] = 0.1
-    search_tokens: Count = 2048  # that the greedy search, or each width of a sublayer, is measured on
+    search_tokens: Count = 8192  # that the greedy search, or each width of a sublayer, is measured on
     multiple_of: Count = 1  # neurons that stay are a multiple, such as 64
     transfers: Annotated[int, Range(at_least=0, at_most=10_000)] = 32  # custom: tried, of units between two sublayers
     swaps: Annotated[int, Range(at_least=0, at_most=1000)] = 8  # exchanges tried at the end; 0: none

@@ -115,11 +115,11 @@ class Distill(FineTuning):
         from slm_pipeline.models.view import ModelView
         from slm_pipeline.recovery.teacher_losses import LogitLoss, StateLoss
         from slm_pipeline.recovery.training_loop import fit
-        from slm_pipeline.surgery.apply import planned_blocks
+        from slm_pipeline.surgery.apply import PlannedBlocks
 
         train, validation = self.tokenized_split(problem.tokenizer, problem.data_dir)
         teacher = problem.teacher().requires_grad_(False)
-        bodies = [block.body for block in planned_blocks(problem.plan, ModelView(teacher))]
+        bodies = [block.body for block in PlannedBlocks(problem.plan, ModelView(teacher))]
         layers = ModelView(problem.model).layers
         together = [list(changed)] if self.order == "joint" else [[span] for span in changed]
         share = 1 - self.logit_share

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from slm_pipeline.engine.refit import Fitted
     from slm_pipeline.engine.streams import Streams
     from slm_pipeline.models.sizes import Sizes
-    from slm_pipeline.models.view import ModelView
-    from slm_pipeline.surgery.block import Block
+    from slm_pipeline.surgery.apply import PlannedBlocks
 
     _Walked = tuple[list[Op], dict[str, np.ndarray], list[dict[str, Any]]]
 
@@ -155,10 +154,10 @@ class Refit(Repair):
     def repair(self, problem: RepairProblem) -> Plan:
         from slm_pipeline.engine.refit import Refit as HowToRefit
         from slm_pipeline.engine.streams import Streams, first_changed, pass_all
-        from slm_pipeline.surgery.apply import planned_blocks
+        from slm_pipeline.surgery.apply import PlannedBlocks
 
         view, plan = problem.view, problem.plan
-        blocks, groups = planned_blocks(plan, view), plan.layer_groups
+        blocks, groups = PlannedBlocks(plan, view), plan.layer_groups
         if first_changed(blocks, groups, view.num_layers) is None:
             return plan
         to_fit, held_out = self._split(problem)
@@ -166,7 +165,7 @@ class Refit(Repair):
         tried: dict[str, dict[str, float]] = {}
         best: tuple[float, float, _Walked] | None = None
         best_how, failure = None, None
-        is_narrower = _is_narrower(view, blocks)
+        is_narrower = _is_narrower(plan)
         number = sum(len(self._walks(step, HowToRefit(), is_narrower)) for step in STEPS)
         numbers = (f"refit {this} of {number}" for this in itertools.count(1))
         for step in STEPS:
@@ -275,7 +274,7 @@ class Refit(Repair):
         problem: RepairProblem,
         fitted: Streams,
         other: Streams,
-        blocks: list[Block],
+        blocks: PlannedBlocks,
         groups: list[list[int]],
         how: engine.Refit,
         name: str,
@@ -319,13 +318,10 @@ class Refit(Repair):
         return ops, tensors, layers
 
 
-def _is_narrower(view: ModelView, blocks: list[Block]) -> bool:
-    """Whether all layers have all sublayers still, and some of these are not the dense model's."""
-    return (
-        len(blocks) == view.num_layers
-        and not any(block.without for block in blocks)
-        and any(block.replaced for block in blocks)
-    )
+def _is_narrower(plan: Plan) -> bool:
+    """Whether all layers have all sublayers still, and something in them is not the dense model's."""
+    layers = plan.layers()
+    return len(layers) == plan.model["num_layers"] and not any(layer.missing for layer in layers) and bool(plan.ops)
 
 
 def _in_words(how: engine.Refit) -> str:

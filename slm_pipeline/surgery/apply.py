@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +13,11 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.models import widths
 from slm_pipeline.models.view import ModelView, Slice
 from slm_pipeline.surgery.block import Block
-from slm_pipeline.surgery.ops import LayerSize, Widths, walk
+from slm_pipeline.surgery.ops import Layer, LayerSize, Op, Widths, walk
 from slm_pipeline.surgery.ops.base import SUBLAYERS
 from slm_pipeline.surgery.plan import Plan
+
+_Planned = tuple[Layer, Callable[[], Block]]  # a layer's history, and what makes its block
 
 
 @torch.no_grad()
@@ -70,16 +74,45 @@ def planned_blocks(plan: Plan, view: ModelView) -> list[Block]:
     Raises:
         UserError: the plan is for another depth, or its tensors are for other widths.
     """
-    if plan.model["num_layers"] != view.num_layers:
-        raise UserError(
-            f"the plan is for {plan.model['name']} with {plan.model['num_layers']} layers;"
-            f" this model has {view.num_layers}"
-        )
-    layers = range(view.num_layers)
-    heads, neurons = max(map(view.kv_heads_of, layers)), max(map(view.neurons_of, layers))
-    plan.check_sizes(Widths(heads=heads, neurons=neurons, states=view.config.hidden_size))
-    dense = [Block(layer) for layer in range(view.num_layers)]
-    return walk(plan.ops, dense, lambda op, members: op.apply(view, members, plan.tensors))
+    return list(PlannedBlocks(plan, view))
+
+
+class PlannedBlocks:
+    """The blocks of `planned_blocks`, each made when its turn comes, every time: those of a narrower model are copies,
+    together nearly as large as the model.
+
+    Raises:
+        UserError: as `planned_blocks`.
+    """
+
+    def __init__(self, plan: Plan, view: ModelView):
+        if plan.model["num_layers"] != view.num_layers:
+            raise UserError(
+                f"the plan is for {plan.model['name']} with {plan.model['num_layers']} layers;"
+                f" this model has {view.num_layers}"
+            )
+        layers = range(view.num_layers)
+        heads, neurons = max(map(view.kv_heads_of, layers)), max(map(view.neurons_of, layers))
+        plan.check_sizes(Widths(heads=heads, neurons=neurons, states=view.config.hidden_size))
+
+        def step(op: Op, members: list[_Planned]) -> _Planned | None:
+            left = op.check([layer for layer, _ in members], "the plan")
+            return None if left is None else (left, partial(_made, op, view, [make for _, make in members], plan))
+
+        dense: list[_Planned] = [(Layer((layer,)), partial(Block, layer)) for layer in layers]
+        self._makers = [make for _, make in walk(plan.ops, dense, step)]
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def __iter__(self) -> Iterator[Block]:
+        return (make() for make in self._makers)
+
+
+def _made(op: Op, view: ModelView, makers: list[Callable[[], Block]], plan: Plan) -> Block:
+    block = op.apply(view, [make() for make in makers], plan.tensors)
+    assert block is not None  # the layer's history knows of it
+    return block
 
 
 def layer_sizes(view: ModelView) -> list[LayerSize]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from slm_pipeline.models.loading import load_checkpoint, load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.store.unfinished import drop_incomplete
 from slm_pipeline.surgery.apply import apply
+from slm_pipeline.surgery.ops import resize
 from slm_pipeline.surgery.ops.correct import Correct
 from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.ops.drop_sublayer import DropSublayer
@@ -463,6 +465,24 @@ def test_where_units_alone_went_walks_towards_the_own_output_are_tried_too(make_
     assert dense.repair(make_problem(model, plan, out=tmp_path / "dense")).scores["repair"]["targets"] == {}
     cut = refit().repair(make_problem(model, plan_of(Drop((3,))), out=tmp_path / "cut"))
     assert cut.scores["repair"]["targets"] == {}
+
+
+def test_of_a_narrower_model_a_few_blocks_at_a_time_are_there(make_problem, tmp_path, monkeypatch):
+    alive: weakref.WeakSet = weakref.WeakSet()
+    most = 0
+
+    def kept(*args):
+        nonlocal most
+        tensor = cut(*args)
+        alive.add(tensor)
+        most = max(most, len(alive))
+        return tensor
+
+    cut = resize._kept
+    monkeypatch.setattr(resize, "_kept", kept)
+    plan = narrowing({layer: (None, range(20)) for layer in range(6)}, num_layers=6)
+    refit(ridges=[0.1], target="dense_stream").repair(make_problem(lively(), plan, out=tmp_path))
+    assert 3 <= most <= 9  # of 18: each has two projections into its neurons, and one out of them
 
 
 def test_shares_of_what_is_missing_are_tried_with_the_best_ridge_and_weights(make_problem, tmp_path):
