@@ -75,6 +75,7 @@ class Calibration:
 
     Attributes:
         data_dir: where a relative ``calibration.path`` is looked up; None: the working directory.
+        draw: whose random samples they are: with the same seed another draw has others, though they may overlap.
 
     Raises:
         UserError: an unknown source or sampling, or more tokens than memory holds.
@@ -82,6 +83,7 @@ class Calibration:
 
     options: CalibrationConfig
     data_dir: Path | None
+    draw: str = ""
 
     def __post_init__(self) -> None:
         options = self.options
@@ -114,6 +116,7 @@ class Calibration:
             "sampling": self.options.sampling,
             "seed": self.options.seed if self.options.sampling == "random" else None,
             **({"bos": True} if self.options.bos else {}),
+            **({"draw": self.draw} if self.draw and self.options.sampling == "random" else {}),
         }
 
     def sample(self, tokenizer: Any) -> Samples:
@@ -154,15 +157,18 @@ class Calibration:
         if not rows:
             if _starts_at_characters(config, len(text)):
                 log.info("the text has %.0f million characters: samples start at characters of it", len(text) / 1e6)
-                return _near_characters(text, tokenizer, config)
-            return _long_text(text_tokens(tokenizer, text), config)
+                return _near_characters(text, tokenizer, config, self._generator())
+            return _long_text(text_tokens(tokenizer, text), config, self._generator())
         try:
-            return _documents(rows, tokenizer, config)
+            return _documents(rows, tokenizer, config, self._generator())
         except _TooFewDocuments as error:
             if config.source != "bundled":
                 raise UserError(str(error)) from error
             log.info("%s: the passages are joined to one long text", error)
-            return _long_text(text_tokens(tokenizer, "\n".join(rows)), config)
+            return _long_text(text_tokens(tokenizer, "\n".join(rows)), config, self._generator())
+
+    def _generator(self) -> random.Random:
+        return random.Random(f"{self.draw} {self.options.seed}" if self.draw else self.options.seed)
 
     @cached_property
     def _text_identity(self) -> str:
@@ -258,9 +264,8 @@ def _contiguous(token_ids: list[int], config: CalibrationConfig) -> Samples:
     )
 
 
-def _long_text(token_ids: list[int], config: CalibrationConfig) -> Samples:
+def _long_text(token_ids: list[int], config: CalibrationConfig, generator: random.Random) -> Samples:
     _check_length(token_ids, config)
-    generator = random.Random(config.seed)
     starts = [generator.randrange(len(token_ids) - config.seq_len + 1) for _ in range(config.num_samples)]
     return _samples([token_ids[s : s + config.seq_len] for s in starts], [{"start": s} for s in starts], "long_text")
 
@@ -275,9 +280,8 @@ def near_characters(seq_len: int) -> int:
     return 32 * seq_len + 4096
 
 
-def _near_characters(text: str, tokenizer: Any, config: CalibrationConfig) -> Samples:
+def _near_characters(text: str, tokenizer: Any, config: CalibrationConfig, generator: random.Random) -> Samples:
     """Samples from uniform characters on; another is drawn for one that has too few tokens after it."""
-    generator = random.Random(config.seed)
     pieces: list[list[int]] = []
     ids: list[dict[str, int]] = []
     tries = 100 + 10 * config.num_samples
@@ -301,8 +305,7 @@ def _near_characters(text: str, tokenizer: Any, config: CalibrationConfig) -> Sa
     )
 
 
-def _documents(rows: Sequence[str], tokenizer: Any, config: CalibrationConfig) -> Samples:
-    generator = random.Random(config.seed)
+def _documents(rows: Sequence[str], tokenizer: Any, config: CalibrationConfig, generator: random.Random) -> Samples:
     pieces: list[list[int]] = []
     ids: list[dict[str, int]] = []
     tried: set[int] = set()

@@ -57,7 +57,8 @@ class Repair(ABC):
     Attributes:
         name: as in conf/repair/<name>.yaml.
         streams: whether it works on a model whose layers stay on disk, see `slm_pipeline.methods.base.Method`.
-        calibration: the text that it looks at; that of the method, unless something else is said, but more of it.
+        calibration: the text that it looks at; that of the method, unless something else is said, but more of it, and
+            where samples are random another draw: what a plan was found on is not all that it is repaired on.
     """
 
     name: ClassVar[str]
@@ -82,7 +83,7 @@ class Repair(ABC):
             UserError: the text is shorter than the samples need.
         """
         with _said_of_the_repair():
-            return Calibration(self.calibration, data_dir).sample(tokenizer)
+            return self._text(data_dir).sample(tokenizer)
 
     def identity(self, data_dir: Path | None) -> dict[str, Any]:
         """The repair's part of the artefact's key, as JSON; cheap, without torch.
@@ -92,13 +93,16 @@ class Repair(ABC):
         """
         code = plugins.code_of(type(self))
         with _said_of_the_repair():
-            text = Calibration(self.calibration, data_dir).identity()
+            text = self._text(data_dir).identity()
         return {
             "repair": self.name,
             "options": self.options(),
             "calibration": text,
             **({"plugins": code} if code else {}),
         }
+
+    def _text(self, data_dir: Path | None) -> Calibration:
+        return Calibration(self.calibration, data_dir, draw="repair")
 
     def memory(self, sizes: Sizes) -> int | None:
         """Bytes at the most beside the weights; None where that is not known. ``sizes`` has the repair's own text."""

@@ -48,6 +48,23 @@ def test_a_text_of_too_few_tokens_is_an_error_too(tmp_path):
         repair.samples(tokenizer, tmp_path)
 
 
+@pytest.mark.parametrize("source", ["bundled", "text_file"])
+def test_its_random_samples_are_not_those_that_the_plan_was_found_on(source, tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"{number:06d}" for number in range(5000)))
+    repair = refit()
+    path = "text.txt" if source == "text_file" else None
+    repair.calibration = CalibrationConfig(source=source, path=path, num_samples=12, seq_len=8)
+    methods = calibration.Calibration(repair.calibration, tmp_path)
+    of_method, of_repair = methods.sample(byte_tokenizer()), repair.samples(byte_tokenizer(), tmp_path)
+    assert sum(place in of_method.ids for place in of_repair.ids) <= 1
+    assert repair.identity(tmp_path)["calibration"] != methods.identity()
+    again = repair.samples(byte_tokenizer(), tmp_path)
+    assert again.fingerprint == of_repair.fingerprint
+    repair.calibration.sampling = "contiguous"  # the beginning of a text is the same for everybody
+    methods = calibration.Calibration(repair.calibration, tmp_path)
+    assert repair.identity(tmp_path)["calibration"] == methods.identity()
+
+
 def test_log_lines_about_its_text_name_its_options(monkeypatch, caplog):
     """And those of the job's own calibration name the job's, before and after."""
     monkeypatch.setattr(calibration.texts, "bundled_texts", lambda name: ["a passage"] * 10)
