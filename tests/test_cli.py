@@ -387,12 +387,12 @@ def test_threshold_that_nothing_reaches_is_a_warning_and_the_dense_model(base, t
     ("error", "status", "words"),
     [
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on from here"),
-        (MemoryError(), 2, "calibrate ran out of memory: halve batch sizes or"),
+        (MemoryError(), 2, "calibrate ran out of memory: model.dtype=bfloat16 calibration.num_samples=1 takes least"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "calibrate ran out of memory"),
         (
             torch.OutOfMemoryError("CUDA out of memory"),
             2,
-            "calibrate ran out of GPU memory (141 GB in all): halve batch sizes or",
+            "calibrate ran out of GPU memory (141 GB in all): model.dtype=bfloat16 calibration.num_samples=1 takes",
         ),
     ],
 )

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _ROUNDS, _WARM_UP = 9, 2
 NEW = 17  # tokens of a run: 16 are timed, the first comes with the prompt
-_NARROWED = 4  # layers that are narrowed at once
+NARROWED = 4  # layers that are narrowed at once
 _SHARES = {"attention": (0.0, 0.25, 0.5, 0.75), "mlp": (0.0, 0.25, 0.5, 0.75, 0.875)}  # of the widths that are measured
 _MULTIPLE = 64  # of which the measured numbers of neurons are, where there are enough
 
@@ -169,7 +169,7 @@ def measure(view: ModelView, *, mode: str, batch_size: int, context: int) -> Blo
             dense, rest = _turns(view.model, _model(view, [Drop(tuple(gone))]), input_ids, mode)
             progress.update()
             whole = whole or median(dense)
-            widths, few = _widths(sizes[layers[0]]), layers[:_NARROWED]
+            widths, few = _widths(sizes[layers[0]]), layers[:NARROWED]
             saved = {part: _saved(view, few, part, widths[part], input_ids, mode, progress) for part in SUBLAYERS}
             found.append(Kind(layers, widths, _difference(dense, rest) / len(gone), saved))
     settings = {"mode": mode, "batch_size": batch_size, "context": context}

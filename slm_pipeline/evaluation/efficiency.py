@@ -21,8 +21,8 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -38,6 +38,8 @@ from slm_pipeline.show.progress import ProgressBar
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from slm_pipeline.models.sizes import Sizes
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +162,38 @@ class Efficiency(Measure):
         length = len(tokenizer(self.prompt)["input_ids"]) if setting.prompt_len is None else setting.prompt_len
         check_lengths(length, setting.new, num_positions(context.source))
 
+    def memory(self, part: str, sizes: Sizes) -> int:
+        """The prompt in a block, or logits in float32, some times over for sampling; and keys and values of all tokens,
+        with caches of fixed size those of both models."""
+        setting = self.setting(part)
+        prompt = (
+            len(self.prompt) if setting.prompt_len is None else setting.prompt_len
+        )  # a token is a character or more
+        caches = 2 if self.mode != "eager" and self.beside_dense else 1
+        keys_and_values = 2 * sizes.keys * sizes.item_bytes * (sizes.layers + sizes.removed)
+        logits = (sizes.item_bytes + 4 * 4) * setting.batch_size * sizes.vocabulary
+        kept = caches * setting.batch_size * (prompt + setting.new) * keys_and_values
+        return kept + max(sizes.running(setting.batch_size * prompt), logits)
+
+    def smaller(self, part: str) -> Iterator[tuple[str, Measure, str]]:
+        """Smaller batches, of ``grid`` where the part is one of its settings; then a model alone, with those too."""
+        ways: list[tuple[str, Efficiency]] = [("", self)]
+        if self.beside_dense:
+            ways.append((f"{_OPTION}.beside_dense=false", replace(self, beside_dense=False)))
+        for words, measure in ways:
+            if words:
+                yield words, measure, part
+            if not part:
+                for more, other, _ in super(Efficiency, measure).smaller(part):
+                    yield f"{words} {more}".strip(), other, part
+                continue
+            size, _, rest = part.partition("x")
+            for number in (int(size) >> step for step in range(1, int(size).bit_length())):
+                setting = f"{number}x{rest}"
+                grid = [setting if text == part else text for text in self.grid]
+                other = replace(measure, grid=grid)
+                yield f"{words} {_OPTION}.grid=[{','.join(grid)}]".strip(), other, setting
+
     def run(self, part: str, scored: Scored, context: Context) -> dict[str, Any]:
         return efficiency(
             scored.model,
@@ -266,7 +300,6 @@ def efficiency(
 
     with (
         torch.no_grad(),
-        _out_of_memory_explained(setting),
         ProgressBar(total=num_runs, desc="generation speed") as progress,
     ):
         others = memory.allocated() - _bytes(model)
@@ -352,20 +385,6 @@ def _bytes(model: PreTrainedModel) -> int:
     """Of what a checkpoint holds: parameters and buffers that are saved, shared ones once."""
     unique = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
-
-
-@contextlib.contextmanager
-def _out_of_memory_explained(setting: Setting) -> Any:
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"generation does not fit into memory with a batch of {setting.batch_size} and {setting.new} new tokens;"
-            f" try {_OPTION}.batch_size={max(1, setting.batch_size // 2)}, or {_OPTION}.beside_dense=false, which times"
-            " a model without the dense one beside it"
-        ) from error
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Fidelity(Measure):
         if all(len(ids) + bos < 2 for ids in documents):
             raise UserError(f"{OPTION}={part}: no document has a token to predict")
 
-    def memory(self, sizes: Sizes) -> int:
+    def memory(self, part: str, sizes: Sizes) -> int:
         """A batch in a block of either model, or pieces of logits of both in float32, some times over."""
         tokens = self.batch_size * self.window
         pieces = (6 * 4 + sizes.item_bytes) * min(MAX_ELEMENTS, tokens * sizes.vocabulary)

@@ -7,8 +7,8 @@ imported for ``slm dry_run=true``, so they import torch, and lm-eval, inside ``r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from slm_pipeline.config import TARGETS, ranges
@@ -125,9 +125,18 @@ class Measure(ABC):
         """The keys of `totals`."""
         return []
 
-    def memory(self, sizes: Sizes) -> int | None:
+    def memory(self, part: str, sizes: Sizes) -> int | None:
         """Bytes at the most beside the models' weights; None where it is not known."""
         return None
+
+    def smaller(self, part: str) -> Iterator[tuple[str, Measure, str]]:
+        """What takes less, the largest first: in words, and the measure and its part then. Smaller batches."""
+        other: Any = self
+        size = getattr(other, "batch_size", 1)
+        while size > 1:
+            size //= 2
+            other = replace(other, batch_size=size)
+            yield f"evaluation.{self.name}.batch_size={size}", other, part
 
     def texts(self, part: str, tokenizer: PreTrainedTokenizerBase, context: Context) -> list[str]:
         """The documents that the part reads, to be looked for in a recovery's training data."""

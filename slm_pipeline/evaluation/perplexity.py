@@ -88,7 +88,7 @@ class Perplexity(Measure):
         ids, _ = corpus_tokens(tokenizer, part, window=self.window, max_tokens=self.window, data_dir=context.data_dir)
         _check_length(len(ids), self.window - bos, Path(part).stem, self.window)
 
-    def memory(self, sizes: Sizes) -> int:
+    def memory(self, part: str, sizes: Sizes) -> int:
         """A batch in a block, its logits, and some of them in float32, twice."""
         tokens = min(self.batch_size * self.window, self.max_tokens or self.batch_size * self.window)
         pieces = 8 * min(MAX_ELEMENTS, self.window * sizes.vocabulary)

@@ -108,7 +108,7 @@ class ZeroShot(Measure):
             with _loaded(part, self.data, None):
                 pass
 
-    def memory(self, sizes: Sizes) -> int:
+    def memory(self, part: str, sizes: Sizes) -> int:
         """A batch of texts of `_LONG_TEXT` tokens in a block, or its logits in float32 and their logarithms."""
         tokens = self.batch_size * _LONG_TEXT
         return max(sizes.running(tokens), sizes.logits(tokens) + 8 * tokens * sizes.vocabulary)

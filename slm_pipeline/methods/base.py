@@ -174,6 +174,10 @@ class Method(ABC):
         """Bytes at the most beside the weights, while it plans; 0 for what looks at one matrix at a time."""
         return 0
 
+    def host_memory(self, sizes: Sizes) -> int:
+        """Bytes at the most in main memory, wherever the model lies."""
+        return 0
+
     @abstractmethod
     def plan(self, problem: PruningProblem) -> Plan:
         """Decide what to do to the model.

@@ -151,6 +151,9 @@ class Combined(Method):
             most = max(most, between, method.memory(seen))
         return most
 
+    def host_memory(self, sizes: Sizes) -> int:
+        return max(method.host_memory(sizes) for method in self._methods)
+
     def check(self, context: Context) -> None:
         config, text = context.config, context.config.calibration
         for name, step in self._taken.items():

@@ -129,18 +129,22 @@ class Joint(ProtectsEnds):
 
     def memory(self, sizes: Sizes) -> int:
         """`Sizes.fitting` with seven eighths of the text, a second Gram matrix where leverage chooses neurons. Before,
-        or of widths by layer meanwhile, candidates on ``search_tokens``: a walk that tries every layer, or the states
-        behind all layers with eight widths of a network, half of it each. In main memory, on the host, the blocks of
-        the model that a search for widths by layer goes on from, or the plan's."""
+        or of widths by layer meanwhile, candidates on ``search_tokens`` of the text that chooses: a walk that tries
+        every layer, or the states behind all layers with eight widths of a network, half of it each."""
         number = sizes.num_samples - sizes.num_samples // min(8, sizes.num_samples)
         matrices = 4 if self.units == "leverage" else 3
         fits = sizes.fitting(number * sizes.seq_len, sizes.tokens_at_once, matrices)
-        tried = replace(sizes, num_samples=min(sizes.num_samples, max(1, self.search_tokens // sizes.seq_len)))
+        choose = max(1, sizes.num_samples // 8)
+        tried = replace(sizes, num_samples=min(choose, max(1, self.search_tokens // sizes.seq_len)))
         beside = max(fits, tried.walking(sizes.layers))
         if self.export == "custom":
             widths = 8 * sizes.item_bytes * sizes.hidden * (sizes.inputs + 1) * sizes.neurons // 2
             beside = max(beside, fits + tried.states(tried.tokens, sizes.layers + 12) + widths)
-        return beside + (sizes.item_bytes * sizes.layers * sizes.block_matrices if sizes.on_host else 0)
+        return beside
+
+    def host_memory(self, sizes: Sizes) -> int:
+        """The blocks of the model that a search for widths by layer goes on from, or the plan's."""
+        return sizes.item_bytes * sizes.layers * sizes.block_matrices
 
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         from slm_pipeline.engine.candidates import Candidates

@@ -117,6 +117,10 @@ class Recovery(ABC):
         """Bytes at the most, the model's weights among them, of a model of these sizes; None where it is not known."""
         return None
 
+    def host_memory(self, sizes: Sizes) -> int:
+        """Bytes at the most in main memory, wherever the model lies."""
+        return 0
+
     def check(self, source: ModelSource, num_layers: int | None) -> None:  # noqa: B027  # most work on any model
         """Raise `UserError` if it cannot work on this model; called before anything expensive, without torch.
 

@@ -94,6 +94,10 @@ class Lora(FineTuning):
             kept += 4 * self.micro_batch_size * self.cutoff_len * leaving * sizes.layers
         return self.training(sizes, adapters, frozen=frozen) + kept
 
+    def host_memory(self, sizes: Sizes) -> int:
+        """The blocks' weights that quantised ones were made of."""
+        return 0 if self.quantize is None else sizes.item_bytes * sizes.layers * sizes.block_matrices
+
     def run(self, problem: RecoveryProblem) -> RecoveryResult:
         """Train and merge; leaves ``adapter/`` in ``out``."""
         import torch

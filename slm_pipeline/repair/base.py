@@ -108,6 +108,10 @@ class Repair(ABC):
         """Bytes at the most beside the weights; None where that is not known. ``sizes`` has the repair's own text."""
         return None
 
+    def host_memory(self, sizes: Sizes) -> int:
+        """Bytes at the most in main memory, wherever the model lies."""
+        return 0
+
     def check(self, context: Context) -> None:
         """Raise `UserError` if it cannot work on this model, or its text is missing; called before anything
         expensive."""

@@ -139,17 +139,17 @@ class Refit(Repair):
             raise UserError("repair.calibration.num_samples=1 must be at least 2: one sample is held out")
 
     def memory(self, sizes: Sizes) -> int:
-        """All layers being fitted: `Sizes.fitting` with all of its text. In main memory there are also the new weights
-        in float32, those of the best walk and of one more: last projections, and with ``reads`` two maps [hidden,
-        hidden] of each layer."""
-        beside = sizes.fitting(sizes.tokens, sizes.tokens_at_once)
-        if sizes.on_host:
-            projections = sizes.layers * sizes.hidden * (sizes.queries + sizes.neurons)
-            maps = 2 * sizes.layers * sizes.hidden**2 if self.reads else 0
-            two_ways = "either" in (self.target, self.weighting)
-            walks = (len(self.ridges) if self.choice == "stack" else 1) + two_ways + len(self.shares) + len(self.reads)
-            beside += 4 * (min(2, walks) * projections + maps)
-        return beside
+        """All layers being fitted: `Sizes.fitting` with all of its text."""
+        return sizes.fitting(sizes.tokens, sizes.tokens_at_once)
+
+    def host_memory(self, sizes: Sizes) -> int:
+        """The new weights in float32, those of the best walk and of one more: last projections, and with ``reads`` two
+        maps [hidden, hidden] of each layer."""
+        projections = sizes.layers * sizes.hidden * (sizes.queries + sizes.neurons)
+        maps = 2 * sizes.layers * sizes.hidden**2 if self.reads else 0
+        two_ways = "either" in (self.target, self.weighting)
+        walks = (len(self.ridges) if self.choice == "stack" else 1) + two_ways + len(self.shares) + len(self.reads)
+        return 4 * (min(2, walks) * projections + maps)
 
     def repair(self, problem: RepairProblem) -> Plan:
         from slm_pipeline.engine.refit import Refit as HowToRefit

@@ -46,9 +46,13 @@ class Stage(ABC):
         """Bytes at the most of all that lies where the model does; None where that cannot be told beforehand."""
         return None
 
-    def halved(self, job: Job) -> Iterator[tuple[str, Stage, Job]]:
-        """Smaller batches of what the stage alone reads, the largest first: in words, and the stage and job with
-        them."""
+    def host_memory(self, job: Job, sizes: Sizes) -> int:
+        """Bytes at the most in main memory, wherever the model lies, beside what the process itself takes; of each
+        process there the same."""
+        return 0
+
+    def smaller(self, job: Job) -> Iterator[tuple[str, Stage, Job]]:
+        """What makes the stage alone smaller, its batches, the largest first: in words, and the stage and job then."""
         return iter(())
 
     def preflight(self, job: Job) -> None:  # noqa: B027

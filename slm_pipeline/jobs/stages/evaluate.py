@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +76,12 @@ class Evaluate(Stage):
 
     def memory(self, job: Job, sizes: Sizes) -> int | None:
         scored = sizes if self.target == "dense" else sizes.with_layers(job.num_layers)
-        beside = self.measure.memory(scored)
+        beside = self.measure.memory(self.part, scored)
         return None if beside is None else scored.weights + self.measure.reads_dense * sizes.weights + beside
 
-    def halved(self, job: Job) -> Iterator[tuple[str, Stage, Job]]:
-        smaller: Any = self.measure
-        size = getattr(smaller, "batch_size", 1)
-        while size > 1:
-            size //= 2
-            smaller = replace(smaller, batch_size=size)
-            yield f"evaluation.{self.measure.name}.batch_size={size}", Evaluate(self.target, smaller, self.part), job
+    def smaller(self, job: Job) -> Iterator[tuple[str, Stage, Job]]:
+        for words, measure, part in self.measure.smaller(self.part):
+            yield words, Evaluate(self.target, measure, part), job
 
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         if self.measure.shares_samples:

@@ -70,6 +70,9 @@ class Merge(Stage):
         """The search. What is saved and loaded again is smaller than the dense model, which has gone by then."""
         return sizes.weights + job.method.memory(sizes)
 
+    def host_memory(self, job: Job, sizes: Sizes) -> int:
+        return job.method.host_memory(sizes)
+
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         from slm_pipeline.models.loading import found_by_others, load_dense
         from slm_pipeline.models.view import ModelView

@@ -65,7 +65,11 @@ class Recover(Stage):
         assert job.recovery is not None
         return job.recovery.memory(sizes.with_layers(job.num_layers))
 
-    def halved(self, job: Job) -> Iterator[tuple[str, Stage, Job]]:
+    def host_memory(self, job: Job, sizes: Sizes) -> int:
+        assert job.recovery is not None
+        return job.recovery.host_memory(sizes.with_layers(job.num_layers))
+
+    def smaller(self, job: Job) -> Iterator[tuple[str, Stage, Job]]:
         smaller: Any = job.recovery
         size = getattr(smaller, "micro_batch_size", 1)
         while size % 2 == 0:

@@ -63,6 +63,10 @@ class Repair(Stage):
         beside = job.repair.memory(replace(sizes, num_samples=text.num_samples, seq_len=text.seq_len))
         return None if beside is None else sizes.weights + beside
 
+    def host_memory(self, job: Job, sizes: Sizes) -> int:
+        assert job.repair is not None
+        return job.repair.host_memory(sizes)
+
     def run(self, job: Job, results: Mapping[str, Artifact], out: Path, tracker: Tracker) -> dict[str, Any]:
         from slm_pipeline.models.loading import load_dense
         from slm_pipeline.models.view import ModelView

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slm_pipeline.evaluation.block_times import BlockTimes, measure
+from slm_pipeline.evaluation.block_times import NARROWED, NEW, BlockTimes, measure
 from slm_pipeline.evaluation.efficiency import check_machine, machine
 from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.stages.base import Stage
 from slm_pipeline.jobs.tracking import Tracker
 from slm_pipeline.machine import gpus
+from slm_pipeline.models.sizes import Sizes
 from slm_pipeline.store.artifact import Artifact
 from slm_pipeline.store.files import write_json
 
@@ -38,6 +39,14 @@ class TimeBlocks(Stage):
     def _settings(self, job: Job) -> dict[str, Any]:
         asked = job.config.pruning_ratio
         return {"mode": asked.mode, "batch_size": asked.batch_size, "context": asked.context}
+
+    def memory(self, job: Job, sizes: Sizes) -> int:
+        """The model, a few of its blocks narrower beside it, keys and values of both, and what is read in a block."""
+        asked = job.config.pruning_ratio
+        tokens = asked.batch_size * (asked.context + NEW)
+        narrower = NARROWED * sizes.item_bytes * sizes.block_parameters
+        kept = 2 * tokens * 2 * sizes.keys * sizes.item_bytes * sizes.layers
+        return sizes.weights + narrower + kept + sizes.running(asked.batch_size * asked.context)
 
     def preflight(self, job: Job) -> None:
         check_machine("pruning_ratio.mode", job.config.pruning_ratio.mode, job.config.model.device)
