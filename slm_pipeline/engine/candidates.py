@@ -12,7 +12,9 @@ from typing import Any
 from slm_pipeline.engine.refit import WEIGHTINGS, own_output
 from slm_pipeline.engine.shapes import Fitting, Shape, parameters
 from slm_pipeline.engine.window_memo import WindowMemo
+from slm_pipeline.errors import UserError
 from slm_pipeline.show.progress import ProgressBar
+from slm_pipeline.surgery.ops import LayerSize
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,11 @@ class Candidates:
         how, objective = self.fitting.how_of(shape), OBJECTIVES[self.fitting.objective]
         key = (how.target, how.weighting, how.share, *how.ridges, shape, num_samples)
         if key not in self.memo:
-            score = self.fitting.fill(shape, num_samples, keep=False).score
+            try:
+                score = self.fitting.fill(shape, num_samples, keep=False).score
+            except UserError as error:  # it overflows, or cannot be fitted: others may
+                log.warning("joint: %s", error)
+                score = math.inf
             self.memo.add(key, score if math.isfinite(score) else 1e9)
         heads, neurons = ([kept[i] for kept in shape if kept[i]] or [0] for i in range(2))
         row = {
@@ -91,13 +97,18 @@ class Candidates:
             left = self.ranked(left[: max(1, -(-len(left) // 2))], divisor)
         return left[0]
 
-    def swapped(self, best: Shape, layers: Collection[int], swaps: int) -> Shape:
+    def swapped(
+        self, best: Shape, layers: Collection[int], swaps: int, prices: Sequence[LayerSize] | None = None
+    ) -> Shape:
         """The shape, or a better one in which a layer that went has changed places with a neighbour among ``layers``;
-        at most ``swaps`` are tried."""
+        at most ``swaps`` are tried, of those that cost no more by ``prices``, None: the dense layers' parameters."""
         tried, number = {best}, self.num_samples(1)
         least = self.score(best, number)
+        prices = prices or self.fitting.sizes
+        most = parameters(best, prices)
         while swaps > 0:
-            shape = next((shape for shape in exchanges(best, layers) if shape not in tried), None)
+            left = (shape for shape in exchanges(best, layers) if shape not in tried)
+            shape = next((shape for shape in left if parameters(shape, prices) <= most), None)
             if shape is None:
                 break
             swaps -= 1

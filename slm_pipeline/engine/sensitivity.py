@@ -40,7 +40,9 @@ class Sensitivity:
         self._runners = [BlockRunner(view, batch) for batch in self._input_ids]
         self._states = [runner.states for runner in self._runners]
         if blocks is not None:
-            self._states = [_entering(runner, self.blocks) for runner in self._runners]
+            for number, runner in enumerate(self._runners):
+                self._states[number] = _entering(runner, self.blocks)
+                del runner.states[1:-1]  # the dense model's, of which those at both ends alone are asked for
 
     def damages(self, variants: Sequence[Block]) -> list[float]:
         """Mean of the criterion over tokens, when each of ``variants`` of one layer takes its place; infinity where it

@@ -216,6 +216,10 @@ class Fitting:
     ) -> Block:
         """The block with some of the units that its sublayer has: ``stay`` of ``here``, which are the dense one's."""
         narrow = self._resized(streams.undone(block, sublayer), sublayer, here[stay])
+        if (norm := streams.output_norm(block, sublayer)) and (
+            gains := block.replaced.get(f"{norm[0]}.weight")
+        ) is not None:
+            narrow = replace(narrow, replaced={**narrow.replaced, f"{norm[0]}.weight": gains})  # which were fitted too
         columns = self._columns(block, sublayer, stay, len(here), len(sums.gram))
         prior = streams.weight(block, sublayer)[:, columns.to(sums.gram.device)]
         if not refitted:
@@ -296,7 +300,8 @@ def allocate(
     multiple_of: int,
     start: Shape | None = None,
 ) -> Shape | None:
-    """The shape with the least sum of damages that lacks at least ``remove`` parameters; None if there is none.
+    """The shape with the least sum of damages that lacks at least ``remove`` parameters and has a layer left; None if
+    there is none.
 
     Along the lower convex hull of each sublayer's damage over its parameters a Lagrange multiplier finds the optimum:
     stretches of all hulls go by their damage per parameter, the lowest first. The last, of neurons, goes in part; where
@@ -319,7 +324,11 @@ def allocate(
     def as_shape() -> Shape:
         return tuple((shape[layer, "attention"], shape[layer, "mlp"]) for layer in range(len(sizes)))
 
-    missing = remove - parameters(whole, sizes) + parameters(as_shape(), sizes)
+    def still() -> int:
+        """Parameters that have yet to go; both sublayers of a layer take along what is in neither."""
+        return remove - parameters(whole, sizes) + parameters(as_shape(), sizes)
+
+    missing = still()
     taken = []
     for _, place, high, low in sorted(stretches, key=lambda stretch: stretch[0]):
         if missing <= 0:
@@ -328,7 +337,7 @@ def allocate(
         step = multiple_of if part == "mlp" else 1
         enough = (n for n in range(high, low, -1) if n % step == 0 and _gained(size, part, high, n) >= missing)
         shape[place] = next(enough, low)
-        missing -= _gained(size, part, high, shape[place])
+        missing = still()
         taken.append((place, high))
     for place, high in reversed(taken):  # what an attention has lost too much of, networks get back
         size, here = sizes[place[0]], shape[place]
@@ -340,7 +349,8 @@ def allocate(
             )
             shape[place] = next(back, here)
             missing += _gained(size, "mlp", shape[place], here)
-    return as_shape() if missing <= 0 else None
+    end = as_shape()
+    return end if missing <= 0 and any(map(any, end)) else None
 
 
 def transferred(

@@ -50,13 +50,17 @@ class Widths:
 
     def committed(self, share: float) -> list[Shape]:
         """The best shape, first, and others that were near it, as many neurons and heads going at a time as make up
-        ``share`` of the layers: then damages are measured again. It must be `possible`."""
+        ``share`` of the layers: then damages are measured again. It must be `possible`; none where no damages lead to
+        one that has a layer left."""
         shape: Shape = tuple((size.heads, size.neurons) for size in self.prices)
         step = max(1, round(share * sum(size.whole for size in self.prices)))
         base, point = None, (0.0, 0.0)
         tried: dict[Tilts, Shape] = {}
         for goal in [*range(step, self.remove, step), self.remove]:
-            point, tried = self._tilted(self._damages(shape, base), shape, goal, point)
+            damages, base = self._damages(shape, base), None  # one model's blocks at a time
+            point, tried = self._tilted(damages, shape, goal, point)
+            if point not in tried:
+                return []
             shape = tried[point]
             fitting, number = self.candidates.fitting, self.candidates.num_samples(4)
             base = fitting.fill(shape, number) if goal < self.remove else None
@@ -84,7 +88,8 @@ class Widths:
         def worth(point: Tilts) -> float:
             if point not in tried:
                 found = allocate(tilted(damages, *point, depth), self.prices, remove, self.multiple_of, shape)
-                assert found is not None  # each sublayer may go
+                if found is None:  # nothing would be left
+                    return math.inf
                 tried[point] = found
             return self.candidates.score(tried[point], number)
 

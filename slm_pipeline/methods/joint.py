@@ -38,7 +38,7 @@ UNITS = ("leverage", "obs")
 OBJECTIVES = ("kl_divergence", "next_token_loss")
 JUDGED = ("repaired", "pruned")
 _DIFFER = "method=joint needs layers that are alike; this model's differ in heads or neurons"
-VERSION = 7  # raised when the same candidate gets another number
+VERSION = 8  # raised when the same candidate gets another number
 
 
 @dataclass(kw_only=True)
@@ -173,7 +173,7 @@ class Joint(ProtectsEnds):
             if best is None:
                 raise _cannot_go(problem, remove)
             best = search.ranked([best, alike] if alike else [best], divisor=1)[0]
-            best = search.swapped(best, layers, self.swaps)
+            best = search.swapped(best, layers, self.swaps, problem.prices)
             found = search.fitting.fill(best, search.num_samples(1))
         kl, same = search.fitting.judge(found, tell)
         log.info("joint: KL from the dense model %.4f on text that chose nothing", kl)
@@ -204,7 +204,7 @@ class Joint(ProtectsEnds):
         """The best of the candidates with one width for all layers that stay; None if there is none."""
         sizes = problem.prices or search.fitting.sizes
         block = max(1, sum(size.whole for size in sizes) // len(sizes))
-        limit = len(self.candidates(len(sizes))) - 1
+        limit = max(0, len(self.candidates(len(sizes))) - 1)
         most = min(remove // block, limit)
         orders = self._orders(problem, search, most)
         numbers = sorted({round(most * step / (self.depths - 1)) for step in range(self.depths)})
@@ -294,6 +294,8 @@ class Joint(ProtectsEnds):
         if not widths.possible:
             return stock
         near = search.ranked([*widths.committed(self.commit), *widths.committed(1.0)], divisor=4)[:3]
+        if not near:
+            return stock
         near = search.ranked(near, divisor=2)[:2]
         moved = widths.transferred(near[0], self.transfers)
         return search.ranked([moved, *near, *([stock] if stock else [])], divisor=1)[0]

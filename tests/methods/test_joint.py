@@ -95,6 +95,39 @@ def test_the_least_damage_at_a_target_is_found():
     assert allocate(damages, [SIZE, SIZE], 281, 1) is None
 
 
+def test_what_is_in_neither_sublayer_goes_with_the_second_and_something_stays():
+    """By the times of blocks a third of a layer may be in neither."""
+    size = LayerSize(attention=30, mlp=40, other=30, heads=3, neurons=4, per_head=10, per_neuron=10)
+    damages = {(layer, part): {0: 1.0 + layer} for layer in range(3) for part in ("attention", "mlp")}
+    whole = (3, 4)
+    assert allocate(damages, [size] * 3, 100, 1) == ((0, 0), whole, whole)
+    assert allocate(damages, [size] * 3, 200, 1) == ((0, 0), (0, 0), whole)
+    assert allocate(damages, [size] * 3, 240, 1) == ((0, 0), (0, 0), (3, 0))
+    assert allocate(damages, [size] * 3, 280, 1) is None  # no layer would be left
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("refitted", [False, True])
+def test_a_sublayer_that_loses_nothing_is_what_it_was(architecture, refitted):
+    """Whatever was fitted in it before: weights, and the gains of a norm behind it."""
+    _, model = lively(architecture)
+    view = ModelView(model)
+    ids = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(2))
+    whole = (view.num_kv_heads, view.num_neurons)
+    how = fitting(view, ids, refitted=refitted)
+    base = fitting(view, ids).fill(((whole[0], 24), *[(whole[0], 40)] * 4, whole), 6)
+    streams = Streams(view, how.fit)
+    for block, span in zip(base.blocks[:5], spans([[of.body] for of in base.blocks], 6), strict=False):
+        streams.look_ahead(*span)
+        kept = base.kept[block.body, "mlp"]
+        sums = Refit(target="as_it_is").sums(streams, block, "mlp")
+        same = how._variant(streams, block, "mlp", torch.arange(len(kept)), kept, sums, refitted)
+        for name in same.replaced.keys() | block.replaced.keys():
+            assert torch.allclose(same.parameter(view, name), block.parameter(view, name), atol=1e-4), name
+        streams.pass_through(block)
+
+
 def test_what_one_sublayer_gives_another_takes():
     def move(shape, giver, taker, most=200, multiple_of=1):
         return transferred(shape, [SIZE, SIZE], giver, taker, most=most, share=4, multiple_of=multiple_of)
