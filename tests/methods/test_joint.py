@@ -128,6 +128,18 @@ def test_a_sublayer_that_loses_nothing_is_what_it_was(architecture, refitted):
         streams.pass_through(block)
 
 
+def test_protected_layers_are_narrowed_with_the_others_or_nothing_can_go(ask):
+    """Where a ratio asks so, layers that stay are known to be too many; where a time does, nobody has looked."""
+    problem = ask(num_parameters=3000)
+    problem.prices = layer_sizes(problem.view)
+    options = {"protect_first": 3, "protect_last": 3, "swaps": 0, "transfers": 0}
+    plan = joint(**options).plan(problem)
+    assert {op.neurons for op in plan.ops} == {plan.ops[0].neurons}
+    assert len(plan.ops) == 6
+    with pytest.raises(UserError, match="cannot go; ask for a lower pruning_ratio"):
+        joint(export="custom", **options).plan(problem)
+
+
 def test_what_one_sublayer_gives_another_takes():
     def move(shape, giver, taker, most=200, multiple_of=1):
         return transferred(shape, [SIZE, SIZE], giver, taker, most=most, share=4, multiple_of=multiple_of)
