@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.machine import ranks
 from slm_pipeline.repair.base import Repair, RepairProblem, extended
 from slm_pipeline.store.files import write_json
+from slm_pipeline.store.unfinished import forget
 from slm_pipeline.surgery.ops import Op
 from slm_pipeline.surgery.ops.base import SUBLAYERS
 from slm_pipeline.surgery.ops.correct import Correct
@@ -94,7 +96,8 @@ class Refit(Repair):
     tried as well.
 
     Memory beside the dense model: four states of each token, the Gram matrix of one projection in float64 with a few
-    matrices of that size, and on the host the new weights in float32. A killed repair goes on after its last layer.
+    matrices of that size, and on the host the new weights in float32. A killed repair goes on after its last layer; the
+    layers of two walks at most lie on the disk meanwhile, those of the best and of the one that is made.
 
     Scores in the plan: repair, with num_tokens and num_held_out; divergence, for the model pruned and repaired the KL
     divergence in nats and the share of tokens with the dense model's most likely next one, on the text held out, alike
@@ -163,31 +166,44 @@ class Refit(Repair):
         to_fit, held_out = self._split(problem)
         pruned = pass_all(Streams(view, held_out), blocks, groups).divergence()
         tried: dict[str, dict[str, float]] = {}
-        best: tuple[float, float, _Walked] | None = None
-        best_how, failure = None, None
-        is_narrower = _is_narrower(plan)
+        best: _Walk | None = None
+        failure = None
+        prefix, is_narrower = _free_prefix(plan), _is_narrower(plan)
         number = sum(len(self._walks(step, HowToRefit(), is_narrower)) for step in STEPS)
         numbers = (f"refit {this} of {number}" for this in itertools.count(1))
+
+        def go(walk: _Walk, name: str) -> None:
+            fitted, other = Streams(view, to_fit), Streams(view, held_out)
+            walk.found = self._walk(walk, fitted, other, blocks, groups, name)
+            walk.divergence = other.divergence()
+
         for step in STEPS:
-            for name, how in self._walks(step, best_how, is_narrower):
-                fitted, other = Streams(view, to_fit), Streams(view, held_out)
-                try:
-                    walked = self._walk(problem, fitted, other, blocks, groups, how, next(numbers))
-                    kl, same = other.divergence()
-                except UserError as error:  # a ridge too small to solve leaves the others
-                    failure = error
-                    log.warning("refit: %s %s: %s", step, name, error)
-                    continue
-                tried.setdefault(step, {})[name] = kl
-                if best is None or kl < best[0]:
-                    best, best_how = (kl, same, walked), how
+            for name, how in self._walks(step, None if best is None else best.how, is_narrower):
+                walk, desc = _Walk(problem, prefix, how), next(numbers)
+                walk.divergence = walk.known()
+                if walk.divergence is None:
+                    try:
+                        go(walk, desc)
+                    except UserError as error:  # a ridge too small to solve leaves the others
+                        failure = error
+                        log.warning("refit: %s %s: %s", step, name, error)
+                        continue
+                    walk.note()
+                tried.setdefault(step, {})[name] = walk.kl
+                worse = walk if best is not None and walk.kl >= best.kl else best
+                best = walk if worse is not walk else best
+                if worse is not None:
+                    worse.forget()
         if best is None:
             assert failure is not None
             raise failure
-        *repaired, (ops, tensors, layers) = best
+        if best.found is None:  # an attempt before this one has walked so
+            go(best, "refit, what was best")
+        assert best.found is not None
+        repaired, (ops, tensors, layers) = best.divergence, best.found
+        assert repaired is not None
         divergence = {
-            name: {"kl": kl, "same_top_1": same}
-            for name, (kl, same) in (("pruned", pruned), ("repaired", tuple(repaired)))
+            name: {"kl": kl, "same_top_1": same} for name, (kl, same) in (("pruned", pruned), ("repaired", repaired))
         }
         found = {
             "name": self.name,
@@ -271,12 +287,11 @@ class Refit(Repair):
 
     def _walk(
         self,
-        problem: RepairProblem,
+        walk: _Walk,
         fitted: Streams,
         other: Streams,
         blocks: PlannedBlocks,
         groups: list[list[int]],
-        how: engine.Refit,
         name: str,
     ) -> _Walked:
         """The operations that put new weights in, their tensors, and what became of each layer; both streams are at the
@@ -284,15 +299,11 @@ class Refit(Repair):
         from slm_pipeline.engine.streams import first_changed, spans
         from slm_pipeline.show.progress import ProgressBar
 
+        problem, prefix = walk.problem, walk.prefix
         first = first_changed(blocks, groups, problem.view.num_layers)
         ops: list[Op] = []
         tensors: dict[str, np.ndarray] = {}
         layers: list[dict[str, Any]] = []
-        prefix = _free_prefix(problem.plan)
-        walk = "_".join(map(str, how.ridges)) + ("" if how.reads is None else f"_reads_{how.reads}")
-        walk += "" if how.target == "dense_stream" else f"_{how.target}"
-        walk += "" if how.share == 1 else f"_share_{how.share}"
-        walk += "" if how.weighting == "inverse_square" else f"_{how.weighting}"
         dense_layers = spans(groups, problem.view.num_layers)
         with _in_the_background() as call:
             for position, (block, span) in enumerate(zip(ProgressBar(blocks, desc=name), dense_layers, strict=True)):
@@ -300,11 +311,11 @@ class Refit(Repair):
                     streams.look_ahead(*span)
                 if first is not None and position >= first:
                     layer = groups[position][0]
-                    kept = _Kept(problem, f"{prefix}.{layer}.{walk}")
+                    kept = walk.kept(layer)
                     if ranks.of_first(ranks.is_first() and kept.is_there):
                         weights, what = kept.read()
                     else:  # each process solves for itself what all have summed
-                        weights, what = _as_kept(how.layer(fitted, other, block)[1])
+                        weights, what = _as_kept(walk.how.layer(fitted, other, block)[1])
                         if ranks.is_first():
                             call(kept.write, weights, what)
                     of_layer = {f"{prefix}.{layer}.{key}": value for key, value in weights.items()}
@@ -359,16 +370,73 @@ def _as_kept(found: list[Fitted]) -> tuple[dict[str, np.ndarray], list[dict[str,
     return weights, [of_one.as_json() for of_one in found]
 
 
+@dataclass
+class _Walk:
+    """A walk up the stack, whose layers' new weights lie in the folder of an attempt until a better walk is known, so
+    that the next attempt goes on from there.
+
+    Attributes:
+        divergence: of the model that it led to; None before.
+        found: what it led to, unless it was an earlier attempt's.
+    """
+
+    problem: RepairProblem
+    prefix: str
+    how: engine.Refit
+    divergence: tuple[float, float] | None = None
+    found: _Walked | None = None
+
+    @property
+    def kl(self) -> float:
+        assert self.divergence is not None
+        return self.divergence[0]
+
+    @property
+    def _name(self) -> str:
+        how = self.how
+        words = ["_".join(map(str, how.ridges))]
+        words += [] if how.reads is None else [f"reads_{how.reads}"]
+        words += [] if how.target == "dense_stream" else [how.target]
+        words += [] if how.share == 1 else [f"share_{how.share}"]
+        words += [] if how.weighting == "inverse_square" else [how.weighting]
+        return f"layers/{self.prefix}_" + "_".join(words)
+
+    def kept(self, layer: int) -> _Kept:
+        return _Kept(self.problem, f"{self._name}/{layer}")
+
+    def known(self) -> tuple[float, float] | None:
+        """The divergence that an earlier attempt has noted."""
+        record = self.problem.out / f"{self._name}.json"
+        kl, same = math.nan, math.nan
+        if ranks.is_first() and record.is_file():
+            kl, same = json.loads(record.read_text(encoding="utf-8"))
+        kl, same = ranks.of_first(kl), ranks.of_first(same)
+        return None if math.isnan(kl) else (kl, same)
+
+    def note(self) -> None:
+        """Keep the divergence: the walk has come to its end."""
+        if ranks.is_first():
+            record = f"{self._name}.json"
+            write_json(self.problem.out / record, self.divergence)
+            self.problem.note_complete(record)
+
+    def forget(self) -> None:
+        """Let go of its new weights: another walk is better."""
+        self.found = None
+        if ranks.is_first():
+            forget(self.problem.out, self._name)
+
+
 @dataclass(frozen=True)
 class _Kept:
-    """A layer's new weights in the folder of an attempt, so that the next one goes on from there."""
+    """A layer's new weights in the folder of an attempt."""
 
     problem: RepairProblem
     name: str
 
     @property
     def _files(self) -> tuple[str, str]:
-        return f"layers/{self.name}.safetensors", f"layers/{self.name}.json"
+        return f"{self.name}.safetensors", f"{self.name}.json"
 
     @property
     def is_there(self) -> bool:
@@ -378,7 +446,7 @@ class _Kept:
         from safetensors.numpy import save_file
 
         tensors, record = (self.problem.out / file for file in self._files)
-        tensors.parent.mkdir(exist_ok=True)
+        tensors.parent.mkdir(parents=True, exist_ok=True)
         save_file(weights, tensors)
         write_json(record, what)
         self.problem.note_complete(*self._files)

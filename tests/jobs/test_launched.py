@@ -179,7 +179,7 @@ def test_new_weights_are_those_of_one_process(finished, alone):
     assert numbers[0]["repaired"]["kl"] < numbers[0]["pruned"]["kl"] / 2
     found, expected = (load_file(result(out, "repair") / "plan.safetensors") for out in (finished[0], alone))
     for name, weight in expected.items():
-        assert torch.allclose(found[name], weight, atol=float(1e-4 * weight.abs().max())), name
+        assert torch.allclose(found[name], weight, atol=float(3e-4 * weight.abs().max())), name
 
 
 def test_a_training_that_was_broken_off_ends_as_in_one_process(finished, alone):

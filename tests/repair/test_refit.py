@@ -279,11 +279,11 @@ def test_a_killed_repair_goes_on_after_its_last_layer_and_ends_the_same(make_pro
     with pytest.raises(KeyboardInterrupt):
         refit(ridges=[0.1], reads=[1.0]).repair(make_problem(model, plan, out=out))
     assert fitted == [0, 2]
-    damaged = out / "layers" / "refit.2.0.1.safetensors"
+    damaged = out / "layers" / "refit_0.1" / "2.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    (out / "layers" / "refit.3.0.1.safetensors").write_bytes(b"half")
+    (out / "layers" / "refit_0.1" / "3.safetensors").write_bytes(b"half")
     drop_incomplete(out)  # as the store does before each attempt
-    assert sorted(path.name for path in (out / "layers").iterdir()) == ["refit.0.0.1.json", "refit.0.0.1.safetensors"]
+    assert sorted(path.name for path in (out / "layers" / "refit_0.1").iterdir()) == ["0.json", "0.safetensors"]
     fitted.clear()
     monkeypatch.setattr(engine.Refit, "layer", until(None))
     repaired = refit(ridges=[0.1], reads=[1.0]).repair(make_problem(model, plan, out=out))
@@ -314,9 +314,31 @@ def test_what_goes_wrong_beside_the_fits_is_raised_and_what_was_whole_before_is_
             patched.setattr(_Kept, "write", fails)
             with pytest.raises(OSError, match="No space left"):
                 refit(ridges=[0.1]).repair(make_problem(model, plan, out=out))
-        assert written == [f"refit.{layer}.0.1" for layer in (0, 2, 3, 4)[:full_at]]
+        assert written == [f"layers/refit_0.1/{layer}" for layer in (0, 2, 3, 4)[:full_at]]
         drop_incomplete(out)
-        assert len([*(out / "layers").glob("*.safetensors")]) == full_at
+        assert len([*(out / "layers").rglob("*.safetensors")]) == full_at
+
+
+def test_of_all_walks_the_best_ones_layers_stay_and_what_is_known_is_not_walked_again(
+    make_problem, tmp_path, monkeypatch
+):
+    model, plan = lively(), plan_of(Drop((1,)))
+    how = refit(ridges=[10.0, 0.1, 1.0], weighting="either", shares=[0.5])
+    expected = how.repair(make_problem(model, plan, out=tmp_path))
+    tried = expected.scores["repair"]
+    walks = {f"refit_{ridge}": kl for ridge, kl in zip(how.ridges, tried["ridges"].values(), strict=True)}
+    ridge = min(walks, key=walks.__getitem__)
+    walks[f"{ridge}_none"] = tried["weightings"]["none"]
+    weighting = min((ridge, f"{ridge}_none"), key=walks.__getitem__)
+    walks[weighting.replace("_none", "") + "_share_0.5" + "_none" * weighting.endswith("none")] = tried["shares"]["0.5"]
+    assert sorted(path.stem for path in (tmp_path / "layers").glob("*.json")) == sorted(walks)
+    (left,) = [path for path in (tmp_path / "layers").iterdir() if path.is_dir()]
+    assert walks[left.name] == min(walks.values())
+    assert len([*left.glob("*.safetensors")]) == 5
+    drop_incomplete(tmp_path)
+    monkeypatch.setattr(engine.Refit, "layer", lambda *_: pytest.fail("is known"))
+    again = how.repair(make_problem(model, plan, out=tmp_path))
+    assert (again.content(), again.scores) == (expected.content(), expected.scores)
 
 
 def test_a_repair_killed_on_its_walk_to_the_own_output_goes_on_there(make_problem, tmp_path, monkeypatch):

@@ -173,7 +173,7 @@ def test_killed_between_layers_it_goes_on_and_ends_the_same(whole, job, tmp_path
     monkeypatch.setattr(refit.Refit, "layer", dying)
     assert run_slm(*words).status != 0
     (partial,) = (tmp_path / "store" / "repair").glob("*.partial")
-    assert len(list((partial / "layers").glob("*.json"))) == 2
+    assert len(list((partial / "layers").rglob("*.json"))) == 2
 
     def rest(self, streams, other, block):
         first = (self.reads, self.weighting, self.share) == (
