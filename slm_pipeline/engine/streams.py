@@ -376,7 +376,8 @@ def _invertible(gains: Tensor) -> Tensor:
 def spans(originals: Sequence[Sequence[int]], num_layers: int) -> list[tuple[int, int]]:
     """For each layer of a pruned model the dense layers that it stands for, as (first, one past the last).
 
-    Layers that are gone belong to the layer below them, or to the lowest if there is none.
+    Layers that are gone belong to the layer below them, or to the lowest if there is none: what that one's attention is
+    to write is taken behind the attention of the dense model's first layer, what it is to read from the embedding.
 
     Args:
         originals: for each layer of the pruned model those that it was made of.

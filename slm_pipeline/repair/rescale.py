@@ -28,6 +28,8 @@ class Rescale(Repair):
     rescaled and measured again. Refused where norms do not make layers blind to the scale of the stream, or stand
     behind the last projections: Gemma 2 and 3, OLMo 2.
 
+    Where a plan has put a linear map in the place of the layers that went (`replaceme`), nothing is to be made up for.
+
     Scores in the plan: repair, with num_tokens and cuts: for each the first layer above it, and s.
     """
 
@@ -52,9 +54,14 @@ class Rescale(Repair):
         from slm_pipeline.engine.statistics import MAX_BATCH_TOKENS, check_finite
 
         view, plan = problem.view, problem.plan
-        groups = plan.layer_groups
+        layers, groups = plan.layers(), plan.layer_groups
         below = [-1, *(group[-1] for group in groups[:-1])]
-        cuts = [(low + 1, group[0]) for low, group in zip(below, groups, strict=True) if group[0] > low + 1]
+        folded = [False, *(layer.folded for layer in layers[:-1])]
+        cuts: list[tuple[int, int]] = []
+        stood_for: list[tuple[int, int]] = []
+        for low, group, is_folded in zip(below, groups, folded, strict=True):
+            if group[0] > low + 1:
+                (stood_for if is_folded else cuts).append((low + 1, group[0]))
         sizes = torch.zeros(view.num_layers + 1, view.config.hidden_size, dtype=torch.float64)
         for runner in dense_passes(view, batches(problem.input_ids, MAX_BATCH_TOKENS) if cuts else []):
             states = runner.states
@@ -72,8 +79,14 @@ class Rescale(Repair):
             "num_tokens": problem.input_ids.numel() if cuts else 0,
             "cuts": [{"layer": layer, "factor": factor} for layer, factor in factors.items()],
         }
+        lines = [
+            f"repair=rescale: a linear map stands for layers {start} to {end - 1}, which went: the stream has grown"
+            " by what they did; it is not rescaled there"
+            for start, end in stood_for
+        ]
+        if not ops and not lines:
+            lines = ["repair=rescale: no whole layers went below one that stays, so there is nothing to rescale"]
         scores = {**plan.scores, "repair": found}
-        if not ops:
-            line = "repair=rescale: no whole layers went below one that stays, so there is nothing to rescale"
-            scores["warnings"] = [*plan.scores.get("warnings", []), line]
+        if lines:
+            scores["warnings"] = [*plan.scores.get("warnings", []), *lines]
         return extended(plan, ops=[*plan.ops, *ops], scores=scores)

@@ -233,13 +233,38 @@ def _note(study: Study, column: str, members: Sequence[Sequence[int]], x: str | 
 
 
 def _speed(study: Study, folder: Path) -> Iterator[Picture]:
-    """Score against speed, the ratio to the dense model where the two took turns, or against what is left of the
-    parameters where no speed was measured, or not on one device."""
-    score = usual_metric(study.columns, score=True)
-    if score is None:
-        return
-    found = [f"{parted(score)[0]}/efficiency/{name}" for name in ("speedup", "tokens_per_second")]
-    speed = next((name for name in found if name in study.columns), found[-1])
+    """The usual score against speed in each setting, and where that was measured the study's metric, if it is another
+    one."""
+    asked = study.metric if study.metric and not _is_speed(study.metric) else None
+    scores = dict.fromkeys(name for name in (usual_metric(study.columns, score=True), asked) if name is not None)
+    for name, score in zip(("score", "metric"), scores, strict=False):
+        for setting, speed in _speeds(study, parted(score)[0]).items():
+            if name == "metric" and speed not in study.columns:
+                continue
+            yield from _front(study, score, speed, folder / f"{name}_by_speed{'_' if setting else ''}{setting}")
+
+
+def _is_speed(column: str) -> bool:
+    return parted(column)[1].startswith("efficiency/")
+
+
+def _speeds(study: Study, model: str) -> dict[str, str]:
+    """Of each setting what speed is measured by, the nameless one first: the study's x where that is a speed, the ratio
+    to the dense model where the two took turns, else tokens per second, measured or not."""
+    start, names = f"{model}/efficiency/", ("speedup", "tokens_per_second")
+    found = {"": f"{start}{names[-1]}"}
+    for name in reversed(names):
+        for column in study.columns:
+            if column.startswith(start) and column.endswith(f"/{name}"):
+                found[column.removeprefix(start).removesuffix(name).rstrip("/")] = column
+    if study.x in study.columns and _is_speed(study.x) and study.x.startswith(start):
+        found[study.x.removeprefix(start).rpartition("/")[0]] = study.x
+    return found
+
+
+def _front(study: Study, score: str, speed: str, path_stem: Path) -> Iterator[Picture]:
+    """Score against speed, or against what is left of the parameters where it was not measured, or not on one
+    device."""
     measured = speed in study.columns and speed not in study.devices
     places: list[float | None] = []
     for number, run in enumerate(study.runs):
@@ -257,7 +282,8 @@ def _speed(study: Study, folder: Path) -> Iterator[Picture]:
     for i in drawn:
         of_run = study.numbers[i][score]
         grouped.setdefault(keys[i], []).append(Point(float(places[i] or 0), of_run.value, of_run.stderr))
-    sign = (1 if measured else -1, 1 if study.is_higher_better(score) else -1)
+    is_faster_more = measured and study.is_higher_better(speed)
+    sign = (1 if is_faster_more else -1, 1 if study.is_higher_better(score) else -1)
     competing = [i for i in drawn if study.within_budget[i]]
     found_at = [(float(places[i] or 0), study.numbers[i][score].value) for i in competing]
     # a percent of the parameters is one size, as among the winners
@@ -269,11 +295,12 @@ def _speed(study: Study, folder: Path) -> Iterator[Picture]:
     ys = [study.numbers[i][score].value for i in drawn] + ([dense.value] if dense is not None else [])
     title = f"{score} by {speed if measured else 'parameters left'}"
     why = "speed was measured on several devices" if speed in study.devices else "speed was not measured"
-    label = f"{speed} (higher is better)" if measured else f"parameters left in percent ({why})"
+    label = f"{speed} ({'higher' if is_faster_more else 'lower'} is better)"
+    label = label if measured else f"parameters left in percent ({why})"
     files = curves.front(
         [Curve(label_of(key) or "runs", looks[key], grouped[key]) for key in looks],
         best,
-        folder / "score_by_speed",
+        path_stem,
         title=f"{study.name}: {title}",
         x=Axis(label),
         y=_axis(study, score, log=not study.kinds[score].is_score and spans_decades(ys)),
@@ -285,7 +312,7 @@ def _speed(study: Study, folder: Path) -> Iterator[Picture]:
 
 
 def _dense_speed(study: Study, speed: str) -> float | None:
-    if speed.endswith("/speedup"):
+    if speed.endswith("speedup"):
         return 1.0
     dense = study.dense.get(f"dense/{parted(speed)[1]}")
     return None if dense is None else dense.value

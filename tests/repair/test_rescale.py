@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from conftest import context_of, random_source
@@ -15,6 +16,7 @@ from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
 from slm_pipeline.surgery.apply import apply
 from slm_pipeline.surgery.ops.drop import Drop
+from slm_pipeline.surgery.ops.fold import Fold
 from slm_pipeline.surgery.ops.merge import Merge
 from slm_pipeline.surgery.ops.scale import Scale
 
@@ -115,6 +117,20 @@ def test_where_no_layers_went_below_others_there_is_nothing_to_rescale(make_prob
         assert repaired.scores["warnings"] == [
             "repair=rescale: no whole layers went below one that stays, so there is nothing to rescale"
         ]
+
+
+def test_a_cut_that_a_map_stands_for_is_left_alone(make_problem):
+    """The map brings the stream to the size that it had; the other cut, in the same plan, is rescaled."""
+    model, eye = growing(), np.eye(32, dtype=np.float32)
+    ops = [Drop((2,)), Drop((4,)), Fold((1,), "map")]
+    plan = rescale().repair(make_problem(model, plan_of(*ops, tensors={"map": eye})))
+    assert [cut["layer"] for cut in plan.scores["repair"]["cuts"]] == [5]
+    assert [op.layers for op in plan.ops[3:]] == [(5,)]
+    (line,) = plan.scores["warnings"]
+    assert line.startswith("repair=rescale: a linear map stands for layers 2 to 2, which went")
+    alone = rescale().repair(make_problem(model, plan_of(Drop((2,)), Fold((1,), "map"), tensors={"map": eye})))
+    assert len(alone.ops) == 2
+    assert len(alone.scores["warnings"]) == 1
 
 
 def test_states_that_are_not_finite_are_an_error(make_problem):

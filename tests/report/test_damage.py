@@ -63,7 +63,15 @@ def test_an_option_that_some_runs_lack_is_drawn(three, tmp_path, caplog):
     study = read_study(three)
     assert list(study.options) == ["method.merge_rule", "method"]
     written = write_report(study, tmp_path / "out")
-    names = {"layer_strips", "metric", "score_by_layers", "score_by_speed", "search_traces", "training_loss"}
+    names = {
+        "layer_strips",
+        "metric",
+        "metric_by_speed",
+        "score_by_layers",
+        "score_by_speed",
+        "search_traces",
+        "training_loss",
+    }
     assert {path.stem for path in written.pictures} == names
     assert not caplog.records
 
@@ -139,7 +147,12 @@ def test_a_plot_that_fails_does_not_cost_the_report(three, tmp_path, monkeypatch
     monkeypatch.setattr("slm_pipeline.show.curves.against", fails)
     monkeypatch.setattr(per_run, "layer_strips", fails)
     written = write_report(read_study(three), tmp_path / "out")
-    assert {path.stem for path in written.pictures} == {"score_by_speed", "search_traces", "training_loss"}
+    assert {path.stem for path in written.pictures} == {
+        "metric_by_speed",
+        "score_by_speed",
+        "search_traces",
+        "training_loss",
+    }
     assert "no plot of the metric: RuntimeError: no font" in caplog.text
     assert "no plot of the layers: RuntimeError: no font" in caplog.text
     assert "<h1>three</h1>" in (tmp_path / "out" / "report.html").read_text()

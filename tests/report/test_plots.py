@@ -9,6 +9,7 @@ from studies import finished, perplexity, with_speedup, write_run
 
 from slm_pipeline.report import plots
 from slm_pipeline.report.study import read_study
+from slm_pipeline.results.number import Number
 from slm_pipeline.show import curves
 from slm_pipeline.show.looks import METHODS, RECOVERIES
 
@@ -121,6 +122,24 @@ def test_speed_is_measured_or_the_parameters_left(measured, tmp_path, drawn):
         assert best == [(60.0, 40.0), (70.0, 55.0), (80.0, 60.0)]  # fewer is better, so all three
         assert (reference.x, reference.y) == (100.0, 65.0)
         assert label == "parameters left in percent (speed was not measured)"
+
+
+def test_the_studys_metric_has_a_front_too_by_the_speed_that_it_asks_for_and_in_each_setting(tmp_path, drawn):
+    """A score of tasks, and the perplexity that the study is about, over a token's speedup; a setting of the grid."""
+    for job, (perplexity_of, score) in enumerate([(20.0, 60.0), (22.0, 65.0), (30.0, 50.0)]):
+        done = with_speedup(finished(tmp_path, 24 - job, perplexity_of, score, score), 1.5 - 0.1 * job, "H100")
+        for part, name, value in (("", "token_speedup", 1.25 + 0.25 * job), ("64x512", "speedup", 2.0 + job)):
+            key = "/".join(word for word in ("pruned/efficiency", part, name) if word)
+            measured = {"measure": "efficiency", "part": part, "device": "H100", "how": "in turn"}
+            done["numbers"][key] = Number(key, value, "", 0.05, True, measured).to_json()
+        write_run(tmp_path / "s" / str(job), [f"pruning_ratio=r{job}"], done)
+    asked = {"metric": "pruned/perplexity/bundled", "x": "pruned/efficiency/token_speedup"}
+    plots.draw(read_study(tmp_path / "s", **asked), tmp_path)
+    assert drawn["metric_by_speed"]["arguments"][1] == [(1.25, 20.0), (1.5, 22.0), (1.75, 30.0)]  # each is on the front
+    assert drawn["metric_by_speed"]["reference"][1].x == 1.0
+    assert drawn["score_by_speed"]["arguments"][1] == [(1.5, 65.0), (1.75, 50.0)]
+    assert drawn["score_by_speed_64x512"]["arguments"][1] == [(3.0, 65.0), (4.0, 50.0)]
+    assert drawn["score_by_speed"]["x"].label == "pruned/efficiency/token_speedup (higher is better)"
 
 
 def test_a_percent_of_the_parameters_is_one_size_of_the_front(tmp_path, drawn):
