@@ -260,7 +260,7 @@ def test_a_dry_run_of_a_sweep_shows_its_jobs(sweep, num_jobs, here):
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda path: path.stem)
-def test_every_sweep_declares_its_axes_its_metric_and_its_plot(file):
+def test_every_sweep_declares_its_axes_its_metric_and_its_plot_and_is_in_the_list_of_them(file):
     values = yaml.safe_load(file.read_text())
     study = values["study"]
     assert values["name"] == file.stem
@@ -276,6 +276,7 @@ def test_every_sweep_declares_its_axes_its_metric_and_its_plot(file):
         job = job_of([f"sweeps={file.stem}", *first])
         assert measured <= numbers_to_come(job.config, job.repair, job.recovery, job.evaluation).keys()
     assert set(study) <= {field.name for field in dataclasses.fields(config.StudyConfig)}
+    assert f"`{file.stem}`" in (config.SWEEPS_ROOT / "docs" / "studies.md").read_text()
 
 
 @pytest.mark.parametrize("file", AGENTS, ids=lambda path: path.stem)
