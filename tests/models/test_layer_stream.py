@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import peculiar_model, run_slm
 from problems import problem_of
+from repairs import refit, rescale
 from safetensors.torch import load_file, save_file
 
 from slm_pipeline.config import ModelConfig
@@ -23,10 +26,13 @@ from slm_pipeline.models import checkpoint
 from slm_pipeline.models.loading import byte_tokenizer, load_dense
 from slm_pipeline.models.source import ModelSource, describe
 from slm_pipeline.models.view import ModelView
+from slm_pipeline.repair.base import RepairProblem
+from slm_pipeline.store import unfinished
 from slm_pipeline.surgery.apply import apply
 from slm_pipeline.surgery.ops.drop import Drop
 from slm_pipeline.surgery.ops.drop_sublayer import DropSublayer
 from slm_pipeline.surgery.ops.merge import Merge
+from slm_pipeline.surgery.ops.resize import Resize
 from slm_pipeline.surgery.plan import Plan
 
 TEXT = torch.randint(0, 256, (9, 12), generator=torch.Generator().manual_seed(2))
@@ -152,6 +158,27 @@ def test_the_checkpoint_is_that_of_the_model_in_memory(ops, llama, tmp_path):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     configs = [json.loads((tmp_path / device / "config.json").read_text()) for device in ("cpu", "stream")]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("ops", [
+    [Drop((2,))], [Resize((layer,), f"r.{layer}", neurons=20) for layer in range(6)],
+])  # fmt: skip
+def test_every_repair_makes_of_it_what_it_makes_of_the_model_in_memory(ops, llama, tmp_path):
+    about = {"name": "m", "fingerprint": "f", "num_layers": 6}
+    tensors = {f"{op.tensors}.neurons": np.arange(20) for op in ops if isinstance(op, Resize)}
+    plan = Plan(about, "test", {}, None, ops, tensors=tensors)
+    for repair in (refit(reads=[1.0], weighting="either", shares=[0.5]), rescale()):
+        found = []
+        for view, name in zip(views(llama), ("memory", "stream"), strict=True):
+            out = tmp_path / repair.name / name
+            out.mkdir(parents=True)
+            note = functools.partial(unfinished.note_complete, out)
+            found.append(repair.repair(RepairProblem(view, plan, TEXT, out, note)))
+        assert found[0].ops == found[1].ops
+        assert found[0].scores == found[1].scores
+        assert len(found[0].ops) > len(ops) or repair.name == "rescale"
+        for name, expected in found[0].tensors.items():
+            assert np.array_equal(found[1].tensors[name], expected), name
 
 
 def test_gains_of_norms_are_where_blocks_run_whichever_is_there(tmp_path):
