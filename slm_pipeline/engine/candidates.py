@@ -70,7 +70,7 @@ class Candidates:
             "gone": [layer for layer, kept in enumerate(shape) if kept == (0, 0)],
             "heads": [min(heads), max(heads)],
             "neurons": [min(neurons), max(neurons)],
-            "shape": " ".join(f"{heads}x{neurons}" for heads, neurons in shape),
+            "shape": shape_in_words(shape),
             "parameters": parameters(shape, self.fitting.sizes),
             "target": how.target,
             "weighting": how.weighting,
@@ -116,6 +116,11 @@ class Candidates:
             if (score := self.score(shape, number)) < least:
                 best, least = shape, score
         return best
+
+
+def shape_in_words(shape: Shape) -> str:
+    """Groups of heads x neurons of each dense layer."""
+    return " ".join(f"{heads}x{neurons}" for heads, neurons in shape)
 
 
 def exchanges(shape: Shape, layers: Collection[int]) -> Iterator[Shape]:

@@ -154,8 +154,7 @@ def _pruning(job: Job, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
         "layer_groups": plan.layer_groups,
         "dropped": plan.dropped,
     }
-    if "latency" in result:
-        pruning["latency"] = result["latency"]
+    pruning |= {name: result[name] for name in ("latency", "held_out") if name in result}
     changes = Changes.of(result)
     pruning |= {"changes": changes.to_json(with_facts=False), **changes.facts}
     if "seconds" in plan.scores:

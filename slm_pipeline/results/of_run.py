@@ -52,7 +52,8 @@ def of_repair(result: Mapping[str, Any]) -> list[Number]:
 
 
 def of_pruning(result: Mapping[str, Any]) -> list[Number]:
-    """Layers and parameters left and the threshold, of a summary.json or of the merge stage's result."""
+    """Layers and parameters left, the threshold, and how far the model is from the dense one on text that a search has
+    kept to itself, of a summary.json or of the merge stage's result."""
     found = []
     if "num_layers" in result:
         found.append(Number("num_layers", result["num_layers"]["pruned"], "layers", higher_is_better=False))
@@ -63,6 +64,8 @@ def of_pruning(result: Mapping[str, Any]) -> list[Number]:
         measured = {"how": f"by the times of single blocks on {latency['device']}"}
         measured |= {name: latency[name] for name in names}
         found.append(Number("predicted_speedup", latency["predicted"], "", None, True, measured))
+    if held_out := result.get("held_out"):
+        found.append(Number("merge/kl_held_out", held_out["kl"], "nats", higher_is_better=False, detail=True))
     if result.get("threshold") is not None:
         found.append(Number("threshold", result["threshold"], detail=True))
     return found

@@ -84,7 +84,8 @@ def search_candidates(trace: Sequence[Mapping[str, Any]], path_stem: Path, *, ti
 
     Args:
         trace: a plan's ``scores.trace``: ``parameters`` of the layers, ``num_tokens`` that weights were fitted to, and
-            ``kl`` or ``loss`` in nats a token. The best of the last size on most text is marked.
+            ``kl`` or ``loss`` in nats a token, and whether it was ``accepted``: the best of those, on most text, is
+            marked.
         path_stem: where to write, without ``.png`` and ``.svg``.
         title: the picture's title.
 
@@ -93,8 +94,8 @@ def search_candidates(trace: Sequence[Mapping[str, Any]], path_stem: Path, *, ti
     """
     judged = "kl" if "kl" in trace[0] else "loss"
     tokens = sorted({row["num_tokens"] for row in trace})
-    most = [row for row in trace if row["num_tokens"] == tokens[-1]]
-    best = min(most, key=lambda row: row[judged])
+    taken = [row for row in trace if row.get("accepted", True)]
+    best = min(taken, key=lambda row: (-row["num_tokens"], row[judged]))
     with _figure(WIDTH, 3.4) as figure:
         axes = figure.subplots()
         for rank, number in enumerate(tokens, start=1):

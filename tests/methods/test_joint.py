@@ -128,6 +128,16 @@ def test_a_sublayer_that_loses_nothing_is_what_it_was(architecture, refitted):
         streams.pass_through(block)
 
 
+def test_the_trace_says_which_shape_was_taken(ask):
+    plan = joint(swaps=2).plan(ask(num_parameters=9000))
+    taken = {row["shape"] for row in plan.scores["trace"] if row["accepted"]}
+    (shape,) = taken
+    left = [[int(number) for number in word.split("x")] for word in shape.split()]
+    assert plan.layer_groups == [[layer] for layer, of in enumerate(left) if any(of)]
+    widths = {op.layers[0]: op.neurons for op in plan.ops if isinstance(op, Resize)}
+    assert widths == {layer: n for layer, (_, n) in enumerate(left) if 0 < n < 64}
+
+
 def test_protected_layers_are_narrowed_with_the_others_or_nothing_can_go(ask):
     """Where a ratio asks so, layers that stay are known to be too many; where a time does, nobody has looked."""
     problem = ask(num_parameters=3000)

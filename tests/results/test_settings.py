@@ -81,3 +81,8 @@ def test_an_average_of_before_its_limit_was_written_down_has_that_of_its_tasks(t
     # and of before numbers had keys
     summary = finished(tmp_path, 24, 20.0)
     assert numbers_of(summary)["pruned/average"].measured["limit"] == 20
+
+
+def test_how_far_a_search_ended_from_the_dense_model_is_a_number():
+    found = by_key(of_pruning({"held_out": {"kl": 0.3, "same_top_1": 0.7}}))["merge/kl_held_out"]
+    assert (found.value, found.unit, found.higher_is_better) == (0.3, "nats", False)

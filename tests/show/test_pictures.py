@@ -54,6 +54,9 @@ def test_candidates_stand_over_their_size_and_the_best_on_most_text_is_ringed(fi
     assert ring.get_offsets().tolist() == [[2, 0.6]]
     assert few.get_alpha() < most.get_alpha() == 1
     assert axes.get_xlim()[0] > axes.get_xlim()[1]  # smaller to the right
+    chosen = [{**row, "accepted": row["kl"] == 0.65} for row in trace]  # another way to fill it was the better one
+    (axes,) = figure(pictures.search_candidates, chosen, title="joint").axes
+    assert axes.collections[-1].get_offsets().tolist() == [[2, 0.65]]
 
 
 def test_search_steps_tells_accepted_rejected_and_committed_apart(figure):

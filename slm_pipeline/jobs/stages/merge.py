@@ -107,7 +107,7 @@ class Merge(Stage):
             "parameters": {"dense": counts.total, "pruned": outside_layers + sum(size.whole for size in sizes)},
             "layers": format_groups(plan.layer_groups),
             "changes": changes.to_json(),
-            **({"latency": plan.scores["latency"]} if "latency" in plan.scores else {}),
+            **{name: plan.scores[name] for name in ("latency", "held_out") if name in plan.scores},
         }
 
     def is_whole(self, job: Job, artifact: Artifact) -> bool:
