@@ -8,11 +8,13 @@ Depth: the last layers but one go, 20 and 35 % of them; the ideal is the dense m
 which no model reaches even in theory, for the head stays. Width: every feed-forward network keeps a multiple of 64
 neurons, so many that as many parameters go as with 20 % of the layers; the ideal is the ratio of the bytes that a token
 reads, all weights but the table of embeddings. In each row the dense model and the pruned one take turns in this
-process; times are those of a token after the first, with one standard error.
+process; times are those of a token after the first, with one standard error. With CUDA graphs the narrower model, and
+the dense one beside it, are compiled as well: what lies between the matrix products does not get narrower with them.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from slm_pipeline.commands.bench_results import SHAPE, Result, leave
 from slm_pipeline.errors import UserError
 from slm_pipeline.evaluation.alternated import Spread
-from slm_pipeline.evaluation.efficiency import Efficiency, efficiency
+from slm_pipeline.evaluation.efficiency import Efficiency, check_machine, efficiency
 from slm_pipeline.jobs import command_line
 from slm_pipeline.machine import memory
 from slm_pipeline.show.tables import Table
@@ -92,43 +94,55 @@ def measure_speed(words: list[str]) -> Iterator[Result]:
     rows = []
     for variant in _variants(view):
         model = apply_beside(variant.plan, view)
-        for text, setting in settings.items():
-            found = efficiency(
-                model,
-                tokenizer,
-                setting,
-                mode=measure.mode,
-                num_runs=measure.num_runs,
-                num_warmup=measure.num_warmup,
-                prompt=measure.prompt,
-                dense=lambda: dense,
-            )
-            rows.append(_row(variant, text, found))
-            print(f"{variant.name}, {text}: {found['token_speedup']:.3f} times as fast", flush=True)
-            yield _result(variant, text, found)
+        for mode, (text, setting) in itertools.product(_modes(variant, measure.mode), settings.items()):
+            name = variant.name if mode == measure.mode else f"{variant.name}, {mode}d"
+            try:
+                check_machine("evaluation.efficiency.mode", mode, job.config.model.device)
+                found = efficiency(
+                    model,
+                    tokenizer,
+                    setting,
+                    mode=mode,
+                    num_runs=measure.num_runs,
+                    num_warmup=measure.num_warmup,
+                    prompt=measure.prompt,
+                    dense=lambda: dense,
+                )
+            except (UserError, RuntimeError) as error:
+                if mode == measure.mode:
+                    raise
+                yield Result(f"decoding {text}, {name}", None, how=str(error).strip().splitlines()[0])
+                continue
+            rows.append(_row(variant, name, text, found))
+            print(f"{name}, {text}: {found['token_speedup']:.3f} times as fast", flush=True)
+            yield _result(variant, name, text, found)
         del model
         memory.free()
     print("\n" + Table(_COLUMNS, rows).markdown())
     print(f"{found['device']}; {time.monotonic() - started:.0f} s in all")
 
 
-def _result(variant: Variant, text: str, found: dict[str, Any]) -> Result:
+def _modes(variant: Variant, asked: str) -> list[str]:
+    return [asked, "compile"] if variant.is_width and asked == "graph" else [asked]
+
+
+def _result(variant: Variant, name: str, text: str, found: dict[str, Any]) -> Result:
     """Depth: of the ideal. Width: of the bytes saved, asked for where a token waits for the weights alone."""
     speedup = found["token_speedup"]
     how = f"{speedup:.3f} times as fast, ideal {variant.ideal:.3f}"
     if not variant.is_width:
-        return Result(f"decoding {text}, {variant.name}, of the ideal", speedup / variant.ideal, at_least=0.98, how=how)
+        return Result(f"decoding {text}, {name}, of the ideal", speedup / variant.ideal, at_least=0.98, how=how)
     saved = (1 - 1 / speedup) / (1 - variant.bytes_kept)
     asked = 0.9 if text.startswith("1x") else None
-    return Result(f"decoding {text}, {variant.name}, time over bytes saved", saved, at_least=asked, how=how)
+    return Result(f"decoding {text}, {name}, time over bytes saved", saved, at_least=asked, how=how)
 
 
-def _row(variant: Variant, text: str, found: dict[str, Any]) -> list[str]:
+def _row(variant: Variant, name: str, text: str, found: dict[str, Any]) -> list[str]:
     speedup = Spread(**found["spread"]["token_speedup"])
     error = "" if speedup.error is None else f" +-{speedup.error:.3f}"
-    times = [1000 * Spread.of(found["runs"][name]["token_seconds"]).median for name in ("dense", "own")]
+    times = [1000 * Spread.of(found["runs"][of]["token_seconds"]).median for of in ("dense", "own")]
     return [
-        variant.name,
+        name,
         text,
         *(f"{milliseconds:.3f}" for milliseconds in times),
         f"{speedup.median:.3f}{error}",

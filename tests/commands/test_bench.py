@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from contextlib import redirect_stdout
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from slm_pipeline.commands.bench_stages import Cost
 from slm_pipeline.config import ModelConfig
 from slm_pipeline.engine import compiled
 from slm_pipeline.errors import UserError
+from slm_pipeline.evaluation.alternated import Spread
+from slm_pipeline.evaluation.efficiency import Efficiency
 from slm_pipeline.jobs import needs
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.source import describe
@@ -147,6 +150,43 @@ def test_speed_stands_beside_what_it_could_be():
         assert float(row[6]) == pytest.approx(speedup / float(row[5]), rel=2e-3, abs=2e-3)
     with pytest.raises(UserError, match="at least 2 new ones"):
         bench_efficiency.benchmark([*shape, "evaluation.efficiency.mode=eager", "evaluation.efficiency.grid=[1x8+1]"])
+
+
+@pytest.mark.parametrize("asked", ["eager", "graph"])
+def test_with_graphs_narrower_networks_are_compiled_too_where_a_compiler_is(asked, monkeypatch):
+    def timed(model, tokenizer, setting, *, mode, **_):
+        seen.append(mode)
+        runs = {name: {"token_seconds": [2.0 if name == "dense" else 1.0] * 3} for name in ("dense", "own")}
+        spread = {"token_speedup": asdict(Spread.of([2.0] * 3))}
+        return {"token_speedup": 2.0, "spread": spread, "runs": runs, "device": "a GPU"}
+
+    def check_compiler(option, mode, device):
+        if mode == "compile" and not compilers:
+            raise UserError("there is no compiler")
+
+    seen: list[str] = []
+    compilers: list[str] = []
+    monkeypatch.setattr(bench_efficiency, "efficiency", timed)
+    monkeypatch.setattr(Efficiency, "check", lambda *_: None)  # that there is no GPU here
+    monkeypatch.setattr(Efficiency, "preflight", lambda *_: None)
+    monkeypatch.setattr("slm_pipeline.evaluation.efficiency.gpus.visible", list)
+    monkeypatch.setattr(bench_efficiency, "check_machine", check_compiler)
+    words = ["model.num_layers=10", "model.hidden_size=32", "model.intermediate_size=1232", "model.vocab_size=1120",
+             "model.num_heads=2", "model.num_kv_heads=1", f"evaluation.efficiency.mode={asked}",
+             "evaluation.efficiency.grid=[1x4+3]"]  # fmt: skip
+    found = list(bench_efficiency.measure_speed(words))
+    assert seen == [asked] * 3
+    if asked == "eager":
+        assert len(found) == 3
+    else:
+        assert found[3].got is None
+        assert found[3].what.endswith("neurons, compiled")
+        assert found[3].how == "there is no compiler"
+        compilers.append("g++")
+        compiled = list(bench_efficiency.measure_speed(words))[3]
+        assert seen[3:] == ["graph"] * 3 + ["compile"]
+        assert compiled.got == pytest.approx(found[2].got)
+        assert (compiled.at_least, found[2].at_least) == (0.9, 0.9)
 
 
 def test_what_a_benchmark_leaves_is_on_the_page_of_a_report(tmp_path):
