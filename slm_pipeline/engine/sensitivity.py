@@ -19,6 +19,8 @@ _TEXT_TOKENS = 2048  # that all variants of a layer walk at once
 class Sensitivity:
     """A model's states on some text, from which a variant of one layer costs that layer and those above it.
 
+    They lie in main memory, one layer's at a time beside the model.
+
     Args:
         view: the dense model; never changed.
         input_ids: [N, length] int64 tokens.
@@ -37,12 +39,14 @@ class Sensitivity:
         self._criterion = CRITERIA[criterion]
         self.blocks = [Block(layer) for layer in range(view.num_layers)] if blocks is None else list(blocks)
         self._input_ids = batches(input_ids.to(view.device), _TEXT_TOKENS)
-        self._runners = [BlockRunner(view, batch) for batch in self._input_ids]
-        self._states = [runner.states for runner in self._runners]
-        if blocks is not None:
-            for number, runner in enumerate(self._runners):
-                self._states[number] = _entering(runner, self.blocks)
-                del runner.states[1:-1]  # the dense model's, of which those at both ends alone are asked for
+        self._runners: list[BlockRunner] = []
+        self._states: list[list[Tensor]] = []
+        for batch in self._input_ids:
+            runner = BlockRunner(view, batch)
+            states = runner.states if blocks is None else _entering(runner, self.blocks)
+            self._states.append([state.cpu() for state in states])
+            del runner.states[1:-1]  # so that a batch's are beside the model, not the text's
+            self._runners.append(runner)
 
     def damages(self, variants: Sequence[Block]) -> list[float]:
         """Mean of the criterion over tokens, when each of ``variants`` of one layer takes its place; infinity where it

@@ -130,21 +130,27 @@ class Joint(ProtectsEnds):
     def memory(self, sizes: Sizes) -> int:
         """`Sizes.fitting` with seven eighths of the text, a second Gram matrix where leverage chooses neurons. Before,
         or of widths by layer meanwhile, candidates on ``search_tokens`` of the text that chooses: a walk that tries
-        every layer, or the states behind all layers with eight widths of a network, half of it each."""
+        every layer, or the states of a batch behind all layers with eight widths of a network, half of it each."""
         number = sizes.num_samples - sizes.num_samples // min(8, sizes.num_samples)
         matrices = 4 if self.units == "leverage" else 3
         fits = sizes.fitting(number * sizes.seq_len, sizes.tokens_at_once, matrices)
-        choose = max(1, sizes.num_samples // 8)
-        tried = replace(sizes, num_samples=min(choose, max(1, self.search_tokens // sizes.seq_len)))
+        tried = self._tried(sizes)
         beside = max(fits, tried.walking(sizes.layers))
         if self.export == "custom":
             widths = 8 * sizes.item_bytes * sizes.hidden * (sizes.inputs + 1) * sizes.neurons // 2
-            beside = max(beside, fits + tried.states(tried.tokens, sizes.layers + 12) + widths)
+            beside = max(beside, fits + tried.states(tried.batch_tokens(2048), sizes.layers + 12) + widths)
         return beside
 
     def host_memory(self, sizes: Sizes) -> int:
-        """The blocks of the model that a search for widths by layer goes on from, or the plan's."""
-        return sizes.item_bytes * sizes.layers * sizes.block_matrices
+        """The blocks of the model that a search for widths by layer goes on from, with its states on the text that
+        damages are measured on, or the plan's."""
+        states = self._tried(sizes).states(self._tried(sizes).tokens, sizes.layers) if self.export == "custom" else 0
+        return sizes.item_bytes * sizes.layers * sizes.block_matrices + states
+
+    def _tried(self, sizes: Sizes) -> Sizes:
+        """With the text that damages are measured on."""
+        choose = max(1, sizes.num_samples // 8)
+        return replace(sizes, num_samples=min(choose, max(1, self.search_tokens // sizes.seq_len)))
 
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         from slm_pipeline.engine.candidates import Candidates

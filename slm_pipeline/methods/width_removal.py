@@ -112,14 +112,20 @@ class WidthRemoval(ProtectsEnds):
         return False
 
     def memory(self, sizes: Sizes) -> int:
-        """A last projection in float32, and its square; where damages are measured, the states of their text behind
-        all layers, those of some variants, and pieces of logits."""
+        """A last projection in float32, and its square; where damages are measured, the states of a batch of their text
+        behind all layers, those of some variants, and pieces of logits."""
         scoring = 12 * sizes.hidden * max(sizes.neurons, sizes.queries)
         if self.allocation != "sensitivity":
             return scoring
         tokens = min(sizes.tokens, self.sensitivity_tokens)
-        at_once = sizes.states(tokens, sizes.layers + 12) + sizes.running(min(8192, 4 * tokens))
+        batch = min(tokens, sizes.batch_tokens(2048))
+        at_once = sizes.states(batch, sizes.layers + 12) + sizes.running(min(8192, 4 * tokens))
         return scoring + at_once + (sizes.item_bytes + 12) * min(MAX_LOGITS, tokens * sizes.vocabulary)
+
+    def host_memory(self, sizes: Sizes) -> int:
+        """The states behind all layers of the text that damages are measured on."""
+        measured = min(sizes.tokens, self.sensitivity_tokens) if self.allocation == "sensitivity" else 0
+        return sizes.states(measured, sizes.layers)
 
     def layers_left(self, num_layers: int, target: Layers) -> int:
         return num_layers
