@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from slm_pipeline.engine.candidates import Candidates
 from slm_pipeline.engine.shapes import Fitted, Shape, allocate, transferred
@@ -50,8 +51,9 @@ class Widths:
 
     def committed(self, share: float) -> list[Shape]:
         """The best shape, first, and others that were near it, as many neurons and heads going at a time as make up
-        ``share`` of the layers: then damages are measured again. It must be `possible`; none where no damages lead to
-        one that has a layer left."""
+        ``share`` of the layers: then damages are measured again. Of each time the best tilts are tried with widths
+        between those that were measured, too. It must be `possible`; none where no damages lead to a shape that has a
+        layer left."""
         shape: Shape = tuple((size.heads, size.neurons) for size in self.prices)
         step = max(1, round(share * sum(size.whole for size in self.prices)))
         base, point = None, (0.0, 0.0)
@@ -61,7 +63,8 @@ class Widths:
             point, tried = self._tilted(damages, shape, goal, point)
             if point not in tried:
                 return []
-            shape = tried[point]
+            between = self._allocated(finer(damages, shape, self.multiple_of), point, shape, goal)
+            shape = self.candidates.ranked([tried[point], *([between] if between else [])], divisor=4)[0]
             fitting, number = self.candidates.fitting, self.candidates.num_samples(4)
             base = fitting.fill(shape, number) if goal < self.remove else None
         return [shape, *(other for other in tried.values() if other != shape)]
@@ -82,12 +85,12 @@ class Widths:
 
     def _tilted(self, damages: Damages, shape: Shape, remove: int, best: Tilts) -> tuple[Tilts, dict[Tilts, Shape]]:
         """Uphill from ``best``: the tilts whose shape is best, and the shapes of all that were tried."""
-        number, depth = self.candidates.num_samples(4), len(self.prices)
+        number = self.candidates.num_samples(4)
         tried: dict[Tilts, Shape] = {}
 
         def worth(point: Tilts) -> float:
             if point not in tried:
-                found = allocate(tilted(damages, *point, depth), self.prices, remove, self.multiple_of, shape)
+                found = self._allocated(damages, point, shape, remove)
                 if found is None:  # nothing would be left
                     return math.inf
                 tried[point] = found
@@ -99,6 +102,9 @@ class Widths:
             nearest = min(around, key=worth)
             best, step = (nearest, step) if nearest != best else (best, step / 2)
         return best, tried
+
+    def _allocated(self, damages: Damages, point: Tilts, shape: Shape, remove: int) -> Shape | None:
+        return allocate(tilted(damages, *point, len(self.prices)), self.prices, remove, self.multiple_of, shape)
 
     def _damages(self, shape: Shape, base: Fitted | None) -> Damages:
         """Of each sublayer of the model of this shape, what it costs to narrow it to some widths and to none."""
@@ -122,6 +128,24 @@ class Widths:
             for level, damage in found.items():
                 memo.add(key(place, level), min(damage, 1e9))
         return {place: {n: memo[key(place, n)] for n in of} for place, of in known.items()}
+
+
+def finer(damages: Damages, shape: Shape, multiple_of: int) -> Damages:
+    """Damages of networks also at widths between those that were measured, by a quarter of the way: the root of the
+    damage lies on a straight line there, as that of a small error's square does."""
+    found = {}
+    for (layer, part), levels in damages.items():
+        found[layer, part] = dict(levels)
+        if part == "mlp":
+            known = [(shape[layer][1], 0.0), *sorted(levels.items(), reverse=True)]
+            for (wide, least), (narrow, most) in pairwise(known):
+                for quarter in (1, 2, 3):
+                    number = (wide - quarter * (wide - narrow) // 4) // multiple_of * multiple_of
+                    share = (wide - number) / (wide - narrow)
+                    root = (1 - share) * math.sqrt(max(0.0, least)) + share * math.sqrt(max(0.0, most))
+                    if narrow < number < wide:
+                        found[layer, part][number] = root**2
+    return found
 
 
 def tilted(damages: Damages, tilt: float, attention: float, num_layers: int) -> Damages:

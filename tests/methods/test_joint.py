@@ -20,7 +20,7 @@ from slm_pipeline.engine.refit import Refit
 from slm_pipeline.engine.shapes import Fitting, allocate, originals, parameters, transferred
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.engine.streams import Streams, first_changed, spans
-from slm_pipeline.engine.widths import Widths
+from slm_pipeline.engine.widths import Widths, finer
 from slm_pipeline.engine.window_memo import WindowMemo
 from slm_pipeline.errors import UserError
 from slm_pipeline.methods.joint import Joint, _parts
@@ -136,6 +136,21 @@ def test_the_trace_says_which_shape_was_taken(ask):
     assert plan.layer_groups == [[layer] for layer, of in enumerate(left) if any(of)]
     widths = {op.layers[0]: op.neurons for op in plan.ops if isinstance(op, Resize)}
     assert widths == {layer: n for layer, (_, n) in enumerate(left) if 0 < n < 64}
+
+
+def test_between_two_widths_the_root_of_the_damage_is_on_a_line():
+    shape = ((3, 16), (3, 8))
+    damages = {(0, "mlp"): {8: 0.04, 0: 0.36}, (0, "attention"): {1: 1.0}, (1, "mlp"): {4: -0.01, 0: 1.0}}
+    found = finer(damages, shape, 1)
+    assert found[0, "attention"] == {1: 1.0}
+    assert {n: round(of, 12) for n, of in found[0, "mlp"].items()} == {
+        14: 0.0025, 12: 0.01, 10: 0.0225, 8: 0.04, 6: 0.09, 4: 0.16, 2: 0.25, 0: 0.36,
+    }  # fmt: skip
+    assert {n: round(of, 12) for n, of in found[1, "mlp"].items()} == {
+        7: 0.0, 6: 0.0, 5: 0.0, 4: -0.01, 3: 0.0625, 2: 0.25, 1: 0.5625, 0: 1.0,
+    }  # fmt: skip
+    assert sorted(finer(damages, shape, 4)[0, "mlp"]) == [0, 4, 8, 12]
+    assert damages[0, "mlp"] == {8: 0.04, 0: 0.36}
 
 
 def test_protected_layers_are_narrowed_with_the_others_or_nothing_can_go(ask):
