@@ -10,10 +10,11 @@ says.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from statistics import median
+from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
 from slm_pipeline.evaluation.alternated import alternate
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     from slm_pipeline.models.view import ModelView
     from slm_pipeline.show.progress import ProgressBar
+
+log = logging.getLogger(__name__)
 
 _ROUNDS, _WARM_UP = 9, 2
 NEW = 17  # tokens of a run: 16 are timed, the first comes with the prompt
@@ -169,6 +172,7 @@ def measure(view: ModelView, *, mode: str, batch_size: int, context: int) -> Blo
             dense, rest = _turns(view.model, _model(view, [Drop(tuple(gone))]), input_ids, mode)
             progress.update()
             whole = whole or median(dense)
+            _warn_if_apart(dense, rest)
             widths, few = _widths(sizes[layers[0]]), layers[:NARROWED]
             saved = {part: _saved(view, few, part, widths[part], input_ids, mode, progress) for part in SUBLAYERS}
             found.append(Kind(layers, widths, _difference(dense, rest) / len(gone), saved))
@@ -241,6 +245,17 @@ def _turns(
         for n in ("first", "second")
     ]
     return found[0], found[1]
+
+
+def _warn_if_apart(slow: Sequence[float], fast: Sequence[float]) -> None:
+    """Say so where the middle half of the rounds lies further apart than a tenth of what they measure."""
+    low, middle, high = (1000 * of for of in quantiles([a - b for a, b in zip(slow, fast, strict=True)], n=4))
+    if high - low > 0.1 * abs(middle):
+        log.warning(
+            "time_blocks: of %d rounds the middle half found that blocks take %.3g to %.3g ms a token: a plan's speedup"
+            " is predicted no better than that. Nothing else should run on this machine meanwhile",
+            len(slow), low, high,
+        )  # fmt: skip
 
 
 def _difference(slow: Sequence[float], fast: Sequence[float]) -> float:

@@ -77,3 +77,17 @@ def test_a_narrower_block_that_seems_slower_saves_nothing(monkeypatch):
     (kind,) = times.kinds
     assert {seconds for pairs in kind.saved.values() for _, seconds in pairs} == {0.0}
     assert kind.seconds == 0.0
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.5])
+def test_rounds_that_lie_far_apart_are_warned_of(noise, monkeypatch, caplog):
+    """As on a machine that does something else meanwhile."""
+
+    def noisy(runs, **_):
+        found = pretended(runs, **_)
+        return {name: [of[0] * (1 + noise * step / 8) for step in range(9)] for name, of in found.items()}
+
+    monkeypatch.setattr(block_times, "alternate", noisy)
+    measure(ModelView(load_dense(random_source())[0]), mode="eager", batch_size=1, context=5)
+    warned = [line for line in caplog.messages if "of 9 rounds the middle half found that blocks take" in line]
+    assert bool(warned) == (noise == 0.5)
