@@ -216,10 +216,9 @@ class Fitting:
     ) -> Block:
         """The block with some of the units that its sublayer has: ``stay`` of ``here``, which are the dense one's."""
         narrow = self._resized(streams.undone(block, sublayer), sublayer, here[stay])
-        if (norm := streams.output_norm(block, sublayer)) and (
-            gains := block.replaced.get(f"{norm[0]}.weight")
-        ) is not None:
-            narrow = replace(narrow, replaced={**narrow.replaced, f"{norm[0]}.weight": gains})  # which were fitted too
+        norm = streams.output_norm(block, sublayer)
+        gains = {name: of for name, of in block.replaced.items() if norm is not None and name == f"{norm[0]}.weight"}
+        narrow = replace(narrow, replaced={**narrow.replaced, **gains})  # they were fitted, too
         columns = self._columns(block, sublayer, stay, len(here), len(sums.gram))
         prior = streams.weight(block, sublayer)[:, columns.to(sums.gram.device)]
         if not refitted:
@@ -324,11 +323,11 @@ def allocate(
     def as_shape() -> Shape:
         return tuple((shape[layer, "attention"], shape[layer, "mlp"]) for layer in range(len(sizes)))
 
-    def still() -> int:
-        """Parameters that have yet to go; both sublayers of a layer take along what is in neither."""
+    def to_go() -> int:
+        """Parameters that are still to go; a layer's last sublayer takes along what is in neither."""
         return remove - parameters(whole, sizes) + parameters(as_shape(), sizes)
 
-    missing = still()
+    missing = to_go()
     taken = []
     for _, place, high, low in sorted(stretches, key=lambda stretch: stretch[0]):
         if missing <= 0:
@@ -337,7 +336,7 @@ def allocate(
         step = multiple_of if part == "mlp" else 1
         enough = (n for n in range(high, low, -1) if n % step == 0 and _gained(size, part, high, n) >= missing)
         shape[place] = next(enough, low)
-        missing = still()
+        missing = to_go()
         taken.append((place, high))
     for place, high in reversed(taken):  # what an attention has lost too much of, networks get back
         size, here = sizes[place[0]], shape[place]
