@@ -187,8 +187,9 @@ def _changed(start: _Tried) -> Iterator[_Tried]:
             tried: _Tried | None = start
             for change in changes:
                 tried = None if tried is None else change(tried)
+            if tried is not None and changes:
+                yield tried
             if tried is not None:
-                yield from () if tried is start else (tried,)
                 yield from _smaller(tried)
 
 
@@ -224,9 +225,15 @@ def _trained_in_16_bits(tried: _Tried) -> _Tried | None:
     return tried.having("recovery.dtype=bfloat16", job=other)
 
 
+def _is_placed(tried: _Tried) -> bool:
+    """Whether the job, or a change before, says something else of where the model lies than one device."""
+    asked = {tried.job.config.model.device, *(word.removeprefix("model.device=") for word in tried.words)}
+    return bool(asked & {"balanced", "stream"})
+
+
 def _over_gpus(tried: _Tried) -> _Tried | None:
     is_there = not tried.place.is_host and len(gpus.visible()) > 1 and tried.job.config.model.source != "random"
-    if not is_there or tried.sizes.streams or tried.job.config.model.device == "balanced":
+    if not is_there or _is_placed(tried):
         return None
     return tried.having("model.device=balanced", place=Place.of("balanced"))
 
@@ -234,8 +241,7 @@ def _over_gpus(tried: _Tried) -> _Tried | None:
 def _from_disk(tried: _Tried) -> _Tried | None:
     job, sizes = tried.job, tried.sizes
     can = job.config.model.source != "random" and job.method.streams and (job.repair is None or job.repair.streams)
-    is_spread = sizes.streams or tried.place.name.startswith("on ")
-    if is_spread or not can or tried.stage.stage not in ("calibrate", "merge", "repair"):
+    if _is_placed(tried) or not can or tried.stage.stage not in ("calibrate", "merge", "repair"):
         return None
     return tried.having("model.device=stream", sizes=replace(sizes, streams=True))
 
