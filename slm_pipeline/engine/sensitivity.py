@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,10 +48,10 @@ class Sensitivity:
             del runner.states[1:-1]  # so that a batch's are beside the model, not the text's
             self._runners.append(runner)
 
-    def damages(self, variants: Sequence[Block]) -> list[float]:
-        """Mean of the criterion over tokens, when each of ``variants`` of one layer takes its place; infinity where it
-        is not finite."""
-        position = next(i for i, block in enumerate(self.blocks) if block.body == variants[0].body)
+    def damages(self, layer: int, variants: Iterable[Block]) -> list[float]:
+        """Mean of the criterion over tokens, when each of ``variants`` of this dense layer takes its place; infinity
+        where it is not finite. They may be made one at a time: a variant has been run before the next is asked for."""
+        position = next(i for i, block in enumerate(self.blocks) if block.body == layer)
         entering = [states[position] for states in self._states]
         return self._damages(variants, entering, self.blocks[position + 1 :])
 
@@ -60,10 +60,12 @@ class Sensitivity:
         return self._damages([self.blocks[-1]], [states[len(self.blocks) - 1] for states in self._states], [])[0]
 
     @torch.no_grad()
-    def _damages(self, variants: Sequence[Block], entering: Sequence[Tensor], above: Sequence[Block]) -> list[float]:
-        totals = [0.0] * len(variants)
-        for runner, input_ids, state in zip(self._runners, self._input_ids, entering, strict=True):
-            states = torch.cat([_run(runner, block, state) for block in variants])
+    def _damages(self, variants: Iterable[Block], entering: Sequence[Tensor], above: Sequence[Block]) -> list[float]:
+        batches_entering = list(zip(self._runners, entering, strict=True))
+        leaving = [[_run(runner, block, state) for runner, state in batches_entering] for block in variants]
+        totals = [0.0] * len(leaving)
+        for runner, input_ids, *states_of in zip(self._runners, self._input_ids, *leaving, strict=True):
+            states = torch.cat(states_of)
             for block in above:
                 states = _run(runner, block, states)
             sums = self._criterion.sums(runner, states.split(len(input_ids)), input_ids)

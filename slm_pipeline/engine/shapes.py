@@ -182,19 +182,19 @@ class Fitting:
                 here = kept.get((block.body, sublayer), torch.arange(self._whole(block.body, sublayer)))
                 sums = own.sums(streams, block, sublayer, plain=self._by_leverage(sublayer))
                 order = self._order(streams, block, sublayer, sums, len(here), len(here) - 1, here)
+                sums = replace(sums, plain=None)  # an n x n matrix less while there are variants
                 fewer = [number for number in levels[sublayer] if number < len(here)]
                 found = {number: float("inf") for number in fewer}
                 for refitted in self._ways(streams, block, sublayer) if fewer else ():
-                    variants = [
+                    variants = (
                         self._variant(
                             streams, block, sublayer, _stay(order[: len(here) - left], len(here)), here, sums, refitted
                         )
                         if left
                         else block.lacking(sublayer)
                         for left in fewer
-                    ]
-                    damages = sensitivity.damages(variants)
-                    del variants  # before there are others
+                    )
+                    damages = sensitivity.damages(block.body, variants)
                     found = {n: min(found[n], of - before) for n, of in zip(fewer, damages, strict=True)}
                 yield (block.body, sublayer), found
             streams.pass_through(block)

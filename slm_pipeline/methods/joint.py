@@ -128,17 +128,19 @@ class Joint(ProtectsEnds):
         return None  # known when it has searched
 
     def memory(self, sizes: Sizes) -> int:
-        """`Sizes.fitting` with seven eighths of the text, a second Gram matrix where leverage chooses neurons. Before,
-        or of widths by layer meanwhile, candidates on ``search_tokens`` of the text that chooses: a walk that tries
-        every layer, or the states of a batch behind all layers with eight widths of a network, half of it each."""
+        """`Sizes.fitting` with seven eighths of the text, a second Gram matrix where leverage chooses neurons; before
+        that a walk that tries every layer on ``search_tokens`` of the text that chooses. For widths by layer the states
+        of a batch of it behind all layers; or, while there is no second matrix, two narrowed networks, what leaves
+        eight of them, and those states of a batch in a block."""
         number = sizes.num_samples - sizes.num_samples // min(8, sizes.num_samples)
-        matrices = 4 if self.units == "leverage" else 3
-        fits = sizes.fitting(number * sizes.seq_len, sizes.tokens_at_once, matrices)
+        leverage = self.units == "leverage"
+        tokens, at_once = number * sizes.seq_len, sizes.tokens_at_once
         tried = self._tried(sizes)
-        beside = max(fits, tried.walking(sizes.layers))
+        beside = max(sizes.fitting(tokens, at_once, 3 + leverage), tried.walking(sizes.layers))
         if self.export == "custom":
-            widths = 8 * sizes.item_bytes * sizes.hidden * (sizes.inputs + 1) * sizes.neurons // 2
-            beside = max(beside, fits + tried.states(tried.batch_tokens(2048), sizes.layers + 12) + widths)
+            batch, network = tried.batch_tokens(2048), sizes.hidden * (sizes.inputs + 1) * sizes.neurons
+            leaving = tried.states(tried.tokens, 8) + 2 * sizes.item_bytes * network + tried.states(batch, 12)
+            beside = max(beside, sizes.fitting(tokens, at_once, 3) + leaving, tried.states(batch, sizes.layers + 1))
         return beside
 
     def host_memory(self, sizes: Sizes) -> int:

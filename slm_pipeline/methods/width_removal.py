@@ -258,8 +258,8 @@ class WidthRemoval(ProtectsEnds):
         for place, variants in self.variants(
             fitting, units, {place: found for place, found in levels.items() if found}
         ):
-            blocks = [variant.put(problem.view, Block(place[0]), place[1]) for variant in variants]
-            damages[place] = dict(zip(levels[place], sensitivity.damages(blocks), strict=True))
+            blocks = (variant.put(problem.view, Block(place[0]), place[1]) for variant in variants)
+            damages[place] = dict(zip(levels[place], sensitivity.damages(place[0], blocks), strict=True))
         if not any(math.isfinite(damage) for of_place in damages.values() for damage in of_place.values()):
             raise UserError(f"method={self.name}: the model's output is not finite; try model.dtype=float32")
         return damages

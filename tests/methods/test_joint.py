@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from slm_pipeline.config.groups import build
 from slm_pipeline.engine import shapes
 from slm_pipeline.engine.candidates import Candidates
 from slm_pipeline.engine.refit import Refit
+from slm_pipeline.engine.sensitivity import Sensitivity
 from slm_pipeline.engine.shapes import Fitting, allocate, originals, parameters, transferred
 from slm_pipeline.engine.statistics import collect
 from slm_pipeline.engine.streams import Streams, first_changed, spans
@@ -402,6 +405,34 @@ def test_samples_that_overlap_are_fitted_or_choose_and_not_both(caplog):
     same = torch.zeros(4, 50, dtype=torch.int64)
     assert [len(rows) for rows in _parts(same)] == [2, 1, 1]
     assert "all calibration samples overlap" in caplog.messages[0]
+
+
+@torch.no_grad()
+def test_variants_of_a_layer_are_made_one_at_a_time():
+    """At the 7B shape eight of a network take a gigabyte."""
+    _, model = lively()
+    view = ModelView(model)
+    ids = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(2))
+    sensitivity = Sensitivity(view, ids)
+    made: list[weakref.ref] = []
+    alive = []
+
+    def variants():
+        for scale in (1.0, 0.5, 0.0, 2.0):
+            weight = scale * view.layers[2].mlp.down_proj.weight.detach()
+            made.append(weakref.ref(weight))
+            alive.append(sum(of() is not None for of in made))
+            yield Block(2, {"mlp.down_proj.weight": weight})
+
+    damages = sensitivity.damages(2, variants())
+    assert max(alive) <= 2
+    assert damages[0] == pytest.approx(0, abs=1e-6)
+    dense = model(ids).logits.log_softmax(dim=-1)
+    for damage, scale in zip(damages[1:], (0.5, 0.0, 2.0), strict=True):
+        other = copy.deepcopy(model)
+        other.model.layers[2].mlp.down_proj.weight *= scale
+        changed = other(ids).logits.log_softmax(dim=-1)
+        assert damage == pytest.approx(float((dense.exp() * (dense - changed)).sum(dim=-1).mean()), rel=1e-4)
 
 
 @torch.no_grad()
