@@ -11,7 +11,7 @@ slm-bench performance decode model.num_layers=4 ...     another shape; words wit
 | sleb | beside the published loop, likewise |
 | end_to_end | load, calibrate, SLM, save and verify in one command, from weights on disk; needs 40 GB there |
 | decode | `slm-bench efficiency` |
-| joint | depth and width together, and the refit |
+| joint | depth and width together, with one width and with widths by layer, and the refit |
 | stream | 70B, blocks on disk: ShortGPT, SLM, refit; needs 16 GB of disk and of page cache |
 | memory | what each stage takes beside what was estimated before, at this shape and at that of TinyLlama-1.1B |
 | two_gpus | calibration, refit and SLEB by ``slm`` alone and under ``torchrun``, without the making of weights |
@@ -39,6 +39,7 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.jobs import command_line, needs
 from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.steps import steps
+from slm_pipeline.methods.joint import EXPORTS
 from slm_pipeline.recovery.lora import Lora
 from slm_pipeline.store.files import write_text
 
@@ -193,17 +194,20 @@ def decode(words: list[str]) -> Iterator[Result]:
 
 
 def joint(words: list[str]) -> Iterator[Result]:
-    with scratch([*SHAPE, *words], _GROUP) as folder:
-        words = ["method=joint", "pruning_ratio=r20", "repair=refit", *_PLAN_ONLY, *SHAPE, *words]
-        costs = run_slm(words, folder)
-    stages = ["calibrate", "merge", "repair"]
-    yield from of_stages("joint, r20", costs, stages)
-    yield Result("joint, r20: all of it", sum(costs[stage].seconds for stage in stages), "s", at_most=900)
-    sizes = needs.sizes_of(_job(words))
+    """The search and its refit, in the dense model's class and with widths by layer."""
+    sizes = needs.sizes_of(_job([*SHAPE, *words]))
     assert sizes is not None  # random weights have a shape
-    peak, weights = costs["command"].peak_gb, sizes.weights / 1e9
-    how = f"{peak:.2f} of {weights:.2f} GB"
-    yield Result("joint, r20: its peak, of the weights", peak / weights, at_most=1.6, how=how)
+    stages = ["calibrate", "merge", "repair"]
+    for export in EXPORTS:
+        name = f"joint, {export}, r20"
+        asked = ["method=joint", f"method.export={export}", "pruning_ratio=r20", "repair=refit", *_PLAN_ONLY]
+        with scratch([*SHAPE, *words], _GROUP) as folder:
+            costs = run_slm([*asked, *SHAPE, *words], folder)
+        yield from of_stages(name, costs, stages)
+        yield Result(f"{name}: all of it", sum(costs[stage].seconds for stage in stages), "s", at_most=900)
+        peak, weights = costs["command"].peak_gb, sizes.weights / 1e9
+        how = f"{peak:.2f} of {weights:.2f} GB"
+        yield Result(f"{name}: its peak, of the weights", peak / weights, at_most=1.6, how=how)
 
 
 def stream(words: list[str]) -> Iterator[Result]:
