@@ -11,7 +11,7 @@ slm-bench performance decode model.num_layers=4 ...     another shape; words wit
 | sleb | beside the published loop, likewise |
 | end_to_end | load, calibrate, SLM, save and verify in one command, from weights on disk; needs 40 GB there |
 | decode | `slm-bench efficiency` |
-| joint | depth and width together, with one width and with widths by layer, and the refit |
+| joint, joint_custom | depth and width together, with one width and with widths by layer, and the refit |
 | stream | 70B, blocks on disk: ShortGPT, SLM, refit; needs 16 GB of disk and of page cache |
 | memory | what each stage takes beside what was estimated before, at this shape and at that of TinyLlama-1.1B |
 | two_gpus | calibration, refit and SLEB by ``slm`` alone and under ``torchrun``, without the making of weights |
@@ -30,6 +30,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from slm_pipeline.commands import bench_efficiency, bench_methods, bench_recovery, bench_results, bench_shards
@@ -39,7 +40,6 @@ from slm_pipeline.errors import UserError
 from slm_pipeline.jobs import command_line, needs
 from slm_pipeline.jobs.job import Job
 from slm_pipeline.jobs.steps import steps
-from slm_pipeline.methods.joint import EXPORTS
 from slm_pipeline.recovery.lora import Lora
 from slm_pipeline.store.files import write_text
 
@@ -64,10 +64,13 @@ def performance(words: list[str]) -> None:
             for result in PIECES[name]([*_text(overrides), *overrides]):
                 results.append(result)
                 print(", ".join(filter(None, result.cells())), flush=True)
+                # a piece takes minutes: however it ends, what it had found is there
+                bench_results.write(_GROUP, job, [name, *overrides], results, folder / name)
             results.append(Result(f"{name}: the whole piece", time.monotonic() - started, "s"))
-        finally:  # of a piece that is ended there is what it had found
+            bench_results.write(_GROUP, job, [name, *overrides], results, folder / name)
+        finally:
             if results:
-                bench_results.leave(_GROUP, job, [name, *overrides], results, folder / name)
+                bench_results.draw(_GROUP, results, folder / name)
     print(table(folder))
 
 
@@ -193,21 +196,19 @@ def decode(words: list[str]) -> Iterator[Result]:
     yield from bench_efficiency.measure_speed([word for word in words if not word.startswith("calibration")])
 
 
-def joint(words: list[str]) -> Iterator[Result]:
-    """The search and its refit, in the dense model's class and with widths by layer."""
+def joint(words: list[str], export: str = "stock") -> Iterator[Result]:
+    """The search and its refit."""
+    name, stages = f"joint, {export}, r20", ["calibrate", "merge", "repair"]
+    with scratch([*SHAPE, *words], _GROUP) as folder:
+        asked = ["method=joint", f"method.export={export}", "pruning_ratio=r20", "repair=refit", *_PLAN_ONLY]
+        costs = run_slm([*asked, *SHAPE, *words], folder)
+    yield from of_stages(name, costs, stages)
+    yield Result(f"{name}: all of it", sum(costs[stage].seconds for stage in stages), "s", at_most=900)
     sizes = needs.sizes_of(_job([*SHAPE, *words]))
     assert sizes is not None  # random weights have a shape
-    stages = ["calibrate", "merge", "repair"]
-    for export in EXPORTS:
-        name = f"joint, {export}, r20"
-        asked = ["method=joint", f"method.export={export}", "pruning_ratio=r20", "repair=refit", *_PLAN_ONLY]
-        with scratch([*SHAPE, *words], _GROUP) as folder:
-            costs = run_slm([*asked, *SHAPE, *words], folder)
-        yield from of_stages(name, costs, stages)
-        yield Result(f"{name}: all of it", sum(costs[stage].seconds for stage in stages), "s", at_most=900)
-        peak, weights = costs["command"].peak_gb, sizes.weights / 1e9
-        how = f"{peak:.2f} of {weights:.2f} GB"
-        yield Result(f"{name}: its peak, of the weights", peak / weights, at_most=1.6, how=how)
+    peak, weights = costs["command"].peak_gb, sizes.weights / 1e9
+    how = f"{peak:.2f} of {weights:.2f} GB"
+    yield Result(f"{name}: its peak, of the weights", peak / weights, at_most=1.6, how=how)
 
 
 def stream(words: list[str]) -> Iterator[Result]:
@@ -361,6 +362,7 @@ PIECES: dict[str, Callable[[list[str]], Iterable[Result]]] = {
     "end_to_end": end_to_end,
     "decode": decode,
     "joint": joint,
+    "joint_custom": partial(joint, export="custom"),
     "stream": stream,
     "memory": memory,
     "two_gpus": two_gpus,

@@ -83,18 +83,27 @@ def conditions(program: Sequence[str], words: Sequence[str], model: str) -> dict
     }
 
 
-def leave(group: str, job: Job, words: Sequence[str], results: Sequence[Result], folder: Path | None = None) -> Path:
-    """Write ``bench_<group>.json`` and its picture, and return the folder: ``<output_dir>/bench/<group>/<time>``."""
+def leave(group: str, job: Job, words: Sequence[str], results: Sequence[Result]) -> None:
+    """Write ``bench_<group>.json`` and its picture below ``<output_dir>/bench/<group>/<time>``, and say so."""
     now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-    folder = folder or Path(job.config.output_dir).expanduser() / "bench" / group / now
+    folder = Path(job.config.output_dir).expanduser() / "bench" / group / now
+    write(group, job, words, results, folder)
+    draw(group, results, folder)
+
+
+def write(group: str, job: Job, words: Sequence[str], results: Sequence[Result], folder: Path) -> None:
+    """Write ``bench_<group>.json`` in the place of one that has fewer results."""
     header = conditions(["slm-bench", group], words, job.source.name)
     write_json(folder / f"bench_{group}.json", header | {"results": [asdict(result) for result in results]})
+
+
+def draw(group: str, results: Sequence[Result], folder: Path) -> None:
+    """The picture beside it; says where both are."""
     bars([(one.what, one.got, one.unit, one.at_least or one.at_most) for one in results], folder / f"bench_{group}")
     print(f"wrote {folder / f'bench_{group}.json'}")
-    return folder
 
 
 def read(file: Path) -> tuple[dict[str, Any], list[Result]]:
-    """What `leave` wrote: the conditions, and the results."""
+    """What `write` wrote: the conditions, and the results."""
     content = json.loads(file.read_text(encoding="utf-8"))
     return content, [Result(**result) for result in content.pop("results")]

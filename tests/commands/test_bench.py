@@ -243,6 +243,20 @@ def test_pieces_of_the_performance_table_are_put_together(tmp_path, monkeypatch,
         bench_performance.performance(["table", f"output_dir={tmp_path / 'other'}"])
 
 
+def test_what_a_piece_has_found_is_on_disk_before_it_goes_on(tmp_path, monkeypatch):
+    """A machine that is taken back in the middle takes nothing along that was printed."""
+    file, found = tmp_path / "bench" / "performance" / "sleb" / "bench_performance.json", []
+
+    def piece(words):
+        for number in (1.5, 2.5):
+            yield Result("SLEB", number)
+            found.append([result["got"] for result in json.loads(file.read_text())["results"]])
+
+    monkeypatch.setitem(bench_performance.PIECES, "sleb", piece)
+    bench_performance.performance(["sleb", f"output_dir={tmp_path}"])
+    assert found == [[1.5], [1.5, 2.5]]
+
+
 def test_a_search_that_cannot_be_compiled_leaves_the_other_rows(monkeypatch):
     def ours(method, problem, repeats=1):
         if method.compile:
