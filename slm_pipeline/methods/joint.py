@@ -38,6 +38,7 @@ UNITS = ("leverage", "obs")
 OBJECTIVES = ("kl_divergence", "next_token_loss")
 JUDGED = ("repaired", "pruned")
 _DIFFER = "method=joint needs layers that are alike; this model's differ in heads or neurons"
+_HOURS = 10**12  # parameters of layers times tokens, from which a search takes hours without a GPU
 VERSION = 8  # raised when the same candidate gets another number
 
 
@@ -166,6 +167,12 @@ class Joint(ProtectsEnds):
         remove = problem.target.remove
         if isinstance(problem.target, Layers):
             remove = remove * sum(size.whole for size in sizes) // len(sizes)
+        if view.device.type == "cpu" and sum(size.whole for size in sizes) * problem.input_ids.numel() > _HOURS:
+            log.warning(
+                "joint: without a GPU a search of this model with %s tokens takes hours; experiment=joint_two_cores is"
+                " a small one",
+                count(problem.input_ids.numel()),
+            )
         fit, choose, tell = _parts(problem.input_ids)
         fitting = Fitting(
             view, fit, choose, sizes, Refit(ridges=self.ridges), units=self.units, fixed=self._massive(problem),

@@ -26,6 +26,7 @@ from slm_pipeline.engine.streams import Streams, first_changed, spans
 from slm_pipeline.engine.widths import Widths, finer
 from slm_pipeline.engine.window_memo import WindowMemo
 from slm_pipeline.errors import UserError
+from slm_pipeline.methods import joint as joint_module
 from slm_pipeline.methods.joint import Joint, _parts
 from slm_pipeline.models.loading import load_dense
 from slm_pipeline.models.view import ModelView
@@ -405,6 +406,16 @@ def test_samples_that_overlap_are_fitted_or_choose_and_not_both(caplog):
     same = torch.zeros(4, 50, dtype=torch.int64)
     assert [len(rows) for rows in _parts(same)] == [2, 1, 1]
     assert "all calibration samples overlap" in caplog.messages[0]
+
+
+def test_a_search_that_takes_hours_without_a_gpu_says_so(ask, monkeypatch, caplog):
+    problem = ask(num_parameters=3000)
+    joint(depths=2, swaps=0).plan(problem)
+    assert "without a GPU" not in caplog.text
+    whole = sum(size.whole for size in layer_sizes(problem.view))
+    monkeypatch.setattr(joint_module, "_HOURS", 12 * 16 * whole - 1)
+    joint(depths=2, swaps=0).plan(problem)
+    assert "without a GPU a search of this model with 192 tokens takes hours; experiment=joint_two_cores" in caplog.text
 
 
 @torch.no_grad()
