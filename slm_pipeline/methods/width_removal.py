@@ -113,13 +113,14 @@ class WidthRemoval(ProtectsEnds):
 
     def memory(self, sizes: Sizes) -> int:
         """A last projection in float32, and its square; where damages are measured, the states of a batch of their text
-        behind all layers, those of some variants, and pieces of logits."""
+        behind all layers, what leaves some variants for all of it, and pieces of logits."""
         scoring = 12 * sizes.hidden * max(sizes.neurons, sizes.queries)
         if self.allocation != "sensitivity":
             return scoring
         tokens = min(sizes.tokens, self.sensitivity_tokens)
         batch = min(tokens, sizes.batch_tokens(2048))
-        at_once = sizes.states(batch, sizes.layers + 12) + sizes.running(min(8192, 4 * tokens))
+        states = sizes.states(batch, sizes.layers) + sizes.states(tokens, 12)
+        at_once = states + sizes.running(min(8192, 4 * tokens))
         return scoring + at_once + (sizes.item_bytes + 12) * min(MAX_LOGITS, tokens * sizes.vocabulary)
 
     def host_memory(self, sizes: Sizes) -> int:
