@@ -15,6 +15,8 @@ from torch import Tensor
 
 from slm_pipeline.errors import UserError
 
+_COLUMNS = 1024  # of a triangle's inverse at a time
+
 
 class Gram:
     """X X' of a linear layer's inputs, summed while they stream.
@@ -36,7 +38,7 @@ class Gram:
         rows = inputs.flatten(0, -2).float()
         left = rows if weights is None else rows * weights.flatten().to(rows)[:, None]
         with full_float32():
-            self.matrix += (left.T @ rows).to(self.matrix)
+            self.matrix += (left.T @ rows).to(self.matrix.device)  # a GPU adds float32 as it is, with no copy
         self.num_tokens += len(rows)
 
 
@@ -71,10 +73,13 @@ def solve(gram: Tensor, moment: Tensor, *, prior: Tensor | None = None, penalty:
     Raises:
         UserError: X X' + lam I has no inverse.
     """
-    moment = moment.double()
+    right = moment.to(torch.float64, copy=True)
     if prior is not None:
-        moment = moment + penalty * prior.to(moment)
-    return torch.cholesky_solve(moment.T, _factor(gram, penalty)).T
+        right += penalty * prior.to(right)
+    factor = _factor(gram, penalty)
+    for triangle, upper in ((factor, False), (factor.mT, True)):  # in place: torch.cholesky_solve copies both
+        torch.linalg.solve_triangular(triangle, right.mT, upper=upper, out=right.mT)
+    return right
 
 
 def refit(weight: Tensor, gram: Tensor, kept: Tensor, *, penalty: float = 0.0) -> Tensor:
@@ -155,8 +160,10 @@ def removal_order(
     while (missing := remove - len(order)) > 0:
         blocks = inverse.view(number, size, number, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         blocks = torch.where(stays[:, None, None], identity, blocks)  # what is gone has a block of zeros
-        of_block = left.view(-1, number, size).transpose(0, 1)
-        costs = (torch.linalg.inv(blocks) * (of_block.mT @ of_block)).sum(dim=(1, 2))
+        of_block = left.view(-1, number, size).permute(1, 2, 0)
+        factors, failed = torch.linalg.cholesky_ex(blocks)  # not by LU: with threads MKL's fails on several at once
+        costs = torch.linalg.solve_triangular(factors, of_block, upper=False).square().sum(dim=(1, 2))
+        costs[failed > 0] = torch.finfo(costs.dtype).max  # by rounding: all but nothing of it is free of the others
         chosen = costs.masked_fill(stays, torch.inf).argsort(stable=True)[: min(at_a_time, missing)]
         stays[chosen] = True
         order += chosen.tolist()
@@ -171,16 +178,26 @@ def removal_order(
 def leverage_scores(gram: Tensor, *, penalty: float) -> Tensor:
     """[n] float64 ridge leverage scores, the diagonal of G (G + penalty I)^-1, each in [0, 1): the higher, the less a
     channel is a combination of the others."""
-    inverse = torch.cholesky_inverse(_factor(gram, penalty))
-    return 1 - penalty * inverse.diagonal()
+    factor, scores = _factor(gram, penalty), torch.empty(len(gram), dtype=torch.float64, device=gram.device)
+    for start in range(0, len(gram), _COLUMNS):  # of the inverse's diagonal, as the columns' squares of the factor's
+        columns = torch.zeros(len(gram), min(_COLUMNS, len(gram) - start), dtype=torch.float64, device=gram.device)
+        columns[start:].fill_diagonal_(1.0)
+        found = torch.linalg.solve_triangular(factor, columns, upper=False)
+        scores[start : start + columns.shape[1]] = 1 - penalty * found.square().sum(dim=0)
+    return scores
 
 
 def _factor(gram: Tensor, penalty: float) -> Tensor:
-    """Cholesky factor of G + penalty I."""
-    damped = gram.double().clone()
-    damped.diagonal().add_(penalty)
-    factor, failed = torch.linalg.cholesky_ex(damped)
+    """Cholesky factor of G + penalty I, in the place of its one copy: at 7B each of this size is a gigabyte."""
+    factor = gram.to(torch.float64, copy=True).mT  # symmetric; LAPACK works in place where columns lie in one piece
+    factor.diagonal().add_(penalty)
+    _, failed = torch.linalg.cholesky_ex(factor, out=(factor, torch.empty(0, dtype=torch.int32, device=gram.device)))
     if int(failed) or not bool(factor.diagonal().isfinite().all()):  # each sees its whole row
-        what = "are linearly dependent; use a larger ridge" if bool(damped.isfinite().all()) else "are not finite"
+        what = "are linearly dependent; use a larger ridge" if is_finite(gram) else "are not finite"
         raise UserError(f"least squares: the inputs of a projection {what}")
     return factor
+
+
+def is_finite(matrix: Tensor) -> bool:
+    """Whether all entries are, by their sum, for which no copy is made; entries are far from what overflows."""
+    return bool(matrix.sum().isfinite())

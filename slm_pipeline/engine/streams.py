@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slm_pipeline.engine.blocks import BlockRunner, max_logit_rows, rows_at_once
 from slm_pipeline.engine.layerwise import Stream
-from slm_pipeline.engine.least_squares import Gram, full_float32
+from slm_pipeline.engine.least_squares import Gram, full_float32, is_finite
 from slm_pipeline.errors import UserError
 from slm_pipeline.machine.ranks import Share
 from slm_pipeline.models.view import ModelView
@@ -87,7 +87,7 @@ class _SumsSoFar:
         self._gram.add(inputs, weights)
         weighted = targets * weights[:, None]
         with full_float32():
-            self._moment += (weighted.T @ inputs.float()).double()
+            self._moment += weighted.T @ inputs.float()
         self._energy += float((weighted.double() * targets.double()).sum())
 
     def sums(self, not_finite: str) -> Sums:
@@ -95,7 +95,7 @@ class _SumsSoFar:
         assert self._gram is not None
         assert self._moment is not None
         sums = Sums(self._gram.matrix, self._moment, self._energy)
-        if not (math.isfinite(sums.energy) and bool(sums.gram.isfinite().all()) and bool(sums.moment.isfinite().all())):
+        if not (math.isfinite(sums.energy) and is_finite(sums.gram) and is_finite(sums.moment)):
             raise UserError(f"{not_finite}; try model.dtype=float32")
         return sums
 

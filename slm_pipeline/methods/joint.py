@@ -95,7 +95,7 @@ class Joint(ProtectsEnds):
     commit: Annotated[float, Range(above=0, at_most=1)] = 0.1
     search_tokens: Count = 8192  # that the greedy search, or each width of a sublayer, is measured on
     multiple_of: Count = 1  # neurons that stay are a multiple, such as 64
-    transfers: Annotated[int, Range(at_least=0, at_most=10_000)] = 32  # custom: tried, of units between two sublayers
+    transfers: Annotated[int, Range(at_least=0, at_most=10_000)] = 8  # custom: tried, of units between two sublayers
     swaps: Annotated[int, Range(at_least=0, at_most=1000)] = 8  # exchanges tried at the end; 0: none
     massive: Annotated[float, Range(above=0, at_most=1e6)] | None = 100.0  # as for obs: neurons that stay; null: off
     published_calibration: CalibrationSize = field(default_factory=lambda: CalibrationSize(64, 512))
@@ -129,19 +129,21 @@ class Joint(ProtectsEnds):
         return None  # known when it has searched
 
     def memory(self, sizes: Sizes) -> int:
-        """`Sizes.fitting` with seven eighths of the text, a second Gram matrix where leverage chooses neurons; before
-        that a walk that tries every layer on ``search_tokens`` of the text that chooses. For widths by layer the states
-        of a batch of it behind all layers; or, while there is no second matrix, two narrowed networks, what leaves
-        eight of them, and those states of a batch in a block."""
+        """`Sizes.fitting` with seven eighths of the text, a second Gram matrix where leverage chooses neurons, its
+        inverse where the optimal brain surgeon does; before that a walk that tries every layer on ``search_tokens`` of
+        the text that chooses. For widths by layer the states of a batch of it behind all layers; or what leaves eight
+        narrowed networks, and the states of a batch in a block, beside two Gram matrices, of all inputs and of those
+        that stay."""
         number = sizes.num_samples - sizes.num_samples // min(8, sizes.num_samples)
-        leverage = self.units == "leverage"
+        more = {"grams": 2} if self.units == "leverage" else {"inverses": 2}
         tokens, at_once = number * sizes.seq_len, sizes.tokens_at_once
         tried = self._tried(sizes)
-        beside = max(sizes.fitting(tokens, at_once, 3 + leverage), tried.walking(sizes.layers))
+        beside = max(sizes.fitting(tokens, at_once, **more), tried.walking(sizes.layers))
         if self.export == "custom":
-            batch, network = tried.batch_tokens(2048), sizes.hidden * (sizes.inputs + 1) * sizes.neurons
-            leaving = tried.states(tried.tokens, 8) + 2 * sizes.item_bytes * network + tried.states(batch, 12)
-            beside = max(beside, sizes.fitting(tokens, at_once, 3) + leaving, tried.states(batch, sizes.layers + 1))
+            batch = tried.batch_tokens(2048)
+            leaving = tried.states(tried.tokens, 8) + tried.states(batch, 12)
+            variants = sizes.fitting(tokens, at_once, grams=2) + leaving
+            beside = max(beside, variants, tried.states(batch, sizes.layers + 1))
         return beside
 
     def host_memory(self, sizes: Sizes) -> int:

@@ -194,3 +194,51 @@ def test_leverage_scores_are_the_diagonal_of_the_hat_matrix():
     gram = inputs @ inputs.T
     expected = (gram @ torch.linalg.inv(gram + 5.0 * torch.eye(6))).diagonal()
     torch.testing.assert_close(leverage_scores(gram, penalty=5.0), expected)
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_wide_blocks_go_in_order_on_several_threads():
+    """Groups of 192 columns, as SmolLM2's heads: MKL's LU of several such matrices at once fails on two threads."""
+    size, generator = 192, torch.Generator().manual_seed(0)
+    inputs = torch.randn(3 * size, 2000, generator=generator, dtype=torch.float64)
+    weight = torch.randn(8, 3 * size, generator=generator, dtype=torch.float64)
+    for block, factor in enumerate((2.0, 0.1, 1.0)):
+        weight[:, block * size : (block + 1) * size] *= factor
+    order = removal_order(weight, inputs @ inputs.T, 2, size=size, penalty=1.0)
+    assert order.tolist() == [1, 2]
+
+
+def test_a_block_that_rounding_leaves_no_inverse_goes_last():
+    """Two of three blocks are alike but for 1e-9: what is free of each in the other is lost in rounding."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 2, 50, generator=generator, dtype=torch.float64)
+    inputs = torch.cat([one, other, one * (1 + 1e-9)])
+    order = removal_order(torch.ones(3, 6).double(), inputs @ inputs.T, 3, size=2, penalty=1e-9)
+    assert sorted(order.tolist()) == [0, 1, 2]
+    assert order[0] in (0, 2)
+
+
+def test_leverage_of_more_channels_than_are_looked_at_at_once(monkeypatch):
+    monkeypatch.setattr("slm_pipeline.engine.least_squares._COLUMNS", 4)
+    _, inputs = projection(num_channels=10)
+    gram = inputs @ inputs.T
+    expected = (gram @ torch.linalg.inv(gram + 0.5 * torch.eye(10))).diagonal()
+    torch.testing.assert_close(leverage_scores(gram, penalty=0.5), expected)
+
+
+def test_nothing_that_is_solved_with_changes():
+    weight, inputs = projection()
+    gram, moment, prior = inputs @ inputs.T, weight @ inputs @ inputs.T, torch.ones_like(weight)
+    before = [tensor.clone() for tensor in (gram, moment, prior)]
+    for given in (prior, None):
+        solve(gram, moment, prior=given, penalty=0.1)
+    leverage_scores(gram, penalty=0.1)
+    assert all(torch.equal(now, then) for now, then in zip((gram, moment, prior), before, strict=True))

@@ -52,13 +52,17 @@ def test_states_are_counted_by_batch():
 
 def test_a_fit_takes_states_of_its_text_and_matrices_of_the_widest_projection():
     gram, weight = 8 * 40 * 40, 8 * 40 * 32
-    states = 4 * 4 * 32  # of one token
-    assert SMALL.fitting(96, 1) == 96 * states + 4 * gram + gram // 4 + 4 * weight
-    assert SMALL.fitting(96, 1, matrices=4) - SMALL.fitting(96, 1) == gram
-    many = 5 * gram // 2 + weight + 1000 * (40 * (4 + 8) + 5 * 4 * 32)  # that what streams in exceeds
-    assert replace(SMALL, vocabulary=8).fitting(96, 1000) == 96 * states + many
-    assert SMALL.fitting(96, 1000) == 96 * states + 5 * 4 * 1000 * 512  # and that, at the top, logits
-    assert replace(SMALL, queries=48).fitting(0, 1) == int(4.25 * 8 * 48 * 48) + 4 * 8 * 48 * 32
+    kept = 96 * 4 * 4 * 32 + 2 * 4 * (BLOCK - 2 * 32)  # four states of each token, a block and a module
+    assert SMALL.fitting(96, 1) == kept + 2 * gram + 4 * weight
+    assert SMALL.fitting(96, 1, grams=2) == SMALL.fitting(96, 1, inverses=1) == kept + 3 * gram + 4 * weight
+    token = 40 * (4 + 8) + 5 * 4 * 32
+    few = replace(SMALL, vocabulary=8)
+    assert few.fitting(96, 1000) == kept + 3 * gram // 2 + weight + 1000 * token  # that what streams in exceeds
+    assert few.fitting(96, 1000, grams=2) - few.fitting(96, 1000) == gram
+    assert replace(few, on_host=True).fitting(96, 1000) - few.fitting(96, 1000) == gram
+    assert SMALL.fitting(96, 1000) == kept + 5 * 4 * 1000 * 512  # and that, at the top, logits
+    wide = replace(SMALL, queries=48)
+    assert wide.fitting(0, 1) == 2 * 4 * wide.block_matrices + 2 * 8 * 48 * 48 + 4 * 8 * 48 * 32
 
 
 OUTSIDE = 2 * 512 * 32 + 32
@@ -148,31 +152,35 @@ LLAMA_2_7B = [
 ]  # fmt: skip
 
 
+GRAM, WEIGHT = 8 * 11008**2, 8 * 11008 * 4096
+BATCH = 8192 * (11008 * (2 + 8) + 5 * 4 * 4096)  # tokens that go through a block, and what they are fitted with
+
+
 @pytest.mark.parametrize(
-    ("asked", "matrices", "more"),
+    ("asked", "fit", "more"),
     [
-        (["method=joint"], 4, 0),
-        (["method=joint", "method.units=obs"], 3, 0),
-        # what eight variants put out for 4,096 tokens, 12 states of 2,048 of them, and two networks
-        (["method=joint", "method.export=custom"], 3, (8 * 4096 + 12 * 2048) * 4096 * 2 + 2 * 2 * 3 * 4096 * 11008),
+        (["method=joint"], 5 * GRAM // 2 + WEIGHT + BATCH, 0),
+        (["method=joint", "method.units=obs"], 4 * GRAM + 4 * WEIGHT, 0),
+        # what eight variants put out for 4,096 tokens, 12 states of 2,048 of them
+        (["method=joint", "method.export=custom"], 5 * GRAM // 2 + WEIGHT + BATCH, (8 * 4096 + 12 * 2048) * 4096 * 2),
     ],
     ids=["stock", "obs", "custom"],
 )
 def test_a_joint_search_at_the_7b_shape_takes_its_weights_its_text_and_some_gram_matrices(
-    asked, matrices, more, tmp_path, monkeypatch
+    asked, fit, more, tmp_path, monkeypatch
 ):
     job = compose_job(["slm"], [*job_of(tmp_path, "pruning_ratio=r20", "repair=refit"), *LLAMA_2_7B, *asked])
     sizes, gpu = needs.sizes_of(job), needs.Place("of GPU memory", 79_000_000_000, False)
     monkeypatch.setattr(needs.Place, "of", lambda device: gpu)
-    gram, weight, state = 8 * 11008**2, 8 * 11008 * 4096, 2 * 4096
+    state, blocks = 2 * 4096, 2 * 2 * (4 * 4096**2 + 3 * 4096 * 11008)
     search = needs.need(stage_of(job, "merge"), job).num_bytes
     kept = 4 * 56 * 512 * state  # 48 samples fit, 8 choose
-    assert search == sizes.weights + kept + (matrices + 1) * gram + gram // 4 + 4 * weight + more
-    assert search < 1.56 * sizes.weights
+    assert search == sizes.weights + blocks + kept + fit + more
+    assert search < 1.53 * sizes.weights
     states = 8 * 512 * 4096 * 2 * 32 if more else 0  # of the 8 samples that choose
     assert job.method.host_memory(sizes) == 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) + states
     repair = needs.need(stage_of(job, "repair"), job)
-    assert repair.num_bytes == sizes.weights + 4 * 128 * 512 * state + 4 * gram + gram // 4 + 4 * weight
+    assert repair.num_bytes == sizes.weights + blocks + 4 * 128 * 512 * state + 3 * GRAM // 2 + WEIGHT + BATCH
     monkeypatch.setattr(needs.Place, "of", lambda device: replace(gpu, num_bytes=repair.num_bytes - 1))
     assert needs.need(stage_of(job, "repair"), job).advice == (
         "repair.calibration.num_samples=64 would fit, by the estimate"
@@ -185,7 +193,7 @@ def test_new_weights_and_blocks_lie_in_main_memory(tmp_path):
 
     def beside_a_fit(name, tokens):
         stage, host = stage_of(job, name), needs.need(stage_of(job, name), job).num_bytes
-        fits = sizes.fitting(tokens, 512, matrices=4 if name == "merge" else 3)
+        fits = sizes.fitting(tokens, 512, grams=2 if name == "merge" else 1)
         return host - sizes.weights - fits - needs._OF_PROCESS[stage.stage] - needs._OF_TOKEN * 4096
 
     assert beside_a_fit("merge", 56 * 128) == 4 * 8 * (4 * 1024**2 + 3 * 1024 * 4096)  # one model's blocks
@@ -223,7 +231,7 @@ def test_the_smallest_change_that_fits_is_named(stage, less, advice, tmp_path, m
         (["recovery=full"], "recover", 0.95, "recovery.micro_batch_size=2 would fit"),
         (["recovery=full"], "recover", 0.4, "model.dtype=bfloat16 recovery=lora recovery.micro_batch_size=2 would fit"),
         (["recovery=lora"], "recover", 0.5, "model.dtype=bfloat16 recovery.gradient_checkpointing=true recovery.mic"),
-        (["repair=refit"], "repair", 0.6, "model.dtype=bfloat16 repair.calibration.num_samples=16 would fit"),
+        (["repair=refit"], "repair", 0.6, "model.dtype=bfloat16 repair.calibration.num_samples=32 would fit"),
         ([], "evaluate_dense/efficiency/64x512", 0.9, "evaluation.efficiency.grid=[8x128,32x512] would fit"),
         ([], "evaluate_dense/efficiency/64x512", 0.4, "evaluation.efficiency.beside_dense=false evaluation.effici"),
         ([], "evaluate_dense/efficiency", 0.5, "evaluation.efficiency.batch_size=16 would fit"),
