@@ -154,21 +154,16 @@ class Sizes:
         """That go through a block at a time, as `slm_pipeline.engine.blocks.rows_at_once` has it."""
         return self.batch_tokens(512 if self.on_host else 8192)
 
-    def solving(self, matrices: int) -> int:
-        """Bytes of so many Gram matrices [n, n] of the widest last projection, with n inputs, and four [hidden, n]
-        (moment, prior, both together, solution), in float64."""
-        inputs = max(self.neurons, self.queries)
-        return 8 * inputs * (matrices * inputs + 4 * self.hidden)
-
     def fitting(self, tokens: int, at_once: int, *, grams: int = 1, inverses: int = 0) -> int:
         """Bytes in a walk up the stack that fits last projections by least squares.
 
-        Counted are four states of each token, a narrower block and the module that it runs in, and the most of: what
-        `solving` needs, with the factor of a Gram matrix; the sums while tokens come in: the matrices, a batch's part
-        of one in float32, and in float64 too in main memory, the moment, and ``at_once`` tokens that go through a
-        block, with what enters the projection twice in float32, and five states so; and at the top logits of both
-        models in float32 and three more of their size, of ``at_once`` tokens but `MAX_LOGITS` at a time. Text held out
-        of the fit has no matrices.
+        Counted are four states of each token, a narrower block and the module that it runs in, and the most of three.
+        Solving, for the widest last projection with n inputs, in float64: the Gram matrices [n, n], the factor of one,
+        and four [hidden, n] (moment, prior, both together, solution). The sums while tokens come in: the matrices, a
+        batch's part of one in float32, and in float64 too in main memory, the moment, and ``at_once`` tokens that go
+        through a block, with what enters the projection twice in float32, and five states so. At the top, logits of
+        both models in float32 and three more of their size, of ``at_once`` tokens but `MAX_LOGITS` at a time. Text held
+        out of the fit has no matrices.
 
         Args:
             tokens: that are fitted to, and that are held out.
@@ -179,10 +174,11 @@ class Sizes:
         gram, weight = 8 * inputs**2, 8 * inputs * self.hidden
         batch = at_once * (inputs * (self.item_bytes + 8) + 5 * 4 * self.hidden)
         parts = gram // 2 + (gram if self.on_host else 0)
+        solving = (grams + 1 + inverses) * gram + 4 * weight
         summing = grams * gram + parts + weight + max(batch, self.running(at_once))
         comparing = 5 * 4 * min(MAX_LOGITS, at_once * self.vocabulary)
-        most = max(self.solving(grams + 1 + inverses), summing, comparing)
-        return self.states(tokens, 4) + 2 * self.item_bytes * self.block_matrices + most
+        blocks = 2 * self.item_bytes * self.block_matrices
+        return self.states(tokens, 4) + blocks + max(solving, summing, comparing)
 
     def logits(self, tokens: int) -> int:
         """Bytes of the logits of so many tokens, in the weights' type."""

@@ -216,14 +216,24 @@ def test_wide_blocks_go_in_order_on_several_threads():
     assert order.tolist() == [1, 2]
 
 
-def test_a_block_that_rounding_leaves_no_inverse_goes_last():
-    """Two of three blocks are alike but for 1e-9: what is free of each in the other is lost in rounding."""
-    generator = torch.Generator().manual_seed(0)
-    one, other = torch.randn(2, 2, 50, generator=generator, dtype=torch.float64)
-    inputs = torch.cat([one, other, one * (1 + 1e-9)])
-    order = removal_order(torch.ones(3, 6).double(), inputs @ inputs.T, 3, size=2, penalty=1e-9)
-    assert sorted(order.tolist()) == [0, 1, 2]
-    assert order[0] in (0, 2)
+def test_a_block_that_rounding_leaves_no_factor_goes_last(monkeypatch):
+    """As twins with a penalty of 1e-13 have it now and then, on some processors: so it is made up."""
+    weight, inputs = projection()
+    weight[:, :2] *= 1e-6
+    asked = {"size": 2, "penalty": 0.1}
+    assert removal_order(weight, inputs @ inputs.T, 3, **asked)[0] == 0
+    factor = torch.linalg.cholesky_ex
+
+    def fails_on_the_first(matrix, **options):
+        found, failed = factor(matrix, **options)
+        if matrix.dim() == 3 and not torch.equal(matrix[0], torch.eye(2, dtype=matrix.dtype)):  # it is not gone
+            found[0], failed[0] = torch.nan, 1
+        return found, failed
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fails_on_the_first)
+    order = removal_order(weight, inputs @ inputs.T, 3, **asked).tolist()
+    assert order[-1] == 0
+    assert sorted(order) == [0, 1, 2]
 
 
 def test_leverage_of_more_channels_than_are_looked_at_at_once(monkeypatch):
