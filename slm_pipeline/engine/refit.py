@@ -122,30 +122,20 @@ class Refit:
             return block, Fitted(sublayer, None, 0.0, 0.0)
         is_normed = fitted.output_norm(block, sublayer) is not None
         sums = None if is_normed else sums
-        best, taken = block, None
-        before = after = self.error(held_out, block, sublayer)
-        if not math.isfinite(before):
-            raise UserError(
-                f"what layer {block.body}'s {sublayer} writes, or is to write, on the text held out is not finite; try"
-                " model.dtype=float32"
-            )
         targets = [self.target]
         if is_normed and self.target == "dense_stream" and fitted.undone(block, sublayer) is not block:
             targets.append("own_output")
         prior = self._prior(fitted, block, sublayer)
+        tried: list[tuple[float | None, Block]] = [(None, block)]
         for target in targets:
             if sums is None or target != self.target:
                 sums = replace(self, target=target).sums(fitted, block, sublayer)
-            for ridge, weight in self._solutions(prior, sums):
-                new = fitted.put(block, sublayer, weight)
-                if (error := self.error(held_out, new, sublayer)) < after:
-                    best, after, taken = new, error, ridge
+            tried += [(ridge, fitted.put(block, sublayer, weight)) for ridge, weight in self._solutions(prior, sums)]
+        before, after, taken, best = self._best(held_out, tried, sublayer)
         if is_normed:
             gain = fitted.gain_sums(best, sublayer, target=self.target, weighting=self.weighting, share=self.share)
-            for ridge in self.ridges:
-                new = fitted.put_gains(best, sublayer, gain.solve(ridge))
-                if (error := self.error(held_out, new, sublayer)) < after:
-                    best, after, taken = new, error, ridge
+            gained = [(ridge, fitted.put_gains(best, sublayer, gain.solve(ridge))) for ridge in self.ridges]
+            _, after, taken, best = self._best(held_out, [(taken, best), *gained], sublayer)
         if taken is None or before - after <= LEAST_GAIN:
             return block, Fitted(sublayer, None, before, before)
         return best, Fitted(sublayer, taken, before, after, tensors=fitted.new_tensors(block, best, sublayer))
@@ -172,8 +162,23 @@ class Refit:
         sums = replace(self, target="own_output").sums(fitted, block, sublayer)
         return _solution(sums, weight, OWN_RIDGE)
 
-    def error(self, streams: Streams, block: Block, sublayer: str) -> float:
-        return streams.error(block, sublayer, target=self.target, weighting=self.weighting, share=self.share)
+    def _best(
+        self, held_out: Streams, tried: Sequence[tuple[float | None, Block]], sublayer: str
+    ) -> tuple[float, float, float | None, Block]:
+        """The error of the first block on the text held out, that of the best one, its ridge and itself.
+
+        Raises:
+            UserError: the first is not finite.
+        """
+        blocks = [block for _, block in tried]
+        errors = held_out.errors(blocks, sublayer, target=self.target, weighting=self.weighting, share=self.share)
+        if not math.isfinite(errors[0]):
+            raise UserError(
+                f"what layer {blocks[0].body}'s {sublayer} writes, or is to write, on the text held out is not finite;"
+                " try model.dtype=float32"
+            )
+        error, place = min((error, place) for place, error in enumerate(errors) if math.isfinite(error))
+        return errors[0], error, *tried[place]
 
     def _solutions(self, weight: Tensor, sums: Sums) -> Iterator[tuple[float, Tensor]]:
         """Of each ridge that is large enough the best weights."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import linear
 
 from slm_pipeline.engine.blocks import BlockRunner, max_logit_rows, rows_at_once
 from slm_pipeline.engine.layerwise import Stream
@@ -170,7 +172,7 @@ class Streams:
 
         Where a norm stands between the projection and the stream (Gemma 2 and 3, OLMo 2), the norm's gains are counted
         as part of the weights, and what it divides each token by is taken to stay what it is: the target is multiplied
-        by that. How good such a fit is only `error` says, since it does not stay so.
+        by that. How good such a fit is only `errors` say, since it does not stay so.
 
         Args:
             share: of what is missing to the dense stream; the rest of the target is the own output.
@@ -182,8 +184,9 @@ class Streams:
         has_bias = self.bias(block, sublayer) is not None
         norm = self.output_norm(block, sublayer)
         so_far, alike = _SumsSoFar(), None
+        is_plain = weighting == "none" and norm is None and not has_bias
         for writes in self._writes(block, sublayer, target, weighting, share):
-            if plain:
+            if plain and not is_plain:
                 alike = alike or Gram(writes.inputs.shape[1], writes.inputs.device)
                 alike.add(writes.inputs)
             inputs, divisors = writes.inputs, torch.ones_like(writes.wanted[:, :1])
@@ -198,17 +201,35 @@ class Streams:
         sums = so_far.sums(
             f"what enters the last projection of layer {block.body}'s {sublayer}, or is to leave it, is not finite"
         )
-        return sums if alike is None else replace(sums, plain=self._share.summed(alike.matrix))
+        if not plain:
+            return sums
+        return replace(sums, plain=sums.gram if alike is None else self._share.summed(alike.matrix))
 
-    def error(self, block: Block, sublayer: str, *, target: str, weighting: str, share: float = 1.0) -> float:
-        """The weighted squared error of what reaches the stream, relative to what is wanted; targets as for `sums`."""
-        missed = energy = 0.0
-        for writes in self._writes(block, sublayer, target, weighting, share):
+    def errors(
+        self, blocks: Sequence[Block], sublayer: str, *, target: str, weighting: str, share: float = 1.0
+    ) -> list[float]:
+        """Of blocks that are alike but for what `put` and `put_gains` change, in one pass, the weighted squared error of
+        what reaches the stream, relative to what is wanted; targets as for `sums`."""
+        found = torch.zeros(len(blocks) + 1, dtype=torch.float64)
+        for writes in self._writes(blocks[0], sublayer, target, weighting, share):
             weights = writes.weights[:, None]
-            missed += float((weights * (writes.written - writes.wanted).square()).sum(dtype=torch.float64))
-            energy += float((weights * writes.wanted.square()).sum(dtype=torch.float64))
-        missed, energy = self._share.summed(torch.tensor([missed, energy], dtype=torch.float64)).tolist()
-        return missed / max(energy, 1e-30)
+            others = (self._written(block, sublayer, writes.inputs) for block in blocks[1:])
+            missed = (written - writes.wanted for written in (writes.written, *others))
+            for place, of in enumerate((*missed, writes.wanted)):
+                found[place] += float((weights * of.square()).sum(dtype=torch.float64))
+        *missed_in_all, energy = self._share.summed(found).tolist()
+        return [missed / max(energy, 1e-30) for missed in missed_in_all]
+
+    def _written(self, block: Block, sublayer: str, inputs: Tensor) -> Tensor:
+        """[tokens, d] float32: what reaches the stream when a sublayer's last projection reads ``inputs`` [tokens, n]."""
+        bias = self.bias(block, sublayer)
+        weight = block.parameter(self.view, f"{self.view.output_name(sublayer)}.weight")
+        output = linear(inputs, weight.to(inputs), None if bias is None else bias.to(inputs))
+        if (norm := self.output_norm(block, sublayer)) is not None:
+            module = self.view.bring(block.body).get_submodule(norm[0])
+            gains = block.parameter(self.view, f"{norm[0]}.weight").to(inputs)
+            output = functional_call(module, {"weight": gains}, (output,))
+        return output.float()
 
     def gain_sums(self, block: Block, sublayer: str, *, target: str, weighting: str, share: float = 1.0) -> GainSums:
         """What the gains of a norm behind a sublayer's last projection are fitted by; targets as for `sums`."""

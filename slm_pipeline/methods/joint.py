@@ -35,11 +35,11 @@ log = logging.getLogger(__name__)
 
 EXPORTS = ("stock", "custom")
 UNITS = ("leverage", "obs")
-OBJECTIVES = ("kl_divergence", "next_token_loss")
+OBJECTIVES = ("kl_both_ways", "kl_divergence", "next_token_loss")
 JUDGED = ("repaired", "pruned")
 _DIFFER = "method=joint needs layers that are alike; this model's differ in heads or neurons"
 _HOURS = 10**12  # parameters of layers times tokens, from which a search takes hours without a GPU
-VERSION = 8  # raised when the same candidate gets another number
+VERSION = 9  # raised when the same candidate gets another number
 
 
 @dataclass(kw_only=True)
@@ -51,8 +51,9 @@ class Joint(ProtectsEnds):
     projections get new weights towards the dense stream, as `repair=refit` gives them, tokens weighted or not, to all
     or to ``shares`` of what is missing; those of a shape that has all sublayers also towards their own output, in the
     ways that refit has for that: whatever is best for the shape whose layers are alike. Its number is the KL divergence
-    of its predictions from the dense model's, in nats a token, on samples that nothing was fitted to. So candidates are
-    compared after repair; the plan holds the decision, ``repair=refit`` the weights.
+    of its predictions from the dense model's, in nats a token, on samples that nothing was fitted to, read forwards and
+    backwards: a fit to one kind of text may be good for that kind alone, and text in reverse is another kind that is
+    always at hand. So candidates are compared after repair; the plan holds the decision, ``repair=refit`` the weights.
 
     ``export=stock``: some layers go, all others lose as many neurons. Which layers: those of ``angular``, of
     ``shortgpt``, and of a greedy search by KL divergence; how many: ``depths`` numbers from none to as many as the
@@ -85,7 +86,9 @@ class Joint(ProtectsEnds):
     export: str = "stock"
     # Which neurons go: leverage: whose values are combinations of the others' | obs: that the others best make up for.
     units: str = "leverage"
-    objective: str = "kl_divergence"  # that candidates are judged by | next_token_loss
+    # What candidates are judged by: kl_both_ways: on the text, and on it read backwards | kl_divergence: on the text
+    # alone | next_token_loss.
+    objective: str = "kl_both_ways"
     judged: str = "repaired"  # candidates are judged after a refit | pruned: before it
     ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.1])  # dense stream
     # Of what is missing to the dense stream, tried in the place of all of it, as repair=refit has them.
@@ -134,7 +137,8 @@ class Joint(ProtectsEnds):
         the text that chooses. For widths by layer the states of a batch of it behind all layers; or what leaves eight
         narrowed networks, and the states of a batch in a block, beside two Gram matrices, of all inputs and of those
         that stay."""
-        number = sizes.num_samples - sizes.num_samples // min(8, sizes.num_samples)
+        telling = sizes.num_samples // min(8, sizes.num_samples)
+        number = sizes.num_samples - telling + (telling if self.objective == "kl_both_ways" else 0)
         more = {"grams": 2} if self.units == "leverage" else {"inverses": 2}
         tokens, at_once = number * sizes.seq_len, sizes.tokens_at_once
         tried = self._tried(sizes)
@@ -154,8 +158,12 @@ class Joint(ProtectsEnds):
 
     def _tried(self, sizes: Sizes) -> Sizes:
         """With the text that damages are measured on."""
-        choose = max(1, sizes.num_samples // 8)
+        choose = max(1, sizes.num_samples // 8) * (2 if self.objective == "kl_both_ways" else 1)
         return replace(sizes, num_samples=min(choose, max(1, self.search_tokens // sizes.seq_len)))
+
+    @property
+    def _criterion(self) -> str:
+        return "next_token_loss" if self.objective == "next_token_loss" else "kl_divergence"
 
     def plan(self, problem: PruningProblem[Layers | Parameters]) -> Plan:
         from slm_pipeline.engine.candidates import Candidates
@@ -176,9 +184,10 @@ class Joint(ProtectsEnds):
                 count(problem.input_ids.numel()),
             )
         fit, choose, tell = _parts(problem.input_ids)
+        choose = _both_ways(choose) if self.objective == "kl_both_ways" else choose
         fitting = Fitting(
             view, fit, choose, sizes, Refit(ridges=self.ridges), units=self.units, fixed=self._massive(problem),
-            objective=self.objective, refitted=self.judged == "repaired",
+            objective=self._criterion, refitted=self.judged == "repaired",
         )  # fmt: skip
         layers = self.candidates(len(sizes))
         with self._memo(problem) as memo:
@@ -268,7 +277,7 @@ class Joint(ProtectsEnds):
         rows = max(1, self.search_tokens // problem.input_ids.shape[1])
         known = [int(search.memo["greedy", step]) for step in range(most) if ("greedy", step) in search.memo]
         if most and len(known) < most:
-            walk = RemovalWalk(problem.view, search.fitting.choose[:rows], criterion=self.objective)
+            walk = RemovalWalk(problem.view, search.fitting.choose[:rows], criterion=self._criterion)
             for layer in known:
                 walk.remove(Removal(layer))
             left = [Removal(layer) for layer in candidates if layer not in known]
@@ -362,6 +371,15 @@ def _parts(input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     fit, choose, tell = (input_ids[of] for of in (place < period - 2, place == period - 2, place == period - 1))
     choose, fit = _apart(choose, tell), _apart(fit, torch.cat([choose, tell]))
     return fit, choose, tell
+
+
+def _both_ways(samples: Tensor) -> Tensor:
+    """Each sample, and behind it the same one with its tokens in reverse: text of another kind, in which words follow
+    no order that was fitted to. The first token stays, since it may be the one that every text begins with."""
+    import torch
+
+    backwards = torch.cat([samples[:, :1], samples[:, 1:].flip(1)], dim=1)
+    return torch.stack([samples, backwards], dim=1).flatten(0, 1)
 
 
 def _apart(samples: Tensor, others: Tensor) -> Tensor:

@@ -431,6 +431,27 @@ def test_behind_a_norm_the_direction_is_fitted(architecture, sublayer):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sublayer", SUBLAYERS)
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt_neox", "gemma3_text", "olmo2"])
+def test_errors_of_several_blocks_in_one_pass_are_those_of_each(architecture, sublayer):
+    view = ModelView(lively(architecture))
+    streams = Streams(view, IDS)
+    streams.look_ahead(0, 2)
+    kept = {"attention": ([0], None), "mlp": (None, [*range(20)])}[sublayer]
+    (block,) = [planned_blocks(narrowing({1: kept}, num_layers=4), view)[1]]
+    draw = torch.Generator().manual_seed(7)
+    weight = streams.weight(block, sublayer)
+    other = streams.put(block, sublayer, weight + 0.3 * torch.randn(weight.shape, generator=draw))
+    blocks = [block, other]
+    if (norm := streams.output_norm(block, sublayer)) is not None:
+        blocks.append(streams.put_gains(other, sublayer, 1.5 * norm[1]))
+    how = {"target": "dense_stream", "weighting": "inverse_square", "share": 0.5}
+    alone = [streams.errors([one], sublayer, **how)[0] for one in blocks]
+    assert streams.errors(blocks, sublayer, **how) == pytest.approx(alone, rel=1e-5)
+    assert all(abs(one - alone[0]) > 1e-3 for one in alone[1:])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "olmo2"])
 def test_behind_a_norm_a_fit_is_judged_by_what_it_leads_to_in_the_stream(architecture):
     """Noise cannot be predicted: the least squares for it are better, and what the norm makes of them is worse."""
@@ -449,9 +470,8 @@ def test_behind_a_norm_a_fit_is_judged_by_what_it_leads_to_in_the_stream(archite
         return float((weights * (wanted - written).square()).sum() / (weights * wanted.square()).sum())
 
     how = Refit([0.1, 10.0])
-    assert streams.error(block, "mlp", target="dense_stream", weighting="inverse_square") == pytest.approx(
-        error(block), rel=1e-4
-    )
+    (alone,) = streams.errors([block], "mlp", target="dense_stream", weighting="inverse_square")
+    assert alone == pytest.approx(error(block), rel=1e-4)
     sums = how.sums(streams, block, "mlp")
     weight = streams.weight(block, "mlp")
     solved = least_squares.solve(sums.gram, sums.moment, prior=weight, penalty=least_squares.penalty(sums.gram, 0.1))

@@ -351,7 +351,7 @@ def test_a_killed_search_goes_on_and_ends_the_same(ask, export, commit, tmp_path
     ("options", "message"),
     [
         ({"export": "padded"}, "method.export='padded' is not one of stock, custom"),
-        ({"objective": "mse"}, "method.objective='mse' is not one of kl_divergence, next_token_loss"),
+        ({"objective": "mse"}, "method.objective='mse' is not one of kl_both_ways, kl_divergence, next_token_loss"),
         ({"judged": "twice"}, "method.judged='twice' is not one of repaired, pruned"),
         ({"ridges": []}, r"method.ridges=\[\] must name at least one"),
         ({"depths": 1}, "method.depths=1"),
@@ -707,4 +707,23 @@ def test_the_objectives_are_those_of_the_engine():
     from slm_pipeline.engine import candidates
     from slm_pipeline.methods.joint import OBJECTIVES
 
-    assert tuple(candidates.OBJECTIVES) == OBJECTIVES
+    assert {joint(objective=one)._criterion for one in OBJECTIVES} == {*candidates.OBJECTIVES}
+
+
+def test_both_ways_is_the_mean_over_the_text_and_over_the_same_text_in_reverse(ask):
+    problem = ask(num_remove=1)
+    view = problem.view
+    ids = torch.randint(0, 256, (4, 6), generator=torch.Generator().manual_seed(2))
+    both = joint_module._both_ways(ids)
+    a, b, c, d, e, f = ids[1].tolist()
+    assert both[2:4].tolist() == [[a, b, c, d, e, f], [a, f, e, d, c, b]]
+    filled = fitting(view, torch.cat([ids, ids])).fill(((2, 20), *[(2, 64)] * 5), 4)
+    judge = fitting(view, torch.cat([ids, ids])).judge
+    parts = [judge(filled, both[way::2])[0] for way in (0, 1)]
+    assert judge(filled, both)[0] == pytest.approx(sum(parts) / 2, rel=1e-5)
+    assert abs(parts[0] - parts[1]) > 1e-3
+    found = {}
+    for objective in ("kl_both_ways", "kl_divergence"):
+        plan = joint(objective=objective, depths=2, swaps=0).plan(problem)
+        found[objective] = [row["kl"] for row in plan.scores["trace"]]
+    assert found["kl_both_ways"] != found["kl_divergence"]
