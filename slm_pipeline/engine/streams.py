@@ -208,8 +208,8 @@ class Streams:
     def errors(
         self, blocks: Sequence[Block], sublayer: str, *, target: str, weighting: str, share: float = 1.0
     ) -> list[float]:
-        """Of blocks that are alike but for what `put` and `put_gains` change, in one pass, the weighted squared error of
-        what reaches the stream, relative to what is wanted; targets as for `sums`."""
+        """The weighted squared error of what reaches the stream, relative to what is wanted, in one pass for blocks
+        that are alike but for what `put` and `put_gains` change; targets as for `sums`."""
         found = torch.zeros(len(blocks) + 1, dtype=torch.float64)
         for writes in self._writes(blocks[0], sublayer, target, weighting, share):
             weights = writes.weights[:, None]
@@ -221,7 +221,7 @@ class Streams:
         return [missed / max(energy, 1e-30) for missed in missed_in_all]
 
     def _written(self, block: Block, sublayer: str, inputs: Tensor) -> Tensor:
-        """[tokens, d] float32: what reaches the stream when a sublayer's last projection reads ``inputs`` [tokens, n]."""
+        """[tokens, d] float32: what of a last projection that reads ``inputs`` [tokens, n] reaches the stream."""
         bias = self.bias(block, sublayer)
         weight = block.parameter(self.view, f"{self.view.output_name(sublayer)}.weight")
         output = linear(inputs, weight.to(inputs), None if bias is None else bias.to(inputs))
