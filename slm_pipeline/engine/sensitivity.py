@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -61,17 +61,26 @@ class Sensitivity:
 
     @torch.no_grad()
     def _damages(self, variants: Iterable[Block], entering: Sequence[Tensor], above: Sequence[Block]) -> list[float]:
-        batches_entering = list(zip(self._runners, entering, strict=True))
-        leaving = [[_run(runner, block, state) for runner, state in batches_entering] for block in variants]
-        totals = [0.0] * len(leaving)
-        for runner, input_ids, *states_of in zip(self._runners, self._input_ids, *leaving, strict=True):
-            states = torch.cat(states_of)
-            for block in above:
-                states = _run(runner, block, states)
+        leaving: list[list[Tensor]] = [[] for _ in entering]
+        for block in variants:
+            for of_batch, states in zip(leaving, self._through(block, entering), strict=True):
+                of_batch.append(states)
+        totals = [0.0] * len(leaving[0])
+        together = [torch.cat(leaving.pop(0)) for _ in entering]
+        for block in above:  # all batches before the next one, so that its weights are brought once
+            for place, states in enumerate(self._through(block, together)):
+                together[place] = states
+        for runner, input_ids, states in zip(self._runners, self._input_ids, together, strict=True):
             sums = self._criterion.sums(runner, states.split(len(input_ids)), input_ids)
             totals = [total + found for total, found in zip(totals, sums, strict=True)]
         num_tokens = sum(ids[:, self._criterion.tokens_without :].numel() for ids in self._input_ids)
         return [total / num_tokens if math.isfinite(total) else math.inf for total in totals]
+
+    def _through(self, block: Block, entering: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What leaves a block, batch by batch."""
+        block = block.on(self.view.device_of(block.body))
+        for states in entering:
+            yield _run(self._runners[0], block, states)
 
 
 def _entering(runner: BlockRunner, blocks: Sequence[Block]) -> list[Tensor]:
@@ -82,5 +91,5 @@ def _entering(runner: BlockRunner, blocks: Sequence[Block]) -> list[Tensor]:
 
 
 def _run(runner: BlockRunner, block: Block, states: Tensor) -> Tensor:
-    device = runner.view.device_of(block.body)
-    return torch.cat([runner.run(block, piece.to(device)) for piece in states.split(rows_at_once(states))])
+    states = states.to(runner.view.device_of(block.body))
+    return torch.cat([runner.run(block, piece) for piece in states.split(rows_at_once(states))])

@@ -177,6 +177,7 @@ class Fitting:
         for block, span in zip(ProgressBar(blocks, desc="sensitivity"), ends, strict=True):
             if block.body > last:
                 return
+            block = block.on(self.view.device_of(block.body))
             streams.look_ahead(*span)
             for sublayer in (part for part in SUBLAYERS if (block.body, part) in places):
                 here = kept.get((block.body, sublayer), torch.arange(self._whole(block.body, sublayer)))

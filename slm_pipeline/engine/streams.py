@@ -344,6 +344,7 @@ class Streams:
             self.dense = self.pruned = self.middle = self.leaving
             return
         self.dense = self.middle = self.leaving
+        block = block.on(self.view.device_of(block.body))
         passed = torch.empty_like(self.pruned)
         for rows in self._rows():
             passed[rows] = self._runner.run(block, self._on_device(self.pruned[rows], block.body))

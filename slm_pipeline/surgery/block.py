@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from slm_pipeline.models.view import ModelView
@@ -30,6 +31,10 @@ class Block:
         if name in self.replaced:
             return self.replaced[name]
         return view.layers[self.body].get_parameter(name).detach()
+
+    def on(self, device: torch.device) -> Block:
+        """The same block with the tensors that it brings on this device, for who runs it more than once."""
+        return replace(self, replaced={name: value.to(device) for name, value in self.replaced.items()})
 
     def lacking(self, sublayer: str) -> Block:
         """The same block without one more sublayer."""

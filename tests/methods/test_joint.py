@@ -16,6 +16,8 @@ from problems import problem_of
 
 from slm_pipeline.config import CONF_DIR
 from slm_pipeline.config.groups import build
+from slm_pipeline.engine import blocks as blocks_module
+from slm_pipeline.engine import sensitivity as sensitivity_module
 from slm_pipeline.engine import shapes
 from slm_pipeline.engine.candidates import Candidates
 from slm_pipeline.engine.refit import Refit
@@ -444,6 +446,25 @@ def test_variants_of_a_layer_are_made_one_at_a_time():
         other.model.layers[2].mlp.down_proj.weight *= scale
         changed = other(ids).logits.log_softmax(dim=-1)
         assert damage == pytest.approx(float((dense.exp() * (dense - changed)).sum(dim=-1).mean()), rel=1e-4)
+
+
+@torch.no_grad()
+def test_blocks_above_a_variant_are_brought_once_for_all_text(monkeypatch):
+    """They lie in main memory: at the 7B shape a search spent most of its time with copies for each batch."""
+    _, model = lively()
+    view = ModelView(model)
+    ids = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(2))
+    base = list(planned_blocks(narrowing({layer: (None, [*range(20)]) for layer in range(6)}), view))
+    variants = [base[2], base[2].lacking("mlp"), base[2].lacking("attention")]
+    at_once = Sensitivity(view, ids, base).damages(2, variants)
+    made, resized = [], blocks_module.resized
+    monkeypatch.setattr(sensitivity_module, "_TEXT_TOKENS", 32)
+    monkeypatch.setattr(blocks_module, "resized", lambda *asked: made.append(asked[1]) or resized(*asked))
+    in_batches = Sensitivity(view, ids, base)
+    assert len(in_batches._input_ids) == 4
+    made.clear()
+    assert in_batches.damages(2, variants) == pytest.approx(at_once, rel=1e-5)
+    assert made == [2, 2, 3, 4, 5]  # the one without its network is as wide as the dense one
 
 
 @torch.no_grad()
