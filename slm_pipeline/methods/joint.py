@@ -77,8 +77,8 @@ class Joint(ProtectsEnds):
 
     Scores in the plan: trace, of each candidate gone (layers), heads and neurons (least and most of those that stay),
     shape (groups of heads x neurons of each dense layer, 0x0 of one that is gone), parameters (of the layers), target,
-    weighting, share and ridges (of the fits), num_tokens, kl, or loss, and accepted (whether it is the plan's shape);
-    and held_out, kl and same_top_1 of the chosen one on the last eighth.
+    weighting, share and ridges (of the fits), num_tokens, kl (over all that chooses), or loss, and accepted (whether it
+    is the plan's shape); and held_out, kl and same_top_1 of the chosen one on the last eighth.
     """
 
     # stock: the dense model's class, one width | custom: widths by layer, attention or feed-forward networks may go; a
