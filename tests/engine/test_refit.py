@@ -431,6 +431,20 @@ def test_behind_a_norm_the_direction_is_fitted(architecture, sublayer):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gemma3_text"])
+def test_a_plain_gram_matrix_is_of_the_inputs_alone_all_tokens_alike(architecture, weighting):
+    """Where the fit's is the same it is not made twice; a bias's input, a norm's divisor and weights make another."""
+    view = ModelView(lively(architecture))
+    streams = Streams(view, IDS)
+    streams.look_ahead(0, 2)
+    sums = streams.sums(Block(0), "mlp", target="dense_stream", weighting=weighting, plain=True)
+    inputs = streams._runner.inputs_of(Block(0), streams.pruned, "mlp").double()
+    torch.testing.assert_close(sums.plain, inputs.T @ inputs, rtol=1e-4, atol=1e-4)
+    assert (sums.plain is sums.gram) is (architecture == "llama" and weighting == "none")
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("sublayer", SUBLAYERS)
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt_neox", "gemma3_text", "olmo2"])
 def test_errors_of_several_blocks_in_one_pass_are_those_of_each(architecture, sublayer):
