@@ -137,8 +137,8 @@ class Joint(ProtectsEnds):
         the text that chooses. For widths by layer the states of a batch of it behind all layers; or what leaves eight
         narrowed networks, and the states of a batch in a block, beside two Gram matrices, of all inputs and of those
         that stay."""
-        telling = sizes.num_samples // min(8, sizes.num_samples)
-        number = sizes.num_samples - telling + (telling if self.objective == "kl_both_ways" else 0)
+        fit_or_choose = sizes.num_samples - sizes.num_samples // min(8, sizes.num_samples)
+        number = fit_or_choose + (_num_choosing(sizes.num_samples) if self.objective == "kl_both_ways" else 0)
         more = {"grams": 2} if self.units == "leverage" else {"inverses": 2}
         tokens, at_once = number * sizes.seq_len, sizes.tokens_at_once
         tried = self._tried(sizes)
@@ -158,7 +158,7 @@ class Joint(ProtectsEnds):
 
     def _tried(self, sizes: Sizes) -> Sizes:
         """With the text that damages are measured on."""
-        choose = max(1, sizes.num_samples // 8) * (2 if self.objective == "kl_both_ways" else 1)
+        choose = _num_choosing(sizes.num_samples) * (2 if self.objective == "kl_both_ways" else 1)
         return replace(sizes, num_samples=min(choose, max(1, self.search_tokens // sizes.seq_len)))
 
     @property
@@ -371,6 +371,11 @@ def _parts(input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     fit, choose, tell = (input_ids[of] for of in (place < period - 2, place == period - 2, place == period - 1))
     choose, fit = _apart(choose, tell), _apart(fit, torch.cat([choose, tell]))
     return fit, choose, tell
+
+
+def _num_choosing(num_samples: int) -> int:
+    """Samples that choose, of so many: see `_parts`."""
+    return max(1, (num_samples + 1) // min(8, num_samples))
 
 
 def _both_ways(samples: Tensor) -> Tensor:

@@ -407,6 +407,8 @@ def test_samples_that_overlap_are_fitted_or_choose_and_not_both(caplog):
     assert not caplog.messages
     same = torch.zeros(4, 50, dtype=torch.int64)
     assert [len(rows) for rows in _parts(same)] == [2, 1, 1]
+    for number in (3, 7, 8, 14, 15, 16, 64):
+        assert len(_parts(torch.arange(number * 50).view(number, 50))[1]) == joint_module._num_choosing(number)
     assert "all calibration samples overlap" in caplog.messages[0]
 
 
