@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STEPS = ("ridges", "weightings", "shares", "targets", "reads")  # what is tried, in this order
+STEPS = ("ridges", "weightings", "shares", "targets", "priors", "reads")  # what is tried, in this order
 CHOICES = {
     "weighting": ("either", "inverse_square", "none"),
     "target": ("either", "dense_stream", "own_output"),
-    "prior": ("weights", "own_output"),
+    "prior": ("either", "weights", "own_output"),
     "sublayers": ("both", *SUBLAYERS),
     "choice": ("stack", "projection"),
 }
@@ -87,6 +87,10 @@ class Refit(Repair):
     before those to the stream. ``shares`` lie between: each layer makes up for a part of what those below it have
     missed, as far as it can tell, and the next ones for as much of the rest.
 
+    Where heads or neurons went and the best walk is one to the stream, it is made once more with the ridge towards the
+    weights that make up best for those units, in the place of the weights as they are (``prior``): the ridge is then
+    about what was missed below alone.
+
     Kin: the direct form of ReplaceMe's map (arXiv 2505.02819), and fits to the dense output on corrected inputs as in
     GPTAQ (arXiv 2504.02692).
 
@@ -101,8 +105,8 @@ class Refit(Repair):
 
     Scores in the plan: repair, with num_tokens and num_held_out; divergence, for the model pruned and repaired the KL
     divergence in nats and the share of tokens with the dense model's most likely next one, on the text held out, alike
-    where the weights stay; ridges, weightings, shares, targets and reads, the KL divergence with each that was tried
-    for all; and layers, for each layer by its lowest original what became of its projections.
+    where the weights stay; ridges, weightings, shares, targets, priors and reads, the KL divergence with each that was
+    tried for all; and layers, for each layer by its lowest original what became of its projections.
     """
 
     ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.01, 0.1, 1.0])
@@ -114,8 +118,9 @@ class Refit(Repair):
     target: str = "either"
     # Shares of what is missing to the dense stream that are tried in the place of all of it; []: none.
     shares: list[Annotated[float, Range(above=0, below=1)]] = field(default_factory=lambda: [0.5])
-    # What the ridge draws to: the weights | own_output: of narrowed sublayers, those that make up best for what went.
-    prior: str = "weights"
+    # What the ridge draws to: the weights | own_output: of narrowed sublayers, those that make up best for what went |
+    # either: both, with the best way to the dense stream.
+    prior: str = "either"
     sublayers: str = "both"  # both | attention | mlp: whose last projections get new weights
     choice: str = "stack"  # stack | projection: whether one ridge is chosen for all, or one for each projection
     # Share by which the KL divergence must fall on the text held out: less may be a rise on text of another kind.
@@ -168,8 +173,8 @@ class Refit(Repair):
         tried: dict[str, dict[str, float]] = {}
         best: _Walk | None = None
         failure = None
-        prefix, is_narrower = _free_prefix(plan), _is_narrower(plan)
-        number = sum(len(self._walks(step, HowToRefit(), is_narrower)) for step in STEPS)
+        prefix = _free_prefix(plan)
+        number = sum(len(self._walks(step, HowToRefit(), plan)) for step in STEPS)
         numbers = (f"refit {this} of {number}" for this in itertools.count(1))
 
         def go(walk: _Walk, name: str) -> None:
@@ -178,7 +183,7 @@ class Refit(Repair):
             walk.divergence = other.divergence()
 
         for step in STEPS:
-            for name, how in self._walks(step, None if best is None else best.how, is_narrower):
+            for name, how in self._walks(step, None if best is None else best.how, plan):
                 walk, desc = _Walk(problem, prefix, how), next(numbers)
                 walk.divergence = walk.known()
                 if walk.divergence is None:
@@ -215,7 +220,7 @@ class Refit(Repair):
         }
         log.info("refit: KL from the dense model %.4f -> %.4f on text held out", pruned[0], repaired[0])
         scores = {**plan.scores, "repair": found}
-        if self.prior == "own_output" and not any(isinstance(op, Resize) for op in plan.ops):
+        if self.prior == "own_output" and not _has_lost_units(plan):
             line = "repair.prior=own_output does nothing here: no layer that stays has lost heads or neurons"
             scores["warnings"] = [*scores.get("warnings", []), line]
         if repaired[0] >= (1 - self.least_gain) * pruned[0]:
@@ -259,7 +264,7 @@ class Refit(Repair):
             )
         return problem.input_ids[fitted], problem.input_ids[chosen]
 
-    def _walks(self, step: str, best: engine.Refit | None, is_narrower: bool) -> list[tuple[str, engine.Refit]]:
+    def _walks(self, step: str, best: engine.Refit | None, plan: Plan) -> list[tuple[str, engine.Refit]]:
         """What is tried in a step, by its name in the scores; ``best`` is the best way so far, None if none did."""
         from slm_pipeline.engine.refit import WEIGHTINGS, own_output
         from slm_pipeline.engine.refit import Refit as HowToRefit
@@ -267,20 +272,21 @@ class Refit(Repair):
         sublayers = SUBLAYERS if self.sublayers == "both" else (self.sublayers,)
         target = "dense_stream" if self.target == "either" else self.target
         weightings = WEIGHTINGS if self.weighting == "either" else (self.weighting,)
+        prior = "weights" if self.prior == "either" else self.prior
         if step == "ridges":
             by_ridge = [[ridge] for ridge in self.ridges] if self.choice == "stack" else [self.ridges]
             of_target = weightings if target == "own_output" else weightings[:1]
-            hows = [
-                HowToRefit(r, w, target, prior=self.prior, sublayers=sublayers) for r in by_ridge for w in of_target
-            ]
+            hows = [HowToRefit(r, w, target, prior=prior, sublayers=sublayers) for r in by_ridge for w in of_target]
             return [(_in_words(how), how) for how in hows]
         if step == "weightings" and best is not None and target == "dense_stream":
             return [(other, replace(best, weighting=other)) for other in weightings[1:]]
         if step == "shares" and best is not None and target == "dense_stream":
             return [(f"{share:g}", replace(best, share=share)) for share in self.shares]
-        if step == "targets" and self.target == "either" and is_narrower:
+        if step == "targets" and self.target == "either" and _has_all_sublayers(plan):
             own = own_output(weightings, by_projection=self.choice == "projection", sublayers=sublayers)
             return [(f"own_output, {_in_words(how)}", how) for how in own]
+        if step == "priors" and best is not None and self.prior == "either" and _has_lost_units(plan):
+            return [("own_output", replace(best, prior="own_output"))] if best.target == "dense_stream" else []
         if step == "reads" and best is not None:
             return [(f"{reads:g}", replace(best, reads=reads)) for reads in self.reads]
         return []
@@ -329,7 +335,12 @@ class Refit(Repair):
         return ops, tensors, layers
 
 
-def _is_narrower(plan: Plan) -> bool:
+def _has_lost_units(plan: Plan) -> bool:
+    """Whether a layer that stays has lost heads or neurons."""
+    return any(isinstance(op, Resize) for op in plan.ops)
+
+
+def _has_all_sublayers(plan: Plan) -> bool:
     """Whether all layers have all sublayers still, and something in them is not the dense model's."""
     layers = plan.layers()
     return len(layers) == plan.model["num_layers"] and not any(layer.missing for layer in layers) and bool(plan.ops)
@@ -399,6 +410,7 @@ class _Walk:
         words += [] if how.target == "dense_stream" else [how.target]
         words += [] if how.share == 1 else [f"share_{how.share}"]
         words += [] if how.weighting == "inverse_square" else [how.weighting]
+        words += [] if how.prior == "weights" else [f"prior_{how.prior}"]
         return f"layers/{self.prefix}_" + "_".join(words)
 
     def kept(self, layer: int) -> _Kept:

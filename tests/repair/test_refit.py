@@ -192,6 +192,25 @@ def test_a_prior_of_narrower_layers_is_said_to_do_nothing_where_there_are_none(m
     assert all("repair.prior" not in line for line in scores.get("warnings", []))
 
 
+def test_where_units_went_the_best_way_to_the_stream_is_tried_with_both_priors(make_problem, tmp_path):
+    model, narrower = lively(), narrowing({1: (None, range(20)), 3: ([0], None)}, num_layers=6)
+    stream = {"ridges": [10.0], "reads": [], "target": "dense_stream", "shares": [], "weighting": "none"}
+
+    def repaired(plan, name, **options):
+        return refit(**stream | options).repair(make_problem(model, plan, out=tmp_path / name)).scores["repair"]
+
+    alone = {prior: repaired(narrower, prior, prior=prior) for prior in engine.PRIORS}
+    kl = {prior: found["divergence"]["repaired"]["kl"] for prior, found in alone.items()}
+    assert kl["own_output"] < kl["weights"]  # so large a ridge hardly moves a weight
+    either = repaired(narrower, "either")
+    assert either["ridges"] == alone["weights"]["ridges"] and either["priors"] == {"own_output": kl["own_output"]}
+    assert either["divergence"]["repaired"]["kl"] == kl["own_output"]
+    assert either["layers"] == alone["own_output"]["layers"] != alone["weights"]["layers"]
+    assert [found["priors"] for found in alone.values()] == [{}, {}]
+    assert repaired(narrower, "own", target="own_output")["priors"] == {}
+    assert repaired(plan_of(Drop((3,))), "cut")["priors"] == {}
+
+
 def test_one_sublayer_alone(make_problem, tmp_path):
     plan = plan_of(Drop((3,)))
     for part in ("attention", "mlp"):
@@ -454,7 +473,7 @@ def test_the_choices_are_those_of_the_engine():
 
     assert CHOICES["weighting"] == ("either", *engine.WEIGHTINGS)
     assert CHOICES["target"] == ("either", *engine.TARGETS)
-    assert CHOICES["prior"] == engine.PRIORS
+    assert CHOICES["prior"] == ("either", *engine.PRIORS)
 
 
 def test_scores_are_json(make_problem):
