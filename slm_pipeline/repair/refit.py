@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STEPS = ("ridges", "weightings", "shares", "targets", "priors", "reads")  # what is tried, in this order
+STEPS = ("weightings", "ridges", "shares", "targets", "priors", "reads")  # what is tried, in this order
 CHOICES = {
     "weighting": ("either", "inverse_square", "none"),
     "target": ("either", "dense_stream", "own_output"),
@@ -65,18 +65,20 @@ class Refit(Repair):
     the attention of layer b, or behind layer next - 1 where the layer's last sublayer writes; and D = 1 / mean square
     of that dense state for each token, because states are normed before they are read and few tokens are very large. A
     bias is fitted as the weight of an input of 1; none is added. A part of the samples, of one long text its last part,
-    is held out of all fits: a projection whose error there becomes no less keeps its weights. Of the ridges the one is
-    taken with which the whole model's KL divergence from the dense one is least there; with ``choice=projection``, in
-    one walk in the place of one for each ridge, the one with the least error, projection by projection, which is not
-    best for the stack when much has gone. If in the end the KL divergence is not less by ``least_gain`` of what it was,
-    nothing is changed: what is won there may be lost on text of another kind.
+    is held out of all fits: a projection whose error there becomes no less keeps its weights. With the middle one
+    of the ridges the walk is made with D and with all tokens alike; in the better way with the other ridges. What is
+    taken is always the walk after which the whole model's KL divergence from the dense one is least there. With
+    ``choice=projection`` there is one walk in the place of one for each ridge, and the ridge is the one with the least
+    error, projection by projection, which is not best for the stack when much has gone. If in the end the KL divergence
+    is not less by ``least_gain`` of what it was, nothing is changed: what is won there may be lost on text of another
+    kind.
 
-    Then the walk is made again with all tokens alike; the better one for each of ``shares``, with T that share of what
-    is missing and for the rest the own output (see below); and the best of all, for each of ``reads``, with what the
-    sublayers read corrected as well. Where the pruned stream still differs from the dense one, a sublayer reads x in
-    the place of h (behind the norm in front of it); the map M nearest to H = M X, by least squares with the ridge
-    towards the identity, goes into its first projections: W' = W M. Again what is no better on the text held out is
-    left alone, and so is the whole if the KL divergence is.
+    Then the best walk is made again for each of ``shares``, with T that share of what is missing and for the rest the
+    own output (see below); and the best of all, for each of ``reads``, with what the sublayers read corrected as well.
+    Where the pruned stream still differs from the dense one, a sublayer reads x in the place of h (behind the norm in
+    front of it); the map M nearest to H = M X, by least squares with the ridge towards the identity, goes into its
+    first projections: W' = W M. Again what is no better on the text held out is left alone, and so is the whole if the
+    KL divergence is.
 
     With ``target=own_output`` T is instead what the projection would write if its sublayer were as in the dense model,
     on the states that reach it in the pruned one: that makes up for narrower layers, and not for those that went. It
@@ -105,14 +107,14 @@ class Refit(Repair):
 
     Scores in the plan: repair, with num_tokens and num_held_out; divergence, for the model pruned and repaired the KL
     divergence in nats and the share of tokens with the dense model's most likely next one, on the text held out, alike
-    where the weights stay; ridges, weightings, shares, targets, priors and reads, the KL divergence with each that was
+    where the weights stay; weightings, ridges, shares, targets, priors and reads, the KL divergence with each that was
     tried for all; and layers, for each layer by its lowest original what became of its projections.
     """
 
     ridges: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.01, 0.1, 1.0])
     # Ridges with which what sublayers read is corrected too, after the best of `ridges` is known; []: it is not.
     reads: list[Annotated[float, Range(above=0, at_most=1e6)]] = field(default_factory=lambda: [0.1, 1.0])
-    # How much a token counts: inverse_square | none: all alike | either: both, with the best ridge.
+    # How much a token counts: inverse_square | none: all alike | either: both, with the middle ridge.
     weighting: str = "either"
     # dense_stream | own_output: what a projection is to write | either, for the whole stack, where units alone went.
     target: str = "either"
@@ -174,7 +176,7 @@ class Refit(Repair):
         best: _Walk | None = None
         failure = None
         prefix = _free_prefix(plan)
-        number = sum(len(self._walks(step, HowToRefit(), plan)) for step in STEPS)
+        number = sum(len(self._walks(step, HowToRefit(), plan)) for step in STEPS) - 1  # one ridge twice
         numbers = (f"refit {this} of {number}" for this in itertools.count(1))
 
         def go(walk: _Walk, name: str) -> None:
@@ -184,6 +186,9 @@ class Refit(Repair):
 
         for step in STEPS:
             for name, how in self._walks(step, None if best is None else best.how, plan):
+                if best is not None and how == best.how:
+                    tried.setdefault(step, {})[name] = best.kl
+                    continue
                 walk, desc = _Walk(problem, prefix, how), next(numbers)
                 walk.divergence = walk.known()
                 if walk.divergence is None:
@@ -273,13 +278,14 @@ class Refit(Repair):
         target = "dense_stream" if self.target == "either" else self.target
         weightings = WEIGHTINGS if self.weighting == "either" else (self.weighting,)
         prior = "weights" if self.prior == "either" else self.prior
+        by_ridge = [[ridge] for ridge in self.ridges] if self.choice == "stack" else [self.ridges]
+        if step == "weightings":
+            how = HowToRefit(sorted(by_ridge)[len(by_ridge) // 2], target=target, prior=prior, sublayers=sublayers)
+            return [(weighting, replace(how, weighting=weighting)) for weighting in weightings]
         if step == "ridges":
-            by_ridge = [[ridge] for ridge in self.ridges] if self.choice == "stack" else [self.ridges]
-            of_target = weightings if target == "own_output" else weightings[:1]
-            hows = [HowToRefit(r, w, target, prior=prior, sublayers=sublayers) for r in by_ridge for w in of_target]
+            how = best or HowToRefit(weighting=weightings[0], target=target, prior=prior, sublayers=sublayers)
+            hows = [replace(how, ridges=ridges) for ridges in by_ridge]
             return [(_in_words(how), how) for how in hows]
-        if step == "weightings" and best is not None and target == "dense_stream":
-            return [(other, replace(best, weighting=other)) for other in weightings[1:]]
         if step == "shares" and best is not None and target == "dense_stream":
             return [(f"{share:g}", replace(best, share=share)) for share in self.shares]
         if step == "targets" and self.target == "either" and _has_all_sublayers(plan):

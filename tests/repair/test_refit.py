@@ -203,7 +203,8 @@ def test_where_units_went_the_best_way_to_the_stream_is_tried_with_both_priors(m
     kl = {prior: found["divergence"]["repaired"]["kl"] for prior, found in alone.items()}
     assert kl["own_output"] < kl["weights"]  # so large a ridge hardly moves a weight
     either = repaired(narrower, "either")
-    assert either["ridges"] == alone["weights"]["ridges"] and either["priors"] == {"own_output": kl["own_output"]}
+    assert either["ridges"] == alone["weights"]["ridges"]
+    assert either["priors"] == {"own_output": kl["own_output"]}
     assert either["divergence"]["repaired"]["kl"] == kl["own_output"]
     assert either["layers"] == alone["own_output"]["layers"] != alone["weights"]["layers"]
     assert [found["priors"] for found in alone.values()] == [{}, {}]
@@ -345,11 +346,12 @@ def test_of_all_walks_the_best_ones_layers_stay_and_what_is_known_is_not_walked_
     how = refit(ridges=[10.0, 0.1, 1.0], weighting="either", shares=[0.5])
     expected = how.repair(make_problem(model, plan, out=tmp_path))
     tried = expected.scores["repair"]
-    walks = {f"refit_{ridge}": kl for ridge, kl in zip(how.ridges, tried["ridges"].values(), strict=True)}
-    ridge = min(walks, key=walks.__getitem__)
-    walks[f"{ridge}_none"] = tried["weightings"]["none"]
-    weighting = min((ridge, f"{ridge}_none"), key=walks.__getitem__)
-    walks[weighting.replace("_none", "") + "_share_0.5" + "_none" * weighting.endswith("none")] = tried["shares"]["0.5"]
+    walks = {"refit_1.0": tried["weightings"]["inverse_square"], "refit_1.0_none": tried["weightings"]["none"]}
+    way = "_none" if walks["refit_1.0_none"] < walks["refit_1.0"] else ""
+    walks |= {f"refit_{r}{way}": kl for r, kl in zip(how.ridges, tried["ridges"].values(), strict=True)}
+    assert walks[f"refit_1.0{way}"] == min(tried["weightings"].values())  # not walked again
+    best = min(walks, key=walks.__getitem__)
+    walks[f"{best.removesuffix('_none')}_share_0.5{way}"] = tried["shares"]["0.5"]
     assert sorted(path.stem for path in (tmp_path / "layers").glob("*.json")) == sorted(walks)
     (left,) = [path for path in (tmp_path / "layers").iterdir() if path.is_dir()]
     assert walks[left.name] == min(walks.values())
@@ -492,12 +494,12 @@ def test_where_units_alone_went_walks_towards_the_own_output_are_tried_too(make_
         "own_output, 0.1, all tokens alike",
     ]
     assert list(tried["targets"]) == names
-    assert max(tried["targets"].values()) < tried["ridges"]["1000"]  # which hardly moves a weight
+    assert max(tried["targets"].values()) < min(tried["weightings"].values())  # a ridge that hardly moves a weight
     how = refit(ridges=[0.01, 0.1], weighting="either", target="own_output")
     own = how.repair(make_problem(model, plan, out=tmp_path / "own"))
-    assert own.scores["repair"]["weightings"] == {}  # both, with each ridge
     assert own.content() == either.content()
-    assert {f"own_output, {name}": kl for name, kl in own.scores["repair"]["ridges"].items()} == tried["targets"]
+    for name, kl in own.scores["repair"]["ridges"].items():
+        assert tried["targets"][f"own_output, {name}"] == kl
     alone = refit(ridges=[0.1], target="own_output", weighting="none", reads=[])
     scores = alone.repair(make_problem(model, plan, out=tmp_path / "alone")).scores["repair"]
     assert scores["ridges"] == {"0.1, all tokens alike": tried["targets"][names[-1]]}
@@ -545,22 +547,27 @@ def test_shares_of_what_is_missing_are_tried_with_the_best_ridge_and_weights(mak
     assert own["shares"] == {}  # it is no share of anything
 
 
-def test_with_the_best_ridge_all_tokens_alike_are_tried_too(make_problem, tmp_path):
+def test_both_ways_to_weigh_tokens_are_tried_with_the_middle_ridge_and_the_better_one_with_all(make_problem, tmp_path):
     model, plan, reads = lively(), plan_of(Drop((2, 3))), [0.1]
 
     def found(name, ridges, weighting, reads=()):
         how = refit(ridges=ridges, weighting=weighting, reads=reads)
         return how.repair(make_problem(model, plan, out=tmp_path / name))
 
-    weighted = found("weighted", [0.001, 0.1], "inverse_square")
-    ridges = weighted.scores["repair"]["ridges"]
-    best = float(min(ridges, key=ridges.__getitem__))
-    alike = found("alike", [best], "none")
-    alone = alike.scores["repair"]["ridges"][f"{best:g}, all tokens alike"]
-    either = found("either", [0.001, 0.1], "either")
-    assert (either.scores["repair"]["ridges"], either.scores["repair"]["weightings"]) == (ridges, {"none": alone})
-    assert alone != ridges[f"{best:g}"]
-    is_better = alone < min(ridges.values())
-    assert either.content() == (alike if is_better else weighted).content()
-    after = found("reads", [0.001, 0.1], "either", reads).scores["repair"]["reads"]
-    assert after == found("of", [best], "none" if is_better else "inverse_square", reads).scores["repair"]["reads"]
+    alone = {way: found(f"{way} alone", [0.1], way) for way in engine.WEIGHTINGS}
+    kl = {way: of.scores["repair"]["divergence"]["repaired"]["kl"] for way, of in alone.items()}
+    assert kl["none"] != kl["inverse_square"]
+    better = min(kl, key=kl.__getitem__)
+    of_better = found("of the better one", [1.0, 0.001, 0.1], better)
+    either = found("either", [1.0, 0.001, 0.1], "either")
+    assert either.scores["repair"]["weightings"] == kl
+    ridges = either.scores["repair"]["ridges"]
+    assert ridges == of_better.scores["repair"]["ridges"]
+    assert len({*ridges.values()}) == 3
+    alike = ", all tokens alike" if better == "none" else ""
+    assert list(ridges) == [f"1{alike}", f"0.001{alike}", f"0.1{alike}"]
+    assert ridges[f"0.1{alike}"] == kl[better]
+    assert either.content() == of_better.content()
+    best = float(min(ridges, key=ridges.__getitem__).split(",")[0])
+    after = found("reads", [1.0, 0.001, 0.1], "either", reads).scores["repair"]["reads"]
+    assert after == found("of", [best], better, reads).scores["repair"]["reads"]
