@@ -65,9 +65,9 @@ class Refit(Repair):
     the attention of layer b, or behind layer next - 1 where the layer's last sublayer writes; and D = 1 / mean square
     of that dense state for each token, because states are normed before they are read and few tokens are very large. A
     bias is fitted as the weight of an input of 1; none is added. A part of the samples, of one long text its last part,
-    is held out of all fits: a projection whose error there becomes no less keeps its weights. With the middle one
-    of the ridges the walk is made with D and with all tokens alike; in the better way with the other ridges. What is
-    taken is always the walk after which the whole model's KL divergence from the dense one is least there. With
+    is held out of all fits: a projection whose error there becomes no less keeps its weights. With the middle one of
+    the ridges the walk is made with D and with all tokens alike; in the better way with the other ridges. What is taken
+    is always the walk after which the whole model's KL divergence from the dense one is least there. With
     ``choice=projection`` there is one walk in the place of one for each ridge, and the ridge is the one with the least
     error, projection by projection, which is not best for the stack when much has gone. If in the end the KL divergence
     is not less by ``least_gain`` of what it was, nothing is changed: what is won there may be lost on text of another
@@ -173,6 +173,7 @@ class Refit(Repair):
         to_fit, held_out = self._split(problem)
         pruned = pass_all(Streams(view, held_out), blocks, groups).divergence()
         tried: dict[str, dict[str, float]] = {}
+        found_kl: dict[str, float] = {}
         best: _Walk | None = None
         failure = None
         prefix = _free_prefix(plan)
@@ -186,10 +187,11 @@ class Refit(Repair):
 
         for step in STEPS:
             for name, how in self._walks(step, None if best is None else best.how, plan):
-                if best is not None and how == best.how:
-                    tried.setdefault(step, {})[name] = best.kl
+                walk = _Walk(problem, prefix, how)
+                if walk.name in found_kl:  # the ridge that weightings were tried with
+                    tried.setdefault(step, {})[name] = found_kl[walk.name]
                     continue
-                walk, desc = _Walk(problem, prefix, how), next(numbers)
+                desc = next(numbers)
                 walk.divergence = walk.known()
                 if walk.divergence is None:
                     try:
@@ -199,7 +201,7 @@ class Refit(Repair):
                         log.warning("refit: %s %s: %s", step, name, error)
                         continue
                     walk.note()
-                tried.setdefault(step, {})[name] = walk.kl
+                tried.setdefault(step, {})[name] = found_kl[walk.name] = walk.kl
                 worse = walk if best is not None and walk.kl >= best.kl else best
                 best = walk if worse is not walk else best
                 if worse is not None:
@@ -409,7 +411,7 @@ class _Walk:
         return self.divergence[0]
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
         how = self.how
         words = ["_".join(map(str, how.ridges))]
         words += [] if how.reads is None else [f"reads_{how.reads}"]
@@ -420,11 +422,11 @@ class _Walk:
         return f"layers/{self.prefix}_" + "_".join(words)
 
     def kept(self, layer: int) -> _Kept:
-        return _Kept(self.problem, f"{self._name}/{layer}")
+        return _Kept(self.problem, f"{self.name}/{layer}")
 
     def known(self) -> tuple[float, float] | None:
         """The divergence that an earlier attempt has noted."""
-        record = self.problem.out / f"{self._name}.json"
+        record = self.problem.out / f"{self.name}.json"
         kl, same = math.nan, math.nan
         if ranks.is_first() and record.is_file():
             kl, same = json.loads(record.read_text(encoding="utf-8"))
@@ -434,7 +436,7 @@ class _Walk:
     def note(self) -> None:
         """Keep the divergence: the walk has come to its end."""
         if ranks.is_first():
-            record = f"{self._name}.json"
+            record = f"{self.name}.json"
             write_json(self.problem.out / record, self.divergence)
             self.problem.note_complete(record)
 
@@ -442,7 +444,7 @@ class _Walk:
         """Let go of its new weights: another walk is better."""
         self.found = None
         if ranks.is_first():
-            forget(self.problem.out, self._name)
+            forget(self.problem.out, self.name)
 
 
 @dataclass(frozen=True)

@@ -262,23 +262,35 @@ def test_one_ridge_is_chosen_for_the_stack_by_what_it_does_to_the_whole_model(ma
     assert len({round(value, 6) for value in kl.values()}) == 3
 
 
-def test_a_ridge_that_cannot_be_solved_leaves_the_others(make_problem, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(("failing", "other"), [(1e-9, 0.1), (0.1, 0.01)])  # the second is the middle one
+def test_a_ridge_that_cannot_be_solved_leaves_the_others(failing, other, make_problem, tmp_path, monkeypatch, caplog):
     model, plan = lively(), plan_of(Drop((3,)))
-    alone = refit(ridges=[0.1]).repair(make_problem(model, plan, out=tmp_path / "alone"))
+    alone = refit(ridges=[other]).repair(make_problem(model, plan, out=tmp_path / "alone"))
     layer = engine.Refit.layer
 
     def small(self, *about):
-        if 1e-9 in self.ridges:
+        if failing in self.ridges:
             raise UserError("the inputs are linearly dependent")
         return layer(self, *about)
 
     monkeypatch.setattr(engine.Refit, "layer", small)
-    found = refit(ridges=[1e-9, 0.1]).repair(make_problem(model, plan, out=tmp_path / "both"))
+    found = refit(ridges=[failing, other]).repair(make_problem(model, plan, out=tmp_path / "both"))
     assert found.content() == alone.content()
-    assert list(found.scores["repair"]["ridges"]) == ["0.1"]
-    assert "refit: ridges 1e-09: the inputs are linearly dependent" in caplog.messages
+    assert list(found.scores["repair"]["ridges"]) == [f"{other:g}"]
+    assert f"refit: ridges {failing:g}: the inputs are linearly dependent" in caplog.messages
     with pytest.raises(UserError, match="the inputs are linearly dependent"):
-        refit(ridges=[1e-9]).repair(make_problem(model, plan, out=tmp_path / "none"))
+        refit(ridges=[failing]).repair(make_problem(model, plan, out=tmp_path / "none"))
+
+
+def test_walks_are_counted_also_where_another_ridge_than_the_middle_one_is_best(make_problem, monkeypatch):
+    how = refit(ridges=[1e-3, 0.1, 1.0], weighting="either", reads=[0.1])
+    names, walk = [], type(how)._walk
+    monkeypatch.setattr(type(how), "_walk", lambda self, *about: names.append(about[-1]) or walk(self, *about))
+    divergences = iter([(1.0, 0.5), (0.6, 0.5), (0.7, 0.5), (0.5, 0.5), (0.6, 0.5), (0.6, 0.5)])
+    monkeypatch.setattr(Streams, "divergence", lambda self: next(divergences))
+    tried = how.repair(make_problem(lively(), plan_of(Drop((3,))))).scores["repair"]
+    assert tried["ridges"] == {"0.001": 0.5, "0.1": 0.6, "1": 0.6}
+    assert names == [f"refit {number} of 5" for number in range(1, 6)]
 
 
 def test_a_killed_repair_goes_on_after_its_last_layer_and_ends_the_same(make_problem, tmp_path, monkeypatch):
@@ -389,6 +401,28 @@ def test_a_repair_killed_on_its_walk_to_the_own_output_goes_on_there(make_proble
     own = [("own_output", weighting, None) for weighting in engine.WEIGHTINGS for _ in range(2 * 5)]
     assert fitted[:18] == own[2:]
     assert [(target, reads) for target, _, reads in fitted[18:]] == [("own_output", 1.0)] * 5
+    assert (found.content(), found.scores) == (expected.content(), expected.scores)
+
+
+def test_a_repair_killed_on_its_walk_with_the_other_prior_goes_on_there(make_problem, tmp_path, monkeypatch):
+    model, plan = lively(), narrowing({layer: (None, range(20)) for layer in range(1, 5)}, num_layers=6)
+    how = refit(ridges=[10.0], target="dense_stream")
+    whole, fitted = engine.Refit.layer, []
+    expected = how.repair(make_problem(model, plan, out=tmp_path / "whole"))
+
+    def layer(self, *about):
+        if len(fitted) == 7:
+            raise KeyboardInterrupt
+        fitted.append(self.prior)
+        return whole(self, *about)
+
+    monkeypatch.setattr(engine.Refit, "layer", layer)
+    with pytest.raises(KeyboardInterrupt):
+        how.repair(make_problem(model, plan, out=tmp_path / "killed"))
+    assert fitted == ["weights"] * 5 + ["own_output"] * 2
+    fitted.clear()
+    found = how.repair(make_problem(model, plan, out=tmp_path / "killed"))
+    assert fitted == ["own_output"] * 3
     assert (found.content(), found.scores) == (expected.content(), expected.scores)
 
 
